@@ -1,0 +1,144 @@
+"""The walk between a checkpoint's tensors and a module's parameters.
+
+Parameter paths joined by dots *are* the checkpoint's names, shapes too. A module is
+built abstractly (shapes, no numbers), names and shapes are compared before any tensor is
+read, then tensors are read one by one, cast, and put in place.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxspark.checkpoints.errors import CheckpointError
+
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
+_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensors:
+    """A checkpoint's tensors, read on demand.
+
+    Attributes:
+      where: the folder or file, for errors.
+      shapes: shape of every tensor by name.
+      read: the array of a name, in its stored float type or dequantized to float32.
+    """
+
+    where: str
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+
+    def renamed(self, names: Mapping[str, str]) -> "Tensors":
+        """The tensors under new names; those that `names` (new to old) lacks are gone."""
+        return Tensors(
+            where=self.where,
+            shapes={new: self.shapes[old] for new, old in names.items()},
+            read=lambda new: self.read(names[new]),
+        )
+
+
+def named_parameters(module: nnx.Module) -> dict[str, jax.Array]:
+    """Every array of a module (parameters and buffers) by its dotted path."""
+    state = nnx.split(module)[1]
+    return {
+        ".".join(map(str, path)): variable.get_value()
+        for path, variable in nnx.to_flat_state(state)
+    }
+
+
+def load_module[M: nnx.Module](build: Callable[[], M], tensors: Tensors) -> M:
+    """Builds a module and fills it from a checkpoint, cast to the module's types.
+
+    Args:
+      build: makes the module, e.g. `lambda: DenseDecoder(config, rngs=nnx.Rngs(0))`;
+        only traced, so nothing is allocated or drawn.
+      tensors: the checkpoint under the module's names.
+
+    Raises:
+      CheckpointError: tensors missing, extra, of another shape or type, or not finite;
+        lists the first few with expected and seen shapes.
+    """
+    graph, state = nnx.split(nnx.eval_shape(build))
+    flat = nnx.to_flat_state(state)
+    places = {".".join(map(str, path)): variable for path, variable in flat}
+    _compare({name: tuple(v.shape) for name, v in places.items()}, tensors)
+
+    def read(name: str) -> jax.Array:
+        return _array(name, tensors, places[name].dtype)
+
+    # NumPy casts and dequantizes outside the interpreter lock; a few threads suffice.
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        arrays = list(pool.map(read, places))
+    filled = [
+        (path, variable.replace(array))
+        for (path, variable), array in zip(flat, arrays, strict=True)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def _compare(expected: Mapping[str, tuple[int, ...]], tensors: Tensors) -> None:
+    """Names and shapes must be the same, neither more nor fewer."""
+    seen = tensors.shapes
+    missing = [f"{name} {expected[name]}" for name in expected if name not in seen]
+    extra = [f"{name} {seen[name]}" for name in seen if name not in expected]
+    wrong = [
+        f"{name} expected {expected[name]}, found {seen[name]}"
+        for name in expected
+        if name in seen and seen[name] != expected[name]
+    ]
+    problems = [
+        f"{len(items)} tensors {what}: {_some(items)}"
+        for what, items in (
+            ("missing", missing),
+            ("not part of the model", extra),
+            ("of the wrong shape", wrong),
+        )
+        if items
+    ]
+    if problems:
+        raise CheckpointError(f"{tensors.where}: " + "; ".join(problems))
+
+
+def _some(items: list[str]) -> str:
+    shown = "; ".join(items[:_SHOWN])
+    hidden = len(items) - _SHOWN
+    return f"{shown}; and {hidden} more" if hidden > 0 else shown
+
+
+def _array(name: str, tensors: Tensors, dtype) -> jax.Array:
+    """One tensor, cast to `dtype` and checked."""
+    dtype = np.dtype(dtype)
+    array = tensors.read(name)
+    if np.issubdtype(dtype, np.integer):
+        if not np.issubdtype(array.dtype, np.integer):
+            raise CheckpointError(
+                f"{tensors.where}: {name} has type {array.dtype}, expected integers"
+            )
+        return jnp.asarray(array.astype(dtype))
+    if array.dtype.name not in _FLOATS:
+        raise CheckpointError(
+            f"{tensors.where}: {name} has type {array.dtype}, expected one of {_FLOATS}"
+        )
+    # Overflow shows as infinity below, with a better message than NumPy's warning.
+    with np.errstate(over="ignore", invalid="ignore"):
+        array = array.astype(dtype, copy=False)
+    if not all_finite(array):
+        raise CheckpointError(
+            f"{tensors.where}: {name} holds infinities or NaN (as {dtype})"
+        )
+    return jnp.asarray(array)
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether no element is infinite or NaN."""
+    if array.dtype.name == "bfloat16":
+        # All exponent bits set; ml_dtypes' own isfinite is ten times slower.
+        return not bool(((array.view(np.uint16) & 0x7F80) == 0x7F80).any())
+    return bool(np.isfinite(array).all())

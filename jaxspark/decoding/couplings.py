@@ -1,0 +1,244 @@
+"""How draft and target choices are tied together, and what is emitted.
+
+Row j of a slot's verified rows gives p_j, the target's distribution for the position
+after it; q_j is the distribution draft x_{j+1} was drawn from.
+
+rejection (Leviathan et al. 2023, Chen et al. 2023): accept x_{j+1} with probability
+    min(1, p_j(x)/q_j(x)); at the first rejection sample from normalise(max(p_j-q_j, 0)),
+    after the last draft from p. The output is distributed as the target's.
+gumbel (drafter-invariant coupling, Daliri et al. 2024): position i owns a noise vector
+    n(i); the output is argmax(log p + n(i)) whatever was drafted, and the draft is
+    argmax(log q + n(i)), so they often agree. The output is the *same tokens* as plain
+    sampling with that seed.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxspark.decoding.sampling import (
+    Sampling,
+    Stream,
+    categorical,
+    keys,
+    position_noise,
+    warp,
+)
+from jaxspark.drafters import Proposal
+from jaxspark.models import FlatTokens
+
+Coupling = Literal["rejection", "gumbel"]
+COUPLINGS = ("rejection", "gumbel")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Verdict:
+    """What verification decided, per slot.
+
+    Attributes:
+      accepted_B: drafts accepted.
+      next_B: the token after them, chosen by the target.
+      log_probs_BQ: model log-probabilities (before any warp) of the accepted drafts and
+        of the next token; rows past it are unspecified. Empty unless asked for.
+    """
+
+    accepted_B: Int[Array, " B"]
+    next_B: Int[Array, " B"]
+    log_probs_BQ: Float[Array, "B Q"]
+
+
+@dataclass(frozen=True)
+class DraftSampler:
+    """`Draw` for one round: samples drafts in the way their coupling needs."""
+
+    coupling: Coupling
+    sampling: Sampling
+    anchors_B: Int[Array, " B"]  # positions of the anchors
+    vocab: int  # of the target
+
+    def __call__(
+        self, logits_BW: Float[Array, "B W"], j: int, ids_W: Int[Array, " W"] | None
+    ) -> tuple[Int[Array, " B"], Float[Array, "B W"]]:
+        """Draft j: target ids and the log-distribution they were drawn from."""
+        places_B, log_q_BW = jax.lax.cond(
+            jnp.all(self.sampling.greedy),
+            lambda: (jnp.argmax(logits_BW, -1).astype(jnp.int32), logits_BW),
+            lambda: self._sample(logits_BW, j, ids_W),
+        )
+        return (places_B if ids_W is None else ids_W[places_B]), log_q_BW
+
+    def _sample(self, logits_BW, j, ids_W):
+        log_q_BW = warp(logits_BW, self.sampling)
+        seed_B, anchors_B = self.sampling.seed, self.anchors_B
+        if self.coupling == "rejection":
+            # The anchor names the round: a position drafted anew gets new randomness,
+            # as it must once earlier confidences decide how much is verified.
+            j_B = jnp.full_like(anchors_B, j)
+            keys_B = keys(Stream.DRAFT, seed_B, anchors_B, j_B)
+            return categorical(keys_B, log_q_BW), log_q_BW
+        # The noise belongs to the position that the draft would take.
+        noise_BV = position_noise(seed_B, anchors_B + 1 + j, self.vocab)
+        noise_BW = noise_BV if ids_W is None else noise_BV[:, ids_W]
+        return jnp.argmax(log_q_BW + noise_BW, -1).astype(jnp.int32), log_q_BW
+
+
+def verify(
+    coupling: Coupling,
+    logits_TV: Float[Array, "T V"],
+    tokens: FlatTokens,
+    proposal: Proposal,
+    lengths_B: Int[Array, " B"],
+    sampling: Sampling,
+    *,
+    log_probs: bool = False,
+) -> Verdict:
+    """Accepts a prefix of each slot's first `lengths_B` drafts and chooses one more token.
+
+    Args:
+      coupling: "rejection" or "gumbel".
+      logits_TV: the target's logits of the verified rows.
+      tokens: those rows; slot b has its anchor and `lengths_B[b]` drafts, or none.
+      proposal: the drafts and their distributions.
+      lengths_B: verification length of each slot.
+      sampling: per-slot parameters.
+      log_probs: whether to fill `Verdict.log_probs_BQ`.
+    """
+    index_BQ = tokens.view().index_BQ
+    drafts_BG = proposal.tokens_BG
+    rows = _Rows(index_BQ, drafts_BG, lengths_B)
+    sample = {"rejection": _rejection, "gumbel": _gumbel}[coupling]
+    accepted_B, next_B = jax.lax.cond(
+        jnp.all(sampling.greedy),
+        lambda: rows.follow(jnp.argmax(logits_TV, -1).astype(jnp.int32)),
+        lambda: sample(logits_TV, tokens, rows, proposal, sampling),
+    )
+    if not log_probs:
+        return Verdict(accepted_B, next_B, jnp.zeros((*index_BQ.shape[:1], 0)))
+    emitted_BQ = emitted(drafts_BG, accepted_B, next_B)
+    shift_T = jax.nn.logsumexp(logits_TV, axis=-1)
+    row_BQ = jnp.minimum(index_BQ, logits_TV.shape[0] - 1)
+    chosen_BQ = logits_TV[row_BQ, emitted_BQ] - shift_T[row_BQ]
+    return Verdict(accepted_B, next_B, chosen_BQ)
+
+
+def emitted(
+    drafts_BG: Int[Array, "B G"], accepted_B: Int[Array, " B"], next_B: Int[Array, " B"]
+) -> Int[Array, "B Q"]:
+    """Accepted drafts followed by the next token; later entries repeat it."""
+    padded_BQ = jnp.pad(drafts_BG, ((0, 0), (0, 1)))
+    is_draft_BQ = jnp.arange(padded_BQ.shape[1]) < accepted_B[:, None]
+    return jnp.where(is_draft_BQ, padded_BQ, next_B[:, None])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Addresses of a round's verified rows."""
+
+    index_BQ: Int[Array, "B Q"]
+    drafts_BG: Int[Array, "B G"]
+    lengths_B: Int[Array, " B"]
+
+    def drafted(self) -> Bool[Array, "B G"]:
+        """Which drafts were verified."""
+        return jnp.arange(self.drafts_BG.shape[1]) < self.lengths_B[:, None]
+
+    def accept(self, agree_BG: Bool[Array, "B G"]) -> Int[Array, " B"]:
+        """Length of the prefix of verified drafts that agree."""
+        return jnp.sum(jnp.cumprod(agree_BG & self.drafted(), axis=1), axis=1)
+
+    def pick(self, x_T: Array, row_B: Int[Array, " B"]) -> Array:
+        """Entry of each slot's row `row_B` (padding reads the last entry)."""
+        place_B = jnp.take_along_axis(self.index_BQ, row_B[:, None], axis=1)[:, 0]
+        return x_T[jnp.minimum(place_B, x_T.shape[0] - 1)]
+
+    def follow(self, choice_T: Int[Array, " T"]):
+        """Accepts drafts while they equal the target's own choice of each row."""
+        last = choice_T.shape[0] - 1
+        choice_BQ = choice_T[jnp.minimum(self.index_BQ, last)]
+        accepted_B = self.accept(choice_BQ[:, :-1] == self.drafts_BG)
+        return accepted_B, self.pick(choice_T, accepted_B)
+
+
+def _gumbel(logits_TV, tokens, rows, proposal, sampling):
+    """The target's own choice under each position's noise; drafts must equal it."""
+    row_sampling = sampling.at(tokens.slots_T)
+    noise_TV = position_noise(
+        row_sampling.seed, tokens.positions_T + 1, logits_TV.shape[-1]
+    )
+    choice_T = jnp.argmax(warp(logits_TV, row_sampling) + noise_TV, axis=-1)
+    return rows.follow(choice_T.astype(jnp.int32))
+
+
+def acceptance_probability(
+    log_p_BG: Float[Array, "B G"], log_q_BG: Float[Array, "B G"]
+) -> Float[Array, "B G"]:
+    """min(1, p/q) of drafts that were drawn from q, given their log-probabilities."""
+    return jnp.minimum(1.0, jnp.exp(log_p_BG - log_q_BG))
+
+
+def correction_weights(
+    p_BV: Float[Array, "B V"], q_BV: Float[Array, "B V"], rejected_B: Bool[Array, " B"]
+) -> Float[Array, "B V"]:
+    """What the next token is drawn from, up to a factor: max(p - q, 0), or p itself."""
+    residual_BV = jnp.maximum(p_BV - q_BV, 0.0)
+    # Rounding may leave nothing of a residual that is tiny but was hit.
+    some_B = jnp.sum(residual_BV, axis=-1) > 0
+    return jnp.where((rejected_B & some_B)[:, None], residual_BV, p_BV)
+
+
+def _rejection(logits_TV, tokens, rows, proposal, sampling):
+    """Accepts with probability min(1, p/q), then samples the residual or p itself."""
+    log_p_TV = warp(logits_TV, sampling.at(tokens.slots_T))
+    B, G = rows.drafts_BG.shape
+    anchors_B = tokens.starts_B
+    keys_B = keys(Stream.CORRECT, sampling.seed, anchors_B)
+    if not G:
+        log_p_BV = rows.pick(log_p_TV, jnp.zeros((B,), jnp.int32))
+        return jnp.zeros((B,), jnp.int32), categorical(keys_B, log_p_BV)
+    row_BG = jnp.minimum(rows.index_BQ[:, :-1], log_p_TV.shape[0] - 1)
+    log_p_BG = log_p_TV[row_BG, rows.drafts_BG]
+    chance_BG = acceptance_probability(log_p_BG, log_q_of_drafts(proposal))
+    accepted_B = rows.accept(_uniform(sampling, anchors_B, G) < chance_BG)
+    p_BV = jnp.exp(rows.pick(log_p_TV, accepted_B))
+    q_BV = q_at(proposal, accepted_B, p_BV.shape[-1])
+    weights_BV = correction_weights(p_BV, q_BV, accepted_B < rows.lengths_B)
+    return accepted_B, categorical(keys_B, jnp.log(weights_BV))
+
+
+def _uniform(sampling, anchors_B, G):
+    """Acceptance variables in [0, 1) of a round's drafts, [B, G]."""
+    keys_B = keys(Stream.ACCEPT, sampling.seed, anchors_B)
+    return jax.vmap(lambda key: jax.random.uniform(key, (G,)))(keys_B)
+
+
+def log_q_of_drafts(proposal: Proposal) -> Float[Array, "B G"]:
+    """log q_j(x_{j+1}); 0 where the draft was not random."""
+    if proposal.log_q_BGW is None:
+        return jnp.zeros(proposal.tokens_BG.shape)
+    is_draft_BGW = _draft_vocabulary(proposal) == proposal.tokens_BG[..., None]
+    return jnp.max(jnp.where(is_draft_BGW, proposal.log_q_BGW, -jnp.inf), axis=-1)
+
+
+def q_at(
+    proposal: Proposal, row_B: Int[Array, " B"], vocab: int
+) -> Float[Array, "B V"]:
+    """q of each slot's draft row over the target's vocabulary, [B, V]."""
+    row_B = jnp.minimum(row_B, proposal.tokens_BG.shape[1] - 1)[:, None]
+    if proposal.log_q_BGW is None:
+        draft_B1 = jnp.take_along_axis(proposal.tokens_BG, row_B, axis=1)
+        return (jnp.arange(vocab) == draft_B1).astype(jnp.float32)
+    log_q_BW = jnp.take_along_axis(proposal.log_q_BGW, row_B[..., None], axis=1)[:, 0]
+    if proposal.ids_W is None:
+        return jnp.exp(log_q_BW)
+    zeros_BV = jnp.zeros((log_q_BW.shape[0], vocab))
+    return zeros_BV.at[:, proposal.ids_W].set(jnp.exp(log_q_BW))
+
+
+def _draft_vocabulary(proposal):
+    if proposal.ids_W is not None:
+        return proposal.ids_W
+    return jnp.arange(proposal.log_q_BGW.shape[-1])

@@ -1,0 +1,256 @@
+"""`generate`: prompts in, completions out, over the compiled decode loop."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspark.decoding.couplings import Coupling
+from jaxspark.decoding.round import DecodeOptions, decode, prefill
+from jaxspark.decoding.sampling import Sampling
+from jaxspark.decoding.schedule import Fixed, Scheduler
+from jaxspark.decoding.state import DecodeState, init_state
+from jaxspark.drafters import Drafter, PlainDrafter
+
+# Cache lengths are multiples of this, so that similar requests share a program.
+LENGTH_STEP = 128
+ROUNDS_PER_CALLBACK = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What one prompt became.
+
+    Attributes:
+      tokens: output token ids; a stop token that ended it is the last one.
+      text: decoded output without the stop token; None without a tokenizer.
+      finish_reason: "stop" or "length".
+      log_probs: the model's log-probability of each output token (before temperature
+        and filters); None unless asked for.
+      rounds: target passes it took.
+      reached: per draft position, rounds in which it was verified with all earlier
+        drafts accepted.
+      accepted: per draft position, rounds in which it was accepted.
+    """
+
+    tokens: list[int]
+    text: str | None
+    finish_reason: str
+    log_probs: list[float] | None
+    rounds: int
+    reached: list[int]
+    accepted: list[int]
+
+    @property
+    def accepted_length(self) -> float:
+        """Mean tokens per round, the target's own token included."""
+        return 1 + sum(self.accepted) / max(self.rounds, 1)
+
+
+def generate(
+    target,
+    prompts: Sequence[Sequence[int] | str] | str,
+    drafter: Drafter | None = None,
+    *,
+    max_new_tokens: int | Sequence[int] = 128,
+    temperature: float | Sequence[float] = 0.0,
+    top_k: int | Sequence[int] = 0,
+    top_p: float | Sequence[float] = 1.0,
+    min_p: float | Sequence[float] = 0.0,
+    seed: int | Sequence[int] = 0,
+    stop_ids: Sequence[int] | None = None,
+    block_length: int | None = None,
+    coupling: Coupling = "rejection",
+    schedule: Scheduler = Fixed(),
+    buckets: tuple[int, ...] | None = None,
+    log_probs: bool = False,
+    on_tokens: Callable[[int, list[int]], None] | None = None,
+) -> list[Completion]:
+    """Continues all prompts together, one slot each; exact whatever the drafter.
+
+    Sampling parameters are one value, or one per prompt.
+
+    Args:
+      target: a loaded `Target`, or a bare model.
+      prompts: token ids, or text for a target with a tokenizer (see `Tokenizer.chat`
+        for chat prompts).
+      drafter: what proposes; None decodes plainly, one token at a time.
+      max_new_tokens: output budget.
+      temperature: 0 is greedy.
+      top_k: keep the k most likely tokens; 0 keeps all.
+      top_p: keep the smallest most likely set of this mass.
+      min_p: keep tokens at least this likely relative to the best.
+      seed: of each request's randomness. One seed for all is spread by prompt index.
+      stop_ids: tokens that end an output; None takes the target's own.
+      block_length: drafts per round; None takes the drafter's most.
+      coupling: "rejection" (accepts most) or "gumbel" (the same tokens as plain
+        sampling with the same seeds).
+      schedule: chooses verification lengths.
+      buckets: token counts to compile the target for, see `DecodeOptions`.
+      log_probs: return the model's log-probability of every output token.
+      on_tokens: called with (prompt index, new tokens) as output grows.
+
+    Raises:
+      ValueError: a value out of range, an empty or too long prompt, a block length
+        beyond the drafter's, text without a tokenizer. Before any computation.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise ValueError("no prompts given")
+    drafter = PlainDrafter() if drafter is None else drafter
+    model = getattr(target, "model", target)
+    options = DecodeOptions(
+        block_length=check_block_length(drafter, block_length),
+        coupling=coupling,
+        schedule=schedule,
+        buckets=buckets,
+        log_probs=log_probs,
+    )
+    options.sizes(len(prompts))
+    ids = [_token_ids(target, index, prompt) for index, prompt in enumerate(prompts)]
+    limits = _limits(model, ids, max_new_tokens)
+    seeds = _seeds(seed, len(prompts))
+    sampling = Sampling.of(
+        len(prompts),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seeds,
+    )
+    stop = getattr(target, "stop_ids", ()) if stop_ids is None else stop_ids
+    needed = max(limits) + options.block_length
+    state = init_state(
+        model,
+        drafter,
+        ids,
+        limits,
+        sampling,
+        block_length=options.block_length,
+        stop_ids=[tuple(stop)] * len(prompts),
+        capacity=-(-needed // LENGTH_STEP) * LENGTH_STEP,
+        log_probs=log_probs,
+    )
+    state = prefill(model, drafter, state, chunk=prefill_chunk(ids))
+    state = _run(model, drafter, state, options, ids, on_tokens)
+    return _completions(target, state, ids, log_probs)
+
+
+def check_block_length(drafter: Drafter, block_length: int | None) -> int:
+    """The block length to use.
+
+    Raises:
+      ValueError: it is not one that the drafter can propose.
+    """
+    most = drafter.block_length
+    if block_length is None:
+        return most
+    if not 0 <= block_length <= most or (most and not block_length):
+        raise ValueError(
+            f"block length {block_length} is not one this drafter can propose; "
+            f"expected {min(1, most)}..{most}"
+        )
+    return block_length
+
+
+def prefill_chunk(prompts: Sequence[Sequence[int]]) -> int:
+    """Prompt tokens per slot and prefill step: a power of two, 16 to 128."""
+    longest = max(len(prompt) for prompt in prompts)
+    return int(np.clip(2 ** np.ceil(np.log2(max(longest - 1, 1))), 16, 128))
+
+
+def _token_ids(target, index: int, prompt) -> list[int]:
+    if isinstance(prompt, str):
+        tokenizer = getattr(target, "tokenizer", None)
+        if tokenizer is None:
+            raise ValueError(
+                f"prompt {index} is text and the target has no tokenizer; "
+                "give token ids"
+            )
+        prompt = tokenizer.encode(prompt)
+    ids = [int(token) for token in prompt]
+    if not ids:
+        raise ValueError(f"prompt {index} is empty; give at least one token")
+    vocab = getattr(target, "model", target).config.vocab_size
+    wrong = [token for token in ids if not 0 <= token < vocab]
+    if wrong:
+        raise ValueError(
+            f"prompt {index} has token id {wrong[0]}, outside the vocabulary 0..{vocab - 1}"
+        )
+    return ids
+
+
+def _limits(model, prompts, max_new_tokens) -> list[int]:
+    budgets = np.asarray(max_new_tokens)
+    if budgets.shape not in ((), (len(prompts),)) or np.any(budgets < 1):
+        raise ValueError(
+            f"max_new_tokens must be positive, one number or {len(prompts)} numbers, "
+            f"got {max_new_tokens}"
+        )
+    most = model.config.max_position_embeddings
+    limits = []
+    for index, budget in enumerate(np.broadcast_to(budgets, (len(prompts),))):
+        length = len(prompts[index])
+        if length + int(budget) > most:
+            raise ValueError(
+                f"prompt {index} of {length} tokens and {int(budget)} new ones exceed "
+                f"the target's {most} positions"
+            )
+        limits.append(length + int(budget))
+    return limits
+
+
+def _seeds(seed, count: int) -> np.ndarray:
+    """One seed per prompt; a single one gives each prompt its own stream."""
+    if np.ndim(seed):
+        return np.asarray(seed)
+    if not 0 <= int(seed) < 2**32:
+        raise ValueError(f"seed must lie in [0, 2**32), got {seed}")
+    return (int(seed) + 0x9E3779B9 * np.arange(count, dtype=np.uint64)) % 2**32
+
+
+def _run(model, drafter, state: DecodeState, options, prompts, on_tokens):
+    if on_tokens is None:
+        return decode(model, drafter, state, jnp.int32(2**30), options=options)
+    seen = [len(prompt) for prompt in prompts]
+    while True:
+        rounds = jnp.int32(ROUNDS_PER_CALLBACK)
+        state = decode(model, drafter, state, rounds, options=options)
+        lengths, done = jax.device_get((state.lengths_B, state.done_B))
+        tokens_BS = np.asarray(state.tokens_BS)
+        for slot, (begin, end) in enumerate(zip(seen, lengths)):
+            if end > begin:
+                on_tokens(slot, tokens_BS[slot, begin:end].tolist())
+                seen[slot] = int(end)
+        if done.all():
+            return state
+
+
+def _completions(target, state: DecodeState, prompts, log_probs) -> list[Completion]:
+    host: Any = jax.device_get(
+        (state.tokens_BS, state.lengths_B, state.log_probs_BS, state.stop_ids_BX)
+    )
+    counters = jax.device_get(state.counters)
+    tokens_BS, lengths_B, log_probs_BS, stop_ids_BX = host
+    tokenizer = getattr(target, "tokenizer", None)
+    completions = []
+    for slot, prompt in enumerate(prompts):
+        span = slice(len(prompt), int(lengths_B[slot]))
+        tokens = tokens_BS[slot, span].tolist()
+        stopped = bool(tokens) and tokens[-1] in stop_ids_BX[slot]
+        shown = tokens[:-1] if stopped else tokens
+        completions.append(
+            Completion(
+                tokens=tokens,
+                text=tokenizer.decode(shown) if tokenizer else None,
+                finish_reason="stop" if stopped else "length",
+                log_probs=log_probs_BS[slot, span].tolist() if log_probs else None,
+                rounds=int(counters.rounds_B[slot]),
+                reached=counters.reached_BG[slot].tolist(),
+                accepted=counters.accepted_BG[slot].tolist(),
+            )
+        )
+    return completions

@@ -1,0 +1,135 @@
+"""The state of many requests being decoded together, a pytree on the device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxspark.decoding.sampling import Sampling
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Counters:
+    """What happened so far, per slot.
+
+    Attributes:
+      rounds_B: rounds the slot took part in.
+      reached_BG: rounds in which draft j was verified and all before it accepted.
+      accepted_BG: rounds in which draft j was accepted.
+    """
+
+    rounds_B: Int[Array, " B"]
+    reached_BG: Int[Array, "B G"]
+    accepted_BG: Int[Array, "B G"]
+
+    @classmethod
+    def zeros(cls, slots: int, block_length: int) -> "Counters":
+        """Nothing counted yet."""
+        shapes = ((slots,), (slots, block_length), (slots, block_length))
+        return cls(*(jnp.zeros(shape, jnp.int32) for shape in shapes))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeState:
+    """Everything `decode_round` reads and writes.
+
+    The last committed token of a slot is its anchor, at position lengths_B - 1: chosen,
+    not yet processed. Target cache rows below that position are valid; rows at or past
+    it are garbage.
+
+    Attributes:
+      tokens_BS: prompt and output of each slot; garbage past its length.
+      lengths_B: committed tokens.
+      limits_B: length at which a slot stops.
+      done_B: whether a slot is finished (or empty).
+      stop_ids_BX: tokens that end a slot, padded with -1.
+      sampling: per-slot sampling parameters.
+      target_cache: the target's position-indexed caches.
+      draft_cache: the drafter's.
+      confidence_BG: confidence logits of the last round.
+      log_probs_BS: log-probabilities of output tokens; [B, 0] unless asked for.
+      counters: statistics.
+    """
+
+    tokens_BS: Int[Array, "B S"]
+    lengths_B: Int[Array, " B"]
+    limits_B: Int[Array, " B"]
+    done_B: Bool[Array, " B"]
+    stop_ids_BX: Int[Array, "B X"]
+    sampling: Sampling
+    target_cache: Any
+    draft_cache: Any
+    confidence_BG: Float[Array, "B G"]
+    log_probs_BS: Float[Array, "B S"]
+    counters: Counters
+
+
+def init_state(
+    target,
+    drafter,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    sampling: Sampling,
+    *,
+    block_length: int,
+    stop_ids: Sequence[Sequence[int]] | None = None,
+    capacity: int | None = None,
+    log_probs: bool = False,
+) -> DecodeState:
+    """A state whose slots hold `prompts`, not yet processed (see `prefill`).
+
+    Args:
+      target: the model, for its cache.
+      drafter: for its cache.
+      prompts: token ids per slot, at least one each.
+      limits: total length (prompt and output) at which each slot stops.
+      sampling: parameters of `len(prompts)` slots.
+      block_length: most drafts per round.
+      stop_ids: per slot, tokens that end it.
+      capacity: S; at least the largest limit plus `block_length`, which is the default.
+      log_probs: whether to keep log-probabilities.
+
+    Raises:
+      ValueError: an empty prompt, or one that its limit or the capacity cannot hold.
+    """
+    slots, needed = len(prompts), max(limits) + block_length
+    capacity = needed if capacity is None else capacity
+    if capacity < needed:
+        raise ValueError(
+            f"a capacity of {capacity} positions cannot hold {max(limits)} tokens and "
+            f"a block of {block_length}; it must be at least {needed}"
+        )
+    tokens_BS = np.zeros((slots, capacity), np.int32)
+    for slot, (prompt, limit) in enumerate(zip(prompts, limits)):
+        if not len(prompt):
+            raise ValueError(f"prompt {slot} is empty; give at least one token")
+        if len(prompt) > limit:
+            raise ValueError(
+                f"prompt {slot} has {len(prompt)} tokens, more than its limit {limit}"
+            )
+        tokens_BS[slot, : len(prompt)] = prompt
+    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    limits_B = np.array(limits, np.int32)
+    stop_ids = stop_ids or [()] * slots
+    stop_ids_BX = np.full((slots, max(1, *map(len, stop_ids))), -1, np.int32)
+    for slot, ids in enumerate(stop_ids):
+        stop_ids_BX[slot, : len(ids)] = ids
+    return DecodeState(
+        tokens_BS=jnp.asarray(tokens_BS),
+        lengths_B=jnp.asarray(lengths_B),
+        limits_B=jnp.asarray(limits_B),
+        done_B=jnp.asarray(lengths_B >= limits_B),
+        stop_ids_BX=jnp.asarray(stop_ids_BX),
+        sampling=sampling,
+        target_cache=target.init_cache(slots, capacity),
+        draft_cache=drafter.init_cache(slots, capacity),
+        confidence_BG=jnp.zeros((slots, block_length), jnp.float32),
+        log_probs_BS=jnp.zeros((slots, capacity if log_probs else 0), jnp.float32),
+        counters=Counters.zeros(slots, block_length),
+    )

@@ -1,0 +1,16 @@
+"""What proposes: each drafter is one file that keeps the contract of `base.Drafter`."""
+
+from jaxspark.drafters.base import Draw, Drafter, Proposal
+from jaxspark.drafters.dspark import DSparkConfig, DSparkDrafter
+from jaxspark.drafters.ngram import NgramDrafter
+from jaxspark.drafters.plain import PlainDrafter
+
+__all__ = [
+    "DSparkConfig",
+    "DSparkDrafter",
+    "Draw",
+    "Drafter",
+    "NgramDrafter",
+    "PlainDrafter",
+    "Proposal",
+]

@@ -1,0 +1,90 @@
+"""The contract between a drafter and the decode loop.
+
+A drafter proposes up to G tokens after each slot's *anchor*, the newest token, chosen
+but not yet processed by the target. It keeps context rows by absolute position like the
+target's caches, and it sees every committed position through `observe`: at prefill, and
+for each row the target verifies. Rows of rejected drafts are garbage past the length.
+
+A drafter never decides what is emitted, so a bad one costs speed and nothing else.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from jaxspark.models import FlatTokens
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Proposal:
+    """Draft tokens and what verification needs to know about them.
+
+    Attributes:
+      tokens_BG: draft tokens; row j stands at position anchor + 1 + j.
+      lengths_B: how many of them are meant, 0..G.
+      confidence_BG: logits of P(token j accepted | all before it accepted).
+      log_q_BGW: log-distribution each token was drawn from, over the draft vocabulary;
+        None for a drafter whose proposal is not random (a point mass on its token).
+      ids_W: target ids of the draft vocabulary; None when it is the target's own.
+    """
+
+    tokens_BG: Int[Array, "B G"]
+    lengths_B: Int[Array, " B"]
+    confidence_BG: Float[Array, "B G"]
+    log_q_BGW: Float[Array, "B G W"] | None = None
+    ids_W: Int[Array, " W"] | None = None
+
+
+class Draw(Protocol):
+    """How the decode loop lets a drafter sample; the coupling is hidden inside."""
+
+    def __call__(
+        self, logits_BW: Float[Array, "B W"], j: int, ids_W: Int[Array, " W"] | None
+    ) -> tuple[Int[Array, " B"], Float[Array, "B W"]]:
+        """Samples draft j of every slot; returns target ids and the log-distribution."""
+
+
+class Drafter(Protocol):
+    """What proposes. All methods are pure; parameters are the drafter's pytree leaves.
+
+    Attributes:
+      block_length: most tokens it can propose at once.
+      taps: target layers whose outputs `observe` needs (-1: the embedding).
+    """
+
+    block_length: int
+    taps: Sequence[int]
+
+    def init_cache(self, slots: int, length: int) -> Any:
+        """An empty context for `slots` sequences of up to `length` positions."""
+
+    def observe(
+        self, cache: Any, taps_mDT: Float[Array, "m D T"], tokens: FlatTokens
+    ) -> Any:
+        """Writes the context rows of tokens that the target has just processed."""
+
+    def propose(
+        self,
+        target: Any,
+        cache: Any,
+        tokens_BS: Int[Array, "B S"],
+        lengths_B: Int[Array, " B"],
+        draw: Draw,
+        block_length: int,
+    ) -> tuple[Proposal, Any]:
+        """Drafts `block_length` tokens after the anchor `tokens_BS[b, lengths_B[b]-1]`."""
+
+
+def anchors(
+    tokens_BS: Int[Array, "B S"], lengths_B: Int[Array, " B"]
+) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+    """The anchor token of every slot and its position."""
+    positions_B = lengths_B - 1
+    ids_B = jax.vmap(lambda tokens_S, position: tokens_S[position])(
+        tokens_BS, positions_B
+    )
+    return ids_B, positions_B

@@ -1,0 +1,253 @@
+"""DSpark: a block-parallel backbone with a sequential head (arXiv 2607.05147).
+
+    c_s = norm(W_fc [h_s^(t1); ...; h_s^(tm)])      one context row per target position
+    block = backbone([x_a, mask, ..., mask])        G rows, seeing c_0..c_{a-1} and itself
+    q_j = softmax(head(block_j) + b(x_j))           left to right; x_{j+1} ~ q_j
+
+`observe` turns taps into context rows once and caches their keys and values per draft
+layer. `propose` writes the block's own rows at positions a, a+1, ... of the same cache,
+which are garbage until `observe` overwrites them, so a block row sees exactly the cached
+positions below a + G: context and block in one attention call.
+
+DFlash is the same backbone without sequential and confidence heads. Embedding and LM
+head are the target's. A pruned draft vocabulary brings its own rows of the head.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxspark.drafters.base import Draw, Proposal, anchors
+from jaxspark.drafters.heads import HEAD_TYPES, ConfidenceHead, MarkovHead
+from jaxspark.models import DenseConfig, FlatTokens, LayerCache
+from jaxspark.models.dense import DecoderLayer
+from jaxspark.models.layers.linear import Linear, row_product
+from jaxspark.models.layers.norm import RMSNorm
+from jaxspark.models.layers.rope import Rotation
+
+
+@dataclass(frozen=True, kw_only=True)
+class DSparkConfig:
+    """A DSpark or DFlash drafter, under DeepSpec's names.
+
+    Attributes:
+      backbone: architecture of the draft layers; `num_hidden_layers` is the depth.
+      block_size: G, most tokens drafted at once.
+      target_layer_ids: taps, ascending 0-based target layers (-1: the embedding).
+      mask_token_id: token that fills the block after the anchor.
+      num_target_layers: depth of the target it was made for.
+      markov_rank: R of the sequential head, 0 for none (DFlash).
+      markov_head_type: "vanilla", "gated" or "rnn".
+      enable_confidence_head: whether it predicts acceptance.
+      confidence_head_with_markov: whether that prediction sees W1[x_j].
+      draft_vocab_size: size of a pruned draft vocabulary; None for the target's.
+      sample_from_anchor: row j predicts position a+1+j (DSpark). False: a mask row
+        predicts its own position, one more row per block (DFlash as first published).
+    """
+
+    backbone: DenseConfig
+    block_size: int
+    target_layer_ids: tuple[int, ...]
+    mask_token_id: int
+    num_target_layers: int
+    markov_rank: int = 0
+    markov_head_type: str = "vanilla"
+    enable_confidence_head: bool = False
+    confidence_head_with_markov: bool = False
+    draft_vocab_size: int | None = None
+    sample_from_anchor: bool = True
+
+    def __post_init__(self):
+        taps = self.target_layer_ids
+        if self.block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {self.block_size}")
+        if not taps or any(a >= b for a, b in zip(taps, taps[1:])):
+            raise ValueError(f"target_layer_ids must be ascending, got {taps}")
+        if taps[0] < -1 or taps[-1] >= self.num_target_layers:
+            raise ValueError(
+                f"target_layer_ids {taps} must lie in -1..{self.num_target_layers - 1}, "
+                f"the layers of a target of depth {self.num_target_layers}"
+            )
+        if self.markov_head_type not in HEAD_TYPES:
+            raise ValueError(
+                f"unknown markov_head_type {self.markov_head_type!r}; "
+                f"expected one of {HEAD_TYPES}"
+            )
+        if self.confidence_head_with_markov and not self.markov_rank:
+            raise ValueError("confidence_head_with_markov needs markov_rank > 0")
+        if not 0 <= self.mask_token_id < self.backbone.vocab_size:
+            raise ValueError(
+                f"mask_token_id {self.mask_token_id} lies outside the vocabulary of "
+                f"{self.backbone.vocab_size}"
+            )
+
+
+class Buffer(nnx.Variable):
+    """An array that belongs to a model but is not trained."""
+
+
+class DSparkDrafter(nnx.Module):
+    """Parameters of a DSpark or DFlash drafter; paths are DeepSpec's tensor names."""
+
+    def __init__(self, config: DSparkConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        c = config.backbone
+        D, eps = c.hidden_size, c.rms_norm_eps
+        options = {"dtype": dtype, "rngs": rngs}
+        self.fc = Linear(len(config.target_layer_ids) * D, D, **options)
+        self.hidden_norm = RMSNorm(D, eps=eps, dtype=dtype)
+        self.layers = nnx.List(
+            DecoderLayer(c, **options) for _ in range(c.num_hidden_layers)
+        )
+        self.norm = RMSNorm(D, eps=eps, dtype=dtype)
+        pruned = config.draft_vocab_size
+        self.markov_head = (
+            MarkovHead(
+                config.markov_head_type,
+                vocab=c.vocab_size,
+                draft_vocab=pruned or c.vocab_size,
+                width=D,
+                rank=config.markov_rank,
+                **options,
+            )
+            if config.markov_rank
+            else None
+        )
+        with_markov = config.markov_rank * config.confidence_head_with_markov
+        self.confidence_head = (
+            ConfidenceHead(D + with_markov, **options)
+            if config.enable_confidence_head
+            else None
+        )
+        self.lm_head = Linear(D, pruned, **options) if pruned else None
+        self.draft_ids = Buffer(jnp.arange(pruned)) if pruned else None
+
+    @property
+    def block_length(self) -> int:
+        """Most tokens it can propose at once."""
+        return self.config.block_size
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Target layers that `observe` needs."""
+        return self.config.target_layer_ids
+
+    @property
+    def dtype(self):
+        """Type of parameters, activations and caches."""
+        return self.fc.weight.dtype
+
+    def init_cache(
+        self, slots: int, length: int, *, lanes: int | None = None
+    ) -> tuple[LayerCache, ...]:
+        """Empty context rows, one cache per draft layer."""
+        c = self.config.backbone
+        size = (slots, c.num_key_value_heads, length, c.head_dim, self.dtype)
+        return tuple(LayerCache.zeros(*size, lanes=lanes) for _ in self.layers)
+
+    def _rotation(self, tokens: FlatTokens) -> Rotation:
+        c = self.config.backbone
+        return Rotation.at(c.rope, c.head_dim, tokens.positions_T)
+
+    def observe(
+        self,
+        cache: tuple[LayerCache, ...],
+        taps_mDT: Float[Array, "m D T"],
+        tokens: FlatTokens,
+    ) -> tuple[LayerCache, ...]:
+        """Writes keys and values of the context features c_s of processed tokens."""
+        view, rotation = tokens.view(), self._rotation(tokens)
+        features_XT = taps_mDT.reshape(-1, taps_mDT.shape[-1]).astype(self.dtype)
+        context_DT = self.hidden_norm(self.fc(features_XT))
+        return tuple(
+            layer.self_attn.remember(context_DT, layer_cache, tokens, view, rotation)
+            for layer, layer_cache in zip(self.layers, cache)
+        )
+
+    def backbone(
+        self,
+        target,
+        cache: tuple[LayerCache, ...],
+        anchors_B: Int[Array, " B"],
+        positions_B: Int[Array, " B"],
+        block_length: int,
+    ) -> tuple[Float[Array, "D B G"], tuple[LayerCache, ...]]:
+        """Normed hidden states of a block's predicting rows, and the written cache."""
+        B = anchors_B.shape[0]
+        rows = block_length + (not self.config.sample_from_anchor)
+        masks_BQ = jnp.full((B, rows - 1), self.config.mask_token_id, jnp.int32)
+        tokens = FlatTokens.from_rows(
+            jnp.concatenate([anchors_B[:, None], masks_BQ], axis=1),
+            positions_B,
+            jnp.full((B,), rows),
+            limits_B=positions_B + rows,
+        )
+        view, rotation = tokens.view(), self._rotation(tokens)
+        x_DT = target.embed(tokens.ids_T).astype(self.dtype)
+        written = []
+        for layer, layer_cache in zip(self.layers, cache):
+            x_DT, layer_cache = layer(x_DT, layer_cache, tokens, view, rotation)
+            written.append(layer_cache)
+        hidden_DBQ = self.norm(x_DT).reshape(-1, B, rows)
+        return hidden_DBQ[..., rows - block_length :], tuple(written)
+
+    def logits(self, target, hidden_DBG) -> Float[Array, "B G W"]:
+        """Base logits u_j of all rows over the draft vocabulary."""
+        D, B, G = hidden_DBG.shape
+        head_WD = self.lm_head.weight[...] if self.lm_head else target.head_VD
+        hidden_DT = hidden_DBG.reshape(D, B * G)
+        return row_product(head_WD, hidden_DT).reshape(B, G, -1)
+
+    def propose(
+        self,
+        target,
+        cache: tuple[LayerCache, ...],
+        tokens_BS: Int[Array, "B S"],
+        lengths_B: Int[Array, " B"],
+        draw: Draw,
+        block_length: int,
+    ) -> tuple[Proposal, tuple[LayerCache, ...]]:
+        """Drafts a block: backbone once, then the heads row by row."""
+        previous_B, positions_B = anchors(tokens_BS, lengths_B)
+        hidden_DBG, cache = self.backbone(
+            target, cache, previous_B, positions_B, block_length
+        )
+        base_BGW = self.logits(target, hidden_DBG)
+        ids_W = self.draft_ids[...] if self.draft_ids is not None else None
+        state_RB = self.markov_head.start(len(lengths_B)) if self.markov_head else None
+        tokens, log_q, confidence = [], [], []
+        for j in range(block_length):
+            state_RB, logits_BW, confidence_B = self.step(
+                state_RB, previous_B, hidden_DBG[:, :, j], base_BGW[:, j]
+            )
+            previous_B, log_q_BW = draw(logits_BW, j, ids_W)
+            tokens.append(previous_B)
+            log_q.append(log_q_BW)
+            confidence.append(confidence_B)
+        return Proposal(
+            tokens_BG=jnp.stack(tokens, axis=1),
+            lengths_B=jnp.full_like(lengths_B, block_length),
+            confidence_BG=jnp.stack(confidence, axis=1),
+            log_q_BGW=jnp.stack(log_q, axis=1),
+            ids_W=ids_W,
+        ), cache
+
+    def step(self, state_RB, previous_B, hidden_DB, base_BW):
+        """Row j: next head state, corrected logits [B, W], confidence logit [B].
+
+        Without a confidence head the logit is 0 (probability one half).
+        """
+        features_IB, logits_BW = hidden_DB, base_BW
+        if self.markov_head is not None:
+            embedded_RB = self.markov_head.embed(previous_B)
+            state_RB, bias_BW = self.markov_head.step(state_RB, embedded_RB, hidden_DB)
+            logits_BW = base_BW + bias_BW
+            if self.config.confidence_head_with_markov:
+                features_IB = jnp.concatenate([hidden_DB, embedded_RB])
+        if self.confidence_head is None:
+            confidence_B = jnp.zeros(previous_B.shape, jnp.float32)
+        else:
+            confidence_B = self.confidence_head(features_IB)
+        return state_RB, logits_BW, confidence_B

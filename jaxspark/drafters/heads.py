@@ -1,0 +1,81 @@
+"""Sequential and confidence heads of DSpark (arXiv 2607.05147, section 3.1).
+
+The backbone predicts all rows of a block at once; a sequential head then corrects row j
+by the token drafted before it, y = x_j, with a low-rank bias b over the vocabulary:
+
+    vanilla   b = W2 W1[y]
+    gated     g = sigmoid(Wg [h_j; W1[y]] + bg),       b = W2 (g * W1[y])
+    rnn       (g, c, o) = split(Wz [s; W1[y]; h_j] + bz),
+              s <- sigmoid(g) * s + (1 - sigmoid(g)) * tanh(c),   b = W2 tanh(o)
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxspark.models.layers.linear import Embedding, Linear, row_product
+
+HEAD_TYPES = ("vanilla", "gated", "rnn")
+
+
+class MarkovHead(nnx.Module):
+    """A sequential head of rank R; parameters under DeepSpec's names."""
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        vocab: int,
+        draft_vocab: int,
+        width: int,
+        rank: int,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.kind, self.rank = kind, rank
+        self.markov_w1 = Embedding(vocab, rank, dtype=dtype, rngs=rngs)
+        self.markov_w2 = Linear(rank, draft_vocab, dtype=dtype, rngs=rngs)
+        options = {"bias": True, "dtype": dtype, "rngs": rngs}
+        if kind == "gated":
+            self.gate_proj = Linear(width + rank, rank, **options)
+        if kind == "rnn":
+            self.joint_proj = Linear(2 * rank + width, 3 * rank, **options)
+
+    def start(self, slots: int) -> Float[Array, "R B"]:
+        """The recurrent state before a block's first row."""
+        return jnp.zeros((self.rank, slots), self.markov_w1.weight.dtype)
+
+    def embed(self, previous_B: Int[Array, " B"]) -> Float[Array, "R B"]:
+        """W1[y] of the previous tokens (target ids)."""
+        return self.markov_w1(previous_B)
+
+    def step(
+        self,
+        state_RB: Float[Array, "R B"],
+        embedded_RB: Float[Array, "R B"],
+        hidden_DB: Float[Array, "D B"],
+    ) -> tuple[Float[Array, "R B"], Float[Array, "B W"]]:
+        """One row: the next state and the bias on its logits."""
+        if self.kind == "vanilla":
+            latent_RB = embedded_RB
+        elif self.kind == "gated":
+            inputs = jnp.concatenate([hidden_DB, embedded_RB])
+            latent_RB = jax.nn.sigmoid(self.gate_proj(inputs)) * embedded_RB
+        else:
+            inputs = jnp.concatenate([state_RB, embedded_RB, hidden_DB])
+            gate, candidate, output = jnp.split(self.joint_proj(inputs), 3)
+            keep = jax.nn.sigmoid(gate)
+            state_RB = keep * state_RB + (1 - keep) * jnp.tanh(candidate)
+            latent_RB = jnp.tanh(output)
+        return state_RB, row_product(self.markov_w2.weight[...], latent_RB)
+
+
+class ConfidenceHead(nnx.Module):
+    """Logit of P(x_{j+1} accepted | earlier accepted) from [h_j; W1[x_j]] or h_j."""
+
+    def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
+        self.proj = Linear(width, 1, bias=True, dtype=dtype, rngs=rngs)
+
+    def __call__(self, features_IB: Float[Array, "I B"]) -> Float[Array, " B"]:
+        return self.proj(features_IB)[0].astype(jnp.float32)

@@ -1,0 +1,82 @@
+"""Prompt lookup: continue the newest earlier occurrence of the last few tokens.
+
+No training and no model (Saxena 2023, "prompt lookup decoding"), on the device: every
+position of the slot's own text is compared with its last n tokens at once. Of the
+positions where the longest suffix matches, the newest is followed. Where the copied
+text runs into the anchor it continues with what was just copied, so a loop of any
+period is drafted in full.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxspark.drafters.base import Proposal
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True, kw_only=True)
+class NgramDrafter:
+    """Copies what followed the longest matching suffix of `longest`..`shortest` tokens.
+
+    Attributes:
+      block_length: most tokens proposed at once.
+      longest: longest suffix compared.
+      shortest: shortest suffix that counts as a match.
+      confidence: logit given to every proposed token.
+    """
+
+    block_length: int = 8
+    longest: int = 4
+    shortest: int = 2
+    confidence: float = 0.0
+    taps = ()
+
+    def __post_init__(self):
+        if not 1 <= self.shortest <= self.longest:
+            raise ValueError(
+                "n-gram lengths must satisfy 1 <= shortest <= longest, got "
+                f"shortest={self.shortest}, longest={self.longest}"
+            )
+
+    def init_cache(self, slots, length):
+        """The slot's tokens are all the context it needs."""
+        return ()
+
+    def observe(self, cache, taps_mDT, tokens):
+        """The slot's tokens are all the context it needs."""
+        return cache
+
+    def propose(self, target, cache, tokens_BS, lengths_B, draw, block_length):
+        """The continuation of the best match; proposes nothing where none is found."""
+        match_length_BS = self._matches(tokens_BS, lengths_B)
+        S = tokens_BS.shape[1]
+        # Longest match first, then the newest: one integer orders both.
+        score_BS = match_length_BS * S + jnp.arange(S)
+        best_B = jnp.argmax(score_BS, axis=1)
+        found_B = jnp.max(match_length_BS, axis=1) >= self.shortest
+        period_B = jnp.maximum(lengths_B - 1 - best_B, 1)
+        offset_BG = jnp.arange(block_length) % period_B[:, None]
+        place_BG = jnp.minimum(best_B[:, None] + 1 + offset_BG, S - 1)
+        tokens_BG = jnp.take_along_axis(tokens_BS, place_BG, axis=1)
+        return Proposal(
+            tokens_BG=tokens_BG,
+            lengths_B=jnp.where(found_B, block_length, 0),
+            confidence_BG=jnp.full(tokens_BG.shape, self.confidence, jnp.float32),
+        ), cache
+
+    def _matches(self, tokens_BS, lengths_B):
+        """How many tokens ending at s equal the slot's last ones, 0..longest, [B, S]."""
+        S = tokens_BS.shape[1]
+        position_S = jnp.arange(S)
+        # A match ends before the anchor, or there is nothing to copy.
+        running_BS = position_S < lengths_B[:, None] - 1
+        length_BS = jnp.zeros(tokens_BS.shape, jnp.int32)
+        for n in range(self.longest):
+            place_B = jnp.maximum(lengths_B - 1 - n, 0)
+            last_B = jnp.take_along_axis(tokens_BS, place_B[:, None], axis=1)
+            shifted_BS = jnp.roll(tokens_BS, n, axis=1)
+            running_BS &= (shifted_BS == last_B) & (position_S >= n)
+            length_BS += running_BS
+        return length_BS

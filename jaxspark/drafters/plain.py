@@ -1,0 +1,34 @@
+"""No drafts: the same decode loop then is plain one-token-at-a-time decoding."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxspark.drafters.base import Proposal
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class PlainDrafter:
+    """Proposes nothing."""
+
+    block_length = 0
+    taps = ()
+
+    def init_cache(self, slots, length):
+        """Nothing to remember."""
+        return ()
+
+    def observe(self, cache, taps_mDT, tokens):
+        """Nothing to remember."""
+        return cache
+
+    def propose(self, target, cache, tokens_BS, lengths_B, draw, block_length):
+        """An empty block."""
+        slots = lengths_B.shape[0]
+        return Proposal(
+            tokens_BG=jnp.zeros((slots, 0), jnp.int32),
+            lengths_B=jnp.zeros((slots,), jnp.int32),
+            confidence_BG=jnp.zeros((slots, 0), jnp.float32),
+        ), cache

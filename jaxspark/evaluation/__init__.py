@@ -1,0 +1,1 @@
+"""How we know: exactness audits and, later, accepted length and plots."""

@@ -1,0 +1,8 @@
+"""Target language models on flat tokens with position-indexed caches."""
+
+from jaxspark.models.batch import FlatTokens
+from jaxspark.models.cache import LayerCache
+from jaxspark.models.dense import DenseConfig, DenseDecoder
+from jaxspark.models.layers.rope import RopeConfig
+
+__all__ = ["DenseConfig", "DenseDecoder", "FlatTokens", "LayerCache", "RopeConfig"]

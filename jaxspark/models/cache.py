@@ -1,0 +1,84 @@
+"""Position-indexed key/value caches.
+
+Row s of a slot belongs to absolute position s and to nothing else. Rows at or past a
+slot's length are garbage that no query sees, so rolling back a rejected draft is *not
+advancing the length*: no copy, no undo.
+
+Each layer has its own pair of arrays [B, K, S, H]: the products of attention read them
+as they lie (batch axes leading), and writing is a scatter of rows into a donated buffer.
+A TPU tiles the last axis in 128 lanes. For narrower heads XLA would rather lay positions
+along the lanes and copies whole caches between the two layouts; storing such heads
+zero-padded to 128 costs the same memory and no copy, hence `lanes`.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxspark.models.batch import FlatTokens, SlotView
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one attention layer, [B, K, S, H] each; H may be padded."""
+
+    k_BKSH: Float[Array, "B K S H"]
+    v_BKSH: Float[Array, "B K S H"]
+
+    @classmethod
+    def zeros(
+        cls,
+        slots: int,
+        heads: int,
+        length: int,
+        head_dim: int,
+        dtype,
+        *,
+        lanes: int | None = None,
+    ) -> "LayerCache":
+        """An empty cache for `slots` sequences of up to `length` positions.
+
+        `head_dim` is rounded up to a multiple of `lanes`: by default 128 on TPU, else 1.
+        """
+        if lanes is None:
+            lanes = 128 if jax.default_backend() == "tpu" else 1
+        shape = (slots, heads, length, -(-head_dim // lanes) * lanes)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def write(
+        self,
+        k_KHT: Float[Array, "K H T"],
+        v_KHT: Float[Array, "K H T"],
+        tokens: FlatTokens,
+        view: SlotView,
+    ) -> "LayerCache":
+        """Stores each token's row at its slot and position; padding is skipped."""
+
+        B, K, S, H = self.k_BKSH.shape
+        # Rows are addressed in the flat [B*K*S, H] table: a scatter over one leading
+        # axis is done in place on every platform (over axes 0 and 2 TPUs copy).
+        heads_TK = view.slot_T[:, None] * K + jnp.arange(K)
+        row_TK = heads_TK * S + tokens.positions_T[:, None]
+        row_TK = jnp.where(tokens.positions_T[:, None] < S, row_TK, B * K * S)
+
+        def rows(cache_BKSH, new_KHT):
+            new_TKH = jnp.moveaxis(new_KHT, -1, 0).astype(cache_BKSH.dtype)
+            new_TKH = pad_heads(new_TKH, H)
+            table = cache_BKSH.reshape(-1, H).at[row_TK].set(new_TKH, mode="drop")
+            # Without the barrier XLA may fuse the write into each of its readers, and
+            # so copies the cache (seen on CPU with a single token).
+            return jax.lax.optimization_barrier(table.reshape(B, K, S, H))
+
+        return LayerCache(rows(self.k_BKSH, k_KHT), rows(self.v_BKSH, v_KHT))
+
+
+
+def pad_heads(x_H: Float[Array, "... h"], width: int) -> Float[Array, "... H"]:
+    """Zero-pads head vectors to a cache's width; products over them do not change."""
+    missing = width - x_H.shape[-1]
+    if not missing:
+        return x_H
+    return jnp.pad(x_H, [(0, 0)] * (x_H.ndim - 1) + [(0, missing)])

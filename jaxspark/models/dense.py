@@ -1,0 +1,171 @@
+"""Dense decoders: Llama and Qwen3, one family.
+
+    x = embed(ids)
+    x = x + attention(norm(x));  x = x + mlp(norm(x))      for every layer
+    logits = head(norm(x))
+
+Parameter paths are the names of Hugging Face checkpoints without the prefix "model."
+(`layers.0.self_attn.q_proj.weight`), shapes too, so loading is a walk over the tree.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxspark.models.batch import FlatTokens, SlotView
+from jaxspark.models.cache import LayerCache
+from jaxspark.models.layers.attention import Attention
+from jaxspark.models.layers.linear import Embedding, Linear, row_product
+from jaxspark.models.layers.mlp import GatedMLP
+from jaxspark.models.layers.norm import RMSNorm
+from jaxspark.models.layers.rope import RopeConfig, Rotation
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig:
+    """Architecture of a dense decoder, under Hugging Face's names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    qk_norm: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"{self.num_attention_heads} query heads cannot share "
+                f"{self.num_key_value_heads} key/value heads evenly"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rope, got {self.head_dim}")
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and MLP with residuals; also the layer of draft backbones."""
+
+    def __init__(self, config: DenseConfig, *, dtype, rngs: nnx.Rngs):
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(D, eps=eps, dtype=dtype)
+        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(D, eps=eps, dtype=dtype)
+        self.mlp = GatedMLP(
+            D, config.intermediate_size, bias=config.mlp_bias, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(
+        self,
+        x_DT: Float[Array, "D T"],
+        cache: LayerCache,
+        tokens: FlatTokens,
+        view: SlotView,
+        rotation: Rotation,
+    ) -> tuple[Float[Array, "D T"], LayerCache]:
+        """One layer on flat tokens; returns its output and the written cache."""
+        with jax.named_scope("attention"):
+            h_DT = self.input_layernorm(x_DT)
+            h_DT, cache = self.self_attn(h_DT, cache, tokens, view, rotation)
+            x_DT = x_DT + h_DT
+        with jax.named_scope("mlp"):
+            x_DT = x_DT + self.mlp(self.post_attention_layernorm(x_DT))
+        return x_DT, cache
+
+
+class DenseDecoder(nnx.Module):
+    """A Llama or Qwen3 language model; holds parameters and its configuration only."""
+
+    def __init__(self, config: DenseConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = Embedding(
+            config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs
+        )
+        self.layers = nnx.List(
+            DecoderLayer(config, dtype=dtype, rngs=rngs)
+            for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        tied = config.tie_word_embeddings
+        self.lm_head = (
+            None
+            if tied
+            else Linear(config.hidden_size, config.vocab_size, dtype=dtype, rngs=rngs)
+        )
+
+    @property
+    def dtype(self):
+        """Type of parameters, activations and caches."""
+        return self.embed_tokens.weight.dtype
+
+    @property
+    def head_VD(self) -> Float[Array, "V D"]:
+        """The LM head's matrix: the embedding table where they are tied."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return head.weight[...]
+
+    def init_cache(
+        self, slots: int, length: int, *, lanes: int | None = None
+    ) -> tuple[LayerCache, ...]:
+        """Empty caches for `slots` sequences of up to `length` positions."""
+        c = self.config
+        size = (slots, c.num_key_value_heads, length, c.head_dim, self.dtype)
+        return tuple(LayerCache.zeros(*size, lanes=lanes) for _ in self.layers)
+
+    def embed(self, ids_T: Int[Array, " T"]) -> Float[Array, "D T"]:
+        """Embedding columns of token ids."""
+        return self.embed_tokens(ids_T)
+
+    def logits(self, x_DT: Float[Array, "D T"]) -> Float[Array, "T V"]:
+        """float32 logits of final hidden states, the last norm included."""
+        with jax.named_scope("head"):
+            return row_product(self.head_VD, self.norm(x_DT))
+
+    def __call__(
+        self,
+        tokens: FlatTokens,
+        cache: Sequence[LayerCache],
+        *,
+        taps: Sequence[int] = (),
+    ) -> tuple[Float[Array, "D T"], Float[Array, "m D T"], tuple[LayerCache, ...]]:
+        """Processes T flat tokens of any mix of slots.
+
+        Args:
+          tokens: what to process; each token sees its slot's positions below its limit.
+          cache: one `LayerCache` per layer, holding all earlier positions.
+          taps: layers whose outputs to return, 0-based; -1 is the embedding.
+
+        Returns:
+          Final hidden states before the last norm (see `logits`), the taps in the
+          order asked for [m, D, T], and the cache with the tokens' rows written.
+        """
+        view = tokens.view()
+        rotation = Rotation.at(
+            self.config.rope, self.config.head_dim, tokens.positions_T
+        )
+        with jax.named_scope("embed"):
+            x_DT = self.embed(tokens.ids_T)
+        outputs = {-1: x_DT}
+        written = []
+        for index, (layer, layer_cache) in enumerate(zip(self.layers, cache)):
+            with jax.named_scope(f"layer_{index}"):
+                x_DT, layer_cache = layer(x_DT, layer_cache, tokens, view, rotation)
+            outputs[index] = x_DT
+            written.append(layer_cache)
+        taps_mDT = (
+            jnp.stack([outputs[tap] for tap in taps])
+            if taps
+            else jnp.zeros((0, *x_DT.shape), x_DT.dtype)
+        )
+        return x_DT, taps_mDT, tuple(written)

@@ -1,0 +1,1 @@
+"""What models are built from; one idea per file."""

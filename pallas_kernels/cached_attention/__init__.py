@@ -1,0 +1,1 @@
+"""See `api.cached_attention`; `ref` states the maths."""

@@ -1,0 +1,72 @@
+"""Feeds sequences through a target model, as tests of models need it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxspark.models import FlatTokens
+
+
+@partial(jax.jit, static_argnames=("graphdef", "taps", "capacity"), donate_argnums=2)
+def forward(graphdef, params, cache, ids_BQ, starts_B, counts_B, taps=(), capacity=None):
+    """One pass of rows [B, Q]; returns logits [B, Q, V], taps [m, B, Q, D], cache."""
+    model = nnx.merge(graphdef, params)
+    tokens = FlatTokens.from_rows(ids_BQ, starts_B, counts_B, capacity=capacity)
+    x_DT, taps_mDT, cache = model(tokens, cache, taps=taps)
+    view = tokens.view()
+    logits_BQV = view.spread(model.logits(x_DT), 0.0)
+    taps_TmD = jnp.moveaxis(taps_mDT, -1, 0)
+    return logits_BQV, jnp.moveaxis(view.spread(taps_TmD, 0.0), 2, 0), cache
+
+
+class Session:
+    """A model, its cache and how far each slot has come."""
+
+    def __init__(self, model, slots, length, *, taps=(), lanes=None):
+        self.graphdef, self.params = nnx.split(model)
+        self.cache = model.init_cache(slots, length, lanes=lanes)
+        self.lengths_B = np.zeros(slots, np.int32)
+        self.taps = tuple(taps)
+
+    def rewind(self, lengths_B):
+        """Forgets positions from `lengths_B` on, by nothing but a smaller length."""
+        self.lengths_B = np.minimum(self.lengths_B, np.asarray(lengths_B, np.int32))
+
+    def feed(self, rows, *, chunk=None, capacity=None):
+        """Appends one list of token ids to every slot, `chunk` tokens a pass.
+
+        Returns:
+          logits [t, V] and taps [m, t, D] of every slot's new tokens.
+        """
+        rows = [np.asarray(row, np.int32) for row in rows]
+        longest = max(map(len, rows))
+        chunk = longest if chunk is None else chunk
+        logits, taps = [[] for _ in rows], [[] for _ in rows]
+        for start in range(0, longest, chunk):
+            parts = [row[start : start + chunk] for row in rows]
+            counts_B = np.array([len(part) for part in parts], np.int32)
+            ids_BQ = np.zeros((len(rows), chunk), np.int32)
+            for slot, part in enumerate(parts):
+                ids_BQ[slot, : len(part)] = part
+            logits_BQV, taps_mBQD, self.cache = forward(
+                self.graphdef,
+                self.params,
+                self.cache,
+                ids_BQ,
+                self.lengths_B,
+                counts_B,
+                taps=self.taps,
+                capacity=capacity,
+            )
+            self.lengths_B = self.lengths_B + counts_B
+            logits_BQV, taps_mBQD = np.asarray(logits_BQV), np.asarray(taps_mBQD)
+            for slot, count in enumerate(counts_B):
+                logits[slot].append(logits_BQV[slot, :count])
+                taps[slot].append(taps_mBQD[:, slot, :count])
+        return (
+            [np.concatenate(part) for part in logits],
+            [np.concatenate(part, axis=1) for part in taps],
+        )
