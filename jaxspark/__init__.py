@@ -1,0 +1,31 @@
+"""jaxspark: lossless speculative decoding for JAX.
+
+DSpark (arXiv 2607.05147) as pure functions: draft a block, verify a prefix of it with
+the target, emit exactly what the target alone would have emitted.
+
+    from jaxspark import generate, load_drafter, load_target
+
+    target = load_target("smollm2-135m-instruct")
+    drafter = load_drafter("ngram", target)
+    prompt = target.tokenizer.chat([{"role": "user", "content": "Why is the sky blue?"}])
+    [completion] = generate(target, [prompt], drafter)
+
+Below it, `jaxspark.decoding` has `decode_round(target, drafter, state, options)` for use
+inside a caller's own `jit`.
+
+Axis letters, as suffixes of local arrays (`q_TNH`) and in einsum strings:
+
+    B slots             T flat tokens       Q rows of a slot in one pass
+    S cached positions  C compressed entries  W window, or draft vocabulary
+    D model width       N query heads       K key/value heads     H head width
+    M query rows of one key/value head, or residual streams (V4)
+    F MLP width         E experts           X experts per token, or stop ids
+    V vocabulary        G draft block       L layers              R low rank
+    P pages             m taps
+"""
+
+from jaxspark.checkpoints import load_drafter, load_target
+from jaxspark.decoding import Completion, generate
+
+__all__ = ["Completion", "generate", "load_drafter", "load_target"]
+__version__ = "0.1.0"

@@ -11,7 +11,9 @@ from jaxspark.models import FlatTokens
 
 
 @partial(jax.jit, static_argnames=("graphdef", "taps", "capacity"), donate_argnums=2)
-def forward(graphdef, params, cache, ids_BQ, starts_B, counts_B, taps=(), capacity=None):
+def forward(
+    graphdef, params, cache, ids_BQ, starts_B, counts_B, taps=(), capacity=None
+):
     """One pass of rows [B, Q]; returns logits [B, Q, V], taps [m, B, Q, D], cache."""
     model = nnx.merge(graphdef, params)
     tokens = FlatTokens.from_rows(ids_BQ, starts_B, counts_B, capacity=capacity)

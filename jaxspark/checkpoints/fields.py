@@ -13,6 +13,7 @@ from typing import Any
 from jaxspark.checkpoints.errors import CheckpointError
 
 _REQUIRED: Any = object()
+_MOST = 2**31 - 1  # ids, sizes and positions are int32 on the device
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: the file does not exist") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError(
@@ -61,19 +62,16 @@ class Fields:
             raise self.wrong(key, expected)
         return default
 
-    def integer(
-        self, key: str, default: Any = _REQUIRED, *, least: int | None = 1
-    ) -> int:
-        """An integer of at least `least`; null counts as absent."""
-        bound = "" if least is None else f" of at least {least}"
-        expected = f"an integer{bound}"
+    def integer(self, key: str, default: Any = _REQUIRED, *, least: int = 1) -> int:
+        """An integer from `least` to 2^31 - 1; null counts as absent."""
+        expected = f"an integer of at least {least}"
         value = self._value(key, default, expected)
         if value is default:
             return value
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.wrong(key, expected)
-        if least is not None and value < least:
-            raise self.wrong(key, expected)
+        if not least <= value <= _MOST:
+            raise self.wrong(key, f"{expected}, and below 2^31")
         return value
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
@@ -89,7 +87,7 @@ class Fields:
         return float(value)
 
     def boolean(self, key: str, default: Any = _REQUIRED) -> bool:
-        """true or false."""
+        """A boolean."""
         value = self._value(key, default, "true or false")
         if not isinstance(value, bool):
             raise self.wrong(key, "true or false")
@@ -108,7 +106,8 @@ class Fields:
         if value is default:
             return value
         if not isinstance(value, list) or any(
-            isinstance(item, bool) or not isinstance(item, int) for item in value
+            isinstance(item, bool) or not isinstance(item, int) or abs(item) > _MOST
+            for item in value
         ):
             raise self.wrong(key, "a list of integers")
         return tuple(value)

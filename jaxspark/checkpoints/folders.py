@@ -117,14 +117,14 @@ def _verify_sums(folder: Path) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
     entries = _LINE.findall(text)
-    if (
-        not entries
-        or "".join(f"{digest}  {name}\n" for digest, name in entries) != text
-    ):
+    read = "".join(f"{digest}  {name}\n" for digest, name in entries)
+    if not entries or read != text:
         raise CheckpointError(
             f"{path}: expected lines of 64 hex digits, two spaces and a file name"
         )
     expected = {name: digest for digest, name in entries}
+    if len(expected) != len(entries):
+        raise CheckpointError(f"{path}: lists a file twice")
     for name, digest in expected.items():
         seen = sha256(folder / name)
         if seen != digest:
@@ -138,21 +138,20 @@ def _verify_sums(folder: Path) -> None:
 
 
 def _verify_blob(link: Path) -> None:
-    """The Hub's cache names blobs by content: SHA-256, or Git's SHA-1 for small files."""
+    """The download cache names blobs by SHA-256, or by Git's SHA-1 if small."""
     blob = link.resolve()
     name = blob.name
+    if not blob.is_file():
+        raise CheckpointError(f"{link}: is a link to a file that does not exist")
     if re.fullmatch(r"[0-9a-f]{64}", name):
         seen = sha256(blob)
     elif re.fullmatch(r"[0-9a-f]{40}", name):
-        try:
-            data = blob.read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"{link}: cannot be read ({error})") from error
+        data = blob.read_bytes()
         seen = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     else:
         return
     if seen != name:
         raise CheckpointError(
-            f"{link}: has checksum {seen}, but the download cache says {name}; the file "
-            "was truncated or altered, download it again"
+            f"{link}: has checksum {seen}, but the download cache says {name}; the "
+            "file was truncated or altered, download it again"
         )

@@ -135,10 +135,14 @@ def _tensor(cursor: "_Cursor", name: str):
             f"{cursor.path}: tensor {name} has unknown type {code}"
         ) from None
     block, block_bytes = GGML_QUANT_SIZES[kind]
+    if min(shape) < 1:
+        raise CheckpointError(
+            f"{cursor.path}: tensor {name} has the empty shape {shape}"
+        )
     if shape[-1] % block:
         raise CheckpointError(
-            f"{cursor.path}: tensor {name} has rows of {shape[-1]}, expected a multiple "
-            f"of {block} for {kind.name}"
+            f"{cursor.path}: tensor {name} has rows of {shape[-1]}, expected a "
+            f"multiple of {block} for {kind.name}"
         )
     return shape, kind, offset, math.prod(shape) // block * block_bytes
 

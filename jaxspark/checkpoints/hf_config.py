@@ -1,9 +1,9 @@
 """Hugging Face `config.json` <-> `DenseConfig`, for Llama and Qwen3.
 
-Both spellings of rope are read: transformers v4 (`rope_theta` and `rope_scaling`, whose
-type is `rope_type` or, older, `type`) and v5 (`rope_parameters`). Defaults are those of
-transformers' `LlamaConfig` and `Qwen3Config`. What the decoder does not compute, such as
-sliding windows or a partial rotation, is an error, never ignored.
+Both spellings of rope are read: transformers v4 (`rope_theta` and `rope_scaling`,
+whose type is `rope_type` or, older, `type`) and v5 (`rope_parameters`). Defaults are
+those of transformers' `LlamaConfig` and `Qwen3Config`. What the decoder does not
+compute, such as sliding windows or a partial rotation, is an error, never ignored.
 """
 
 from collections.abc import Mapping
@@ -43,7 +43,6 @@ def dense_config_from_hf(
     _reject_unsupported(fields)
     heads = fields.integer("num_attention_heads")
     width = fields.integer("hidden_size")
-    head_dim = _DEFAULT_HEAD_DIM[family] or width // heads
     try:
         return DenseConfig(
             vocab_size=fields.integer("vocab_size"),
@@ -52,7 +51,7 @@ def dense_config_from_hf(
             num_hidden_layers=fields.integer("num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=fields.integer("num_key_value_heads", heads),
-            head_dim=fields.integer("head_dim", head_dim),
+            head_dim=_head_dim(fields, family),
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
             rope=_rope_from_hf(fields),
             max_position_embeddings=fields.integer("max_position_embeddings"),
@@ -67,13 +66,23 @@ def dense_config_from_hf(
         raise CheckpointError(f"{where}: {error}") from error
 
 
+def _head_dim(fields: Fields, family: str) -> int:
+    if "head_dim" in fields or _DEFAULT_HEAD_DIM[family]:
+        return fields.integer("head_dim", _DEFAULT_HEAD_DIM[family])
+    width = fields.integer("hidden_size")
+    heads = fields.integer("num_attention_heads")
+    if width % heads:
+        raise fields.wrong("hidden_size", f"a multiple of num_attention_heads {heads}")
+    return width // heads
+
+
 def _family(fields: Fields) -> str:
     architectures = fields.values.get("architectures")
     if architectures:
-        known = isinstance(architectures, list) and architectures[0] in ARCHITECTURES
-        if not known:
-            raise fields.wrong("architectures", f"one of {list(ARCHITECTURES)}")
-        return ARCHITECTURES[architectures[0]]
+        for name, family in ARCHITECTURES.items():
+            if architectures == [name]:
+                return family
+        raise fields.wrong("architectures", f"one of {list(ARCHITECTURES)}")
     model_type = fields.text("model_type")
     if model_type not in ARCHITECTURES.values():
         raise fields.wrong("model_type", f"one of {list(ARCHITECTURES.values())}")
@@ -86,11 +95,21 @@ def _reject_unsupported(fields: Fields) -> None:
         raise fields.wrong("hidden_act", "'silu'")
     if fields.boolean("use_sliding_window", False):
         raise fields.wrong("use_sliding_window", "false (full attention)")
-    layer_types = fields.values.get("layer_types") or []
-    if any(kind != "full_attention" for kind in layer_types):
-        raise fields.wrong("layer_types", "'full_attention' in every layer")
+    layer_types = fields.values.get("layer_types")
+    if layer_types and not (
+        isinstance(layer_types, list)
+        and len(layer_types) == fields.integer("num_hidden_layers")
+        and all(kind == "full_attention" for kind in layer_types)
+    ):
+        raise fields.wrong("layer_types", "one 'full_attention' per layer")
+    _reject_partial(fields)
     if fields.values.get("quantization_config"):
         raise fields.wrong("quantization_config", "none (unquantized weights)")
+
+
+def _reject_partial(fields: Fields) -> None:
+    if fields.number("partial_rotary_factor", 1.0) != 1.0:
+        raise fields.wrong("partial_rotary_factor", "1 (whole heads turn)")
 
 
 def _rope_from_hf(fields: Fields) -> RopeConfig:
@@ -103,11 +122,7 @@ def _rope_from_hf(fields: Fields) -> RopeConfig:
     kind = rope.text(key, "default")
     if kind not in ROPE_TYPES:
         raise rope.wrong(key, f"one of {list(ROPE_TYPES)}")
-    partial = rope.number(
-        "partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)
-    )
-    if partial != 1.0:
-        raise rope.wrong("partial_rotary_factor", "1 (whole heads turn)")
+    _reject_partial(rope)
     if any(isinstance(value, dict) for value in rope.values.values()):
         raise CheckpointError(
             f"{rope.where} is {dict(rope.values)}, expected one set of parameters for "

@@ -24,8 +24,8 @@ def open_safetensors(folder: Path) -> Tensors:
     """The tensors of a folder, read on demand.
 
     Raises:
-      CheckpointError: no safetensors here, a truncated or foreign file, a missing shard,
-        an index that disagrees with its shards.
+      CheckpointError: no safetensors here, a truncated or foreign file, a missing
+        shard, an index that disagrees with its shards.
     """
     if (folder / SINGLE).exists():
         files = {SINGLE: _open(folder / SINGLE)}
@@ -120,7 +120,7 @@ def _bits(part) -> int:
 def write_safetensors(
     folder: Path, arrays: Mapping[str, jax.Array | np.ndarray], *, shard_bytes: int
 ) -> None:
-    """Writes arrays as one file, or as shards of at most `shard_bytes` with an index."""
+    """Writes arrays as one file, or as indexed shards of at most `shard_bytes`."""
     shards: list[list[str]] = [[]]
     room = shard_bytes
     for name, array in arrays.items():
@@ -135,7 +135,7 @@ def write_safetensors(
         host = {name: np.asarray(array) for name, array in arrays.items()}
         save_file(host, folder / SINGLE, metadata=metadata)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         host = {name: np.asarray(arrays[name]) for name in names}

@@ -1,8 +1,8 @@
 """The walk between a checkpoint's tensors and a module's parameters.
 
 Parameter paths joined by dots *are* the checkpoint's names, shapes too. A module is
-built abstractly (shapes, no numbers), names and shapes are compared before any tensor is
-read, then tensors are read one by one, cast, and put in place.
+built abstractly (shapes, no numbers), names and shapes are compared before any tensor
+is read, then tensors are read one by one, cast, and put in place.
 """
 
 import os
@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -36,7 +35,7 @@ class Tensors:
     read: Callable[[str], np.ndarray]
 
     def renamed(self, names: Mapping[str, str]) -> "Tensors":
-        """The tensors under new names; those that `names` (new to old) lacks are gone."""
+        """The tensors that `names` (new to old) lists, under their new names."""
         return Tensors(
             where=self.where,
             shapes={new: self.shapes[old] for new, old in names.items()},
@@ -83,6 +82,19 @@ def load_module[M: nnx.Module](build: Callable[[], M], tensors: Tensors) -> M:
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
+def check_depth(tensors: Tensors, layers: int) -> None:
+    """Raises `CheckpointError` unless tensors `layers.<i>.` exist for each of `layers`.
+
+    To be called before a module is built: a damaged layer count may be in the billions.
+    """
+    seen = {n.split(".")[1] for n in tensors.shapes if n.startswith("layers.")}
+    if len(seen) != layers:
+        raise CheckpointError(
+            f"{tensors.where}: the configuration says {layers} layers, but there are "
+            f"tensors missing or extra: they make {len(seen)} layers"
+        )
+
+
 def _compare(expected: Mapping[str, tuple[int, ...]], tensors: Tensors) -> None:
     """Names and shapes must be the same, neither more nor fewer."""
     seen = tensors.shapes
@@ -121,7 +133,7 @@ def _array(name: str, tensors: Tensors, dtype) -> jax.Array:
             raise CheckpointError(
                 f"{tensors.where}: {name} has type {array.dtype}, expected integers"
             )
-        return jnp.asarray(array.astype(dtype))
+        return jax.device_put(array.astype(dtype))
     if array.dtype.name not in _FLOATS:
         raise CheckpointError(
             f"{tensors.where}: {name} has type {array.dtype}, expected one of {_FLOATS}"
@@ -133,7 +145,7 @@ def _array(name: str, tensors: Tensors, dtype) -> jax.Array:
         raise CheckpointError(
             f"{tensors.where}: {name} holds infinities or NaN (as {dtype})"
         )
-    return jnp.asarray(array)
+    return jax.device_put(array)
 
 
 def all_finite(array: np.ndarray) -> bool:

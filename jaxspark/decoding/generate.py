@@ -66,6 +66,7 @@ def generate(
     coupling: Coupling = "rejection",
     schedule: Scheduler = Fixed(),
     buckets: tuple[int, ...] | None = None,
+    capacity: int | None = None,
     log_probs: bool = False,
     on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> list[Completion]:
@@ -89,7 +90,11 @@ def generate(
       coupling: "rejection" (accepts most) or "gumbel" (the same tokens as plain
         sampling with the same seeds).
       schedule: chooses verification lengths.
-      buckets: token counts to compile the target for, see `DecodeOptions`.
+      buckets: token counts to compile the target for, see `DecodeOptions`. None takes
+        one that holds every draft and, for a drafter that may propose nothing, one with
+        a single token per slot.
+      capacity: cache positions per slot; None takes what the requests need. One value
+        for many calls lets them share compiled programs.
       log_probs: return the model's log-probability of every output token.
       on_tokens: called with (prompt index, new tokens) as output grows.
 
@@ -102,8 +107,11 @@ def generate(
         raise ValueError("no prompts given")
     drafter = PlainDrafter() if drafter is None else drafter
     model = getattr(target, "model", target)
+    block_length = check_block_length(drafter, block_length)
+    if buckets is None and drafter.abstains:
+        buckets = (len(prompts), len(prompts) * (block_length + 1))
     options = DecodeOptions(
-        block_length=check_block_length(drafter, block_length),
+        block_length=block_length,
         coupling=coupling,
         schedule=schedule,
         buckets=buckets,
@@ -122,16 +130,18 @@ def generate(
         seed=seeds,
     )
     stop = getattr(target, "stop_ids", ()) if stop_ids is None else stop_ids
-    needed = max(limits) + options.block_length
+    if capacity is None:
+        needed = max(limits) + block_length
+        capacity = -(-needed // LENGTH_STEP) * LENGTH_STEP
     state = init_state(
         model,
         drafter,
         ids,
         limits,
         sampling,
-        block_length=options.block_length,
+        block_length=block_length,
         stop_ids=[tuple(stop)] * len(prompts),
-        capacity=-(-needed // LENGTH_STEP) * LENGTH_STEP,
+        capacity=capacity,
         log_probs=log_probs,
     )
     state = prefill(model, drafter, state, chunk=prefill_chunk(ids))

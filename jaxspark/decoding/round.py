@@ -35,8 +35,8 @@ class DecodeOptions:
       block_length: drafts proposed per round.
       coupling: "rejection" or "gumbel", see `couplings`.
       schedule: chooses verification lengths.
-      buckets: token counts the target is compiled for, ascending; None compiles one
-        that holds every draft and one with a single token per slot.
+      buckets: token counts the target is compiled for, ascending; None compiles only
+        one, which holds every draft of every slot.
       log_probs: whether log-probabilities of emitted tokens are kept.
     """
 
@@ -59,7 +59,7 @@ class DecodeOptions:
           ValueError: they are not ascending, or cannot hold every draft of every slot.
         """
         full = slots * (self.block_length + 1)
-        sizes = tuple(sorted({slots, full})) if self.buckets is None else self.buckets
+        sizes = (full,) if self.buckets is None else self.buckets
         if not sizes or any(a >= b for a, b in zip(sizes, sizes[1:])):
             raise ValueError(f"token buckets must be ascending, got {sizes}")
         if sizes[-1] < full:
@@ -125,9 +125,7 @@ def _verify_in_bucket(target, drafter, state, proposal, lengths_B, options):
 
     def branch(bucket):
         def run(target_cache, draft_cache):
-            tokens = FlatTokens.from_rows(
-                rows_BQ, anchors_B, counts_B, capacity=bucket
-            )
+            tokens = FlatTokens.from_rows(rows_BQ, anchors_B, counts_B, capacity=bucket)
             with jax.named_scope("target"):
                 x_DT, taps_mDT, target_cache = target(
                     tokens, target_cache, taps=drafter.taps
@@ -174,9 +172,7 @@ def commit(
 
     place_BQ = state.lengths_B[:, None] + row_Q
     # Entries that are not committed go out of range and are dropped.
-    place_BQ = jnp.where(
-        row_Q < count_B[:, None], place_BQ, state.tokens_BS.shape[1]
-    )
+    place_BQ = jnp.where(row_Q < count_B[:, None], place_BQ, state.tokens_BS.shape[1])
     slot_B1 = jnp.arange(len(count_B))[:, None]
     lengths_new_B = state.lengths_B + count_B
     log_probs_BS = state.log_probs_BS

@@ -49,15 +49,19 @@ class Draw(Protocol):
 
 
 class Drafter(Protocol):
-    """What proposes. All methods are pure; parameters are the drafter's pytree leaves.
+    """What proposes. All methods are pure; parameters are the drafter's pytree leaves."""
 
-    Attributes:
-      block_length: most tokens it can propose at once.
-      taps: target layers whose outputs `observe` needs (-1: the embedding).
-    """
+    @property
+    def block_length(self) -> int:
+        """Most tokens it can propose at once."""
 
-    block_length: int
-    taps: Sequence[int]
+    @property
+    def taps(self) -> Sequence[int]:
+        """Target layers whose outputs `observe` needs (-1: the embedding)."""
+
+    @property
+    def abstains(self) -> bool:
+        """Whether it may propose nothing, so that rounds vary in size."""
 
     def init_cache(self, slots: int, length: int) -> Any:
         """An empty context for `slots` sequences of up to `length` positions."""

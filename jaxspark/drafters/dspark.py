@@ -14,6 +14,7 @@ head are the target's. A pruned draft vocabulary brings its own rows of the head
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -90,6 +91,8 @@ class Buffer(nnx.Variable):
 
 class DSparkDrafter(nnx.Module):
     """Parameters of a DSpark or DFlash drafter; paths are DeepSpec's tensor names."""
+
+    abstains: ClassVar[bool] = False
 
     def __init__(self, config: DSparkConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config

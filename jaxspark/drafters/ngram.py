@@ -8,6 +8,7 @@ period is drafted in full.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,8 @@ class NgramDrafter:
     longest: int = 4
     shortest: int = 2
     confidence: float = 0.0
-    taps = ()
+    taps: ClassVar[tuple[int, ...]] = ()
+    abstains: ClassVar[bool] = True
 
     def __post_init__(self):
         if not 1 <= self.shortest <= self.longest:

@@ -1,6 +1,7 @@
 """No drafts: the same decode loop then is plain one-token-at-a-time decoding."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,9 @@ from jaxspark.drafters.base import Proposal
 class PlainDrafter:
     """Proposes nothing."""
 
-    block_length = 0
-    taps = ()
+    block_length: ClassVar[int] = 0
+    taps: ClassVar[tuple[int, ...]] = ()
+    abstains: ClassVar[bool] = False
 
     def init_cache(self, slots, length):
         """Nothing to remember."""

@@ -9,7 +9,7 @@ plain sampling. The result must be the target's distribution of the next G+1 tok
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,19 @@ from jaxspark.decoding.couplings import (
 from jaxspark.decoding.sampling import Sampling, warp
 from jaxspark.decoding.schedule import Fixed, Scheduler
 from jaxspark.decoding.state import init_state
+from jaxspark.drafters import Proposal
 from jaxspark.models import FlatTokens
 
 
-def sequence_log_probs(target, prompt: Sequence[int], length: int, sampling: Sampling):
-    """Warped log p of every next token after every continuation, plainly.
+LogProbs = dict[tuple[int, ...], np.ndarray]
 
-    Returns a table {continuation (tuple, shorter than `length`): log p [V]}.
+
+def sequence_log_probs(
+    target, prompt: Sequence[int], length: int, sampling: Sampling
+) -> LogProbs:
+    """Warped log p of the next token after every continuation, plainly.
+
+    Returns a table {continuation of `prompt`, shorter than `length`: log p [V]}.
     """
     vocab = target.config.vocab_size
     table = {}
@@ -48,11 +54,10 @@ def sequence_log_probs(target, prompt: Sequence[int], length: int, sampling: Sam
     return table
 
 
-def target_distribution(target, prompt, length: int, sampling: Sampling) -> np.ndarray:
-    """The target's own distribution of the next `length` tokens, [V, ..., V]."""
-    vocab = target.config.vocab_size
-    table = sequence_log_probs(target, prompt, length, sampling)
-    joint = np.zeros((vocab,) * length)
+def target_distribution(table: LogProbs) -> np.ndarray:
+    """The target's own distribution of the next tokens, [V, ..., V]."""
+    length = 1 + max(map(len, table))
+    joint = np.zeros((len(table[()]),) * length)
     for tokens in np.ndindex(joint.shape):
         joint[tokens] = np.exp(sum(table[tokens[:n]][tokens[n]] for n in range(length)))
     return joint
@@ -62,7 +67,7 @@ def round_distribution(
     target,
     drafter,
     prompt: Sequence[int],
-    block_length: int,
+    table: LogProbs,
     sampling: Sampling,
     *,
     schedule: Scheduler = Fixed(),
@@ -74,16 +79,15 @@ def round_distribution(
       target: a model with a vocabulary of a few tokens.
       drafter: any drafter for it.
       prompt: committed tokens, the last is the anchor.
-      block_length: G.
+      table: `sequence_log_probs` of G+1 tokens after the prompt.
       sampling: parameters of one slot.
       schedule: verification lengths from confidences.
       accept: the acceptance rule; another one than the decoder's shows that the
         comparison can fail.
     """
-    vocab, length = target.config.vocab_size, block_length + 1
-    table = sequence_log_probs(target, prompt, length, sampling)
-    joint = np.zeros((vocab,) * length)
-    for drafts, proposal in _draft_blocks(
+    block_length, vocab = max(map(len, table)), len(table[()])
+    joint = np.zeros((vocab,) * (block_length + 1))
+    for drafts, proposal in draft_blocks(
         target, drafter, prompt, block_length, sampling
     ):
         chance = _draft_probability(proposal)
@@ -103,7 +107,9 @@ def round_distribution(
     return joint
 
 
-def _draft_blocks(target, drafter, prompt, block_length, sampling):
+def draft_blocks(
+    target, drafter, prompt: Sequence[int], block_length: int, sampling: Sampling
+) -> Iterator[tuple[tuple[int, ...], Proposal]]:
     """Each draft block that can be drawn, with the proposal that carries its q."""
     vocab = target.config.vocab_size
     limit = len(prompt) + block_length + 1

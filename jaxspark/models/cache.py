@@ -75,7 +75,6 @@ class LayerCache:
         return LayerCache(rows(self.k_BKSH, k_KHT), rows(self.v_BKSH, v_KHT))
 
 
-
 def pad_heads(x_H: Float[Array, "... h"], width: int) -> Float[Array, "... H"]:
     """Zero-pads head vectors to a cache's width; products over them do not change."""
     missing = width - x_H.shape[-1]

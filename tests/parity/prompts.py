@@ -3,8 +3,8 @@
 CHAT = """<|im_start|>system
 You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
 <|im_start|>user
-A baker sells 48 rolls in the morning and half as many in the afternoon. Each roll costs \
-3 dollars. How much money does she take in one day? Explain each step.<|im_end|>
+A baker sells 48 rolls in the morning and half as many in the afternoon. Each roll \
+costs 3 dollars. How much money does she take in one day? Explain each step.<|im_end|>
 <|im_start|>assistant
 In the afternoon the baker sells half of 48 rolls, which is 24 rolls. Together"""
 

@@ -90,7 +90,7 @@ def test_exported_smollm2_loads_in_transformers(
     tokens = [list(range(1000, 1040))]
     reference = oracle.ask({"gguf": str(smollm2_path), "tokens": tokens})
     folder = tmp_path / "smollm2"
-    save_target(smollm2, str(folder))
+    save_target(folder, smollm2)
     exported = oracle.ask({"folder": str(folder), "tokens": tokens})
     worst = difference([exported["logits_0"]], reference)
     record_property("difference", float(worst))

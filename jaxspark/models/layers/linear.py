@@ -12,7 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 
-def product(w_OI: Float[Array, "O I"], x_IT: Float[Array, "I T"]) -> Float[Array, "O T"]:
+def product(
+    w_OI: Float[Array, "O I"], x_IT: Float[Array, "I T"]
+) -> Float[Array, "O T"]:
     """W x, in full precision for float32 (no TF32 or bfloat16 passes on accelerators)."""
     exact = w_OI.dtype == jnp.float32
     return jnp.dot(w_OI, x_IT, precision=jax.lax.Precision.HIGHEST if exact else None)

@@ -1,0 +1,53 @@
+"""Draft architectures for a given target, in the proportions DeepSpec releases."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from jaxspark.drafters import DSparkConfig
+from jaxspark.models import DenseConfig
+
+
+def taps(target: DenseConfig, count: int = 5) -> tuple[int, ...]:
+    """Layers spread evenly from the second to the third last, as released drafters."""
+    last = max(target.num_hidden_layers - 3, 0)
+    first = min(1, last)
+    return tuple(sorted({round(tap) for tap in np.linspace(first, last, count)}))
+
+
+def dspark(
+    target: DenseConfig,
+    *,
+    depth: int = 2,
+    block_size: int = 7,
+    markov_rank: int = 256,
+    markov_head_type: str = "vanilla",
+    draft_vocab_size: int | None = None,
+    mask_token_id: int = 0,
+    confidence: bool = True,
+) -> DSparkConfig:
+    """DSpark: sequential head of the given type and a confidence head that sees it."""
+    return DSparkConfig(
+        backbone=replace(
+            target,
+            num_hidden_layers=depth,
+            qk_norm=True,
+            attention_bias=False,
+            mlp_bias=False,
+            tie_word_embeddings=False,
+        ),
+        block_size=block_size,
+        target_layer_ids=taps(target),
+        mask_token_id=mask_token_id,
+        num_target_layers=target.num_hidden_layers,
+        markov_rank=markov_rank,
+        markov_head_type=markov_head_type,
+        enable_confidence_head=confidence,
+        confidence_head_with_markov=confidence and markov_rank > 0,
+        draft_vocab_size=draft_vocab_size,
+    )
+
+
+def dflash(target: DenseConfig, **options) -> DSparkConfig:
+    """DFlash: the same backbone, no sequential head, no confidence."""
+    return dspark(target, markov_rank=0, confidence=False, **options)

@@ -1,0 +1,30 @@
+"""Checkpoints in and out: Hugging Face folders, GGUF files, DeepSpec drafters.
+
+Everything raises `CheckpointError`, before any long work, naming what was seen and what
+was expected. No code from a checkpoint is ever executed.
+"""
+
+from jaxspark.checkpoints.errors import CheckpointError
+from jaxspark.checkpoints.load import (
+    BUILT_IN,
+    Target,
+    load_draft_checkpoint,
+    load_drafter,
+    load_target,
+    save_draft_checkpoint,
+    save_target,
+)
+from jaxspark.checkpoints.tokenizer import TextStream, Tokenizer
+
+__all__ = [
+    "BUILT_IN",
+    "CheckpointError",
+    "Target",
+    "TextStream",
+    "Tokenizer",
+    "load_draft_checkpoint",
+    "load_drafter",
+    "load_target",
+    "save_draft_checkpoint",
+    "save_target",
+]

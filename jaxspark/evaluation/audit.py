@@ -1,0 +1,182 @@
+"""Exactness audits: does speculation change a single token?
+
+A run with a drafter is compared with plain one-token-at-a-time decoding of the same
+requests. Products with 8 rows round differently from products with 1, so where two
+outputs part, the position decides: if the two best (perturbed) log-probabilities there
+are closer than `NEAR_TIE`, rounding chose and it is a *near-tie*; otherwise the
+difference is a *violation*. After the first difference texts diverge; nothing later
+counts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspark.decoding.generate import Completion, generate
+from jaxspark.decoding.sampling import Sampling, position_noise, warp
+from jaxspark.models import FlatTokens
+
+NEAR_TIE = 1e-4
+GREEDY = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One audited prompt and how it is sampled."""
+
+    prompt: tuple[int, ...]
+    temperature: float = GREEDY
+    seed: int = 0
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """The first place where two outputs part.
+
+    Attributes:
+      request: whose output.
+      index: output position (0 is the first new token).
+      expected: the token of plain decoding, None past its end.
+      seen: the token under audit, None past its end.
+      margin: gap of the two best (perturbed) log-probabilities there, in nats.
+    """
+
+    request: Request
+    index: int
+    expected: int | None
+    seen: int | None
+    margin: float
+
+    @property
+    def near_tie(self) -> bool:
+        """Whether rounding, not the decoder, chose."""
+        return self.margin < NEAR_TIE
+
+    def __str__(self) -> str:
+        kind = "near-tie" if self.near_tie else "VIOLATION"
+        return (
+            f"{kind} {self.request.name} at output token {self.index}: plain "
+            f"{self.expected}, speculative {self.seen}, margin {self.margin:.2e}"
+        )
+
+
+@dataclass(kw_only=True)
+class AuditResult:
+    """What an audit saw; results add up with `+=`."""
+
+    outputs: int = 0
+    tokens: int = 0
+    rounds: int = 0
+    differences: list[Difference] = field(default_factory=list)
+
+    @property
+    def violations(self) -> list[Difference]:
+        """Differences that rounding does not explain."""
+        return [each for each in self.differences if not each.near_tie]
+
+    @property
+    def near_ties(self) -> list[Difference]:
+        """Differences that rounding explains."""
+        return [each for each in self.differences if each.near_tie]
+
+    def __iadd__(self, other: "AuditResult") -> "AuditResult":
+        self.outputs += other.outputs
+        self.tokens += other.tokens
+        self.rounds += other.rounds
+        self.differences += other.differences
+        return self
+
+
+def plain_outputs(target, requests: Sequence[Request], **options) -> list[Completion]:
+    """Plain decoding, one request and one row at a time: the audits' yardstick."""
+    return [decode_requests(target, [request], **options)[0] for request in requests]
+
+
+def decode_requests(
+    target, requests: Sequence[Request], drafter=None, **options
+) -> list[Completion]:
+    """Decodes requests together, one slot each; options are those of `generate`."""
+    return generate(
+        target,
+        [request.prompt for request in requests],
+        drafter,
+        temperature=[request.temperature for request in requests],
+        seed=[request.seed for request in requests],
+        **options,
+    )
+
+
+def audit(
+    target,
+    requests: Sequence[Request],
+    expected: Sequence[Completion],
+    seen: Sequence[Completion],
+) -> AuditResult:
+    """Compares outputs with plain decoding's, request by request."""
+    result = AuditResult()
+    for request, plain, other in zip(requests, expected, seen, strict=True):
+        result.outputs += 1
+        result.tokens += len(other.tokens)
+        result.rounds += other.rounds
+        index = first_difference(plain.tokens, other.tokens)
+        if index is None:
+            continue
+        prefix = [*request.prompt, *plain.tokens[:index]]
+        result.differences.append(
+            Difference(
+                request=request,
+                index=index,
+                expected=_at(plain.tokens, index),
+                seen=_at(other.tokens, index),
+                margin=margin(target, prefix, request),
+            )
+        )
+    return result
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Index of the first place where two outputs differ, a missing end included."""
+    for index, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return index
+    return None if len(a) == len(b) else min(len(a), len(b))
+
+
+def _at(tokens: Sequence[int], index: int) -> int | None:
+    return tokens[index] if index < len(tokens) else None
+
+
+def margin(target, prefix: Sequence[int], request: Request) -> float:
+    """Gap of the two best choices for the token after `prefix`, in nats.
+
+    Greedy requests compare log-probabilities, sampled ones log-probabilities plus the
+    position's Gumbel noise.
+    """
+    model = getattr(target, "model", target)
+    # Widths in steps, so that few programs are compiled.
+    width = -(-len(prefix) // 128) * 128
+    ids_1T = np.zeros((1, width), np.int32)
+    ids_1T[0, : len(prefix)] = prefix
+    sampling = Sampling.of(1, temperature=request.temperature, seed=request.seed)
+    return float(_margin(model, jnp.asarray(ids_1T), jnp.int32(len(prefix)), sampling))
+
+
+@jax.jit
+def _margin(model, ids_1T, length, sampling):
+    width = ids_1T.shape[1]
+    tokens = FlatTokens.from_rows(
+        ids_1T, jnp.zeros((1,), jnp.int32), jnp.array([width])
+    )
+    x_DT, _, _ = model(tokens, model.init_cache(1, width))
+    last_D1 = jax.lax.dynamic_slice_in_dim(x_DT, length - 1, 1, axis=1)
+    logits_1V = model.logits(last_D1)
+    noise_1V = position_noise(sampling.seed, length[None], logits_1V.shape[-1])
+    sampled_1V = warp(logits_1V, sampling) + noise_1V
+    greedy_1V = jax.nn.log_softmax(logits_1V)
+    score_1V = jnp.where(sampling.greedy[:, None], greedy_1V, sampled_1V)
+    best_12, _ = jax.lax.top_k(score_1V, 2)
+    return best_12[0, 0] - best_12[0, 1]

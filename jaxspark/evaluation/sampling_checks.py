@@ -1,0 +1,164 @@
+"""Guarantee 2 in one call: sampling with speculation is distributed as without.
+
+Tiny random targets whose whole distribution is known: vocabulary 3 for enumeration,
+vocabulary 8 for frequencies over many seeds. Every head, block length 2.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from flax import nnx
+
+from jaxspark.decoding.couplings import acceptance_probability
+from jaxspark.decoding.sampling import Sampling
+from jaxspark.drafters import Drafter, DSparkConfig, DSparkDrafter, NgramDrafter
+from jaxspark.evaluation.enumeration import (
+    round_distribution,
+    sequence_log_probs,
+    target_distribution,
+)
+from jaxspark.evaluation.statistics import (
+    chi_square,
+    first_draft_distribution,
+    gumbel_acceptance,
+    rejection_acceptance,
+    sample_first_tokens,
+)
+from jaxspark.models import DenseConfig, DenseDecoder
+
+BLOCK_LENGTH = 2
+PROMPT = (0, 2, 1, 0, 2)
+HEADS = ("vanilla", "gated", "rnn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """A figure and the bound it must keep."""
+
+    name: str
+    figure: float
+    bound: str
+    holds: bool
+
+
+def tiny_target(vocab_size: int, seed: int = 0) -> DenseDecoder:
+    """A random two-layer decoder whose distributions are far from uniform."""
+    config = DenseConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    return DenseDecoder(config, rngs=nnx.Rngs(seed))
+
+
+def tiny_drafters(target: DenseDecoder, seed: int = 1) -> dict[str, Drafter]:
+    """One drafter of every kind for a tiny target, random weights."""
+    vocab = target.config.vocab_size
+
+    def dspark(head: str | None, draft_vocab_size: int | None = None):
+        config = DSparkConfig(
+            backbone=target.config,
+            block_size=BLOCK_LENGTH,
+            target_layer_ids=(-1, 0),
+            mask_token_id=vocab - 1,
+            num_target_layers=2,
+            markov_rank=4 if head else 0,
+            markov_head_type=head or "vanilla",
+            enable_confidence_head=head is not None,
+            confidence_head_with_markov=head is not None,
+            draft_vocab_size=draft_vocab_size,
+        )
+        return DSparkDrafter(config, rngs=nnx.Rngs(seed))
+
+    return {
+        "ngram": NgramDrafter(block_length=BLOCK_LENGTH, shortest=1),
+        "dflash": dspark(None),
+        **{f"dspark-{head}": dspark(head) for head in HEADS},
+        "dspark-pruned": dspark("vanilla", vocab - 1),
+    }
+
+
+def enumeration_checks(
+    drafters: Sequence[str] | None = None, accept: Callable = acceptance_probability
+) -> list[Check]:
+    """The whole randomness of a round, vocabulary 3: agreement to 1e-6."""
+    target = tiny_target(3)
+    sampling = Sampling.of(1, temperature=0.8)
+    table = sequence_log_probs(target, PROMPT, BLOCK_LENGTH + 1, sampling)
+    expected = target_distribution(table)
+    checks = []
+    for name, drafter in tiny_drafters(target).items():
+        if drafters is not None and name not in drafters:
+            continue
+        seen = round_distribution(
+            target, drafter, PROMPT, table, sampling, accept=accept
+        )
+        error = float(np.abs(seen - expected).max())
+        checks.append(
+            Check(
+                name=f"enumeration, {name}",
+                figure=error,
+                bound="<= 1e-6",
+                holds=error <= 1e-6,
+            )
+        )
+    return checks
+
+
+def frequency_checks(
+    samples: int, drafters: Sequence[str] | None = None, seed: int = 0
+) -> list[Check]:
+    """First tokens over many seeds, vocabulary 8: chi-square and acceptance rates."""
+    target = tiny_target(8)
+    sampling = Sampling.of(1, temperature=1.0)
+    expected = target_distribution(sequence_log_probs(target, PROMPT, 2, sampling))
+    p_V = expected.sum(axis=1)
+    checks = []
+    for name, drafter in tiny_drafters(target).items():
+        if drafters is not None and name not in drafters:
+            continue
+        q_V = first_draft_distribution(target, drafter, PROMPT, BLOCK_LENGTH, sampling)
+        formulas = {
+            "rejection": rejection_acceptance(p_V, q_V),
+            "gumbel": gumbel_acceptance(p_V, q_V),
+        }
+        for coupling, formula in formulas.items():
+            drawn = sample_first_tokens(
+                target, drafter, PROMPT, coupling=coupling, samples=samples, seed=seed
+            )
+            for label, counts, exact in (
+                ("first token", drawn.counts.sum(axis=1), p_V),
+                ("first two tokens", drawn.counts, expected),
+            ):
+                p_value = chi_square(counts, exact)
+                checks.append(
+                    Check(
+                        name=f"{label}, {coupling}, {name}: p-value",
+                        figure=p_value,
+                        bound="> 1e-3",
+                        holds=p_value > 1e-3,
+                    )
+                )
+            # Point-mass drafts meet the noise of the target alone: same formulas.
+            error = abs(drawn.acceptance - formula)
+            bound = 4 * np.sqrt(formula * (1 - formula) / drawn.samples)
+            checks.append(
+                Check(
+                    name=f"acceptance, {coupling}, {name}: "
+                    f"{drawn.acceptance:.4f} against {formula:.4f}",
+                    figure=error,
+                    bound=f"<= {bound:.2g}",
+                    holds=bool(error <= bound),
+                )
+            )
+    return checks
+
+
+def run(samples: int = 200_000) -> list[Check]:
+    """All of them."""
+    return enumeration_checks() + frequency_checks(samples)

@@ -1,0 +1,114 @@
+"""Statistical tests of sampling with the decoder itself, random numbers included.
+
+Enumeration (`enumeration`) proves the arithmetic of a round; these tests sample many
+rounds and compare frequencies with the exact distribution, and the share of accepted
+drafts with the coupling's formula.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspark.decoding.couplings import Coupling, q_at
+from jaxspark.decoding.round import DecodeOptions, decode, prefill
+from jaxspark.decoding.sampling import Sampling
+from jaxspark.decoding.state import init_state
+from jaxspark.evaluation.enumeration import draft_blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstTokens:
+    """Two output tokens of many independent requests of one prompt.
+
+    Attributes:
+      counts: how often each pair was emitted, [V, V].
+      acceptance: share of requests whose first draft was accepted.
+      samples: number of requests.
+    """
+
+    counts: np.ndarray
+    acceptance: float
+    samples: int
+
+
+def sample_first_tokens(
+    target,
+    drafter,
+    prompt: Sequence[int],
+    *,
+    coupling: Coupling,
+    samples: int,
+    temperature: float = 1.0,
+    block_length: int = 2,
+    slots: int = 2000,
+    seed: int = 0,
+) -> FirstTokens:
+    """Decodes two tokens of `samples` requests with seeds of their own."""
+    vocab = target.config.vocab_size
+    options = DecodeOptions(block_length=block_length, coupling=coupling)
+    counts = np.zeros((vocab, vocab), np.int64)
+    accepted = 0
+    limit = len(prompt) + 2
+    for batch in range(samples // slots):
+        seeds = (seed + batch * slots + np.arange(slots)) % 2**32
+        state = init_state(
+            target,
+            drafter,
+            [prompt] * slots,
+            [limit] * slots,
+            Sampling.of(slots, temperature=temperature, seed=seeds),
+            block_length=block_length,
+        )
+        state = prefill(target, drafter, state, chunk=16)
+        state = decode(target, drafter, state, jnp.int32(limit), options=options)
+        tokens_BS, counters = jax.device_get((state.tokens_BS, state.counters))
+        first_B, second_B = tokens_BS[:, len(prompt) : limit].T
+        np.add.at(counts, (first_B, second_B), 1)
+        # Two tokens leave room for one draft in the first round, none in the second.
+        accepted += int(counters.accepted_BG[:, 0].sum())
+    total = samples // slots * slots
+    return FirstTokens(counts=counts, acceptance=accepted / total, samples=total)
+
+
+def first_draft_distribution(
+    target, drafter, prompt: Sequence[int], block_length: int, sampling: Sampling
+) -> np.ndarray:
+    """q of a block's first draft after a prompt, over the target's vocabulary, [V]."""
+    blocks = draft_blocks(target, drafter, prompt, block_length, sampling)
+    _, proposal = next(blocks)
+    vocab = target.config.vocab_size
+    return np.asarray(q_at(proposal, jnp.array([0]), vocab)[0], np.float64)
+
+
+def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
+    """p-value of Pearson's test; categories expected less than 5 times are pooled."""
+    counts, expected = counts.ravel(), probabilities.ravel() * counts.sum()
+    rare = expected < 5
+    if rare.any():
+        counts = np.append(counts[~rare], counts[rare].sum())
+        expected = np.append(expected[~rare], expected[rare].sum())
+    used = expected > 0
+    if counts[~used].sum():
+        return 0.0
+    statistic = np.sum((counts[used] - expected[used]) ** 2 / expected[used])
+    freedom = max(used.sum() - 1, 1)
+    return float(jax.scipy.special.gammaincc(freedom / 2, statistic / 2))
+
+
+def rejection_acceptance(p_V: np.ndarray, q_V: np.ndarray) -> float:
+    """P(accept) = sum_v min(p_v, q_v) = 1 - TV(p, q) (Leviathan et al. 2023)."""
+    return float(np.minimum(p_V, q_V).sum())
+
+
+def gumbel_acceptance(p_V: np.ndarray, q_V: np.ndarray) -> float:
+    """P(both pick the same) = sum_v 1 / sum_u max(p_u/p_v, q_u/q_v) (Daliri et al.)."""
+    both = (p_V > 0) & (q_V > 0)
+    return float(
+        sum(
+            1 / np.maximum(p_V / p_V[v], q_V / q_V[v]).sum()
+            for v in np.flatnonzero(both)
+        )
+    )

@@ -1,0 +1,129 @@
+"""The audits' grids: which drafters, block lengths and batches are tried on what.
+
+`cells` deals prompts over the grid: every drafter sees every prompt in every batch
+size, and block lengths take turns, so that each (drafter, block length, batch) is tried
+on its share. With `full` every cell sees every prompt.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from jaxspark.decoding.generate import Completion
+from jaxspark.drafters import Drafter
+from jaxspark.evaluation.audit import (
+    AuditResult,
+    Request,
+    audit,
+    decode_requests,
+)
+
+# Temperatures of the slots that fill up a batch beside the audited ones.
+COMPANIONS = (1.0, 0.7)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One entry of an audit's grid.
+
+    Attributes:
+      drafter: its name.
+      block_length: drafts per round.
+      slots: requests decoded together.
+      requests: indices of the audited requests.
+    """
+
+    drafter: str
+    block_length: int
+    slots: int
+    requests: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """A key for progress files."""
+        return f"{self.drafter} block {self.block_length} slots {self.slots}"
+
+
+def cells(
+    drafters: Sequence[str],
+    block_lengths: Sequence[int],
+    slots: Sequence[int],
+    requests: int,
+    *,
+    full: bool = False,
+) -> Iterator[Cell]:
+    """The grid, cheapest batches first."""
+    for count in slots:
+        for d, drafter in enumerate(drafters):
+            for b, block_length in enumerate(block_lengths):
+                yield Cell(
+                    drafter=drafter,
+                    block_length=block_length,
+                    slots=count,
+                    requests=tuple(
+                        i
+                        for i in range(requests)
+                        if full or (i + d + count) % len(block_lengths) == b
+                    ),
+                )
+
+
+def run_cell(
+    target,
+    drafter: Drafter,
+    cell: Cell,
+    requests: Sequence[Request],
+    plain: Sequence[Completion],
+    *,
+    coupling: str,
+    max_new_tokens: int,
+    capacity: int,
+) -> AuditResult:
+    """Decodes a cell's requests in batches and compares them with plain decoding.
+
+    Larger batches keep two slots for sampled companions, which are not compared: a
+    request must not notice who is decoded beside it.
+    """
+    result = AuditResult()
+    audited = [requests[i] for i in cell.requests]
+    expected = [plain[i] for i in cell.requests]
+    step = cell.slots - (len(COMPANIONS) if cell.slots > len(COMPANIONS) else 0)
+    for begin in range(0, len(audited), step):
+        chunk = audited[begin : begin + step]
+        batch = _fill(chunk, cell.slots, requests)
+        seen = decode_requests(
+            target,
+            batch,
+            drafter,
+            block_length=cell.block_length,
+            max_new_tokens=max_new_tokens,
+            coupling=coupling,
+            capacity=capacity,
+        )
+        result += audit(
+            target, chunk, expected[begin : begin + step], seen[: len(chunk)]
+        )
+    return result
+
+
+def _fill(chunk, slots, requests) -> list[Request]:
+    """The audited requests, then sampled companions up to the batch's size."""
+    missing = slots - len(chunk)
+    return [
+        *chunk,
+        *(
+            replace(
+                requests[(7 * i + 3) % len(requests)],
+                temperature=COMPANIONS[i % len(COMPANIONS)],
+                seed=1000 + i,
+            )
+            for i in range(missing)
+        ),
+    ]
+
+
+def sampled_requests(requests: Sequence[Request]) -> list[Request]:
+    """The same prompts at temperature 1, with seeds of their own."""
+    return [
+        replace(request, temperature=1.0, seed=100 + i)
+        for i, request in enumerate(requests)
+    ]

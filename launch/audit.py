@@ -1,0 +1,271 @@
+"""Audits exactness: speculation must not change a token, nor a distribution.
+
+  python -m launch.audit --suite=greedy      guarantee 1, on real prompts
+  python -m launch.audit --suite=sampling    guarantee 2, enumeration and chi-square
+  python -m launch.audit --suite=gumbel      guarantee 3, on real prompts
+
+Prints violations and near-ties (the two best choices within 1e-4 in float32, where
+rounding decides); exits 1 if there is a violation. Long audits keep their progress in
+--progress and go on from there.
+"""
+
+import json
+import pathlib
+import time
+from dataclasses import asdict
+
+from absl import flags
+from flax import nnx
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
+from rich.table import Table
+
+import configs.drafters
+from jaxspark import load_drafter, load_target
+from jaxspark.drafters import DSparkDrafter
+from jaxspark.evaluation import sampling_checks, suites
+from jaxspark.evaluation.audit import AuditResult, Request, plain_outputs
+from jaxspark.evaluation.prompts import load_prompts
+from launch import common
+
+common.define_model_flags(draft=None)
+flags.DEFINE_enum(
+    "suite", "greedy", ["greedy", "sampling", "gumbel", "all"], "What to audit."
+)
+flags.DEFINE_string(
+    "prompts_dir", "../shared/data/eval", "Folder with <domain>_prompts.jsonl files."
+)
+flags.DEFINE_integer("prompts_per_domain", 20, "Prompts per domain.", lower_bound=1)
+flags.DEFINE_integer("max_new_tokens", 128, "Output budget.", lower_bound=1)
+flags.DEFINE_list(
+    "drafters",
+    ["ngram", "dspark-vanilla", "dspark-gated", "dspark-rnn", "dflash"],
+    "Drafters: ngram, dspark-<head> and dflash with random weights, or DeepSpec "
+    "folders.",
+)
+flags.DEFINE_list("block_lengths", [str(g) for g in range(1, 9)], "Block lengths.")
+flags.DEFINE_list("slots", ["1", "5"], "Batch sizes; larger ones mix temperatures.")
+flags.DEFINE_bool("full", False, "Every grid cell on every prompt, not on its share.")
+flags.DEFINE_integer("samples", 200_000, "First tokens of the chi-square test.")
+flags.DEFINE_string("progress", None, "JSON-lines file to keep progress in, resumable.")
+flags.DEFINE_string("json_out", None, "File for the figures.")
+FLAGS = flags.FLAGS
+
+MAX_PROMPT_TOKENS = 384
+
+
+def audited_drafter(name: str, target):
+    """A drafter by name; random weights propose badly, the harder test of exactness."""
+    kind, _, head = name.partition("-")
+    options = {"depth": 1, "block_size": 8}
+    if kind == "dspark" and head:
+        # One head on the full vocabulary, the others on pruned ones.
+        pruned = {"vanilla": None, "gated": 8192, "rnn": 4096}[head]
+        config = configs.drafters.dspark(
+            target.model.config,
+            markov_rank=64,
+            markov_head_type=head,
+            draft_vocab_size=pruned,
+            **options,
+        )
+    elif kind == "dflash":
+        config = configs.drafters.dflash(target.model.config, **options)
+    else:
+        return load_drafter(name, target)
+    return DSparkDrafter(config, dtype=target.model.dtype, rngs=nnx.Rngs(7))
+
+
+class ProgressFile:
+    """Finished cells by name, appended as they finish."""
+
+    def __init__(self, path: str | None, settings: dict):
+        self.path = pathlib.Path(path) if path else None
+        self.settings = settings
+        self.done: dict[str, dict] = {}
+        if self.path and self.path.exists():
+            first, *rest = map(json.loads, self.path.read_text().splitlines())
+            if first != settings:
+                raise ValueError(
+                    f"{path} belongs to an audit with other settings ({first}); "
+                    "name another file or remove it"
+                )
+            self.done = {entry["cell"]: entry for entry in rest}
+        elif self.path:
+            self.path.write_text(json.dumps(settings) + "\n")
+
+    def add(self, entry: dict) -> None:
+        """Remembers a finished cell."""
+        self.done[entry["cell"]] = entry
+        if self.path:
+            with self.path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+def audit_tokens(console: Console, target, suite: str) -> dict:
+    """The greedy or gumbel suite over the grid; returns its figures."""
+    coupling = "rejection" if suite == "greedy" else "gumbel"
+    domains = load_prompts(
+        FLAGS.prompts_dir,
+        target.tokenizer,
+        per_domain=FLAGS.prompts_per_domain,
+        max_tokens=MAX_PROMPT_TOKENS,
+    )
+    requests = [
+        Request(prompt=tuple(prompt), name=f"{domain}/{i}")
+        for i in range(FLAGS.prompts_per_domain)
+        for domain, prompts in domains.items()
+        for prompt in [prompts[i]]
+    ]
+    if suite == "gumbel":
+        requests = suites.sampled_requests(requests)
+    block_lengths = [int(g) for g in FLAGS.block_lengths]
+    grid = list(
+        suites.cells(
+            FLAGS.drafters,
+            block_lengths,
+            [int(slots) for slots in FLAGS.slots],
+            len(requests),
+            full=FLAGS.full,
+        )
+    )
+    settings = {
+        "suite": suite,
+        "target": target.name,
+        "dtype": FLAGS.dtype,
+        "prompts": len(requests),
+        "max_new_tokens": FLAGS.max_new_tokens,
+        "full": FLAGS.full,
+    }
+    progress_file = ProgressFile(
+        FLAGS.progress and f"{FLAGS.progress}.{suite}", settings
+    )
+    capacity = MAX_PROMPT_TOKENS + FLAGS.max_new_tokens + max(block_lengths)
+    capacity = -(-capacity // 128) * 128
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("plain decoding", total=len(grid) + 1)
+        plain = plain_outputs(
+            target,
+            requests,
+            max_new_tokens=FLAGS.max_new_tokens,
+            coupling=coupling,
+            capacity=capacity,
+        )
+        progress.advance(bar)
+        for cell in grid:
+            progress.update(bar, description=f"{suite}: {cell.name}")
+            if cell.name not in progress_file.done:
+                begin = time.perf_counter()
+                result = suites.run_cell(
+                    target,
+                    audited_drafter(cell.drafter, target),
+                    cell,
+                    requests,
+                    plain,
+                    coupling=coupling,
+                    max_new_tokens=FLAGS.max_new_tokens,
+                    capacity=capacity,
+                )
+                progress_file.add(_entry(cell, result, time.perf_counter() - begin))
+                for difference in result.differences:
+                    progress.console.print(f"{cell.name}: {difference}")
+            progress.advance(bar)
+    return _summary(console, settings, list(progress_file.done.values()))
+
+
+def _entry(cell, result: AuditResult, seconds: float) -> dict:
+    return {
+        "cell": cell.name,
+        "drafter": cell.drafter,
+        "block_length": cell.block_length,
+        "slots": cell.slots,
+        "outputs": result.outputs,
+        "tokens": result.tokens,
+        "rounds": result.rounds,
+        "near_ties": [str(each) for each in result.near_ties],
+        "violations": [str(each) for each in result.violations],
+        "seconds": round(seconds, 1),
+    }
+
+
+def _summary(console, settings, entries) -> dict:
+    table = Table(title=f"{settings['suite']} · {settings['target']} · {FLAGS.dtype}")
+    for column in ("drafter", "slots", "outputs", "tokens", "accepted length"):
+        table.add_column(column, justify="right")
+    table.add_column("near-ties", justify="right")
+    table.add_column("violations", justify="right")
+    groups: dict[tuple, list[dict]] = {}
+    for entry in entries:
+        groups.setdefault((entry["drafter"], entry["slots"]), []).append(entry)
+
+    def total(group, key):
+        return sum(len(e[key]) if isinstance(e[key], list) else e[key] for e in group)
+
+    for (drafter, slots), group in groups.items():
+        tokens, rounds = total(group, "tokens"), total(group, "rounds")
+        table.add_row(
+            drafter,
+            str(slots),
+            str(total(group, "outputs")),
+            str(tokens),
+            f"{tokens / max(rounds, 1):.2f}",
+            str(total(group, "near_ties")),
+            str(total(group, "violations")),
+        )
+    console.print(table)
+    tokens, ties = total(entries, "tokens"), total(entries, "near_ties")
+    figures = {
+        **settings,
+        "tokens": tokens,
+        "near_ties": ties,
+        "near_ties_per_10000": 1e4 * ties / max(tokens, 1),
+        "violations": total(entries, "violations"),
+        "cells": entries,
+    }
+    console.print(
+        f"{tokens} tokens audited: {figures['violations']} violations, {ties} near-ties "
+        f"({figures['near_ties_per_10000']:.2f} in 10,000)"
+    )
+    return figures
+
+
+def audit_sampling(console: Console) -> dict:
+    """Guarantee 2 on tiny models: enumeration, chi-square, acceptance formulas."""
+    checks = sampling_checks.run(samples=FLAGS.samples)
+    table = Table(title="sampling")
+    for column in ("check", "figure", "bound", "holds"):
+        table.add_column(column)
+    for check in checks:
+        table.add_row(
+            check.name,
+            f"{check.figure:.3g}",
+            check.bound,
+            "yes" if check.holds else "NO",
+        )
+    console.print(table)
+    violations = sum(not check.holds for check in checks)
+    console.print(f"{len(checks)} checks: {violations} violations")
+    return {"violations": violations, "checks": [asdict(check) for check in checks]}
+
+
+def main() -> int:
+    """Runs the suites; 1 if any shows a violation."""
+    console = Console()
+    chosen = ["greedy", "sampling", "gumbel"] if FLAGS.suite == "all" else [FLAGS.suite]
+    figures = {}
+    target = None
+    for suite in chosen:
+        if suite == "sampling":
+            figures[suite] = audit_sampling(console)
+        else:
+            target = target or load_target(
+                FLAGS.target, dtype=common.DTYPES[FLAGS.dtype]
+            )
+            figures[suite] = audit_tokens(console, target, suite)
+    if FLAGS.json_out:
+        pathlib.Path(FLAGS.json_out).write_text(json.dumps(figures, indent=1) + "\n")
+    return int(any(each["violations"] for each in figures.values()))
+
+
+if __name__ == "__main__":
+    common.run(main)

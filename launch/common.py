@@ -1,0 +1,92 @@
+"""What the launchers share: flags, errors a person can read, a compilation cache."""
+
+import contextlib
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def define_model_flags(*, draft: str | None = "ngram") -> None:
+    """--target, --dtype and, unless `draft` is None, --draft and --block_length."""
+    flags.DEFINE_string(
+        "target",
+        "smollm2-135m-instruct",
+        "Target model: a built-in name, a folder of safetensors, a .gguf file or a "
+        "Hugging Face Hub id.",
+    )
+    flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Type of weights and caches.")
+    if draft is not None:
+        flags.DEFINE_string(
+            "draft",
+            draft,
+            'Drafter: "ngram" (prompt lookup), "none" (plain decoding), a DeepSpec '
+            "folder or a Hugging Face Hub id.",
+        )
+        flags.DEFINE_integer(
+            "block_length",
+            None,
+            "Drafts per round; by default the most the drafter can propose.",
+            lower_bound=1,
+        )
+
+
+def define_sampling_flags() -> None:
+    """--temperature, --top_k, --top_p, --min_p, --seed and --coupling."""
+    flags.DEFINE_float("temperature", 0.0, "0 decodes greedily.")
+    flags.DEFINE_integer("top_k", 0, "Keep the k most likely tokens; 0 keeps all.")
+    flags.DEFINE_float("top_p", 1.0, "Keep the most likely tokens of this mass.")
+    flags.DEFINE_float("min_p", 0.0, "Keep tokens this likely relative to the best.")
+    flags.DEFINE_integer("seed", 0, "Seed of the request's randomness.")
+    flags.DEFINE_enum(
+        "coupling",
+        "rejection",
+        ["rejection", "gumbel"],
+        "How draft and target are tied: rejection accepts most, gumbel gives the very "
+        "tokens of plain sampling with the same seed.",
+    )
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, unless the environment chose a place."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+        folder = pathlib.Path(home).expanduser() / "jaxspark" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+@contextlib.contextmanager
+def readable_errors() -> Iterator[None]:
+    """Errors about what the user gave end the program with their message alone."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("JAXSPARK_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Starts an absl program whose `main` takes no arguments."""
+
+    def start(argv):
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected argument {argv[1]!r}; all are --flags")
+        # JAX reports every accelerator plugin it does not find.
+        logging.getLogger("jax").setLevel(logging.WARNING)
+        use_compilation_cache()
+        with readable_errors():
+            sys.exit(main())
+
+    app.run(start)

@@ -1,0 +1,43 @@
+"""Converts checkpoints: any target to a Hugging Face folder, any drafter to DeepSpec.
+
+  python -m launch.convert --target=model.gguf --out=model-safetensors
+  python -m launch.convert --target=Qwen/Qwen3-4B --draft=deepseek-ai/dspark_qwen3_4b_block7 \\
+      --out=drafter --dtype=bfloat16
+
+Written under a temporary name and renamed when complete, with a SHA256SUMS file that is
+checked when the folder is loaded.
+"""
+
+import pathlib
+
+from absl import flags
+
+from jaxspark import load_drafter, load_target
+from jaxspark.checkpoints import save_draft_checkpoint, save_target
+from launch import common
+
+common.define_model_flags(draft=None)
+flags.DEFINE_string(
+    "draft", None, "Drafter to convert: a DeepSpec folder or Hub id made for --target."
+)
+flags.DEFINE_string("out", None, "Folder to write.", required=True)
+flags.DEFINE_bool("overwrite", False, "Replace a folder that is not empty.")
+FLAGS = flags.FLAGS
+
+
+def main() -> None:
+    """Reads one format, writes the other."""
+    target = load_target(FLAGS.target, dtype=common.DTYPES[FLAGS.dtype])
+    out = pathlib.Path(FLAGS.out)
+    if FLAGS.draft is None:
+        save_target(out, target, overwrite=FLAGS.overwrite)
+    else:
+        drafter = load_drafter(FLAGS.draft, target)
+        save_draft_checkpoint(out, drafter, target.model, overwrite=FLAGS.overwrite)
+    files = [path for path in out.iterdir() if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    print(f"wrote {out} ({len(files)} files, {size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    common.run(main)

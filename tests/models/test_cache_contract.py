@@ -1,0 +1,224 @@
+"""The contract of position-indexed caches and flat tokens, for every target.
+
+What a slot says depends on its own tokens and positions only: not on how they were cut
+into passes, what stood in the cache before, which slot it is, who shares the pass, or
+how much padding the pass carries.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxspark.models import DenseConfig, DenseDecoder, FlatTokens, RopeConfig
+from tests.driver import Session
+
+TOLERANCE = 1e-4  # float32 rounding of logits of up to 20
+TINY = {
+    "vocab_size": 53,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+TARGETS = {
+    "llama": DenseConfig(**TINY),
+    "qwen3": DenseConfig(
+        **TINY | {"head_dim": 12},
+        qk_norm=True,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        rope=RopeConfig(
+            rope_type="yarn", factor=4.0, original_max_position_embeddings=16
+        ),
+    ),
+}
+
+
+@pytest.fixture(params=TARGETS, scope="module")
+def model(request):
+    """A tiny target whose logits depend visibly on every earlier token."""
+    model = DenseDecoder(TARGETS[request.param], rngs=nnx.Rngs(1))
+    graphdef, params = nnx.split(model)
+    params = jax.tree.map(lambda w: 2.0 * w, params)
+    model = nnx.merge(graphdef, params)
+    model.embed_tokens.weight[...] *= 20.0
+    return model
+
+
+@pytest.fixture
+def random():
+    """Fresh numbers every run; the seed is shown when a test fails."""
+    seed = int(np.random.default_rng().integers(2**31))
+    print(f"{seed=}")
+    return np.random.default_rng(seed)
+
+
+def some_tokens(random, *lengths):
+    return [random.integers(0, TINY["vocab_size"], n) for n in lengths]
+
+
+def assert_same(ours, expected, tolerance=TOLERANCE):
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert mine.shape == theirs.shape
+        worst = np.abs(mine - theirs).max(initial=0.0)
+        assert worst <= tolerance
+
+
+def test_earlier_tokens_matter(model, random):
+    """The other tests would pass on a model that ignores its cache; this one not."""
+    (row,) = some_tokens(random, 12)
+    other = row.copy()
+    other[0] = (other[0] + 1) % TINY["vocab_size"]
+    logits = Session(model, 2, 16).feed([row, other], chunk=4)[0]
+    assert np.abs(logits[0][-1] - logits[1][-1]).max() > 100 * TOLERANCE
+
+
+def test_rewind_equals_never_having_seen(model, random):
+    for _ in range(4):
+        a, b, c = random.integers(0, 13, (3, 3))
+        a, c = np.maximum(a, 1), np.maximum(c, 1)
+        kept, dropped, new = (some_tokens(random, *n) for n in (a, b, c))
+        session = Session(model, 3, 40)
+        session.feed([np.concatenate(pair) for pair in zip(kept, dropped)], chunk=26)
+        session.rewind(a)
+        logits, _ = session.feed(new, chunk=13)
+        straight = Session(model, 3, 40)
+        straight.feed(kept, chunk=26)
+        assert_same(logits, straight.feed(new, chunk=13)[0])
+
+
+def test_rewind_to_nothing_frees_a_slot(model, random):
+    (old, new, neighbour) = some_tokens(random, 20, 8, 30)
+    session = Session(model, 2, 32)
+    session.feed([old, neighbour[:20]], chunk=20)
+    session.rewind([0, 20])
+    logits, _ = session.feed([new, neighbour[20:]], chunk=10)
+    assert_same(logits[:1], Session(model, 2, 32).feed([new, []], chunk=10)[0][:1])
+
+
+def test_garbage_beyond_the_length_is_never_read(model, random):
+    rows = some_tokens(random, 9, 3)
+    clean, dirty = Session(model, 2, 24), Session(model, 2, 24)
+    noise = np.random.default_rng(0)
+    dirty.cache = jax.tree.map(
+        lambda x: jnp.asarray(1e4 * noise.standard_normal(x.shape), x.dtype),
+        dirty.cache,
+    )
+    assert_same(dirty.feed(rows, chunk=4)[0], clean.feed(rows, chunk=4)[0])
+
+
+def test_slots_are_interchangeable(model, random):
+    rows = some_tokens(random, 14, 1, 8, 5)
+    order = random.permutation(4)
+    straight = Session(model, 4, 16).feed(rows, chunk=5)[0]
+    permuted = Session(model, 4, 16).feed([rows[i] for i in order], chunk=5)[0]
+    assert_same(permuted, [straight[i] for i in order])
+
+
+def test_a_slot_does_not_see_its_neighbours(model, random):
+    rows = some_tokens(random, 11, 11, 11)
+    together = Session(model, 3, 16).feed(rows, chunk=4)[0]
+    for slot, row in enumerate(rows):
+        alone = [row if other == slot else [] for other in range(3)]
+        assert_same(
+            [together[slot]], [Session(model, 3, 16).feed(alone, chunk=4)[0][slot]]
+        )
+
+
+@pytest.mark.parametrize("chunk", (1, 2, 5, 16))
+def test_passes_may_be_cut_anywhere(model, random, chunk):
+    rows = some_tokens(random, 19, 7)
+    whole = Session(model, 2, 24).feed(rows)[0]
+    assert_same(Session(model, 2, 24).feed(rows, chunk=chunk)[0], whole)
+
+
+@pytest.mark.parametrize("capacity", (13, 16, 40))
+def test_bucket_size_does_not_matter(model, random, capacity):
+    """13 tokens in a bucket of 13, 16 or 40, the rest padding."""
+    rows = some_tokens(random, 8, 0, 5)
+    exact = Session(model, 3, 16).feed(rows)[0]
+    assert_same(Session(model, 3, 16).feed(rows, capacity=capacity)[0], exact)
+
+
+def test_ids_of_padding_do_not_matter(model, random):
+    graphdef, params = nnx.split(model)
+
+    @jax.jit
+    def run(params, tokens):
+        model = nnx.merge(graphdef, params)
+        x_DT, _, cache = model(tokens, model.init_cache(2, 8))
+        return model.logits(x_DT), cache
+
+    ids_BQ = random.integers(0, 53, (2, 4))
+    counts_B, starts_B = np.array([3, 2]), np.zeros(2, np.int32)
+    results = []
+    for fill in (0, 52):
+        ids_BQ[0, 3:] = ids_BQ[1, 2:] = fill
+        tokens = FlatTokens.from_rows(jnp.asarray(ids_BQ), starts_B, counts_B)
+        logits_TV, cache = run(params, tokens)
+        results.append((logits_TV[:5], cache))
+    for first, second in zip(*map(jax.tree.leaves, results)):
+        assert (np.asarray(first) == np.asarray(second)).all()
+
+
+def test_padding_writes_nothing(model, random):
+    session = Session(model, 2, 8)
+    session.feed(some_tokens(random, 3, 1), capacity=16)
+    for layer in session.cache:
+        for rows_BKSH in (layer.k_BKSH, layer.v_BKSH):
+            written_BS = np.abs(np.asarray(rows_BKSH)).sum((1, 3)) > 0
+            assert written_BS.sum(axis=1).tolist() == [3, 1]
+            assert written_BS[0, :3].all() and written_BS[1, 0]
+
+
+def test_tokens_past_the_cache_are_dropped_and_hurt_nobody(model, random):
+    """A slot that runs over its cache's end must not write into its neighbour."""
+    rows = some_tokens(random, 12, 6)
+    session = Session(model, 2, 8)
+    session.feed([[], rows[1][:3]], chunk=12)
+    session.feed([rows[0], []], chunk=12)
+    logits, _ = session.feed([[], rows[1][3:]], chunk=3)
+    alone = Session(model, 2, 8)
+    alone.feed([[], rows[1][:3]], chunk=12)
+    assert_same([logits[1]], [alone.feed([[], rows[1][3:]], chunk=3)[0][1]])
+
+
+def test_heads_stored_in_128_lanes_give_the_same(model, random):
+    rows = some_tokens(random, 15, 4)
+    narrow, wide = (Session(model, 2, 16, lanes=lanes) for lanes in (1, 128))
+    assert wide.cache[0].k_BKSH.shape[-1] == 128
+    assert_same(wide.feed(rows, chunk=6)[0], narrow.feed(rows, chunk=6)[0])
+
+
+def test_taps_come_in_the_order_asked_and_end_in_the_logits(model, random):
+    (row,) = some_tokens(random, 10)
+    logits, taps = Session(model, 1, 16, taps=(1, -1, 0)).feed([row])
+    ordered = Session(model, 1, 16, taps=(-1, 0, 1)).feed([row])[1][0]
+    assert_same(taps, [ordered[[2, 0, 1]]], 0.0)
+    table_VD = np.asarray(model.embed_tokens.weight[...])
+    assert_same([ordered[0]], [table_VD[row]], 0.0)
+    assert_same([np.asarray(model.logits(jnp.asarray(ordered[2]).T))], logits)
+
+
+def test_a_limit_opens_the_block_to_itself(model, random):
+    """Rows that share a limit see each other: the last one's id reaches the first."""
+    graphdef, params = nnx.split(model)
+
+    @jax.jit
+    def first_row(params, ids_BQ, limits_B):
+        model = nnx.merge(graphdef, params)
+        starts_B, counts_B = jnp.zeros(1, jnp.int32), jnp.full(1, 5)
+        tokens = FlatTokens.from_rows(ids_BQ, starts_B, counts_B, limits_B=limits_B)
+        x_DT, _, _ = model(tokens, model.init_cache(1, 8))
+        return x_DT[:, 0]
+
+    ids_BQ = random.integers(0, 52, (1, 5))
+    changed_BQ = ids_BQ + np.array([0, 0, 0, 0, 1])
+    for limit, seen in ((5, True), (4, False)):
+        limits_B = jnp.array([limit])
+        a_D, b_D = (first_row(params, ids, limits_B) for ids in (ids_BQ, changed_BQ))
+        assert (np.abs(np.asarray(a_D - b_D)).max() > 1e-4) == seen
