@@ -7,11 +7,12 @@ the target, emit exactly what the target alone would have emitted.
 
     target = load_target("smollm2-135m-instruct")
     drafter = load_drafter("ngram", target)
-    prompt = target.tokenizer.chat([{"role": "user", "content": "Why is the sky blue?"}])
+    question = {"role": "user", "content": "Why is the sky blue?"}
+    prompt = target.tokenizer.chat([question])
     [completion] = generate(target, [prompt], drafter)
 
-Below it, `jaxspark.decoding` has `decode_round(target, drafter, state, options)` for use
-inside a caller's own `jit`.
+Below it, `jaxspark.decoding` has `decode_round(target, drafter, state, options)` for
+use inside a caller's own `jit`.
 
 Axis letters, as suffixes of local arrays (`q_TNH`) and in einsum strings:
 

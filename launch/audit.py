@@ -223,8 +223,8 @@ def _summary(console, settings, entries) -> dict:
         "cells": entries,
     }
     console.print(
-        f"{tokens} tokens audited: {figures['violations']} violations, {ties} near-ties "
-        f"({figures['near_ties_per_10000']:.2f} in 10,000)"
+        f"{tokens} tokens audited: {figures['violations']} violations, "
+        f"{ties} near-ties ({figures['near_ties_per_10000']:.2f} in 10,000)"
     )
     return figures
 

@@ -1,8 +1,8 @@
-"""Converts checkpoints: any target to a Hugging Face folder, any drafter to DeepSpec.
+r"""Converts checkpoints: any target to a Hugging Face folder, any drafter to DeepSpec.
 
   python -m launch.convert --target=model.gguf --out=model-safetensors
-  python -m launch.convert --target=Qwen/Qwen3-4B --draft=deepseek-ai/dspark_qwen3_4b_block7 \\
-      --out=drafter --dtype=bfloat16
+  python -m launch.convert --target=Qwen/Qwen3-4B --out=drafter --dtype=bfloat16 \
+      --draft=deepseek-ai/dspark_qwen3_4b_block7
 
 Written under a temporary name and renamed when complete, with a SHA256SUMS file that is
 checked when the folder is loaded.

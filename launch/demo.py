@@ -3,8 +3,8 @@
   python -m launch.demo
 
 For one math, one code and one chat prompt it decodes plainly and speculatively in turn
-(one sequence, greedy, float32), and shows the text, both speeds, the accepted length and
-whether the tokens are identical.
+(one sequence, greedy, float32), and shows the text, both speeds, the accepted length
+and whether the tokens are identical.
 """
 
 import time

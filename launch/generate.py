@@ -50,6 +50,7 @@ class Printer:
         self.arrivals: list[tuple[float, int]] = []
 
     def __call__(self, slot: int, tokens: list[int]) -> None:
+        """Prints what the new tokens add."""
         shown = [token for token in tokens if token not in self.stop_ids]
         print(self.stream.push(shown), end="", flush=True)
         self.arrivals.append((time.perf_counter(), len(tokens)))

@@ -4,8 +4,8 @@ Row j of a slot's verified rows gives p_j, the target's distribution for the pos
 after it; q_j is the distribution draft x_{j+1} was drawn from.
 
 rejection (Leviathan et al. 2023, Chen et al. 2023): accept x_{j+1} with probability
-    min(1, p_j(x)/q_j(x)); at the first rejection sample from normalise(max(p_j-q_j, 0)),
-    after the last draft from p. The output is distributed as the target's.
+    min(1, p_j(x)/q_j(x)); at the first rejection sample normalise(max(p_j - q_j, 0)),
+    after the last draft p. The output is distributed as the target's.
 gumbel (drafter-invariant coupling, Daliri et al. 2024): position i owns a noise vector
     n(i); the output is argmax(log p + n(i)) whatever was drafted, and the draft is
     argmax(log q + n(i)), so they often agree. The output is the *same tokens* as plain
@@ -61,7 +61,10 @@ class DraftSampler:
     vocab: int  # of the target
 
     def __call__(
-        self, logits_BW: Float[Array, "B W"], j: int, ids_W: Int[Array, " W"] | None
+        self,
+        logits_BW: Float[Array, "B W"],
+        j: Int[Array, ""],
+        ids_W: Int[Array, " W"] | None,
     ) -> tuple[Int[Array, " B"], Float[Array, "B W"]]:
         """Draft j: target ids and the log-distribution they were drawn from."""
         places_B, log_q_BW = jax.lax.cond(
@@ -96,7 +99,7 @@ def verify(
     *,
     log_probs: bool = False,
 ) -> Verdict:
-    """Accepts a prefix of each slot's first `lengths_B` drafts and chooses one more token.
+    """Accepts a prefix of each slot's `lengths_B` drafts and chooses one more token.
 
     Args:
       coupling: "rejection" or "gumbel".

@@ -188,7 +188,8 @@ def _token_ids(target, index: int, prompt) -> list[int]:
     wrong = [token for token in ids if not 0 <= token < vocab]
     if wrong:
         raise ValueError(
-            f"prompt {index} has token id {wrong[0]}, outside the vocabulary 0..{vocab - 1}"
+            f"prompt {index} has token id {wrong[0]}, "
+            f"outside the vocabulary 0..{vocab - 1}"
         )
     return ids
 

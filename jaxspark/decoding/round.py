@@ -2,8 +2,8 @@
 
     anchor -> propose -> schedule -> pack -> target (by bucket) -> verify -> commit
 
-`decode_round(state) -> state` is pure; `decode` is `lax.while_loop` over it. There is no
-other decode path: plain decoding is a round whose drafter proposes nothing.
+`decode_round(state) -> state` is pure; `decode` is `lax.while_loop` over it. There is
+no other decode path: plain decoding is a round whose drafter proposes nothing.
 """
 
 from dataclasses import dataclass, replace

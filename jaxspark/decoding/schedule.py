@@ -1,7 +1,7 @@
 """Schedulers: how many drafts of each slot the target verifies.
 
-A scheduler is a pure function of the proposal's confidences, usable on its own. It runs
-inside the compiled round, so nothing waits for the host.
+A scheduler is a pure function of the proposal's confidences, usable on its own. It
+runs inside the compiled round, so nothing waits for the host.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 
 class Scheduler(Protocol):
-    """Chooses verification lengths; hashable, since it is part of the compiled round."""
+    """Chooses verification lengths; hashable, as part of the compiled round."""
 
     def __call__(self, confidence_BG: Float[Array, "B G"]) -> Int[Array, " B"]:
         """Verification length of each slot, 0..G."""
@@ -29,6 +29,7 @@ class Fixed:
             raise ValueError(f"a verification length is at least 0, got {self.length}")
 
     def __call__(self, confidence_BG: Float[Array, "B G"]) -> Int[Array, " B"]:
+        """The same length for every slot."""
         slots, block_length = confidence_BG.shape
         length = block_length if self.length is None else self.length
         return jnp.full((slots,), min(length, block_length), jnp.int32)

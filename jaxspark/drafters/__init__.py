@@ -1,6 +1,6 @@
 """What proposes: each drafter is one file that keeps the contract of `base.Drafter`."""
 
-from jaxspark.drafters.base import Draw, Drafter, Proposal
+from jaxspark.drafters.base import Drafter, Draw, Proposal
 from jaxspark.drafters.dspark import DSparkConfig, DSparkDrafter
 from jaxspark.drafters.ngram import NgramDrafter
 from jaxspark.drafters.plain import PlainDrafter

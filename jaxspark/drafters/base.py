@@ -43,13 +43,16 @@ class Draw(Protocol):
     """How the decode loop lets a drafter sample; the coupling is hidden inside."""
 
     def __call__(
-        self, logits_BW: Float[Array, "B W"], j: int, ids_W: Int[Array, " W"] | None
+        self,
+        logits_BW: Float[Array, "B W"],
+        j: Int[Array, ""],
+        ids_W: Int[Array, " W"] | None,
     ) -> tuple[Int[Array, " B"], Float[Array, "B W"]]:
-        """Samples draft j of every slot; returns target ids and the log-distribution."""
+        """Samples draft j of every slot: target ids and their log-distribution."""
 
 
 class Drafter(Protocol):
-    """What proposes. All methods are pure; parameters are the drafter's pytree leaves."""
+    """What proposes. Methods are pure; parameters are the drafter's pytree leaves."""
 
     @property
     def block_length(self) -> int:
@@ -80,7 +83,7 @@ class Drafter(Protocol):
         draw: Draw,
         block_length: int,
     ) -> tuple[Proposal, Any]:
-        """Drafts `block_length` tokens after the anchor `tokens_BS[b, lengths_B[b]-1]`."""
+        """Drafts tokens after each anchor `tokens_BS[b, lengths_B[b] - 1]`."""
 
 
 def anchors(

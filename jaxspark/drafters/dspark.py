@@ -1,13 +1,13 @@
 """DSpark: a block-parallel backbone with a sequential head (arXiv 2607.05147).
 
-    c_s = norm(W_fc [h_s^(t1); ...; h_s^(tm)])      one context row per target position
-    block = backbone([x_a, mask, ..., mask])        G rows, seeing c_0..c_{a-1} and itself
+    c_s = norm(W_fc [h_s^(t1); ...; h_s^(tm)])      one context row per position
+    block = backbone([x_a, mask, ..., mask])        G rows, see c_0..c_{a-1} and block
     q_j = softmax(head(block_j) + b(x_j))           left to right; x_{j+1} ~ q_j
 
 `observe` turns taps into context rows once and caches their keys and values per draft
 layer. `propose` writes the block's own rows at positions a, a+1, ... of the same cache,
-which are garbage until `observe` overwrites them, so a block row sees exactly the cached
-positions below a + G: context and block in one attention call.
+which are garbage until `observe` overwrites them, so a block row sees exactly the
+cached positions below a + G: context and block in one attention call.
 
 DFlash is the same backbone without sequential and confidence heads. Embedding and LM
 head are the target's. A pruned draft vocabulary brings its own rows of the head.
@@ -16,6 +16,7 @@ head are the target's. A pruned draft vocabulary brings its own rows of the head
 from dataclasses import dataclass
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -68,8 +69,9 @@ class DSparkConfig:
             raise ValueError(f"target_layer_ids must be ascending, got {taps}")
         if taps[0] < -1 or taps[-1] >= self.num_target_layers:
             raise ValueError(
-                f"target_layer_ids {taps} must lie in -1..{self.num_target_layers - 1}, "
-                f"the layers of a target of depth {self.num_target_layers}"
+                f"target_layer_ids {taps} must lie in "
+                f"-1..{self.num_target_layers - 1}, the layers of a target of depth "
+                f"{self.num_target_layers}"
             )
         if self.markov_head_type not in HEAD_TYPES:
             raise ValueError(
@@ -219,21 +221,31 @@ class DSparkDrafter(nnx.Module):
         )
         base_BGW = self.logits(target, hidden_DBG)
         ids_W = self.draft_ids[...] if self.draft_ids is not None else None
-        state_RB = self.markov_head.start(len(lengths_B)) if self.markov_head else None
-        tokens, log_q, confidence = [], [], []
-        for j in range(block_length):
+
+        def row(carry, inputs):
+            state_RB, previous_B = carry
+            j, hidden_DB, base_BW = inputs
             state_RB, logits_BW, confidence_B = self.step(
-                state_RB, previous_B, hidden_DBG[:, :, j], base_BGW[:, j]
+                state_RB, previous_B, hidden_DB, base_BW
             )
-            previous_B, log_q_BW = draw(logits_BW, j, ids_W)
-            tokens.append(previous_B)
-            log_q.append(log_q_BW)
-            confidence.append(confidence_B)
+            token_B, log_q_BW = draw(logits_BW, j, ids_W)
+            return (state_RB, token_B), (token_B, log_q_BW, confidence_B)
+
+        start = self.markov_head.start(len(lengths_B)) if self.markov_head else ()
+        rows = (
+            jnp.arange(block_length),
+            jnp.moveaxis(hidden_DBG, 2, 0),
+            jnp.moveaxis(base_BGW, 1, 0),
+        )
+        _, outputs = jax.lax.scan(row, (start, previous_B), rows)
+        tokens_BG, log_q_BGW, confidence_BG = (
+            jnp.moveaxis(each, 0, 1) for each in outputs
+        )
         return Proposal(
-            tokens_BG=jnp.stack(tokens, axis=1),
+            tokens_BG=tokens_BG,
             lengths_B=jnp.full_like(lengths_B, block_length),
-            confidence_BG=jnp.stack(confidence, axis=1),
-            log_q_BGW=jnp.stack(log_q, axis=1),
+            confidence_BG=confidence_BG,
+            log_q_BGW=log_q_BGW,
             ids_W=ids_W,
         ), cache
 

@@ -78,4 +78,5 @@ class ConfidenceHead(nnx.Module):
         self.proj = Linear(width, 1, bias=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, features_IB: Float[Array, "I B"]) -> Float[Array, " B"]:
+        """One logit per slot."""
         return self.proj(features_IB)[0].astype(jnp.float32)

@@ -69,7 +69,7 @@ class NgramDrafter:
         ), cache
 
     def _matches(self, tokens_BS, lengths_B):
-        """How many tokens ending at s equal the slot's last ones, 0..longest, [B, S]."""
+        """How many tokens ending at s equal the slot's last ones, 0..longest [B, S]."""
         S = tokens_BS.shape[1]
         position_S = jnp.arange(S)
         # A match ends before the anchor, or there is nothing to copy.

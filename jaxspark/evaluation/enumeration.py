@@ -27,7 +27,6 @@ from jaxspark.decoding.state import init_state
 from jaxspark.drafters import Proposal
 from jaxspark.models import FlatTokens
 
-
 LogProbs = dict[tuple[int, ...], np.ndarray]
 
 
@@ -39,7 +38,7 @@ def sequence_log_probs(
     Returns a table {continuation of `prompt`, shorter than `length`: log p [V]}.
     """
     vocab = target.config.vocab_size
-    table = {}
+    table: LogProbs = {}
     for n in range(length):
         prefixes = list(itertools.product(range(vocab), repeat=n))
         rows = jnp.array([[*prompt, *prefix] for prefix in prefixes], jnp.int32)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from flax import nnx
 
-from jaxspark.decoding.couplings import acceptance_probability
+from jaxspark.decoding.couplings import Coupling, acceptance_probability
 from jaxspark.decoding.sampling import Sampling
 from jaxspark.drafters import Drafter, DSparkConfig, DSparkDrafter, NgramDrafter
 from jaxspark.evaluation.enumeration import (
@@ -123,7 +123,7 @@ def frequency_checks(
         if drafters is not None and name not in drafters:
             continue
         q_V = first_draft_distribution(target, drafter, PROMPT, BLOCK_LENGTH, sampling)
-        formulas = {
+        formulas: dict[Coupling, float] = {
             "rejection": rejection_acceptance(p_V, q_V),
             "gumbel": gumbel_acceptance(p_V, q_V),
         }

@@ -1,8 +1,8 @@
 """The audits' grids: which drafters, block lengths and batches are tried on what.
 
-`cells` deals prompts over the grid: every drafter sees every prompt in every batch
-size, and block lengths take turns, so that each (drafter, block length, batch) is tried
-on its share. With `full` every cell sees every prompt.
+`cells` deals prompts over the grid: every drafter sees every prompt once, block lengths
+and batch sizes take turns, so that each (drafter, block length, batch) is tried on its
+share. With `full` every cell sees every prompt.
 """
 
 from collections.abc import Iterator, Sequence
@@ -51,20 +51,31 @@ def cells(
     *,
     full: bool = False,
 ) -> Iterator[Cell]:
-    """The grid, cheapest batches first."""
-    for count in slots:
+    """The grid, batch size by batch size."""
+    for s, count in enumerate(slots):
         for d, drafter in enumerate(drafters):
             for b, block_length in enumerate(block_lengths):
-                yield Cell(
-                    drafter=drafter,
-                    block_length=block_length,
-                    slots=count,
-                    requests=tuple(
-                        i
-                        for i in range(requests)
-                        if full or (i + d + count) % len(block_lengths) == b
-                    ),
+                chosen = tuple(
+                    i
+                    for i in range(requests)
+                    if full or (b, s) == _deal(i, d, len(block_lengths), len(slots))
                 )
+                if chosen:
+                    yield Cell(
+                        drafter=drafter,
+                        block_length=block_length,
+                        slots=count,
+                        requests=chosen,
+                    )
+
+
+def _deal(request: int, drafter: int, block_lengths: int, batches: int):
+    """Which block length and which batch size a request gets with a drafter."""
+    again, block = divmod(request + drafter, block_lengths)
+    if batches == 1:
+        return block, 0
+    # One in five goes to the first batch size, one request alone by default.
+    return block, 0 if again % 5 == 0 else 1 + again % (batches - 1)
 
 
 def run_cell(

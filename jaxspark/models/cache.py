@@ -1,14 +1,15 @@
 """Position-indexed key/value caches.
 
 Row s of a slot belongs to absolute position s and to nothing else. Rows at or past a
-slot's length are garbage that no query sees, so rolling back a rejected draft is *not
-advancing the length*: no copy, no undo.
+slot's length are garbage that no query sees (finite garbage: a weight of 0 does not
+silence a NaN), so rolling back a rejected draft is *not advancing the length*: no copy,
+no undo.
 
 Each layer has its own pair of arrays [B, K, S, H]: the products of attention read them
-as they lie (batch axes leading), and writing is a scatter of rows into a donated buffer.
-A TPU tiles the last axis in 128 lanes. For narrower heads XLA would rather lay positions
-along the lanes and copies whole caches between the two layouts; storing such heads
-zero-padded to 128 costs the same memory and no copy, hence `lanes`.
+as they lie (batch axes leading), and writing is a scatter of rows into a donated
+buffer. A TPU tiles the last axis in 128 lanes. For narrower heads XLA would rather lay
+positions along the lanes and copies whole caches between the two layouts; storing such
+heads zero-padded to 128 costs the same memory and no copy, hence `lanes`.
 """
 
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class LayerCache:
     ) -> "LayerCache":
         """An empty cache for `slots` sequences of up to `length` positions.
 
-        `head_dim` is rounded up to a multiple of `lanes`: by default 128 on TPU, else 1.
+        `head_dim` is rounded up to a multiple of `lanes`: 128 on TPU, else 1.
         """
         if lanes is None:
             lanes = 128 if jax.default_backend() == "tpu" else 1
@@ -56,7 +57,6 @@ class LayerCache:
         view: SlotView,
     ) -> "LayerCache":
         """Stores each token's row at its slot and position; padding is skipped."""
-
         B, K, S, H = self.k_BKSH.shape
         # Rows are addressed in the flat [B*K*S, H] table: a scatter over one leading
         # axis is done in place on every platform (over axes 0 and 2 TPUs copy).

@@ -61,6 +61,7 @@ class Oracle:
     def close(self):
         """Ends the process."""
         self.process.stdin.close()
+        self.process.stdout.close()
         self.process.wait()
         self.errors.close()
         self.folder.cleanup()

@@ -2,8 +2,8 @@
 
 Weights keep the checkpoint's output-major layout [O, I] and activations are stored
 feature-major. A product then streams every weight row once, whatever the number of
-tokens, so the extra rows of speculative verification stay cheap: on two CPU cores 8
-tokens cost 1.7x one token, against 2x for x_TI @ W_IO (launch/bench.py --suite=layout).
+tokens, which keeps the extra rows of speculative verification cheap
+(`launch/bench.py --suite=layout` compares the layouts).
 """
 
 import jax
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 def product(
     w_OI: Float[Array, "O I"], x_IT: Float[Array, "I T"]
 ) -> Float[Array, "O T"]:
-    """W x, in full precision for float32 (no TF32 or bfloat16 passes on accelerators)."""
+    """W x; float32 in full precision (no TF32 or bfloat16 passes on accelerators)."""
     exact = w_OI.dtype == jnp.float32
     return jnp.dot(w_OI, x_IT, precision=jax.lax.Precision.HIGHEST if exact else None)
 
@@ -23,7 +23,7 @@ def product(
 def row_product(
     w_OI: Float[Array, "O I"], x_IT: Float[Array, "I T"]
 ) -> Float[Array, "T O"]:
-    """(W x)^T in float32: one contiguous row of outputs per token, as sampling reads it.
+    """(W x)^T in float32: a contiguous row of outputs per token, as sampling reads it.
 
     Without the barrier XLA folds the transpose into the product, which then reads W
     column-wise: 97 ms instead of 7 for two tokens and a head of 49152 x 576 on CPU.
@@ -45,6 +45,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((d_out,), dtype)) if bias else None
 
     def __call__(self, x_IT: Float[Array, "I T"]) -> Float[Array, "O T"]:
+        """Maps every column."""
         y_OT = product(self.weight[...], x_IT)
         return y_OT if self.bias is None else y_OT + self.bias[...][:, None]
 
@@ -58,4 +59,5 @@ class Embedding(nnx.Module):
         )
 
     def __call__(self, ids_T: Int[Array, " T"]) -> Float[Array, "D T"]:
+        """Looks up one column per id."""
         return self.weight[...][ids_T].T

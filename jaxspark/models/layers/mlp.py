@@ -16,5 +16,6 @@ class GatedMLP(nnx.Module):
         self.down_proj = Linear(hidden, width, bias=bias, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_DT: Float[Array, "D T"]) -> Float[Array, "D T"]:
+        """Maps every column."""
         h_FT = jax.nn.silu(self.gate_proj(x_DT)) * self.up_proj(x_DT)
         return self.down_proj(h_FT)

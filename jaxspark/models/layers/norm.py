@@ -14,6 +14,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x_DT: Float[Array, "... D T"]) -> Float[Array, "... D T"]:
+        """Norms every column."""
         x = x_DT.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x), axis=-2, keepdims=True)
         x = x * jax.lax.rsqrt(mean_square + self.eps)

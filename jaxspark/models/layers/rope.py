@@ -50,7 +50,9 @@ class RopeConfig:
 
     def frequencies(self, head_dim: int) -> tuple[np.ndarray, float]:
         """Angular frequencies [H/2] in radians per position, and the cos/sin scale."""
-        base_h = self.rope_theta ** (np.arange(0, head_dim, 2, np.float32) / head_dim)
+        base_h = self.rope_theta ** (
+            np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
+        )
         plain_h = (1.0 / base_h).astype(np.float32)
         if self.rope_type == "linear":
             return plain_h / np.float32(self.factor), 1.0

@@ -1,0 +1,175 @@
+"""`generate`: budgets, stops, streaming, log-probabilities, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxspark.decoding import (
+    DecodeOptions,
+    Fixed,
+    Sampling,
+    decode_round,
+    generate,
+    init_state,
+    prefill,
+)
+from tests import zoo
+from tests.driver import Session
+
+
+@pytest.fixture(scope="module")
+def model():
+    return zoo.target()
+
+
+@pytest.fixture(scope="module")
+def ngram(model):
+    return zoo.drafter("ngram", model)
+
+
+def step_by_step(model, prompt, count):
+    """Greedy decoding with the bare model only; tokens and log-probabilities."""
+    session = Session(model, 1, len(prompt) + count + 1)
+    row, tokens, log_probs = prompt, [], []
+    for _ in range(count):
+        [logits], _ = session.feed([row])
+        log_p_V = jax.nn.log_softmax(logits[-1])
+        tokens.append(int(np.argmax(logits[-1])))
+        log_probs.append(float(log_p_V[tokens[-1]]))
+        row = tokens[-1:]
+    return tokens, log_probs
+
+
+def test_plain_decoding_is_the_bare_model_step_by_step(model):
+    for prompt in zoo.prompts(1, 2, 33):
+        [seen] = generate(model, [prompt], max_new_tokens=20, log_probs=True)
+        tokens, log_probs = step_by_step(model, prompt, 20)
+        assert seen.tokens == tokens
+        np.testing.assert_allclose(seen.log_probs, log_probs, atol=1e-5)
+
+
+def test_log_probs_do_not_change_with_speculation(model, ngram):
+    prompts = zoo.prompts(4, 19, 7)
+    plain = generate(model, prompts, max_new_tokens=30, log_probs=True)
+    fast = generate(model, prompts, ngram, max_new_tokens=30, log_probs=True)
+    assert max(each.accepted_length for each in fast) > 1.2
+    for a, b in zip(plain, fast):
+        assert a.tokens == b.tokens
+        np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-4)
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 9, 10, 11])
+def test_a_budget_is_met_to_the_token(model, ngram, budget):
+    [seen] = generate(model, zoo.prompts(12), ngram, max_new_tokens=budget, capacity=64)
+    assert len(seen.tokens) == budget
+    assert seen.finish_reason == "length"
+
+
+def test_each_prompt_may_have_its_own_budget(model, ngram):
+    seen = generate(model, zoo.prompts(5, 5, 5), ngram, max_new_tokens=[1, 7, 30])
+    assert [len(each.tokens) for each in seen] == [1, 7, 30]
+
+
+def test_a_stop_token_inside_an_accepted_block_ends_the_output(model, ngram):
+    [free] = generate(model, zoo.prompts(12), ngram, max_new_tokens=40)
+    assert free.accepted[1] > 0, "the case needs rounds with several accepted drafts"
+    for stop in set(free.tokens):
+        [seen] = generate(
+            model, zoo.prompts(12), ngram, max_new_tokens=40, stop_ids=[stop]
+        )
+        expected = free.tokens[: free.tokens.index(stop) + 1]
+        assert seen.tokens == expected
+        assert seen.finish_reason == "stop"
+
+
+def test_streaming_delivers_the_same_tokens_piece_by_piece(model, ngram):
+    prompts = zoo.prompts(3, 20)
+    pieces = {0: [], 1: []}
+    calls = []
+
+    def on_tokens(slot, tokens):
+        calls.append(slot)
+        pieces[slot] += tokens
+
+    seen = generate(model, prompts, ngram, max_new_tokens=40, on_tokens=on_tokens)
+    whole = generate(model, prompts, ngram, max_new_tokens=40)
+    assert [pieces[0], pieces[1]] == [each.tokens for each in seen]
+    assert [each.tokens for each in seen] == [each.tokens for each in whole]
+    assert len(calls) > 4
+
+
+def test_counters_add_up(model, ngram):
+    [seen] = generate(model, zoo.prompts(12), ngram, max_new_tokens=40)
+    assert sum(seen.accepted) + seen.rounds == len(seen.tokens)
+    assert all(a <= b for a, b in zip(seen.accepted, seen.reached))
+    assert all(a >= b for a, b in zip(seen.accepted, seen.reached[1:]))
+
+
+def test_a_fixed_schedule_verifies_no_more_than_its_length(model, ngram):
+    [seen] = generate(
+        model, zoo.prompts(12), ngram, max_new_tokens=30, schedule=Fixed(2)
+    )
+    assert seen.reached[1] > 0
+    assert seen.reached[2:] == [0] * (zoo.BLOCK - 2)
+
+
+def test_the_round_is_pure_inside_a_callers_own_jit(model, ngram):
+    prompts = zoo.prompts(6, 11)
+    options = DecodeOptions(block_length=3)
+
+    @jax.jit
+    def three_rounds(model, state):
+        for _ in range(3):
+            state = decode_round(model, ngram, state, options)
+        return state
+
+    state = init_state(model, ngram, prompts, [40, 40], Sampling.of(2), block_length=3)
+    state = prefill(model, ngram, state, chunk=16)
+    state = three_rounds(model, state)
+    expected = generate(model, prompts, max_new_tokens=20)
+    for slot, prompt in enumerate(prompts):
+        length = int(state.lengths_B[slot])
+        seen = np.asarray(state.tokens_BS)[slot, len(prompt) : length].tolist()
+        assert 3 <= len(seen) <= 12
+        assert seen == expected[slot].tokens[: len(seen)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(prompts=[]), "no prompts"),
+        (dict(prompts=[[]]), "prompt 0 is empty"),
+        (dict(prompts=["text"]), "no tokenizer"),
+        (dict(prompts=[[3, zoo.VOCAB]]), f"token id {zoo.VOCAB}"),
+        (dict(prompts=[[1] * 1020]), "1020 tokens and 16 new ones exceed"),
+        (dict(max_new_tokens=0), "max_new_tokens"),
+        (dict(max_new_tokens=[4, 4]), "max_new_tokens"),
+        (dict(temperature=-1.0), r"temperature must lie in \[0.0"),
+        (dict(block_length=zoo.BLOCK + 1), "block length 9"),
+        (dict(block_length=0), "block length 0"),
+        (dict(coupling="hope"), "unknown coupling 'hope'"),
+        (dict(buckets=(4,)), "cannot hold 1 slots of 9"),
+        (dict(buckets=(9, 9)), "ascending"),
+        (dict(capacity=8), "capacity of 8"),
+        (dict(seed=-1), "seed"),
+    ],
+    ids=str,
+)
+def test_bad_requests_are_refused_with_the_value_and_the_fix(
+    model, ngram, change, message
+):
+    arguments = dict(prompts=[[1, 2, 3]], drafter=ngram, max_new_tokens=16) | change
+    with pytest.raises(ValueError, match=message):
+        generate(model, **arguments)
+
+
+def test_plain_decoding_has_no_block_length(model):
+    with pytest.raises(ValueError, match="expected 0..0"):
+        generate(model, [[1]], block_length=2)
+
+
+def test_bfloat16_runs_end_to_end(ngram):
+    model = jax.tree.map(lambda w: w.astype(jnp.bfloat16), zoo.target())
+    [seen] = generate(model, zoo.prompts(9), ngram, max_new_tokens=8)
+    assert len(seen.tokens) == 8

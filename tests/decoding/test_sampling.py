@@ -1,0 +1,102 @@
+"""Warped distributions and the randomness of requests."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxspark.decoding.sampling import Sampling, position_noise, warp
+
+
+def sorted_warp(logits_V, temperature, top_k, top_p, min_p):
+    """The definition, by sorting, in float64."""
+    if temperature == 0:
+        p_V = np.zeros(len(logits_V))
+        p_V[np.argmax(logits_V)] = 1
+        return p_V
+    scaled = logits_V.astype(np.float64) / temperature
+    p_V = np.exp(scaled - scaled.max())
+    p_V /= p_V.sum()
+    best = p_V.max()
+    order = np.argsort(-p_V)
+    kept = np.zeros(len(p_V), bool)
+    kept[order[: top_k or len(p_V)]] = True
+    mass = np.cumsum(p_V[order] * kept[order]) / p_V[kept].sum()
+    if top_p < 1:
+        kept[order[np.searchsorted(mass, top_p) + 1 :]] = False
+    kept &= p_V >= min_p * best
+    return np.where(kept, p_V, 0) / p_V[kept].sum()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(temperature=0.0),
+        dict(temperature=1.0),
+        dict(temperature=0.7, top_k=5),
+        dict(temperature=1.3, top_p=0.8),
+        dict(temperature=1.0, min_p=0.2),
+        dict(temperature=0.9, top_k=12, top_p=0.6, min_p=0.05),
+        dict(temperature=1.0, top_k=10_000, top_p=1e-6),
+    ],
+    ids=str,
+)
+def test_warp_equals_its_definition_by_sorting(settings):
+    logits_RV = np.random.default_rng(3).normal(0, 3, (4, 200)).astype(np.float32)
+    seen_RV = np.exp(warp(jnp.asarray(logits_RV), Sampling.of(4, **settings)))
+    full = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) | settings
+    for logits_V, seen_V in zip(logits_RV, seen_RV):
+        np.testing.assert_allclose(seen_V, sorted_warp(logits_V, **full), atol=2e-6)
+
+
+def test_each_slot_has_its_own_parameters():
+    logits_RV = jnp.tile(jnp.linspace(0.0, 3.0, 8), (4, 1))
+    sampling = Sampling.of(
+        4, temperature=[0, 1, 1, 1], top_k=[0, 2, 0, 0], min_p=[0, 0, 0.5, 0]
+    )
+    support = (np.exp(warp(logits_RV, sampling)) > 0).sum(axis=1).tolist()
+    assert support == [1, 2, 2, 8]
+
+
+def test_greedy_ties_go_to_the_lowest_id():
+    log_p_RV = warp(jnp.array([[1.0, 3.0, 3.0, 0.0]]), Sampling.of(1))
+    assert np.exp(log_p_RV).tolist() == [[0, 1, 0, 0]]
+
+
+def test_noise_belongs_to_seed_and_position_alone():
+    seeds, positions = jnp.array([5, 5, 6], jnp.uint32), jnp.array([9, 10, 9])
+    noise = position_noise(seeds, positions, 16)
+    alone = position_noise(seeds[1:2], positions[1:2], 16)
+    np.testing.assert_array_equal(noise[1:2], alone)
+    assert len({row.tobytes() for row in np.asarray(noise)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("min_p", -1.0),
+        ("seed", -3),
+        ("temperature", [0.0, 1.0, 2.0]),
+    ],
+)
+def test_values_out_of_range_are_named(name, value):
+    with pytest.raises(ValueError, match=name):
+        Sampling.of(2, **{name: value})
+
+
+def test_python_and_numpy_numbers_share_a_program():
+    traces = []
+
+    @jax.jit
+    def count(sampling):
+        traces.append(1)
+        return sampling.temperature
+
+    for value in (1, 1.0, np.float64(1), np.float32(1), [1.0, 1.0]):
+        count(Sampling.of(2, temperature=value))
+    assert len(traces) == 1

@@ -1,0 +1,91 @@
+"""Guarantee 2: sampling with speculation is distributed as the target, provably."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxspark.decoding import Fixed, Sampling, couplings
+from jaxspark.evaluation import sampling_checks
+from jaxspark.evaluation.enumeration import (
+    round_distribution,
+    sequence_log_probs,
+    target_distribution,
+)
+from jaxspark.evaluation.statistics import chi_square
+
+DRAFTERS = (
+    "ngram",
+    "dflash",
+    "dspark-vanilla",
+    "dspark-gated",
+    "dspark-rnn",
+    "dspark-pruned",
+)
+
+
+def too_generous(log_p_BG, log_q_BG):
+    """A biased rule: accepts more than min(1, p/q)."""
+    return jnp.minimum(1.0, jnp.exp(0.5 * (log_p_BG - log_q_BG)))
+
+
+def assert_all_hold(checks):
+    assert checks
+    assert not [check for check in checks if not check.holds]
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_a_round_is_exact_by_enumeration(name):
+    assert_all_hold(sampling_checks.enumeration_checks([name]))
+
+
+@pytest.mark.parametrize("length", [0, 1])
+@pytest.mark.parametrize(
+    "settings",
+    [dict(temperature=1.5), dict(temperature=0.0), dict(temperature=1.0, top_p=0.6)],
+    ids=str,
+)
+def test_a_round_is_exact_under_any_length_and_warp(settings, length):
+    target = sampling_checks.tiny_target(3)
+    drafter = sampling_checks.tiny_drafters(target)["dspark-rnn"]
+    sampling, prompt = Sampling.of(1, **settings), sampling_checks.PROMPT
+    table = sequence_log_probs(target, prompt, 3, sampling)
+    seen = round_distribution(
+        target, drafter, prompt, table, sampling, schedule=Fixed(length)
+    )
+    np.testing.assert_allclose(seen, target_distribution(table), atol=1e-6)
+
+
+def test_enumeration_catches_a_biased_rule():
+    checks = sampling_checks.enumeration_checks(["dspark-gated"], accept=too_generous)
+    assert [check.figure > 1e-3 and not check.holds for check in checks] == [True]
+
+
+def test_frequencies_of_200000_first_tokens_and_acceptance_formulas():
+    assert_all_hold(sampling_checks.frequency_checks(200_000, ["dspark-gated"]))
+
+
+def test_frequencies_with_a_pruned_vocabulary_and_with_point_masses():
+    names = ["dspark-pruned", "ngram"]
+    assert_all_hold(sampling_checks.frequency_checks(40_000, names))
+
+
+def test_frequencies_catch_a_biased_rule(monkeypatch):
+    monkeypatch.setattr(couplings, "acceptance_probability", too_generous)
+    jax.clear_caches()
+    try:
+        checks = sampling_checks.frequency_checks(200_000, ["dspark-gated"])
+    finally:
+        jax.clear_caches()
+    failed = [check.name for check in checks if not check.holds]
+    assert any("token" in name and "rejection" in name for name in failed)
+    assert not any("gumbel" in name for name in failed)
+
+
+def test_chi_square_accepts_the_truth_and_rejects_a_shift():
+    random = np.random.default_rng(0)
+    truth = np.array([0.5, 0.3, 0.15, 0.05])
+    counts = random.multinomial(100_000, truth)
+    assert chi_square(counts, truth) > 1e-3
+    assert chi_square(counts, np.array([0.48, 0.32, 0.15, 0.05])) < 1e-6
+    assert chi_square(np.array([10, 0, 1]), np.array([0.9, 0.1, 0.0])) == 0.0

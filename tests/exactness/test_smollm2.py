@@ -1,0 +1,45 @@
+"""The guarantees on the embedded model, a few prompts (launch/audit.py runs many)."""
+
+import pytest
+
+from jaxspark import load_drafter, load_target
+from jaxspark.checkpoints import CheckpointError
+from jaxspark.evaluation.audit import Request, audit, decode_requests, plain_outputs
+
+QUESTIONS = (
+    "What is 17 times 3? Show each step.",
+    "Write a Python function that reverses a list.",
+    "Name three rivers and three mountains, then repeat the list.",
+)
+OPTIONS = {"max_new_tokens": 32, "capacity": 128}
+
+
+@pytest.fixture(scope="module")
+def target():
+    try:
+        return load_target("smollm2-135m-instruct")
+    except CheckpointError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(
+    ("coupling", "temperature"), [("rejection", 0.0), ("gumbel", 1.0)]
+)
+def test_not_one_token_changes(target, coupling, temperature):
+    requests = [
+        Request(
+            prompt=tuple(target.tokenizer.chat([{"role": "user", "content": text}])),
+            temperature=temperature,
+            seed=i,
+            name=text,
+        )
+        for i, text in enumerate(QUESTIONS)
+    ]
+    plain = plain_outputs(target, requests, coupling=coupling, **OPTIONS)
+    drafter = load_drafter("ngram", target)
+    seen = decode_requests(
+        target, requests, drafter, block_length=3, coupling=coupling, **OPTIONS
+    )
+    result = audit(target, requests, plain, seen)
+    assert result.tokens > 60
+    assert not result.violations, "\n".join(map(str, result.violations))

@@ -1,0 +1,67 @@
+"""Tiny targets and one drafter of every kind, random weights."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+from flax import nnx
+
+import configs.drafters
+import configs.targets
+from jaxspark.drafters import DSparkDrafter, NgramDrafter
+from jaxspark.models import DenseDecoder
+
+VOCAB = 61
+BLOCK = 8
+TARGETS = {
+    "llama": replace(configs.targets.tiny_llama(VOCAB), num_hidden_layers=2),
+    "qwen3": replace(configs.targets.tiny_qwen3(VOCAB), num_hidden_layers=2),
+}
+DRAFTERS = (
+    "ngram",
+    "dspark-vanilla",
+    "dspark-gated",
+    "dspark-rnn",
+    "dspark-pruned",
+    "dflash",
+    "dflash-masks",
+)
+
+
+def target(name: str = "llama", seed: int = 0) -> DenseDecoder:
+    """A tiny target with peaked distributions."""
+    model = DenseDecoder(TARGETS[name], rngs=nnx.Rngs(seed))
+    model.embed_tokens.weight[...] *= 30.0
+    return model
+
+
+def drafter(name: str, model: DenseDecoder, seed: int = 1):
+    """A drafter for it by name."""
+    options = {"depth": 1, "block_size": BLOCK, "mask_token_id": VOCAB - 1}
+    kind, _, variant = name.partition("-")
+    if kind == "ngram":
+        return NgramDrafter(block_length=BLOCK, shortest=1)
+    if kind == "dflash":
+        config = configs.drafters.dflash(model.config, **options)
+        config = replace(config, sample_from_anchor=variant != "masks")
+    else:
+        pruned = variant == "pruned"
+        config = configs.drafters.dspark(
+            model.config,
+            markov_rank=8,
+            markov_head_type="vanilla" if pruned else variant,
+            draft_vocab_size=VOCAB // 2 if pruned else None,
+            **options,
+        )
+    made = DSparkDrafter(config, rngs=nnx.Rngs(seed))
+    if made.draft_ids is not None:
+        every_other = jax.numpy.arange(0, VOCAB - 1, 2)[: config.draft_vocab_size]
+        made.draft_ids[...] = every_other
+        made.lm_head.weight[...] = model.head_VD[every_other]
+    return made
+
+
+def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
+    """Random prompts of the given lengths."""
+    random = np.random.default_rng(seed)
+    return [random.integers(0, VOCAB, length).tolist() for length in lengths]
