@@ -15,7 +15,7 @@ ORACLE := tests/parity/requirements.txt
 
 # Compilers for chips this machine need not have. They are never imported by the library.
 AOT := .venv-aot
-AOT_TPU := libtpu==0.0.50.1
+AOT_TPU := libtpu==0.0.52
 AOT_CUDA := jax-cuda13-plugin==0.12.0.1 jax-cuda13-pjrt==0.12.0.1 \
 	nvidia-cuda-nvcc==13.5.37 nvidia-nvvm==13.5.37 nvidia-cuda-crt==13.5.37 \
 	nvidia-nvjitlink==13.5.37 nvidia-cuda-nvrtc==13.5.37 nvidia-cuda-runtime==13.5.37
@@ -26,7 +26,7 @@ help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 demo: $(VENV)/.demo ## Make .venv, install, and run the demo: plain against speculative decoding
-	@$(BIN)/python launch/demo.py
+	@$(BIN)/python -m launch.demo
 
 test: $(VENV)/.test oracle aot-tpu lint ## The same environment plus what tests need; lint and run the tests
 	@echo "==> tests"

@@ -21,7 +21,7 @@ flags.DEFINE_integer("max_new_tokens", 160, "Output budget per prompt.", lower_b
 flags.DEFINE_integer("repeats", 2, "Timed runs of each kind per prompt.", lower_bound=1)
 FLAGS = flags.FLAGS
 
-DEMO_BLOCK_LENGTH = 4
+DEMO_BLOCK_LENGTH = 3
 PROMPTS = {
     "math": "A baker makes 12 trays of 8 rolls. She sells 70 rolls in the morning and "
     "half of the rest in the afternoon. How many rolls are left? Think step by step.",
