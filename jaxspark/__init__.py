@@ -11,8 +11,8 @@ the target, emit exactly what the target alone would have emitted.
     prompt = target.tokenizer.chat([question])
     [completion] = generate(target, [prompt], drafter)
 
-Below it, `jaxspark.decoding` has `decode_round(target, drafter, state, options)` for
-use inside a caller's own `jit`.
+Below it, `jaxspark.decoding` has `decode_round(target.model, drafter, state, options)`
+for use inside a caller's own `jit`.
 
 Axis letters, as suffixes of local arrays (`q_TNH`) and in einsum strings:
 

@@ -21,7 +21,7 @@ from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 import configs.drafters
-from jaxspark import load_drafter, load_target
+from jaxspark import load_drafter
 from jaxspark.drafters import DSparkDrafter
 from jaxspark.evaluation import sampling_checks, suites
 from jaxspark.evaluation.audit import AuditResult, Request, plain_outputs
@@ -46,7 +46,10 @@ flags.DEFINE_list(
 flags.DEFINE_list("block_lengths", [str(g) for g in range(1, 9)], "Block lengths.")
 flags.DEFINE_list("slots", ["1", "5"], "Batch sizes; larger ones mix temperatures.")
 flags.DEFINE_bool("full", False, "Every grid cell on every prompt, not on its share.")
-flags.DEFINE_integer("samples", 200_000, "First tokens of the chi-square test.")
+flags.DEFINE_integer("most", None, "At most this many prompts per grid cell.")
+flags.DEFINE_integer(
+    "samples", 200_000, "First tokens of the chi-square test.", lower_bound=2000
+)
 flags.DEFINE_string("progress", None, "JSON-lines file to keep progress in, resumable.")
 flags.DEFINE_string("json_out", None, "File for the figures.")
 FLAGS = flags.FLAGS
@@ -60,7 +63,8 @@ def audited_drafter(name: str, target):
     options = {"depth": 1, "block_size": 8}
     if kind == "dspark" and head:
         # One head on the full vocabulary, the others on pruned ones.
-        pruned = {"vanilla": None, "gated": 8192, "rnn": 4096}[head]
+        vocab = target.model.config.vocab_size
+        pruned = {"vanilla": None, "gated": vocab // 6, "rnn": vocab // 12}[head]
         config = configs.drafters.dspark(
             target.model.config,
             markov_rank=64,
@@ -126,6 +130,7 @@ def audit_tokens(console: Console, target, suite: str) -> dict:
             [int(slots) for slots in FLAGS.slots],
             len(requests),
             full=FLAGS.full,
+            most=FLAGS.most,
         )
     )
     settings = {
@@ -135,6 +140,10 @@ def audit_tokens(console: Console, target, suite: str) -> dict:
         "prompts": len(requests),
         "max_new_tokens": FLAGS.max_new_tokens,
         "full": FLAGS.full,
+        "most": FLAGS.most,
+        "drafters": FLAGS.drafters,
+        "block_lengths": block_lengths,
+        "slots": FLAGS.slots,
     }
     progress_file = ProgressFile(
         FLAGS.progress and f"{FLAGS.progress}.{suite}", settings
@@ -258,9 +267,7 @@ def main() -> int:
         if suite == "sampling":
             figures[suite] = audit_sampling(console)
         else:
-            target = target or load_target(
-                FLAGS.target, dtype=common.DTYPES[FLAGS.dtype]
-            )
+            target = target or common.load_text_target()
             figures[suite] = audit_tokens(console, target, suite)
     if FLAGS.json_out:
         pathlib.Path(FLAGS.json_out).write_text(json.dumps(figures, indent=1) + "\n")

@@ -22,7 +22,6 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxspark import load_target
 from jaxspark.checkpoints import save_target
 from jaxspark.decoding import DecodeOptions
 from jaxspark.drafters import NgramDrafter, PlainDrafter
@@ -84,7 +83,7 @@ class Peer:
 
 def bench_decode(console: Console) -> dict:
     """Tokens per second of one sequence: peer, plain, n-gram at each block length."""
-    target = load_target(FLAGS.target, dtype=common.DTYPES[FLAGS.dtype])
+    target = common.load_text_target()
     prompts = [
         target.tokenizer.chat([{"role": "user", "content": text}]) for text in PROMPTS
     ]

@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from jaxspark import load_target
+from jaxspark.decoding.couplings import COUPLINGS
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -48,10 +51,24 @@ def define_sampling_flags() -> None:
     flags.DEFINE_enum(
         "coupling",
         "rejection",
-        ["rejection", "gumbel"],
+        COUPLINGS,
         "How draft and target are tied: rejection accepts most, gumbel gives the very "
         "tokens of plain sampling with the same seed.",
     )
+
+
+def load_text_target():
+    """The target of the flags, with a tokenizer.
+
+    Raises:
+      ValueError: it has none.
+    """
+    target = load_target(flags.FLAGS.target, dtype=DTYPES[flags.FLAGS.dtype])
+    if target.tokenizer is None:
+        raise ValueError(
+            f"{flags.FLAGS.target} has no tokenizer, which text prompts need"
+        )
+    return target
 
 
 def use_compilation_cache() -> None:

@@ -12,8 +12,12 @@ import pathlib
 
 from absl import flags
 
-from jaxspark import load_drafter, load_target
-from jaxspark.checkpoints import save_draft_checkpoint, save_target
+from jaxspark import load_target
+from jaxspark.checkpoints import (
+    load_draft_checkpoint,
+    save_draft_checkpoint,
+    save_target,
+)
 from launch import common
 
 common.define_model_flags(draft=None)
@@ -32,7 +36,9 @@ def main() -> None:
     if FLAGS.draft is None:
         save_target(out, target, overwrite=FLAGS.overwrite)
     else:
-        drafter = load_drafter(FLAGS.draft, target)
+        drafter = load_draft_checkpoint(
+            FLAGS.draft, target.model.config, dtype=target.model.dtype
+        )
         save_draft_checkpoint(out, drafter, target.model, overwrite=FLAGS.overwrite)
     files = [path for path in out.iterdir() if path.is_file()]
     size = sum(path.stat().st_size for path in files)

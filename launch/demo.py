@@ -13,7 +13,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxspark import generate, load_drafter, load_target
+from jaxspark import generate, load_drafter
 from launch import common
 
 common.define_model_flags()
@@ -62,7 +62,7 @@ def main() -> int:
     """Runs the three prompts; exit status 1 if any token differs."""
     console = Console()
     with console.status(f"loading {FLAGS.target}"):
-        target = load_target(FLAGS.target, dtype=common.DTYPES[FLAGS.dtype])
+        target = common.load_text_target()
         drafter = load_drafter(FLAGS.draft, target)
     block_length = FLAGS.block_length or min(DEMO_BLOCK_LENGTH, drafter.block_length)
     table = Table(title=f"{target.name} · draft {FLAGS.draft} · block {block_length}")

@@ -13,7 +13,7 @@ import time
 import jax
 from absl import flags
 
-from jaxspark import generate, load_drafter, load_target
+from jaxspark import generate, load_drafter
 from launch import common
 
 common.define_model_flags()
@@ -65,9 +65,7 @@ class Printer:
 
 def main() -> None:
     """Loads, generates, streams."""
-    target = load_target(FLAGS.target, dtype=common.DTYPES[FLAGS.dtype])
-    if target.tokenizer is None:
-        raise ValueError(f"{FLAGS.target} has no tokenizer, which text needs")
+    target = common.load_text_target()
     drafter = load_drafter(FLAGS.draft, target)
     printer = Printer(target.tokenizer, target.stop_ids)
     [completion] = generate(

@@ -94,17 +94,10 @@ def dspark_config_to_deepspec(config: DSparkConfig, *, dtype) -> dict[str, Any]:
 
 def check_fits(config: DSparkConfig, target: DenseConfig, *, where: str) -> None:
     """Raises `CheckpointError` if the drafter was made for another target."""
-    seen_expected = {
-        "hidden_size": (config.backbone.hidden_size, target.hidden_size),
-        "vocab_size": (config.backbone.vocab_size, target.vocab_size),
-        "num_target_layers": (config.num_target_layers, target.num_hidden_layers),
-    }
-    for key, (seen, expected) in seen_expected.items():
-        if seen != expected:
-            raise CheckpointError(
-                f"{where}: the drafter was made for another target: {key} is {seen}, "
-                f"the target's is {expected}"
-            )
+    try:
+        config.check_target(target)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from None
 
 
 def check_format(config: DSparkConfig, *, where: str) -> None:

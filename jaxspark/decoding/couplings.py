@@ -13,7 +13,7 @@ gumbel (drafter-invariant coupling, Daliri et al. 2024): position i owns a noise
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from jaxspark.drafters import Proposal
 from jaxspark.models import FlatTokens
 
 Coupling = Literal["rejection", "gumbel"]
-COUPLINGS = ("rejection", "gumbel")
+COUPLINGS = get_args(Coupling)
 
 
 @jax.tree_util.register_dataclass
@@ -66,7 +66,10 @@ class DraftSampler:
         j: Int[Array, ""],
         ids_W: Int[Array, " W"] | None,
     ) -> tuple[Int[Array, " B"], Float[Array, "B W"]]:
-        """Draft j: target ids and the log-distribution they were drawn from."""
+        """Draft j: target ids and the log-distribution they were drawn from.
+
+        Where every slot is greedy nobody reads the distribution; it is not computed.
+        """
         places_B, log_q_BW = jax.lax.cond(
             jnp.all(self.sampling.greedy),
             lambda: (jnp.argmax(logits_BW, -1).astype(jnp.int32), logits_BW),

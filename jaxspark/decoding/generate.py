@@ -33,7 +33,8 @@ class Completion:
       rounds: target passes it took.
       reached: per draft position, rounds in which it was verified with all earlier
         drafts accepted.
-      accepted: per draft position, rounds in which it was accepted.
+      accepted: per draft position, rounds in which it was accepted; drafts accepted
+        behind a stop token count here, though they are not emitted.
     """
 
     tokens: list[int]
@@ -47,7 +48,7 @@ class Completion:
     @property
     def accepted_length(self) -> float:
         """Mean tokens per round, the target's own token included."""
-        return 1 + sum(self.accepted) / max(self.rounds, 1)
+        return len(self.tokens) / max(self.rounds, 1)
 
 
 def generate(
@@ -61,7 +62,7 @@ def generate(
     top_p: float | Sequence[float] = 1.0,
     min_p: float | Sequence[float] = 0.0,
     seed: int | Sequence[int] = 0,
-    stop_ids: Sequence[int] | None = None,
+    stop_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
     block_length: int | None = None,
     coupling: Coupling = "rejection",
     schedule: Scheduler = Fixed(),
@@ -85,7 +86,8 @@ def generate(
       top_p: keep the smallest most likely set of this mass.
       min_p: keep tokens at least this likely relative to the best.
       seed: of each request's randomness. One seed for all is spread by prompt index.
-      stop_ids: tokens that end an output; None takes the target's own.
+      stop_ids: tokens that end an output, one list for all or one per prompt; None
+        takes the target's own.
       block_length: drafts per round; None takes the drafter's most.
       coupling: "rejection" (accepts most) or "gumbel" (the same tokens as plain
         sampling with the same seeds).
@@ -107,7 +109,8 @@ def generate(
         raise ValueError("no prompts given")
     drafter = PlainDrafter() if drafter is None else drafter
     model = getattr(target, "model", target)
-    block_length = check_block_length(drafter, block_length)
+    drafter.check_target(model.config)
+    block_length = _check_block_length(drafter, block_length)
     if buckets is None and drafter.abstains:
         buckets = (len(prompts), len(prompts) * (block_length + 1))
     options = DecodeOptions(
@@ -115,7 +118,6 @@ def generate(
         coupling=coupling,
         schedule=schedule,
         buckets=buckets,
-        log_probs=log_probs,
     )
     options.sizes(len(prompts))
     ids = [_token_ids(target, index, prompt) for index, prompt in enumerate(prompts)]
@@ -129,7 +131,9 @@ def generate(
         min_p=min_p,
         seed=seeds,
     )
-    stop = getattr(target, "stop_ids", ()) if stop_ids is None else stop_ids
+    stop: list = list(getattr(target, "stop_ids", ()) if stop_ids is None else stop_ids)
+    if not (stop and np.ndim(stop[0])):  # one list serves every prompt
+        stop = [stop] * len(prompts)
     if capacity is None:
         needed = max(limits) + block_length
         capacity = -(-needed // LENGTH_STEP) * LENGTH_STEP
@@ -140,16 +144,16 @@ def generate(
         limits,
         sampling,
         block_length=block_length,
-        stop_ids=[tuple(stop)] * len(prompts),
+        stop_ids=stop,
         capacity=capacity,
         log_probs=log_probs,
     )
-    state = prefill(model, drafter, state, chunk=prefill_chunk(ids))
+    state = prefill(model, drafter, state, chunk=_prefill_chunk(ids))
     state = _run(model, drafter, state, options, ids, on_tokens)
     return _completions(target, state, ids, log_probs)
 
 
-def check_block_length(drafter: Drafter, block_length: int | None) -> int:
+def _check_block_length(drafter: Drafter, block_length: int | None) -> int:
     """The block length to use.
 
     Raises:
@@ -166,7 +170,7 @@ def check_block_length(drafter: Drafter, block_length: int | None) -> int:
     return block_length
 
 
-def prefill_chunk(prompts: Sequence[Sequence[int]]) -> int:
+def _prefill_chunk(prompts: Sequence[Sequence[int]]) -> int:
     """Prompt tokens per slot and prefill step: a power of two, 16 to 128."""
     longest = max(len(prompt) for prompt in prompts)
     return int(np.clip(2 ** np.ceil(np.log2(max(longest - 1, 1))), 16, 128))
@@ -181,6 +185,11 @@ def _token_ids(target, index: int, prompt) -> list[int]:
                 "give token ids"
             )
         prompt = tokenizer.encode(prompt)
+    if np.ndim(prompt) != 1:
+        raise ValueError(
+            f"prompt {index} must be text or a list of token ids, got {prompt!r}; "
+            "prompts is a list of prompts"
+        )
     ids = [int(token) for token in prompt]
     if not ids:
         raise ValueError(f"prompt {index} is empty; give at least one token")
@@ -196,9 +205,10 @@ def _token_ids(target, index: int, prompt) -> list[int]:
 
 def _limits(model, prompts, max_new_tokens) -> list[int]:
     budgets = np.asarray(max_new_tokens)
-    if budgets.shape not in ((), (len(prompts),)) or np.any(budgets < 1):
+    whole = np.issubdtype(budgets.dtype, np.integer)
+    if not whole or budgets.shape not in ((), (len(prompts),)) or np.any(budgets < 1):
         raise ValueError(
-            f"max_new_tokens must be positive, one number or {len(prompts)} numbers, "
+            f"max_new_tokens must be a whole positive number or {len(prompts)}, "
             f"got {max_new_tokens}"
         )
     most = model.config.max_position_embeddings

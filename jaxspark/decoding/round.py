@@ -37,14 +37,12 @@ class DecodeOptions:
       schedule: chooses verification lengths.
       buckets: token counts the target is compiled for, ascending; None compiles only
         one, which holds every draft of every slot.
-      log_probs: whether log-probabilities of emitted tokens are kept.
     """
 
     block_length: int
     coupling: Coupling = "rejection"
     schedule: Scheduler = Fixed()
     buckets: tuple[int, ...] | None = None
-    log_probs: bool = False
 
     def __post_init__(self):
         if self.coupling not in COUPLINGS:
@@ -77,6 +75,12 @@ def decode_round(
 
     Each live slot gains between 1 and `block_length + 1` tokens.
     """
+    expected = state.confidence_BG.shape[1]
+    if options.block_length != expected:
+        raise ValueError(
+            f"options draft {options.block_length} tokens, the state was made for "
+            f"blocks of {expected}"
+        )
     draw = DraftSampler(
         options.coupling,
         state.sampling,
@@ -141,7 +145,7 @@ def _verify_in_bucket(target, drafter, state, proposal, lengths_B, options):
                     proposal,
                     lengths_B,
                     state.sampling,
-                    log_probs=options.log_probs,
+                    log_probs=state.log_probs_BS.shape[1] > 0,
                 )
             return verdict, target_cache, draft_cache
 
@@ -168,7 +172,7 @@ def commit(
     stopped_B = jnp.any(is_stop_BQ, axis=1)
     until_stop_B = jnp.argmax(is_stop_BQ, axis=1) + 1
     count_B = jnp.where(stopped_B, until_stop_B, verdict.accepted_B + 1)
-    count_B = jnp.where(state.done_B, 0, count_B)
+    count_B = jnp.where(state.done_B, 0, count_B).astype(jnp.int32)
 
     place_BQ = state.lengths_B[:, None] + row_Q
     # Entries that are not committed go out of range and are dropped.
@@ -208,7 +212,7 @@ def _count(state, lengths_B, accepted_B) -> Counters:
 def decode(
     target, drafter, state: DecodeState, max_rounds: Int[Array, ""], *, options
 ) -> DecodeState:
-    """Rounds until every slot is done or `max_rounds` have run."""
+    """Rounds until every slot is done or `max_rounds` have run; donates `state`."""
 
     def unfinished(carry):
         count, state = carry
@@ -226,7 +230,7 @@ def prefill(target, drafter, state: DecodeState, *, chunk: int) -> DecodeState:
     """Processes all prompt tokens but the anchors, `chunk` per slot at a time.
 
     The anchor is left to the first round, which needs its logits; so prefill computes
-    no logits at all.
+    no logits at all. Donates `state`.
     """
     pending_B = jnp.where(state.done_B, 0, state.lengths_B - 1)
     slots = len(pending_B)

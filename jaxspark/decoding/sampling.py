@@ -51,6 +51,8 @@ class Sampling:
     def of(cls, slots: int, *, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0):
         """Checked parameters for `slots`; each a number or one number per slot.
 
+        One seed for all gives all slots the same random stream.
+
         Raises:
           ValueError: a value outside its range, or a list of another length.
         """
@@ -64,6 +66,8 @@ class Sampling:
                 )
             if not np.all((values >= low) & (values <= high)):
                 raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
+            if np.issubdtype(dtype, np.integer) and np.any(values != np.floor(values)):
+                raise ValueError(f"{name} must be whole, got {value}")
             return jnp.asarray(np.broadcast_to(values, (slots,)).astype(dtype))
 
         finite = float(np.finfo(np.float32).max)
@@ -90,7 +94,9 @@ class Sampling:
 def warp(logits_RV: Float[Array, "R V"], sampling: Sampling) -> Float[Array, "R V"]:
     """Log-probabilities each row samples from; -inf outside its support."""
     temperature_R = jnp.where(sampling.greedy, 1.0, sampling.temperature)
-    log_p_RV = jax.nn.log_softmax(logits_RV / temperature_R[:, None])
+    # Shifted first: a tiny temperature must not overflow to inf - inf.
+    shifted_RV = logits_RV - jnp.max(logits_RV, axis=-1, keepdims=True)
+    log_p_RV = jax.nn.log_softmax(shifted_RV / temperature_R[:, None])
     filters = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
     log_p_RV = jax.lax.cond(
         jnp.any(filters), _filter, lambda log_p_RV, _: log_p_RV, log_p_RV, sampling
@@ -111,8 +117,11 @@ def _filter(log_p_RV, sampling):
     mass_R = sampling.top_p * jnp.sum(ranked_RV, axis=-1)
     by_mass_R = _largest_threshold(ranked_RV, ranked_RV, mass_R)
     by_mass_R = jnp.where(sampling.top_p < 1, by_mass_R, 0.0)
-    by_best_R = sampling.min_p * jnp.max(p_RV, axis=-1)
+    best_R = jnp.max(p_RV, axis=-1)
+    by_best_R = sampling.min_p * best_R
     threshold_R = jnp.maximum(jnp.maximum(by_rank_R, by_mass_R), by_best_R)
+    # The best token always stays, also where a tiny top_p rounds to nothing.
+    threshold_R = jnp.minimum(threshold_R, best_R)
     kept_RV = jnp.where(p_RV >= threshold_R[:, None], log_p_RV, -jnp.inf)
     return jax.nn.log_softmax(kept_RV)
 

@@ -85,7 +85,7 @@ def init_state(
     """A state whose slots hold `prompts`, not yet processed (see `prefill`).
 
     Args:
-      target: the model, for its cache.
+      target: the model (`Target.model` of a loaded one), for its cache.
       drafter: for its cache.
       prompts: token ids per slot, at least one each.
       limits: total length (prompt and output) at which each slot stops.
@@ -96,9 +96,20 @@ def init_state(
       log_probs: whether to keep log-probabilities.
 
     Raises:
-      ValueError: an empty prompt, or one that its limit or the capacity cannot hold.
+      ValueError: an empty prompt, one that its limit or the capacity cannot hold, or
+        not one limit, stop list and sampling parameter per prompt.
     """
-    slots, needed = len(prompts), max(limits) + block_length
+    slots = len(prompts)
+    stop_ids = [()] * slots if stop_ids is None else stop_ids
+    counts = {
+        "limits": len(limits),
+        "sampling": len(sampling.seed),
+        "stop_ids": len(stop_ids),
+    }
+    for name, count in counts.items():
+        if not slots or count != slots:
+            raise ValueError(f"{slots} prompts, but {name} for {count}; give one each")
+    needed = max(limits) + block_length
     capacity = needed if capacity is None else capacity
     if capacity < needed:
         raise ValueError(
@@ -116,7 +127,6 @@ def init_state(
         tokens_BS[slot, : len(prompt)] = prompt
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     limits_B = np.array(limits, np.int32)
-    stop_ids = stop_ids or [()] * slots
     stop_ids_BX = np.full((slots, max(1, *map(len, stop_ids))), -1, np.int32)
     for slot, ids in enumerate(stop_ids):
         stop_ids_BX[slot, : len(ids)] = ids
@@ -126,7 +136,8 @@ def init_state(
         limits_B=jnp.asarray(limits_B),
         done_B=jnp.asarray(lengths_B >= limits_B),
         stop_ids_BX=jnp.asarray(stop_ids_BX),
-        sampling=sampling,
+        # The state is donated when it is decoded; the caller keeps what it gave.
+        sampling=jax.tree.map(jnp.array, sampling),
         target_cache=target.init_cache(slots, capacity),
         draft_cache=drafter.init_cache(slots, capacity),
         confidence_BG=jnp.zeros((slots, block_length), jnp.float32),

@@ -66,6 +66,9 @@ class Drafter(Protocol):
     def abstains(self) -> bool:
         """Whether it may propose nothing, so that rounds vary in size."""
 
+    def check_target(self, target: Any) -> None:
+        """Raises `ValueError` if it cannot draft for a target of this configuration."""
+
     def init_cache(self, slots: int, length: int) -> Any:
         """An empty context for `slots` sequences of up to `length` positions."""
 

@@ -78,6 +78,9 @@ class DSparkConfig:
                 f"unknown markov_head_type {self.markov_head_type!r}; "
                 f"expected one of {HEAD_TYPES}"
             )
+        pruned, vocab = self.draft_vocab_size, self.backbone.vocab_size
+        if pruned is not None and not 1 <= pruned <= vocab:
+            raise ValueError(f"draft_vocab_size must lie in 1..{vocab}, got {pruned}")
         if self.confidence_head_with_markov and not self.markov_rank:
             raise ValueError("confidence_head_with_markov needs markov_rank > 0")
         if not 0 <= self.mask_token_id < self.backbone.vocab_size:
@@ -85,6 +88,23 @@ class DSparkConfig:
                 f"mask_token_id {self.mask_token_id} lies outside the vocabulary of "
                 f"{self.backbone.vocab_size}"
             )
+
+    def check_target(self, target: DenseConfig) -> None:
+        """Whether it was made for a target of this architecture.
+
+        Raises:
+          ValueError: width, vocabulary or depth differ; names both.
+        """
+        for name, mine, theirs in (
+            ("hidden_size", self.backbone.hidden_size, target.hidden_size),
+            ("vocab_size", self.backbone.vocab_size, target.vocab_size),
+            ("num_target_layers", self.num_target_layers, target.num_hidden_layers),
+        ):
+            if mine != theirs:
+                raise ValueError(
+                    f"the drafter was made for another target: {name} is {mine}, "
+                    f"the target's is {theirs}"
+                )
 
 
 class Buffer(nnx.Variable):
@@ -144,6 +164,10 @@ class DSparkDrafter(nnx.Module):
         """Type of parameters, activations and caches."""
         return self.fc.weight.dtype
 
+    def check_target(self, target: DenseConfig) -> None:
+        """See `DSparkConfig.check_target`."""
+        self.config.check_target(target)
+
     def init_cache(
         self, slots: int, length: int, *, lanes: int | None = None
     ) -> tuple[LayerCache, ...]:
@@ -201,7 +225,8 @@ class DSparkDrafter(nnx.Module):
     def logits(self, target, hidden_DBG) -> Float[Array, "B G W"]:
         """Base logits u_j of all rows over the draft vocabulary."""
         D, B, G = hidden_DBG.shape
-        head_WD = self.lm_head.weight[...] if self.lm_head else target.head_VD
+        own = self.lm_head
+        head_WD = target.head_VD if own is None else own.weight[...]
         hidden_DT = hidden_DBG.reshape(D, B * G)
         return row_product(head_WD, hidden_DT).reshape(B, G, -1)
 
@@ -231,7 +256,8 @@ class DSparkDrafter(nnx.Module):
             token_B, log_q_BW = draw(logits_BW, j, ids_W)
             return (state_RB, token_B), (token_B, log_q_BW, confidence_B)
 
-        start = self.markov_head.start(len(lengths_B)) if self.markov_head else ()
+        head = self.markov_head
+        start = () if head is None else head.start(len(lengths_B))
         rows = (
             jnp.arange(block_length),
             jnp.moveaxis(hidden_DBG, 2, 0),

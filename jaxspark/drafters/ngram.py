@@ -25,22 +25,27 @@ class NgramDrafter:
       block_length: most tokens proposed at once.
       longest: longest suffix compared.
       shortest: shortest suffix that counts as a match.
-      confidence: logit given to every proposed token.
     """
 
     block_length: int = 8
     longest: int = 4
     shortest: int = 2
-    confidence: float = 0.0
     taps: ClassVar[tuple[int, ...]] = ()
     abstains: ClassVar[bool] = True
 
     def __post_init__(self):
+        if self.block_length < 1:
+            raise ValueError(
+                f"block_length must be at least 1, got {self.block_length}"
+            )
         if not 1 <= self.shortest <= self.longest:
             raise ValueError(
                 "n-gram lengths must satisfy 1 <= shortest <= longest, got "
                 f"shortest={self.shortest}, longest={self.longest}"
             )
+
+    def check_target(self, target):
+        """Any target will do."""
 
     def init_cache(self, slots, length):
         """The slot's tokens are all the context it needs."""
@@ -65,7 +70,7 @@ class NgramDrafter:
         return Proposal(
             tokens_BG=tokens_BG,
             lengths_B=jnp.where(found_B, block_length, 0),
-            confidence_BG=jnp.full(tokens_BG.shape, self.confidence, jnp.float32),
+            confidence_BG=jnp.zeros(tokens_BG.shape, jnp.float32),
         ), cache
 
     def _matches(self, tokens_BS, lengths_B):

@@ -18,6 +18,9 @@ class PlainDrafter:
     taps: ClassVar[tuple[int, ...]] = ()
     abstains: ClassVar[bool] = False
 
+    def check_target(self, target):
+        """Any target will do."""
+
     def init_cache(self, slots, length):
         """Nothing to remember."""
         return ()

@@ -43,6 +43,7 @@ class Difference:
       expected: the token of plain decoding, None past its end.
       seen: the token under audit, None past its end.
       margin: gap of the two best (perturbed) log-probabilities there, in nats.
+      best: those two tokens.
     """
 
     request: Request
@@ -50,11 +51,13 @@ class Difference:
     expected: int | None
     seen: int | None
     margin: float
+    best: tuple[int, int]
 
     @property
     def near_tie(self) -> bool:
-        """Whether rounding, not the decoder, chose."""
-        return self.margin < NEAR_TIE
+        """Whether rounding, not the decoder, chose between the two best tokens."""
+        chosen = {self.expected, self.seen}
+        return self.margin < NEAR_TIE and chosen == set(self.best)
 
     def __str__(self) -> str:
         kind = "near-tie" if self.near_tie else "VIOLATION"
@@ -126,13 +129,15 @@ def audit(
         if index is None:
             continue
         prefix = [*request.prompt, *plain.tokens[:index]]
+        gap, best = margin(target, prefix, request)
         result.differences.append(
             Difference(
                 request=request,
                 index=index,
                 expected=_at(plain.tokens, index),
                 seen=_at(other.tokens, index),
-                margin=margin(target, prefix, request),
+                margin=gap,
+                best=best,
             )
         )
     return result
@@ -150,8 +155,10 @@ def _at(tokens: Sequence[int], index: int) -> int | None:
     return tokens[index] if index < len(tokens) else None
 
 
-def margin(target, prefix: Sequence[int], request: Request) -> float:
-    """Gap of the two best choices for the token after `prefix`, in nats.
+def margin(
+    target, prefix: Sequence[int], request: Request
+) -> tuple[float, tuple[int, int]]:
+    """The two best choices for the token after `prefix`, and their gap in nats.
 
     Greedy requests compare log-probabilities, sampled ones log-probabilities plus the
     position's Gumbel noise.
@@ -162,11 +169,14 @@ def margin(target, prefix: Sequence[int], request: Request) -> float:
     ids_1T = np.zeros((1, width), np.int32)
     ids_1T[0, : len(prefix)] = prefix
     sampling = Sampling.of(1, temperature=request.temperature, seed=request.seed)
-    return float(_margin(model, jnp.asarray(ids_1T), jnp.int32(len(prefix)), sampling))
+    (first, second), (a, b) = jax.device_get(
+        _two_best(model, jnp.asarray(ids_1T), jnp.int32(len(prefix)), sampling)
+    )
+    return float(first - second), (int(a), int(b))
 
 
 @jax.jit
-def _margin(model, ids_1T, length, sampling):
+def _two_best(model, ids_1T, length, sampling):
     width = ids_1T.shape[1]
     tokens = FlatTokens.from_rows(
         ids_1T, jnp.zeros((1,), jnp.int32), jnp.array([width])
@@ -178,5 +188,4 @@ def _margin(model, ids_1T, length, sampling):
     sampled_1V = warp(logits_1V, sampling) + noise_1V
     greedy_1V = jax.nn.log_softmax(logits_1V)
     score_1V = jnp.where(sampling.greedy[:, None], greedy_1V, sampled_1V)
-    best_12, _ = jax.lax.top_k(score_1V, 2)
-    return best_12[0, 0] - best_12[0, 1]
+    return jax.lax.top_k(score_1V[0], 2)

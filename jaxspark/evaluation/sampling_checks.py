@@ -13,6 +13,7 @@ from flax import nnx
 from jaxspark.decoding.couplings import Coupling, acceptance_probability
 from jaxspark.decoding.sampling import Sampling
 from jaxspark.drafters import Drafter, DSparkConfig, DSparkDrafter, NgramDrafter
+from jaxspark.drafters.heads import HEAD_TYPES
 from jaxspark.evaluation.enumeration import (
     round_distribution,
     sequence_log_probs,
@@ -29,7 +30,6 @@ from jaxspark.models import DenseConfig, DenseDecoder
 
 BLOCK_LENGTH = 2
 PROMPT = (0, 2, 1, 0, 2)
-HEADS = ("vanilla", "gated", "rnn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def tiny_drafters(target: DenseDecoder, seed: int = 1) -> dict[str, Drafter]:
     return {
         "ngram": NgramDrafter(block_length=BLOCK_LENGTH, shortest=1),
         "dflash": dspark(None),
-        **{f"dspark-{head}": dspark(head) for head in HEADS},
+        **{f"dspark-{head}": dspark(head) for head in HEAD_TYPES},
         "dspark-pruned": dspark("vanilla", vocab - 1),
     }
 

@@ -63,7 +63,7 @@ def sample_first_tokens(
             block_length=block_length,
         )
         state = prefill(target, drafter, state, chunk=16)
-        state = decode(target, drafter, state, jnp.int32(limit), options=options)
+        state = decode(target, drafter, state, jnp.int32(2), options=options)
         tokens_BS, counters = jax.device_get((state.tokens_BS, state.counters))
         first_B, second_B = tokens_BS[:, len(prompt) : limit].T
         np.add.at(counts, (first_B, second_B), 1)

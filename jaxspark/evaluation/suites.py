@@ -50,8 +50,9 @@ def cells(
     requests: int,
     *,
     full: bool = False,
+    most: int | None = None,
 ) -> Iterator[Cell]:
-    """The grid, batch size by batch size."""
+    """The grid, batch size by batch size; a cell keeps at most `most` requests."""
     for s, count in enumerate(slots):
         for d, drafter in enumerate(drafters):
             for b, block_length in enumerate(block_lengths):
@@ -60,6 +61,10 @@ def cells(
                     for i in range(requests)
                     if full or (b, s) == _deal(i, d, len(block_lengths), len(slots))
                 )
+                if most is not None and len(chosen) > most:
+                    # Another part of the share for every drafter.
+                    first = d * most % len(chosen)
+                    chosen = (chosen[first:] + chosen[:first])[:most]
                 if chosen:
                     yield Cell(
                         drafter=drafter,

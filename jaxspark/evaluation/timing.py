@@ -45,15 +45,14 @@ def decode_seconds(
     new_tokens: int,
     options: DecodeOptions,
     capacity: int,
-    sampling: Sampling | None = None,
 ):
-    """Decodes prompts to the end; returns (seconds without prefill, final state)."""
+    """Decodes prompts greedily; returns (seconds without prefill, final state)."""
     state = init_state(
         target,
         drafter,
         prompts,
         [len(prompt) + new_tokens for prompt in prompts],
-        sampling or Sampling.of(len(prompts)),
+        Sampling.of(len(prompts)),
         block_length=options.block_length,
         capacity=capacity,
     )

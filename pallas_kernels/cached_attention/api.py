@@ -21,7 +21,7 @@ def cached_attention(
 
     Causal attention, verification and the bidirectional draft block are the same call:
     they differ in `limits_BM` alone. Rows at or past a limit are never read into the
-    result, so a cache may hold garbage there.
+    result, so a cache may hold (finite) garbage there.
 
     Args:
       q_BKMH: queries, M = query rows x query heads per key/value head.
@@ -29,7 +29,7 @@ def cached_attention(
       v_BKSH: cached values by absolute position.
       limits_BM: number of visible positions for each query row, in 1..S for real rows.
       scale: factor on the scores, usually H ** -0.5.
-      implementation: "xla", or None for the best one on the lowered platform.
+      implementation: "xla", which None also means.
 
     Returns:
       Attention output, same shape and dtype as `q_BKMH`.

@@ -1,9 +1,12 @@
 """`generate`: budgets, stops, streaming, log-probabilities, errors."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxspark.decoding import (
     DecodeOptions,
@@ -14,6 +17,7 @@ from jaxspark.decoding import (
     init_state,
     prefill,
 )
+from jaxspark.models import DenseDecoder
 from tests import zoo
 from tests.driver import Session
 
@@ -72,15 +76,18 @@ def test_each_prompt_may_have_its_own_budget(model, ngram):
 
 
 def test_a_stop_token_inside_an_accepted_block_ends_the_output(model, ngram):
-    [free] = generate(model, zoo.prompts(12), ngram, max_new_tokens=40)
-    assert free.accepted[1] > 0, "the case needs rounds with several accepted drafts"
+    # Prompt lookup drafts a stop token only where the prompt already has it.
+    [prompt] = zoo.prompts(12)
+    prompt = prompt + generate(model, [prompt], max_new_tokens=40)[0].tokens
+    [free] = generate(model, [prompt], ngram, max_new_tokens=40)
+    cut = 0
     for stop in set(free.tokens):
-        [seen] = generate(
-            model, zoo.prompts(12), ngram, max_new_tokens=40, stop_ids=[stop]
-        )
+        [seen] = generate(model, [prompt], ngram, max_new_tokens=40, stop_ids=[stop])
         expected = free.tokens[: free.tokens.index(stop) + 1]
         assert seen.tokens == expected
         assert seen.finish_reason == "stop"
+        cut += seen.rounds + sum(seen.accepted) > len(seen.tokens)
+    assert cut, "no stop token stood before other accepted drafts"
 
 
 def test_streaming_delivers_the_same_tokens_piece_by_piece(model, ngram):
@@ -143,7 +150,11 @@ def test_the_round_is_pure_inside_a_callers_own_jit(model, ngram):
         (dict(prompts=["text"]), "no tokenizer"),
         (dict(prompts=[[3, zoo.VOCAB]]), f"token id {zoo.VOCAB}"),
         (dict(prompts=[[1] * 1020]), "1020 tokens and 16 new ones exceed"),
+        (dict(prompts=[1, 2, 3]), "prompt 0 must be text or a list"),
         (dict(max_new_tokens=0), "max_new_tokens"),
+        (dict(max_new_tokens=2.5), "max_new_tokens must be a whole"),
+        (dict(top_k=2.5), "top_k must be whole"),
+        (dict(stop_ids=[[1], [2]]), "1 prompts, but stop_ids for 2"),
         (dict(max_new_tokens=[4, 4]), "max_new_tokens"),
         (dict(temperature=-1.0), r"temperature must lie in \[0.0"),
         (dict(block_length=zoo.BLOCK + 1), "block length 9"),
@@ -162,6 +173,44 @@ def test_bad_requests_are_refused_with_the_value_and_the_fix(
     arguments = dict(prompts=[[1, 2, 3]], drafter=ngram, max_new_tokens=16) | change
     with pytest.raises(ValueError, match=message):
         generate(model, **arguments)
+
+
+def test_each_prompt_may_have_its_own_stop_tokens(model, ngram):
+    [prompt] = zoo.prompts(12)
+    [free] = generate(model, [prompt], max_new_tokens=12)
+    stops = [[free.tokens[3]], [], [free.tokens[6]]]
+    seen = generate(model, [prompt] * 3, ngram, max_new_tokens=12, stop_ids=stops)
+    for each, stop in zip(seen, stops):
+        end = free.tokens.index(stop[0]) + 1 if stop else 12
+        assert each.tokens == free.tokens[:end]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(num_hidden_layers=3), "num_target_layers is 3, the target's is 2"),
+        (dict(vocab_size=99), "vocab_size is 99"),
+        (dict(hidden_size=48), "hidden_size is 48"),
+    ],
+    ids=str,
+)
+def test_a_drafter_for_another_target_is_refused(model, change, message):
+    other = DenseDecoder(replace(model.config, **change), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        generate(model, [[1]], zoo.drafter("dflash", other))
+
+
+def test_the_callers_sampling_survives_decoding(model, ngram):
+    sampling = Sampling.of(1, temperature=0.5)
+    state = init_state(model, ngram, [[1, 2]], [8], sampling, block_length=2)
+    prefill(model, ngram, state, chunk=16)
+    assert float(sampling.temperature[0]) == 0.5
+
+
+def test_a_state_for_another_block_length_is_refused(model, ngram):
+    state = init_state(model, ngram, [[1]], [8], Sampling.of(1), block_length=2)
+    with pytest.raises(ValueError, match="draft 3 tokens, the state was made for"):
+        decode_round(model, ngram, state, DecodeOptions(block_length=3))
 
 
 def test_plain_decoding_has_no_block_length(model):

@@ -63,6 +63,16 @@ def test_greedy_ties_go_to_the_lowest_id():
     assert np.exp(log_p_RV).tolist() == [[0, 1, 0, 0]]
 
 
+@pytest.mark.parametrize(
+    "settings", [dict(temperature=1e-37), dict(top_p=1e-40)], ids=str
+)
+def test_extreme_values_keep_the_best_token(settings):
+    logits_RV = jnp.array([[0.0, 40.0, 39.0]])
+    sampling = Sampling.of(1, **(dict(temperature=1.0) | settings))
+    p_V = np.exp(warp(logits_RV, sampling))[0]
+    assert p_V.tolist() == [0.0, 1.0, 0.0]
+
+
 def test_noise_belongs_to_seed_and_position_alone():
     seeds, positions = jnp.array([5, 5, 6], jnp.uint32), jnp.array([9, 10, 9])
     noise = position_noise(seeds, positions, 16)
@@ -82,6 +92,7 @@ def test_noise_belongs_to_seed_and_position_alone():
         ("min_p", -1.0),
         ("seed", -3),
         ("temperature", [0.0, 1.0, 2.0]),
+        ("seed", 0.5),
     ],
 )
 def test_values_out_of_range_are_named(name, value):

@@ -152,6 +152,8 @@ def test_a_pruned_vocabulary_proposes_only_its_own_tokens():
         (dict(target_layer_ids=(1, 0)), r"ascending, got \(1, 0\)"),
         (dict(target_layer_ids=(0, 7)), "must lie in -1..1"),
         (dict(markov_head_type="lstm"), "unknown markov_head_type 'lstm'"),
+        (dict(draft_vocab_size=0), "draft_vocab_size must lie in 1..61, got 0"),
+        (dict(draft_vocab_size=62), "draft_vocab_size must lie in 1..61, got 62"),
         (dict(markov_rank=0), "needs markov_rank > 0"),
         (dict(mask_token_id=999), "mask_token_id 999 lies outside"),
     ],

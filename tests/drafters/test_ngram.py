@@ -59,6 +59,11 @@ def test_one_token_has_nothing_to_match():
     assert propose("a", shortest=1) == ""
 
 
+def test_a_block_has_at_least_one_token():
+    with pytest.raises(ValueError, match="block_length must be at least 1, got 0"):
+        NgramDrafter(block_length=0)
+
+
 def test_suffix_lengths_must_be_in_order():
     with pytest.raises(ValueError, match="shortest=3, longest=2"):
         NgramDrafter(longest=2, shortest=3)

@@ -23,7 +23,7 @@ def product(
 def row_product(
     w_OI: Float[Array, "O I"], x_IT: Float[Array, "I T"]
 ) -> Float[Array, "T O"]:
-    """(W x)^T in float32: a contiguous row of outputs per token, as sampling reads it.
+    """(W x)^T as float32: a contiguous row of outputs per token, as sampling reads it.
 
     Without the barrier XLA folds the transpose into the product, which then reads W
     column-wise: 97 ms instead of 7 for two tokens and a head of 49152 x 576 on CPU.
