@@ -86,15 +86,16 @@ def first_draft_distribution(
 def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
     """p-value of Pearson's test; categories expected less than 5 times are pooled."""
     counts, expected = counts.ravel(), probabilities.ravel() * counts.sum()
+    if counts[expected == 0].sum():
+        return 0.0  # something impossible happened
     rare = expected < 5
-    if rare.any():
+    if expected[rare].sum():
         counts = np.append(counts[~rare], counts[rare].sum())
         expected = np.append(expected[~rare], expected[rare].sum())
-    used = expected > 0
-    if counts[~used].sum():
-        return 0.0
-    statistic = np.sum((counts[used] - expected[used]) ** 2 / expected[used])
-    freedom = max(used.sum() - 1, 1)
+    else:
+        counts, expected = counts[~rare], expected[~rare]
+    statistic = np.sum((counts - expected) ** 2 / expected)
+    freedom = max(len(counts) - 1, 1)
     return float(jax.scipy.special.gammaincc(freedom / 2, statistic / 2))
 
 
