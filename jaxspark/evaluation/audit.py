@@ -94,9 +94,11 @@ class AuditResult:
         return self
 
 
-def plain_outputs(target, requests: Sequence[Request], **options) -> list[Completion]:
-    """Plain decoding, one request and one row at a time: the audits' yardstick."""
-    return [decode_requests(target, [request], **options)[0] for request in requests]
+def plain_outputs(target, requests: Sequence[Request], **options) -> list[list[int]]:
+    """Tokens of plain decoding, one request and one row at a time: the yardstick."""
+    return [
+        decode_requests(target, [request], **options)[0].tokens for request in requests
+    ]
 
 
 def decode_requests(
@@ -116,25 +118,25 @@ def decode_requests(
 def audit(
     target,
     requests: Sequence[Request],
-    expected: Sequence[Completion],
+    expected: Sequence[Sequence[int]],
     seen: Sequence[Completion],
 ) -> AuditResult:
-    """Compares outputs with plain decoding's, request by request."""
+    """Compares outputs with the tokens of plain decoding, request by request."""
     result = AuditResult()
     for request, plain, other in zip(requests, expected, seen, strict=True):
         result.outputs += 1
         result.tokens += len(other.tokens)
         result.rounds += other.rounds
-        index = first_difference(plain.tokens, other.tokens)
+        index = first_difference(plain, other.tokens)
         if index is None:
             continue
-        prefix = [*request.prompt, *plain.tokens[:index]]
+        prefix = [*request.prompt, *plain[:index]]
         gap, best = margin(target, prefix, request)
         result.differences.append(
             Difference(
                 request=request,
                 index=index,
-                expected=_at(plain.tokens, index),
+                expected=_at(plain, index),
                 seen=_at(other.tokens, index),
                 margin=gap,
                 best=best,

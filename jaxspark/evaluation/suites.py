@@ -8,7 +8,6 @@ share. With `full` every cell sees every prompt.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from jaxspark.decoding.generate import Completion
 from jaxspark.drafters import Drafter
 from jaxspark.evaluation.audit import (
     AuditResult,
@@ -88,7 +87,7 @@ def run_cell(
     drafter: Drafter,
     cell: Cell,
     requests: Sequence[Request],
-    plain: Sequence[Completion],
+    plain: Sequence[Sequence[int]],
     *,
     coupling: str,
     max_new_tokens: int,
