@@ -1,6 +1,6 @@
 """`generate`: prompts in, completions out, over the compiled decode loop."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,16 +108,14 @@ def generate(
     if not prompts:
         raise ValueError("no prompts given")
     drafter = PlainDrafter() if drafter is None else drafter
-    model = getattr(target, "model", target)
+    model = as_model(target)
     drafter.check_target(model.config)
-    block_length = _check_block_length(drafter, block_length)
-    if buckets is None and drafter.abstains:
-        buckets = (len(prompts), len(prompts) * (block_length + 1))
+    block_length = check_block_length(drafter, block_length)
     options = DecodeOptions(
         block_length=block_length,
         coupling=coupling,
         schedule=schedule,
-        buckets=buckets,
+        buckets=default_buckets(drafter, len(prompts), block_length, buckets),
     )
     options.sizes(len(prompts))
     ids = [_token_ids(target, index, prompt) for index, prompt in enumerate(prompts)]
@@ -148,12 +146,27 @@ def generate(
         capacity=capacity,
         log_probs=log_probs,
     )
-    state = prefill(model, drafter, state, chunk=_prefill_chunk(ids))
+    state = prefill(model, drafter, state, chunk=prefill_chunk(ids))
     state = _run(model, drafter, state, options, ids, on_tokens)
-    return _completions(target, state, ids, log_probs)
+    ended = completions(target, state, dict(enumerate(ids)), log_probs=log_probs)
+    return [ended[slot] for slot in range(len(ids))]
 
 
-def _check_block_length(drafter: Drafter, block_length: int | None) -> int:
+def as_model(target):
+    """The decoder of a loaded `Target`, or the bare model itself."""
+    return getattr(target, "model", target)
+
+
+def default_buckets(
+    drafter: Drafter, slots: int, block_length: int, buckets: tuple[int, ...] | None
+) -> tuple[int, ...] | None:
+    """The given buckets; for a drafter that may propose nothing also one without it."""
+    if buckets is None and drafter.abstains:
+        return (slots, slots * (block_length + 1))
+    return buckets
+
+
+def check_block_length(drafter: Drafter, block_length: int | None) -> int:
     """The block length to use.
 
     Raises:
@@ -170,7 +183,7 @@ def _check_block_length(drafter: Drafter, block_length: int | None) -> int:
     return block_length
 
 
-def _prefill_chunk(prompts: Sequence[Sequence[int]]) -> int:
+def prefill_chunk(prompts: Sequence[Sequence[int]]) -> int:
     """Prompt tokens per slot and prefill step: a power of two, 16 to 128."""
     longest = max(len(prompt) for prompt in prompts)
     return int(np.clip(2 ** np.ceil(np.log2(max(longest - 1, 1))), 16, 128))
@@ -185,6 +198,15 @@ def _token_ids(target, index: int, prompt) -> list[int]:
                 "give token ids"
             )
         prompt = tokenizer.encode(prompt)
+    return check_prompt(as_model(target), index, prompt)
+
+
+def check_prompt(model, index: int, prompt) -> list[int]:
+    """The ids of a prompt.
+
+    Raises:
+      ValueError: it is no list, empty, or has an id outside the vocabulary.
+    """
     if np.ndim(prompt) != 1:
         raise ValueError(
             f"prompt {index} must be text or a list of token ids, got {prompt!r}; "
@@ -193,7 +215,7 @@ def _token_ids(target, index: int, prompt) -> list[int]:
     ids = [int(token) for token in prompt]
     if not ids:
         raise ValueError(f"prompt {index} is empty; give at least one token")
-    vocab = getattr(target, "model", target).config.vocab_size
+    vocab = model.config.vocab_size
     wrong = [token for token in ids if not 0 <= token < vocab]
     if wrong:
         raise ValueError(
@@ -250,28 +272,35 @@ def _run(model, drafter, state: DecodeState, options, prompts, on_tokens):
             return state
 
 
-def _completions(target, state: DecodeState, prompts, log_probs) -> list[Completion]:
+def completions(
+    target,
+    state: DecodeState,
+    prompts: Mapping[int, Sequence[int]],
+    *,
+    log_probs: bool = False,
+) -> dict[int, Completion]:
+    """What the slots named by `prompts` have become, by slot."""
+    if not prompts:
+        return {}
     host: Any = jax.device_get(
         (state.tokens_BS, state.lengths_B, state.log_probs_BS, state.stop_ids_BX)
     )
     counters = jax.device_get(state.counters)
     tokens_BS, lengths_B, log_probs_BS, stop_ids_BX = host
     tokenizer = getattr(target, "tokenizer", None)
-    completions = []
-    for slot, prompt in enumerate(prompts):
+    ended = {}
+    for slot, prompt in prompts.items():
         span = slice(len(prompt), int(lengths_B[slot]))
         tokens = tokens_BS[slot, span].tolist()
         stopped = bool(tokens) and tokens[-1] in stop_ids_BX[slot]
         shown = tokens[:-1] if stopped else tokens
-        completions.append(
-            Completion(
-                tokens=tokens,
-                text=tokenizer.decode(shown) if tokenizer else None,
-                finish_reason="stop" if stopped else "length",
-                log_probs=log_probs_BS[slot, span].tolist() if log_probs else None,
-                rounds=int(counters.rounds_B[slot]),
-                reached=counters.reached_BG[slot].tolist(),
-                accepted=counters.accepted_BG[slot].tolist(),
-            )
+        ended[slot] = Completion(
+            tokens=tokens,
+            text=tokenizer.decode(shown) if tokenizer else None,
+            finish_reason="stop" if stopped else "length",
+            log_probs=log_probs_BS[slot, span].tolist() if log_probs else None,
+            rounds=int(counters.rounds_B[slot]),
+            reached=counters.reached_BG[slot].tolist(),
+            accepted=counters.accepted_BG[slot].tolist(),
         )
-    return completions
+    return ended

@@ -1,0 +1,204 @@
+"""Continuous batching: many requests through a few slots of one compiled loop.
+
+A slot whose request ends is refilled while the others go on (Yu et al. 2022, "Orca").
+Newcomers are prefilled in a small state of their own, whose slots are then written into
+the large one: every leaf of a `DecodeState` has the slot axis first.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from jaxspark.decoding.couplings import Coupling
+from jaxspark.decoding.generate import (
+    LENGTH_STEP,
+    Completion,
+    as_model,
+    check_block_length,
+    check_prompt,
+    completions,
+    default_buckets,
+    prefill_chunk,
+)
+from jaxspark.decoding.round import DecodeOptions, decode, prefill
+from jaxspark.decoding.sampling import Sampling
+from jaxspark.decoding.schedule import Fixed, Scheduler
+from jaxspark.decoding.state import DecodeState, init_state
+from jaxspark.drafters import Drafter, PlainDrafter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt and how it is continued; see `generate` for the parameters."""
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop_ids: Sequence[int] | None = None
+
+
+def generate_stream(
+    target,
+    requests: Iterable[Request],
+    drafter: Drafter | None = None,
+    *,
+    slots: int,
+    capacity: int,
+    block_length: int | None = None,
+    coupling: Coupling = "rejection",
+    schedule: Scheduler = Fixed(),
+    buckets: tuple[int, ...] | None = None,
+    rounds_per_call: int = 8,
+    newcomers: int | None = None,
+) -> Iterator[tuple[int, Completion]]:
+    """Yields (request index, completion) as requests end, in no fixed order.
+
+    The tokens of a request do not depend on the requests beside it.
+
+    Args:
+      target: a loaded `Target`, or a bare model.
+      requests: read one by one as slots become free.
+      drafter: what proposes; None decodes plainly.
+      slots: requests decoded together.
+      capacity: positions per slot; each request needs its prompt, its new tokens and
+        the block length.
+      block_length: drafts per round; None takes the drafter's most.
+      coupling: "rejection" or "gumbel".
+      schedule: chooses verification lengths.
+      buckets: token counts to compile the target for, see `DecodeOptions`.
+      rounds_per_call: rounds between looks at who is done.
+      newcomers: requests prefilled together, a quarter of the slots by default.
+
+    Raises:
+      ValueError: a request that is malformed or does not fit; names its index.
+    """
+    drafter = PlainDrafter() if drafter is None else drafter
+    model = as_model(target)
+    drafter.check_target(model.config)
+    block_length = check_block_length(drafter, block_length)
+    options = DecodeOptions(
+        block_length=block_length,
+        coupling=coupling,
+        schedule=schedule,
+        buckets=default_buckets(drafter, slots, block_length, buckets),
+    )
+    options.sizes(slots)
+    group = max(1, slots // 4) if newcomers is None else min(newcomers, slots)
+    make = _StateMaker(target, model, drafter, block_length, capacity)
+    waiting = enumerate(requests)
+    # A request that does nothing fills empty slots; its slot is done from the start.
+    idle = Request(prompt=(0,), max_new_tokens=0)
+    state = make([idle] * slots)
+    running: dict[int, tuple[int, Request]] = {}
+    while True:
+        free = [slot for slot in range(slots) if slot not in running]
+        while free and (len(free) >= group or not running):
+            arrived = list(islice(waiting, min(group, len(free))))
+            if not arrived:
+                break
+            for index, request in arrived:
+                make.check(index, request)
+            places, free = free[: len(arrived)], free[len(arrived) :]
+            running |= dict(zip(places, arrived))
+            padding = group - len(arrived)
+            fresh = make([request for _, request in arrived] + [idle] * padding)
+            longest = [request.prompt for _, request in arrived]
+            fresh = prefill(model, drafter, fresh, chunk=prefill_chunk(longest))
+            state = _insert(state, fresh, jnp.array(places + [slots] * padding))
+        if not running:
+            return
+        state = decode(
+            model, drafter, state, jnp.int32(rounds_per_call), options=options
+        )
+        done_B = np.asarray(state.done_B)
+        ended = {slot: each for slot, each in running.items() if done_B[slot]}
+        prompts = {slot: request.prompt for slot, (_, request) in ended.items()}
+        for slot, completion in completions(target, state, prompts).items():
+            yield running.pop(slot)[0], completion
+
+
+@partial(jax.jit, donate_argnames=("state",))
+def _insert(
+    state: DecodeState, fresh: DecodeState, slots_N: Int[Array, " N"]
+) -> DecodeState:
+    """Writes the slots of `fresh` into `state`; numbers past its end are skipped."""
+    return jax.tree.map(
+        lambda old, new: old.at[slots_N].set(new, mode="drop"), state, fresh
+    )
+
+
+@dataclass(frozen=True)
+class _StateMaker:
+    """Checks requests and makes states of them that all have the same shapes."""
+
+    target: object
+    model: object
+    drafter: Drafter
+    block_length: int
+    capacity: int
+
+    def check(self, index: int, request: Request) -> None:
+        """Raises `ValueError` if the request is malformed or does not fit."""
+        check_prompt(self.model, index, request.prompt)
+        if request.max_new_tokens < 1:
+            raise ValueError(
+                f"request {index}: max_new_tokens must be positive, got "
+                f"{request.max_new_tokens}"
+            )
+        needed = len(request.prompt) + request.max_new_tokens + self.block_length
+        if needed > self.capacity:
+            raise ValueError(
+                f"request {index} needs {needed} positions ({len(request.prompt)} of "
+                f"its prompt, {request.max_new_tokens} new, a block of "
+                f"{self.block_length}), each slot has {self.capacity}"
+            )
+
+    def __call__(self, requests: Sequence[Request]) -> DecodeState:
+        def column(name):
+            return [getattr(request, name) for request in requests]
+
+        stops = getattr(self.target, "stop_ids", ())
+        return init_state(
+            self.model,
+            self.drafter,
+            column("prompt"),
+            [len(r.prompt) + r.max_new_tokens for r in requests],
+            Sampling.of(
+                len(requests),
+                **{
+                    name: column(name)
+                    for name in ("temperature", "top_k", "top_p", "min_p", "seed")
+                },
+            ),
+            block_length=self.block_length,
+            # One width for all states: padded with an id that no token has.
+            stop_ids=[_padded(stops if s is None else s) for s in column("stop_ids")],
+            capacity=self.capacity,
+        )
+
+
+def _padded(stop_ids: Sequence[int]) -> list[int]:
+    if len(stop_ids) > MOST_STOP_IDS:
+        raise ValueError(
+            f"{len(stop_ids)} stop ids, at most {MOST_STOP_IDS} are supported here"
+        )
+    return list(stop_ids) + [-1] * (MOST_STOP_IDS - len(stop_ids))
+
+
+MOST_STOP_IDS = 8
+
+
+def capacity_for(prompts: Iterable[Sequence[int]], new_tokens: int, block: int) -> int:
+    """Positions that hold any of `prompts` and its output, rounded up."""
+    needed = max(map(len, prompts)) + new_tokens + block
+    return -(-needed // LENGTH_STEP) * LENGTH_STEP

@@ -1,0 +1,1 @@
+"""Training drafters: data, objective, optimisation, checkpoints of a run."""

@@ -1,0 +1,17 @@
+"""From conversations in files to packed training sequences."""
+
+from jaxspark.training.data.conversations import (
+    Conversation,
+    Problem,
+    read_conversations,
+)
+from jaxspark.training.data.regeneration import Dropped, Regenerated, regenerate
+
+__all__ = [
+    "Conversation",
+    "Dropped",
+    "Problem",
+    "Regenerated",
+    "read_conversations",
+    "regenerate",
+]

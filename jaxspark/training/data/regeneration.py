@@ -1,0 +1,147 @@
+"""Answers written by the target itself, which is what a drafter has to predict.
+
+Each conversation keeps its first turn; the target answers it. Later turns are dropped:
+they reply to an answer that somebody else gave.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from jaxspark.checkpoints import CheckpointError
+from jaxspark.decoding import Request, generate_stream
+from jaxspark.evaluation.looping import is_looping
+from jaxspark.training.data.conversations import Conversation, Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regenerated:
+    """A conversation whose answer the target wrote.
+
+    Attributes:
+      conversation: first turn and answer.
+      key: of the first turn, see `Conversation.key`.
+      finish_reason: "stop", or "length" where the answer was cut.
+    """
+
+    conversation: Conversation
+    key: str
+    finish_reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropped:
+    """A conversation that gave no training example, and why."""
+
+    key: str
+    where: str
+    reason: str
+
+
+def regenerate(
+    target,
+    conversations: Iterable[Conversation | Problem],
+    *,
+    done: Iterable[str] = (),
+    slots: int = 64,
+    max_prompt_tokens: int = 192,
+    max_new_tokens: int = 192,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[Regenerated | Dropped]:
+    """Yields one result for every conversation whose key is not in `done`.
+
+    Dropped are malformed lines, prompts that the template refuses or that are too long,
+    repetitions of an earlier prompt, empty answers and answers that end in a loop. The
+    answer to a prompt depends on `seed` and the prompt alone.
+
+    Args:
+      target: a loaded `Target` with a tokenizer.
+      conversations: what to answer.
+      done: keys to pass over.
+      slots: requests decoded together.
+      max_prompt_tokens: longest prompt, in tokens.
+      max_new_tokens: answers are cut here.
+      temperature: of sampling; 0 is greedy.
+      top_p: of sampling.
+      seed: of sampling.
+    """
+    seen = set(done)
+    waiting: dict[int, Conversation] = {}
+    dropped: list[Dropped] = []
+
+    def requests() -> Iterator[Request]:
+        index = 0
+        for each in conversations:
+            if isinstance(each, Problem):
+                if each.where not in seen:
+                    # It has no text to be known by.
+                    dropped.append(
+                        Dropped(key=each.where, where=each.where, reason=each.reason)
+                    )
+                continue
+            if each.key in seen:
+                continue
+            seen.add(each.key)
+            try:
+                prompt = _prompt(target.tokenizer, each, max_prompt_tokens)
+            except (CheckpointError, ValueError) as error:
+                dropped.append(
+                    Dropped(key=each.key, where=each.where, reason=str(error))
+                )
+                continue
+            waiting[index] = each
+            index += 1
+            yield Request(
+                prompt=prompt,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=(seed + int(each.key[:8], 16)) % 2**32,
+            )
+
+    stream = generate_stream(
+        target,
+        requests(),
+        slots=slots,
+        capacity=max_prompt_tokens + max_new_tokens,
+    )
+    for index, completion in stream:
+        while dropped:
+            yield dropped.pop()
+        asked = waiting.pop(index)
+        stopped = completion.finish_reason == "stop"
+        reason = _reason_to_drop(completion.tokens, stopped)
+        if reason:
+            yield Dropped(key=asked.key, where=asked.where, reason=reason)
+            continue
+        answer = {"role": "assistant", "content": completion.text}
+        yield Regenerated(
+            conversation=Conversation(
+                messages=(*asked.first_turn, answer),
+                domain=asked.domain,
+                source=asked.source,
+                answer_ids=tuple(completion.tokens),
+                where=asked.where,
+            ),
+            key=asked.key,
+            finish_reason=completion.finish_reason,
+        )
+    yield from dropped
+
+
+def _prompt(tokenizer, conversation: Conversation, most: int) -> list[int]:
+    if not conversation.first_turn:
+        raise ValueError("no message by the user")
+    prompt = tokenizer.chat(conversation.first_turn)
+    if len(prompt) > most:
+        raise ValueError(f"prompt of {len(prompt)} tokens, the limit is {most}")
+    return prompt
+
+
+def _reason_to_drop(tokens: list[int], stopped: bool) -> str | None:
+    if len(tokens) <= stopped:
+        return "empty answer"
+    if is_looping(tokens[:-1] if stopped else tokens):
+        return "the answer loops"
+    return None
