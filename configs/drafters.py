@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from jaxspark.drafters import DSparkConfig
+from jaxspark.drafters import DSparkConfig, Eagle3Config
 from jaxspark.models import DenseConfig
 
 
@@ -28,14 +28,7 @@ def dspark(
 ) -> DSparkConfig:
     """DSpark: sequential head of the given type and a confidence head that sees it."""
     return DSparkConfig(
-        backbone=replace(
-            target,
-            num_hidden_layers=depth,
-            qk_norm=True,
-            attention_bias=False,
-            mlp_bias=False,
-            tie_word_embeddings=False,
-        ),
+        backbone=_backbone(target, depth),
         block_size=block_size,
         target_layer_ids=taps(target),
         mask_token_id=mask_token_id,
@@ -51,3 +44,31 @@ def dspark(
 def dflash(target: DenseConfig, **options) -> DSparkConfig:
     """DFlash: the same backbone, no sequential head, no confidence."""
     return dspark(target, markov_rank=0, confidence=False, **options)
+
+
+def eagle3(
+    target: DenseConfig,
+    *,
+    block_size: int = 7,
+    draft_vocab_size: int | None = None,
+) -> Eagle3Config:
+    """Eagle3: one layer, trained for as many steps as it drafts."""
+    return Eagle3Config(
+        backbone=_backbone(target, 1),
+        ttt_length=block_size,
+        target_layer_ids=taps(target),
+        num_target_layers=target.num_hidden_layers,
+        draft_vocab_size=draft_vocab_size,
+    )
+
+
+def _backbone(target: DenseConfig, depth: int) -> DenseConfig:
+    """Qwen3 layers of the target's shape, which is what DeepSpec's format holds."""
+    return replace(
+        target,
+        num_hidden_layers=depth,
+        qk_norm=True,
+        attention_bias=False,
+        mlp_bias=False,
+        tie_word_embeddings=False,
+    )

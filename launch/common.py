@@ -1,13 +1,11 @@
 """What the launchers share: flags, errors a person can read, a compilation cache."""
 
 import contextlib
-import json
 import logging
 import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,63 +71,13 @@ def load_text_target():
     return target
 
 
-class JsonLines:
-    """A file of JSON lines that a stopped program goes on with.
-
-    A last line without its end is cut off: the program was killed while writing it.
-    With `settings`, they are kept beside the file and must be the same next time.
-
-    Attributes:
-      entries: what the file holds, old and new.
-    """
-
-    def __init__(self, path: str | pathlib.Path, settings: Any = None):
-        self.path = pathlib.Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.entries: list[Any] = []
-        if self.path.exists():
-            data = self.path.read_bytes()
-            whole = data.rfind(b"\n") + 1
-            if whole < len(data):
-                os.truncate(self.path, whole)
-            self.entries = [
-                self._parse(number, line)
-                for number, line in enumerate(data[:whole].splitlines(), 1)
-            ]
-        if settings is not None:
-            self._check_settings(json.loads(json.dumps(settings)))
-
-    def _parse(self, number: int, line: bytes):
-        try:
-            return json.loads(line.decode("utf-8"))
-        except ValueError as error:
-            raise ValueError(
-                f"{self.path}:{number}: is not JSON ({error}); remove the line, or "
-                "name another file"
-            ) from error
-
-    def _check_settings(self, settings) -> None:
-        place = self.path.with_name(self.path.name + ".settings")
-        if not place.exists():
-            place.write_text(json.dumps(settings, indent=1) + "\n")
-            return
-        old = json.loads(place.read_text())
-        changed = [
-            f"{name} was {old.get(name)!r} and is {settings.get(name)!r}"
-            for name in sorted({*old, *settings})
-            if old.get(name) != settings.get(name)
-        ]
-        if changed:
-            raise ValueError(
-                f"{self.path} was begun with other settings ({'; '.join(changed)}); "
-                "name another file, or remove it and its .settings"
-            )
-
-    def add(self, entry) -> None:
-        """Appends one entry."""
-        self.entries.append(entry)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+def size(count: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
 
 
 def use_compilation_cache() -> None:

@@ -17,6 +17,7 @@ from absl import flags
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
+from jaxspark.jsonlines import JsonLines, same_settings
 from jaxspark.training.data import Problem, Regenerated, read_conversations, regenerate
 from launch import common
 
@@ -66,8 +67,9 @@ def main() -> None:
     rows = conversations()
     names = ("max_prompt_tokens", "max_new_tokens", "temperature", "top_p", "seed")
     settings = {name: FLAGS[name].value for name in names}
-    out = common.JsonLines(FLAGS.out, settings | {"target": target.name})
-    dropped = common.JsonLines(f"{FLAGS.out}.dropped")
+    same_settings(f"{FLAGS.out}.settings", settings | {"target": target.name})
+    out = JsonLines(FLAGS.out)
+    dropped = JsonLines(f"{FLAGS.out}.dropped")
     done = [entry["key"] for entry in (*out.entries, *dropped.entries)]
     reasons = Counter(entry["reason"].split(" of ")[0] for entry in dropped.entries)
     tokens = sum(len(entry["answer_ids"]) for entry in out.entries)

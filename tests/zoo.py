@@ -8,7 +8,7 @@ from flax import nnx
 
 import configs.drafters
 import configs.targets
-from jaxspark.drafters import DSparkDrafter, NgramDrafter
+from jaxspark.drafters import DSparkDrafter, Eagle3Drafter, NgramDrafter, hybrid
 from jaxspark.models import DenseDecoder
 
 VOCAB = 61
@@ -25,6 +25,10 @@ DRAFTERS = (
     "dspark-pruned",
     "dflash",
     "dflash-masks",
+    "eagle3",
+    "eagle3-pruned",
+    "hybrid",
+    "hybrid-pruned",
 )
 
 
@@ -41,6 +45,16 @@ def drafter(name: str, model: DenseDecoder, seed: int = 1):
     kind, _, variant = name.partition("-")
     if kind == "ngram":
         return NgramDrafter(block_length=BLOCK, shortest=1)
+    if kind == "hybrid":
+        name = f"dspark-{variant or 'gated'}"
+        lookup = NgramDrafter(block_length=BLOCK, shortest=1)
+        return hybrid(lookup, drafter(name, model, seed))
+    if kind == "eagle3":
+        pruned = VOCAB // 2 if variant else None
+        config = configs.drafters.eagle3(
+            model.config, block_size=BLOCK, draft_vocab_size=pruned
+        )
+        return _pruned(Eagle3Drafter(config, rngs=nnx.Rngs(seed)), model)
     if kind == "dflash":
         config = configs.drafters.dflash(model.config, **options)
         config = replace(config, sample_from_anchor=variant != "masks")
@@ -53,9 +67,13 @@ def drafter(name: str, model: DenseDecoder, seed: int = 1):
             draft_vocab_size=VOCAB // 2 if pruned else None,
             **options,
         )
-    made = DSparkDrafter(config, rngs=nnx.Rngs(seed))
+    return _pruned(DSparkDrafter(config, rngs=nnx.Rngs(seed)), model)
+
+
+def _pruned(made, model):
+    """Gives a pruned vocabulary every other token."""
     if made.draft_ids is not None:
-        every_other = jax.numpy.arange(0, VOCAB - 1, 2)[: config.draft_vocab_size]
+        every_other = jax.numpy.arange(0, VOCAB - 1, 2)[: made.draft_ids.shape[0]]
         made.draft_ids[...] = every_other
         made.lm_head.weight[...] = model.head_VD[every_other]
     return made

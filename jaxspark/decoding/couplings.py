@@ -226,7 +226,10 @@ def log_q_of_drafts(proposal: Proposal) -> Float[Array, "B G"]:
     if proposal.log_q_BGW is None:
         return jnp.zeros(proposal.tokens_BG.shape)
     is_draft_BGW = _draft_vocabulary(proposal) == proposal.tokens_BG[..., None]
-    return jnp.max(jnp.where(is_draft_BGW, proposal.log_q_BGW, -jnp.inf), axis=-1)
+    log_q_BG = jnp.max(jnp.where(is_draft_BGW, proposal.log_q_BGW, -jnp.inf), axis=-1)
+    if proposal.certain_B is None:
+        return log_q_BG
+    return jnp.where(proposal.certain_B[:, None], 0.0, log_q_BG)
 
 
 def q_at(
@@ -234,14 +237,18 @@ def q_at(
 ) -> Float[Array, "B V"]:
     """q of each slot's draft row over the target's vocabulary, [B, V]."""
     row_B = jnp.minimum(row_B, proposal.tokens_BG.shape[1] - 1)[:, None]
+    draft_B1 = jnp.take_along_axis(proposal.tokens_BG, row_B, axis=1)
+    point_BV = (jnp.arange(vocab) == draft_B1).astype(jnp.float32)
     if proposal.log_q_BGW is None:
-        draft_B1 = jnp.take_along_axis(proposal.tokens_BG, row_B, axis=1)
-        return (jnp.arange(vocab) == draft_B1).astype(jnp.float32)
+        return point_BV
     log_q_BW = jnp.take_along_axis(proposal.log_q_BGW, row_B[..., None], axis=1)[:, 0]
-    if proposal.ids_W is None:
-        return jnp.exp(log_q_BW)
-    zeros_BV = jnp.zeros((log_q_BW.shape[0], vocab))
-    return zeros_BV.at[:, proposal.ids_W].set(jnp.exp(log_q_BW))
+    q_BV = jnp.exp(log_q_BW)
+    if proposal.ids_W is not None:
+        zeros_BV = jnp.zeros((q_BV.shape[0], vocab))
+        q_BV = zeros_BV.at[:, proposal.ids_W].set(q_BV)
+    if proposal.certain_B is None:
+        return q_BV
+    return jnp.where(proposal.certain_B[:, None], point_BV, q_BV)
 
 
 def _draft_vocabulary(proposal):

@@ -2,6 +2,8 @@
 
 from jaxspark.drafters.base import Drafter, Draw, Proposal
 from jaxspark.drafters.dspark import DSparkConfig, DSparkDrafter
+from jaxspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
+from jaxspark.drafters.hybrid import HybridDrafter, hybrid
 from jaxspark.drafters.ngram import NgramDrafter
 from jaxspark.drafters.plain import PlainDrafter
 
@@ -10,7 +12,11 @@ __all__ = [
     "DSparkDrafter",
     "Draw",
     "Drafter",
+    "Eagle3Config",
+    "Eagle3Drafter",
+    "HybridDrafter",
     "NgramDrafter",
     "PlainDrafter",
     "Proposal",
+    "hybrid",
 ]

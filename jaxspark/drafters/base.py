@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.models import FlatTokens
 
@@ -30,6 +30,8 @@ class Proposal:
       log_q_BGW: log-distribution each token was drawn from, over the draft vocabulary;
         None for a drafter whose proposal is not random (a point mass on its token).
       ids_W: target ids of the draft vocabulary; None when it is the target's own.
+      certain_B: slots whose tokens are not random after all, whatever log_q says; None
+        for none.
     """
 
     tokens_BG: Int[Array, "B G"]
@@ -37,6 +39,7 @@ class Proposal:
     confidence_BG: Float[Array, "B G"]
     log_q_BGW: Float[Array, "B G W"] | None = None
     ids_W: Int[Array, " W"] | None = None
+    certain_B: Bool[Array, " B"] | None = None
 
 
 class Draw(Protocol):

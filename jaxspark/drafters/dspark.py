@@ -95,16 +95,23 @@ class DSparkConfig:
         Raises:
           ValueError: width, vocabulary or depth differ; names both.
         """
-        for name, mine, theirs in (
-            ("hidden_size", self.backbone.hidden_size, target.hidden_size),
-            ("vocab_size", self.backbone.vocab_size, target.vocab_size),
-            ("num_target_layers", self.num_target_layers, target.num_hidden_layers),
-        ):
-            if mine != theirs:
-                raise ValueError(
-                    f"the drafter was made for another target: {name} is {mine}, "
-                    f"the target's is {theirs}"
-                )
+        check_same_target(self.backbone, self.num_target_layers, target)
+
+
+def check_same_target(
+    backbone: DenseConfig, num_target_layers: int, target: DenseConfig
+) -> None:
+    """Raises `ValueError` if width, vocabulary or depth are another target's."""
+    for name, mine, theirs in (
+        ("hidden_size", backbone.hidden_size, target.hidden_size),
+        ("vocab_size", backbone.vocab_size, target.vocab_size),
+        ("num_target_layers", num_target_layers, target.num_hidden_layers),
+    ):
+        if mine != theirs:
+            raise ValueError(
+                f"the drafter was made for another target: {name} is {mine}, "
+                f"the target's is {theirs}"
+            )
 
 
 class Buffer(nnx.Variable):
@@ -188,12 +195,16 @@ class DSparkDrafter(nnx.Module):
     ) -> tuple[LayerCache, ...]:
         """Writes keys and values of the context features c_s of processed tokens."""
         view, rotation = tokens.view(), self._rotation(tokens)
-        features_XT = taps_mDT.reshape(-1, taps_mDT.shape[-1]).astype(self.dtype)
-        context_DT = self.hidden_norm(self.fc(features_XT))
+        context_DT = self.context(taps_mDT.astype(self.dtype))
         return tuple(
             layer.self_attn.remember(context_DT, layer_cache, tokens, view, rotation)
             for layer, layer_cache in zip(self.layers, cache)
         )
+
+    def context(self, taps_mDT: Float[Array, "m D T"]) -> Float[Array, "D T"]:
+        """The context features c_s, which every draft layer sees."""
+        features_XT = taps_mDT.reshape(-1, taps_mDT.shape[-1])
+        return self.hidden_norm(self.fc(features_XT))
 
     def backbone(
         self,

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from jaxspark.drafters.base import Proposal
 
@@ -57,21 +58,30 @@ class NgramDrafter:
 
     def propose(self, target, cache, tokens_BS, lengths_B, draw, block_length):
         """The continuation of the best match; proposes nothing where none is found."""
+        tokens_BG, match_B = self.find(tokens_BS, lengths_B, block_length)
+        return Proposal(
+            tokens_BG=tokens_BG,
+            lengths_B=jnp.where(match_B >= self.shortest, block_length, 0),
+            confidence_BG=jnp.zeros(tokens_BG.shape, jnp.float32),
+        ), cache
+
+    def find(
+        self,
+        tokens_BS: Int[Array, "B S"],
+        lengths_B: Int[Array, " B"],
+        block_length: int,
+    ) -> tuple[Int[Array, "B G"], Int[Array, " B"]]:
+        """What followed the best match of each slot, and how many tokens matched."""
         match_length_BS = self._matches(tokens_BS, lengths_B)
         S = tokens_BS.shape[1]
         # Longest match first, then the newest: one integer orders both.
         score_BS = match_length_BS * S + jnp.arange(S)
         best_B = jnp.argmax(score_BS, axis=1)
-        found_B = jnp.max(match_length_BS, axis=1) >= self.shortest
         period_B = jnp.maximum(lengths_B - 1 - best_B, 1)
         offset_BG = jnp.arange(block_length) % period_B[:, None]
         place_BG = jnp.minimum(best_B[:, None] + 1 + offset_BG, S - 1)
         tokens_BG = jnp.take_along_axis(tokens_BS, place_BG, axis=1)
-        return Proposal(
-            tokens_BG=tokens_BG,
-            lengths_B=jnp.where(found_B, block_length, 0),
-            confidence_BG=jnp.zeros(tokens_BG.shape, jnp.float32),
-        ), cache
+        return tokens_BG, jnp.max(match_length_BS, axis=1)
 
     def _matches(self, tokens_BS, lengths_B):
         """How many tokens ending at s equal the slot's last ones, 0..longest [B, S]."""

@@ -20,17 +20,18 @@ from pallas_kernels import cached_attention
 class Attention(nnx.Module):
     """Self-attention of N query heads over K key/value heads of width H."""
 
-    def __init__(self, config, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, config, *, d_in: int | None = None, dtype, rngs: nnx.Rngs):
+        """Inputs have the model's width D unless `d_in` says otherwise."""
         D, N, K, H = (
             config.hidden_size,
             config.num_attention_heads,
             config.num_key_value_heads,
             config.head_dim,
         )
-        bias = config.attention_bias
-        self.q_proj = Linear(D, N * H, bias=bias, dtype=dtype, rngs=rngs)
-        self.k_proj = Linear(D, K * H, bias=bias, dtype=dtype, rngs=rngs)
-        self.v_proj = Linear(D, K * H, bias=bias, dtype=dtype, rngs=rngs)
+        bias, d_in = config.attention_bias, D if d_in is None else d_in
+        self.q_proj = Linear(d_in, N * H, bias=bias, dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(d_in, K * H, bias=bias, dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(d_in, K * H, bias=bias, dtype=dtype, rngs=rngs)
         self.o_proj = Linear(N * H, D, bias=bias, dtype=dtype, rngs=rngs)
         eps = config.rms_norm_eps
         self.q_norm = RMSNorm(H, eps=eps, dtype=dtype) if config.qk_norm else None
@@ -46,11 +47,27 @@ class Attention(nnx.Module):
         rotation: Rotation,
     ) -> LayerCache:
         """Writes the key/value rows of `x_DT` at the tokens' positions."""
+        k_KHT, v_KHT = self.keys_values(x_DT, rotation)
+        return cache.write(k_KHT, v_KHT, tokens, view)
+
+    def keys_values(
+        self, x_DT: Float[Array, "D T"], rotation: Rotation
+    ) -> tuple[Float[Array, "K H T"], Float[Array, "K H T"]]:
+        """Keys, normed and rotated, and values."""
         k_KHT = self.k_proj(x_DT).reshape(self.kv_heads, self.head_dim, -1)
         v_KHT = self.v_proj(x_DT).reshape(self.kv_heads, self.head_dim, -1)
         if self.k_norm is not None:
             k_KHT = self.k_norm(k_KHT)
-        return cache.write(rotation(k_KHT), v_KHT, tokens, view)
+        return rotation(k_KHT), v_KHT
+
+    def queries(
+        self, x_DT: Float[Array, "D T"], rotation: Rotation
+    ) -> Float[Array, "N H T"]:
+        """Queries, normed and rotated."""
+        q_NHT = self.q_proj(x_DT).reshape(self.heads, self.head_dim, -1)
+        if self.q_norm is not None:
+            q_NHT = self.q_norm(q_NHT)
+        return rotation(q_NHT)
 
     def __call__(
         self,
@@ -62,10 +79,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "D T"], LayerCache]:
         """Remembers the tokens, then lets each attend up to its limit."""
         cache = self.remember(x_DT, cache, tokens, view, rotation)
-        q_NHT = self.q_proj(x_DT).reshape(self.heads, self.head_dim, -1)
-        if self.q_norm is not None:
-            q_NHT = self.q_norm(q_NHT)
-        q_TNH = jnp.moveaxis(rotation(q_NHT), -1, 0)
+        q_TNH = jnp.moveaxis(self.queries(x_DT, rotation), -1, 0)
         with jax.named_scope("cached_attention"):
             o_TNH = self._attend(q_TNH, cache, tokens, view)
         o_XT = o_TNH.reshape(q_TNH.shape[0], -1).T

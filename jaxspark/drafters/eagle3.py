@@ -1,0 +1,256 @@
+"""Eagle3: one autoregressive layer over the target's features (Li et al. 2025).
+
+    f_i = W_fc [h_i^(t1); ...; h_i^(tm)]            features of position i
+    g_i = layer([norm(e(x_{i+1})); norm(f_i)]) + ...  the pair (f_i, x_{i+1}) at place i
+    q   = softmax(head(norm(g_i)))                  predicts x_{i+2}
+
+Behind the newest pair the layer's own output takes the place of the feature it does not
+have yet, token by token, so G drafts cost G passes of a small layer. As in DeepSpec,
+rope positions are those of the feature, the head is the target's.
+
+A pair is complete when the target has processed its token. `observe` therefore writes
+the pair of the position before each token, with the embedding as one more tap (-1) and
+the feature kept from the pass that made it.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxspark.drafters.base import Draw, Proposal, anchors
+from jaxspark.drafters.dspark import Buffer, check_same_target
+from jaxspark.models import DenseConfig, FlatTokens, LayerCache
+from jaxspark.models.layers.attention import Attention
+from jaxspark.models.layers.linear import Linear, row_product
+from jaxspark.models.layers.mlp import GatedMLP
+from jaxspark.models.layers.norm import RMSNorm
+from jaxspark.models.layers.rope import Rotation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eagle3Config:
+    """An Eagle3 drafter, under DeepSpec's names.
+
+    Attributes:
+      backbone: architecture of the layer (`num_hidden_layers` is 1).
+      ttt_length: most tokens drafted at once, and the horizon it was trained for.
+      target_layer_ids: taps, ascending 0-based target layers.
+      num_target_layers: depth of the target it was made for.
+      step_loss_decay: weight of a training step relative to the one before.
+      draft_vocab_size: size of a pruned draft vocabulary; None for the target's.
+    """
+
+    backbone: DenseConfig
+    ttt_length: int
+    target_layer_ids: tuple[int, ...]
+    num_target_layers: int
+    step_loss_decay: float = 0.8
+    draft_vocab_size: int | None = None
+
+    def __post_init__(self):
+        taps = self.target_layer_ids
+        if self.backbone.num_hidden_layers != 1:
+            raise ValueError(
+                f"Eagle3 has one layer, got {self.backbone.num_hidden_layers}"
+            )
+        if self.ttt_length < 1:
+            raise ValueError(f"ttt_length must be at least 1, got {self.ttt_length}")
+        if not taps or any(a >= b for a, b in zip(taps, taps[1:])):
+            raise ValueError(f"target_layer_ids must be ascending, got {taps}")
+        if taps[0] < 0 or taps[-1] >= self.num_target_layers:
+            raise ValueError(
+                f"target_layer_ids {taps} must lie in 0..{self.num_target_layers - 1}"
+            )
+        pruned, vocab = self.draft_vocab_size, self.backbone.vocab_size
+        if pruned is not None and not 1 <= pruned <= vocab:
+            raise ValueError(f"draft_vocab_size must lie in 1..{vocab}, got {pruned}")
+
+    def check_target(self, target: DenseConfig) -> None:
+        """Raises `ValueError` unless it was made for a target of this architecture."""
+        check_same_target(self.backbone, self.num_target_layers, target)
+
+
+class Eagle3Layer(nnx.Module):
+    """The layer: attention reads embedding and feature side by side."""
+
+    def __init__(self, config: DenseConfig, *, dtype, rngs: nnx.Rngs):
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(D, eps=eps, dtype=dtype)
+        self.hidden_norm = RMSNorm(D, eps=eps, dtype=dtype)
+        self.self_attn = Attention(config, d_in=2 * D, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(D, eps=eps, dtype=dtype)
+        self.mlp = GatedMLP(
+            D, config.intermediate_size, bias=config.mlp_bias, dtype=dtype, rngs=rngs
+        )
+
+    def pair(
+        self, embedded_DT: Float[Array, "D T"], feature_DT: Float[Array, "D T"]
+    ) -> Float[Array, "I T"]:
+        """What attention reads, I = 2 D."""
+        normed = (self.input_layernorm(embedded_DT), self.hidden_norm(feature_DT))
+        return jnp.concatenate(normed)
+
+    def finish(
+        self, feature_DT: Float[Array, "D T"], attended_DT: Float[Array, "D T"]
+    ) -> Float[Array, "D T"]:
+        """Residual and MLP."""
+        x_DT = feature_DT + attended_DT
+        return x_DT + self.mlp(self.post_attention_layernorm(x_DT))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Eagle3Cache:
+    """Context by position.
+
+    Attributes:
+      pairs: keys and values of the pairs (f_i, x_{i+1}).
+      features_BSD: f_i of processed positions.
+    """
+
+    pairs: LayerCache
+    features_BSD: Float[Array, "B S D"]
+
+
+class Eagle3Drafter(nnx.Module):
+    """Parameters of an Eagle3 drafter; paths are DeepSpec's tensor names."""
+
+    abstains: ClassVar[bool] = False
+
+    def __init__(self, config: Eagle3Config, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        c = config.backbone
+        D = c.hidden_size
+        self.fc = Linear(len(config.target_layer_ids) * D, D, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([Eagle3Layer(c, dtype=dtype, rngs=rngs)])
+        self.norm = RMSNorm(D, eps=c.rms_norm_eps, dtype=dtype)
+        pruned = config.draft_vocab_size
+        self.lm_head = Linear(D, pruned, dtype=dtype, rngs=rngs) if pruned else None
+        self.draft_ids = Buffer(jnp.arange(pruned)) if pruned else None
+
+    @property
+    def block_length(self) -> int:
+        """Most tokens it can propose at once."""
+        return self.config.ttt_length
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The embedding and the target layers of the features."""
+        return (-1, *self.config.target_layer_ids)
+
+    @property
+    def dtype(self):
+        """Type of parameters, activations and caches."""
+        return self.fc.weight.dtype
+
+    def check_target(self, target: DenseConfig) -> None:
+        """See `Eagle3Config.check_target`."""
+        self.config.check_target(target)
+
+    def init_cache(
+        self, slots: int, length: int, *, lanes: int | None = None
+    ) -> Eagle3Cache:
+        """Empty pairs and features."""
+        c = self.config.backbone
+        size = (slots, c.num_key_value_heads, length, c.head_dim, self.dtype)
+        return Eagle3Cache(
+            pairs=LayerCache.zeros(*size, lanes=lanes),
+            features_BSD=jnp.zeros((slots, length, c.hidden_size), self.dtype),
+        )
+
+    def features(self, taps_mDT: Float[Array, "m D T"]) -> Float[Array, "D T"]:
+        """f_i of the layers' outputs (without the embedding)."""
+        return self.fc(taps_mDT.reshape(-1, taps_mDT.shape[-1]))
+
+    def rotation(self, positions_T: Int[Array, " T"]) -> Rotation:
+        """Angles at the features' positions."""
+        c = self.config.backbone
+        return Rotation.at(c.rope, c.head_dim, positions_T)
+
+    def observe(
+        self, cache: Eagle3Cache, taps_mDT: Float[Array, "m D T"], tokens: FlatTokens
+    ) -> Eagle3Cache:
+        """Keeps features; writes the pair that each processed token completes."""
+        taps_mDT = taps_mDT.astype(self.dtype)
+        view = tokens.view()
+        B, S, D = cache.features_BSD.shape
+        row_T = view.slot_T * S + tokens.positions_T
+        row_T = jnp.where(view.slot_T < B, row_T, B * S)
+        table = cache.features_BSD.reshape(-1, D)
+        table = table.at[row_T].set(self.features(taps_mDT[1:]).T, mode="drop")
+        table = jax.lax.optimization_barrier(table)
+        # The feature before the first token of a slot does not exist; nor its pair.
+        before = FlatTokens(
+            ids_T=tokens.ids_T,
+            positions_T=jnp.maximum(tokens.positions_T - 1, 0),
+            slots_T=jnp.where(tokens.positions_T > 0, tokens.slots_T, -1),
+            starts_B=jnp.maximum(tokens.starts_B - 1, 0),
+            limits_T=tokens.limits_T,
+            rows=tokens.rows,
+        )
+        feature_DT = table[jnp.clip(row_T - 1, 0, B * S - 1)].T
+        layer = self.layers[0]
+        pairs = layer.self_attn.remember(
+            layer.pair(taps_mDT[0], feature_DT),
+            cache.pairs,
+            before,
+            before.view(),
+            self.rotation(before.positions_T),
+        )
+        return Eagle3Cache(pairs=pairs, features_BSD=table.reshape(B, S, D))
+
+    def propose(
+        self,
+        target,
+        cache: Eagle3Cache,
+        tokens_BS: Int[Array, "B S"],
+        lengths_B: Int[Array, " B"],
+        draw: Draw,
+        block_length: int,
+    ) -> tuple[Proposal, Eagle3Cache]:
+        """Drafts token by token; each step writes its pair and reads all before it."""
+        anchor_B, positions_B = anchors(tokens_BS, lengths_B)
+        B = anchor_B.shape[0]
+        layer = self.layers[0]
+        head_WD = target.head_VD if self.lm_head is None else self.lm_head.weight[...]
+        ids_W = self.draft_ids[...] if self.draft_ids is not None else None
+        # A slot that holds its anchor alone has no feature yet: its first pair stands
+        # at place 0, where the anchor's own will be.
+        newest_B = jnp.maximum(positions_B - 1, 0)
+        rows_BD = cache.features_BSD[jnp.arange(B), newest_B]
+        feature_BD = jnp.where((positions_B > 0)[:, None], rows_BD, 0)
+
+        def step(carry, j):
+            feature_DB, previous_B, pairs = carry
+            place_B = newest_B + j
+            tokens = FlatTokens.from_rows(
+                previous_B[:, None], place_B, jnp.ones((B,), jnp.int32)
+            )
+            embedded_DB = target.embed(previous_B).astype(self.dtype)
+            attended_DB, pairs = layer.self_attn(
+                layer.pair(embedded_DB, feature_DB),
+                pairs,
+                tokens,
+                tokens.view(),
+                self.rotation(place_B),
+            )
+            feature_DB = layer.finish(feature_DB, attended_DB)
+            logits_BW = row_product(head_WD, self.norm(feature_DB))
+            token_B, log_q_BW = draw(logits_BW, j, ids_W)
+            return (feature_DB, token_B, pairs), (token_B, log_q_BW)
+
+        carry, outputs = jax.lax.scan(
+            step, (feature_BD.T, anchor_B, cache.pairs), jnp.arange(block_length)
+        )
+        tokens_BG, log_q_BGW = (jnp.moveaxis(each, 0, 1) for each in outputs)
+        return Proposal(
+            tokens_BG=tokens_BG,
+            lengths_B=jnp.full_like(lengths_B, block_length),
+            confidence_BG=jnp.zeros(tokens_BG.shape, jnp.float32),
+            log_q_BGW=log_q_BGW,
+            ids_W=ids_W,
+        ), Eagle3Cache(pairs=carry[2], features_BSD=cache.features_BSD)

@@ -1,0 +1,211 @@
+"""Two drafters in one: prompt lookup where it is likely right, else a model.
+
+Where a text repeats itself, copying drafts more than any model does; elsewhere it
+drafts nothing of use. Each slot and round takes the source that promises more accepted
+drafts, judged by its own history: with r the rate at which a source's drafts held (for
+lookup by match length), a block of G promises r + r^2 + ... + r^G.
+
+The choice depends on committed tokens alone, never on a draft's random numbers, so all
+guarantees hold. When every slot copies, the model is not run.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxspark.drafters.base import Drafter, Draw, Proposal
+from jaxspark.drafters.ngram import NgramDrafter
+from jaxspark.models import FlatTokens
+
+# What is believed before a request has a history, and how many drafts that is worth.
+_LOOKUP_RATE = (0.0, 0.35, 0.5, 0.65, 0.8)
+_MODEL_RATE = 0.6
+_PRIOR_DRAFTS = 6.0
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class History:
+    """How the drafts of one request have fared.
+
+    Attributes:
+      tried_BM: drafts that were decided; column 0 is the model's, column m lookup's
+        with a match of m tokens.
+      held_BM: those that were right.
+      drafts_BG: the last proposal.
+      source_B: its column.
+      length_B: committed tokens when it was made; 0 if there was none.
+    """
+
+    tried_BM: Float[Array, "B M"]
+    held_BM: Float[Array, "B M"]
+    drafts_BG: Int[Array, "B G"]
+    source_B: Int[Array, " B"]
+    length_B: Int[Array, " B"]
+
+    @classmethod
+    def start(cls, slots: int, longest: int, block_length: int) -> "History":
+        """Nothing but prior belief."""
+        known = len(_LOOKUP_RATE) - 1
+        rates = [_LOOKUP_RATE[min(m, known)] for m in range(1, longest + 1)]
+        rate_M = jnp.array([_MODEL_RATE, *rates], jnp.float32)
+        tried_BM = jnp.full((slots, longest + 1), _PRIOR_DRAFTS, jnp.float32)
+        return cls(
+            tried_BM=tried_BM,
+            held_BM=tried_BM * rate_M,
+            drafts_BG=jnp.zeros((slots, block_length), jnp.int32),
+            source_B=jnp.zeros((slots,), jnp.int32),
+            length_B=jnp.zeros((slots,), jnp.int32),
+        )
+
+    def updated(
+        self, tokens_BS: Int[Array, "B S"], lengths_B: Int[Array, " B"]
+    ) -> "History":
+        """Compares the last proposal with what has been committed since."""
+        place_BG = self.length_B[:, None] + jnp.arange(self.drafts_BG.shape[1])
+        committed_BG = place_BG < lengths_B[:, None]
+        committed_BG &= self.length_B[:, None] > 0
+        last = tokens_BS.shape[1] - 1
+        truth_BG = jnp.take_along_axis(tokens_BS, jnp.minimum(place_BG, last), axis=1)
+        held_BG = jnp.cumprod(committed_BG & (truth_BG == self.drafts_BG), axis=1)
+        # Decided are the drafts that held and the first that did not.
+        before_BG = jnp.pad(held_BG, ((0, 0), (1, 0)), constant_values=1)[:, :-1]
+        tried_BG = before_BG * committed_BG
+        column_BM = self.source_B[:, None] == jnp.arange(self.tried_BM.shape[1])
+        return History(
+            tried_BM=self.tried_BM + column_BM * tried_BG.sum(1, keepdims=True),
+            held_BM=self.held_BM + column_BM * held_BG.sum(1, keepdims=True),
+            drafts_BG=self.drafts_BG,
+            source_B=self.source_B,
+            length_B=self.length_B,
+        )
+
+    def rates(self) -> Float[Array, "B M"]:
+        """Rate at which each source's drafts hold."""
+        return self.held_BM / self.tried_BM
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class HybridDrafter:
+    """Prompt lookup beside another drafter; made by `hybrid`.
+
+    Attributes:
+      lookup: proposes copies.
+      model: proposes otherwise.
+    """
+
+    lookup: NgramDrafter
+    model: Any
+
+    @property
+    def block_length(self) -> int:
+        """Most tokens it can propose at once."""
+        return self.model.block_length
+
+    @property
+    def taps(self):
+        """The model's."""
+        return self.model.taps
+
+    @property
+    def abstains(self) -> bool:
+        """Whether the model may."""
+        return self.model.abstains
+
+    def check_target(self, target) -> None:
+        """Whether the model fits."""
+        self.model.check_target(target)
+
+    def init_cache(self, slots: int, length: int) -> tuple[Any, History]:
+        """The model's context and an empty history."""
+        history = History.start(slots, self.lookup.longest, self.block_length)
+        return self.model.init_cache(slots, length), history
+
+    def observe(self, cache, taps_mDT: Float[Array, "m D T"], tokens: FlatTokens):
+        """The model sees every token, whoever drafts."""
+        return self.model.observe(cache[0], taps_mDT, tokens), cache[1]
+
+    def propose(
+        self,
+        target,
+        cache,
+        tokens_BS: Int[Array, "B S"],
+        lengths_B: Int[Array, " B"],
+        draw: Draw,
+        block_length: int,
+    ) -> tuple[Proposal, Any]:
+        """One proposal per slot, from the source that promises more."""
+        context, history = cache
+        history = history.updated(tokens_BS, lengths_B)
+        copied_BG, match_B = self.lookup.find(tokens_BS, lengths_B, block_length)
+        rates_BM = history.rates()
+        rate_B = jnp.take_along_axis(rates_BM, match_B[:, None], axis=1)[:, 0]
+        copies_B = match_B >= self.lookup.shortest
+        copies_B &= _promise(rate_B, block_length) >= _promise(
+            rates_BM[:, 0], block_length
+        )
+        proposal, context = self._ask_model(
+            target, context, tokens_BS, lengths_B, draw, block_length, copies_B
+        )
+        confidence_BG = jnp.broadcast_to(
+            jax.scipy.special.logit(rate_B)[:, None], copied_BG.shape
+        )
+        tokens_BG = jnp.where(copies_B[:, None], copied_BG, proposal.tokens_BG)
+        proposal = Proposal(
+            tokens_BG=tokens_BG,
+            lengths_B=jnp.where(copies_B, block_length, proposal.lengths_B),
+            confidence_BG=jnp.where(
+                copies_B[:, None], confidence_BG, proposal.confidence_BG
+            ),
+            log_q_BGW=proposal.log_q_BGW,
+            ids_W=proposal.ids_W,
+            certain_B=copies_B,
+        )
+        unused = history.drafts_BG.shape[1] - block_length
+        history = History(
+            tried_BM=history.tried_BM,
+            held_BM=history.held_BM,
+            drafts_BG=jnp.pad(tokens_BG, ((0, 0), (0, unused)), constant_values=-1),
+            source_B=jnp.where(copies_B, match_B, 0),
+            length_B=lengths_B,
+        )
+        return proposal, (context, history)
+
+    def _ask_model(
+        self, target, context, tokens_BS, lengths_B, draw, block_length, copies_B
+    ):
+        """The model's proposal; anything of its shape if nobody needs it."""
+
+        def ask(context):
+            return self.model.propose(
+                target, context, tokens_BS, lengths_B, draw, block_length
+            )
+
+        def skip(context):
+            shapes, _ = jax.eval_shape(ask, context)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), context
+
+        return jax.lax.cond(jnp.all(copies_B), skip, ask, context)
+
+
+def _promise(rate_B: Float[Array, " B"], block_length: int) -> Float[Array, " B"]:
+    """Expected accepted drafts of a block whose drafts each hold with this rate."""
+    return jnp.sum(rate_B[:, None] ** jnp.arange(1, block_length + 1), axis=1)
+
+
+def hybrid(first: NgramDrafter, second: Drafter) -> HybridDrafter:
+    """Lets `first` draft where it promises more than `second`.
+
+    Raises:
+      ValueError: `first` does not look up n-grams.
+    """
+    if not isinstance(first, NgramDrafter):
+        raise ValueError(
+            f"the first drafter of a hybrid must be an NgramDrafter, got "
+            f"{type(first).__name__}"
+        )
+    return HybridDrafter(lookup=first, model=second)

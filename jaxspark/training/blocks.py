@@ -1,0 +1,152 @@
+"""Anchors and their blocks in packed sequences.
+
+An anchor is an answer token whose next token is part of the answer too. Its block has
+G rows; row j knows the tokens up to a + j and predicts the one at a + 1 + j. A row
+counts only while every row before it counts: its label lies in the same document, is
+trainable, and all labels before it can be drafted.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxspark.training.data.packing import Packed
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Blocks:
+    """A draft blocks in each of P sequences.
+
+    Attributes:
+      anchors_PA: place of each anchor in its sequence.
+      previous_PAG: the tokens at a + j, which row j is told.
+      labels_PAG: the tokens at a + 1 + j, which it has to predict.
+      valid_PAG: whether the row counts.
+    """
+
+    anchors_PA: Int[Array, "P A"]
+    previous_PAG: Int[Array, "P A G"]
+    labels_PAG: Int[Array, "P A G"]
+    valid_PAG: Bool[Array, "P A G"]
+
+    @property
+    def places_PAG(self) -> Int[Array, "P A G"]:
+        """Place a + j of each row, whose target logits predict the row's label."""
+        return self.anchors_PA[..., None] + jnp.arange(self.labels_PAG.shape[-1])
+
+
+def sample_blocks(
+    key: Array,
+    batch: Packed,
+    *,
+    anchors: int,
+    block_length: int,
+    draftable_V: Bool[Array, " V"] | None = None,
+) -> Blocks:
+    """Up to `anchors` blocks per sequence, anchors without replacement.
+
+    Args:
+      key: of the sampling.
+      batch: packed sequences.
+      anchors: A, blocks per sequence; a sequence with fewer anchors has empty ones.
+      block_length: G.
+      draftable_V: which tokens a pruned draft vocabulary holds; None: all.
+    """
+    trainable_PS = jnp.asarray(batch.trainable_PS)
+    documents_PS = jnp.asarray(batch.documents_PS)
+    P, S = trainable_PS.shape
+    anchors = min(anchors, S)
+    following_PS = jnp.roll(trainable_PS, -1, axis=1).at[:, -1].set(False)
+    following_PS &= jnp.roll(documents_PS, -1, axis=1) == documents_PS
+    candidate_PS = trainable_PS & following_PS
+    score_PS = jnp.where(candidate_PS, jax.random.uniform(key, (P, S)), -1.0)
+    chosen_PA, anchors_PA = jax.lax.top_k(score_PS, anchors)
+
+    place_PAQ = anchors_PA[..., None] + jnp.arange(block_length + 1)
+    inside_PAQ = place_PAQ < S
+
+    def at(values_PS):
+        flat_PX = jnp.minimum(place_PAQ, S - 1).reshape(P, -1)
+        return jnp.take_along_axis(values_PS, flat_PX, axis=1).reshape(place_PAQ.shape)
+
+    ids_PAQ, documents_PAQ = at(jnp.asarray(batch.ids_PS)), at(documents_PS)
+    valid_PAQ = inside_PAQ & at(trainable_PS) & (chosen_PA >= 0)[..., None]
+    valid_PAQ &= documents_PAQ == documents_PAQ[..., :1]
+    labels_PAG = ids_PAQ[..., 1:]
+    valid_PAG = valid_PAQ[..., 1:]
+    if draftable_V is not None:
+        # Behind a token that cannot be drafted nothing is ever accepted.
+        drafted_PAG = draftable_V[labels_PAG]
+        before_PAG = jnp.roll(drafted_PAG, 1, axis=-1).at[..., 0].set(True)
+        valid_PAG &= before_PAG
+    return Blocks(
+        anchors_PA=anchors_PA,
+        previous_PAG=ids_PAQ[..., :-1],
+        labels_PAG=labels_PAG,
+        valid_PAG=jnp.cumprod(valid_PAG, axis=-1).astype(bool),
+    )
+
+
+def take_places(x_PSX: Float[Array, "P S *X"], places_PR: Int[Array, "P R"]) -> Array:
+    """Entries of each sequence at some places; places past the end read the last."""
+    last = x_PSX.shape[1] - 1
+    return jax.vmap(lambda x_SX, places_R: x_SX[jnp.minimum(places_R, last)])(
+        x_PSX, places_PR
+    )
+
+
+def seen_context(
+    batch: Packed, anchors_PA: Int[Array, "P A"], ends_PA: Int[Array, "P A"]
+) -> Bool[Array, "P A S"]:
+    """Places before `ends_PA` in the anchor's own document."""
+    documents_PS = jnp.asarray(batch.documents_PS)
+    mine_PA = jnp.take_along_axis(documents_PS, anchors_PA, axis=1)
+    seen_PAS = documents_PS[:, None] == mine_PA[..., None]
+    return seen_PAS & (jnp.arange(documents_PS.shape[1]) < ends_PA[..., None])
+
+
+def block_attention(
+    q_NHR: Float[Array, "N H R"],
+    context: tuple[Float[Array, "K H T"], Float[Array, "K H T"]],
+    block: tuple[Float[Array, "K H *U"], Float[Array, "K H *U"]],
+    seen_PAS: Bool[Array, "P A S"],
+    seen_QU: Bool[Array, "Q U"],
+) -> Float[Array, "X R"]:
+    """Each block's Q queries attend to its visible context and to its own U rows.
+
+    Args:
+      q_NHR: queries, R = P * A * Q.
+      context: keys and values of T = P * S context rows.
+      block: keys and values of the blocks' rows, P * A * U of them.
+      seen_PAS: context rows that a block sees.
+      seen_QU: rows of its own block that a query sees.
+
+    Returns:
+      Outputs of all heads, X = N * H.
+    """
+    P, A, S = seen_PAS.shape
+    Q, U = seen_QU.shape
+    K, H = context[0].shape[:2]
+    group = q_NHR.shape[0] // K
+    q_KgHPAQ = q_NHR.reshape(K, group, H, P, A, Q)
+    k_KHPS, v_KHPS = (x.reshape(K, H, P, S) for x in context)
+    k_KHPAU, v_KHPAU = (x.reshape(K, H, P, A, U) for x in block)
+    einsum = partial(
+        jnp.einsum,
+        precision=jax.lax.Precision.HIGHEST if q_NHR.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    far = H**-0.5 * einsum("KgHPAQ,KHPS->PKgAQS", q_KgHPAQ, k_KHPS)
+    near = H**-0.5 * einsum("KgHPAQ,KHPAU->PKgAQU", q_KgHPAQ, k_KHPAU)
+    floor = jnp.finfo(jnp.float32).min
+    far = jnp.where(seen_PAS[:, None, None, :, None], far, floor)
+    near = jnp.where(seen_QU, near, floor)
+    weights = jax.nn.softmax(jnp.concatenate([far, near], axis=-1), axis=-1)
+    weights = weights.astype(q_NHR.dtype)
+    o_KgHPAQ = einsum("PKgAQS,KHPS->KgHPAQ", weights[..., :S], v_KHPS)
+    o_KgHPAQ += einsum("PKgAQU,KHPAU->KgHPAQ", weights[..., S:], v_KHPAU)
+    return o_KgHPAQ.reshape(-1, P * A * Q).astype(q_NHR.dtype)

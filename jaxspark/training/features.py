@@ -1,0 +1,275 @@
+"""What the frozen target says about packed sequences: taps, last hidden states, log Z.
+
+    p(next token | prefix) = softmax(head h),   log p_v = head_v h - log Z
+
+One hidden row and one number per position give the target's distribution over any part
+of the vocabulary, so nothing of vocabulary size is ever stored. Features are computed
+inside the run (`online`), or kept in a bounded file that later epochs and runs read
+(`FeatureCache`). Both give the same float32 numbers.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxspark.checkpoints.tree import named_parameters
+from jaxspark.models import DenseDecoder, FlatTokens
+from jaxspark.training.data.packing import Packed
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Features:
+    """The target's view of P packed sequences.
+
+    Attributes:
+      taps_PSmD: outputs of the tapped layers.
+      hidden_PSD: last hidden states after the final norm; the head's input.
+      log_z_PS: log of the softmax's denominator over the whole vocabulary.
+    """
+
+    taps_PSmD: Float[Array, "P S m D"]
+    hidden_PSD: Float[Array, "P S D"]
+    log_z_PS: Float[Array, "P S"]
+
+
+@partial(jax.jit, static_argnames=("taps", "most_documents"))
+def target_features(
+    target: DenseDecoder, batch: Packed, *, taps: tuple[int, ...], most_documents: int
+) -> Features:
+    """Runs the target over packed sequences; every document is a slot of its own."""
+    P, S = batch.ids_PS.shape
+    real_PS = batch.documents_PS >= 0
+    slot_PS = jnp.arange(P)[:, None] * most_documents + batch.documents_PS
+    positions_T = batch.positions_PS.reshape(-1)
+    tokens = FlatTokens(
+        ids_T=batch.ids_PS.reshape(-1),
+        positions_T=positions_T,
+        slots_T=jnp.where(real_PS, slot_PS, -1).reshape(-1),
+        starts_B=jnp.zeros((P * most_documents,), jnp.int32),
+        limits_T=positions_T + 1,
+        rows=S,
+    )
+    cache = target.init_cache(P * most_documents, S)
+    x_DT, taps_mDT, _ = target(tokens, cache, taps=taps)
+    normed_DT = target.norm(x_DT)
+    log_z_T = _log_z(target.head_VD, normed_DT)
+    m, D = len(taps), x_DT.shape[0]
+    return Features(
+        taps_PSmD=jnp.moveaxis(taps_mDT, -1, 0).reshape(P, S, m, D),
+        hidden_PSD=normed_DT.T.reshape(P, S, D),
+        log_z_PS=log_z_T.reshape(P, S),
+    )
+
+
+def _log_z(head_VD, normed_DT, columns: int = 512):
+    """logsumexp of the logits, some columns at a time: [V, T] need not exist."""
+    exact = jax.lax.Precision.HIGHEST if head_VD.dtype == jnp.float32 else None
+
+    def some(h_DC):
+        logits_VC = jnp.dot(
+            head_VD, h_DC, precision=exact, preferred_element_type=jnp.float32
+        )
+        return jax.nn.logsumexp(logits_VC, axis=0)
+
+    D, T = normed_DT.shape
+    padded = -(-T // columns) * columns
+    h_DT = jnp.pad(normed_DT, ((0, 0), (0, padded - T)))
+    h_nDC = jnp.moveaxis(h_DT.reshape(D, -1, columns), 1, 0)
+    return jax.lax.map(some, h_nDC).reshape(-1)[:T]
+
+
+class FeatureCache:
+    """Features of packed sequences in one folder, filled as they are first needed.
+
+    The folder belongs to one target and one set of layers, of which a smaller set can
+    be read. A sequence is known by its content, so data may grow at the end. Nothing
+    is kept of sequences beyond the byte limit.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        target: DenseDecoder,
+        packed: Packed,
+        *,
+        layers: Sequence[int],
+        limit_bytes: int,
+    ):
+        """Opens or begins a cache.
+
+        Raises:
+          ValueError: the folder holds the features of something else, or is damaged.
+        """
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.layers = tuple(layers)
+        count, S = packed.ids_PS.shape
+        self.shape = (S, len(layers) + 1, target.config.hidden_size)
+        self.dtype = np.dtype(target.dtype)
+        self._check_meta(
+            {
+                "target": fingerprint(target),
+                "layers": list(layers),
+                "shape": list(self.shape),
+                "dtype": str(self.dtype),
+            }
+        )
+        self.row_bytes = int(np.prod(self.shape)) * self.dtype.itemsize + 4 * S
+        self.count = min(count, limit_bytes // self.row_bytes)
+        self.rows = self._file("rows.bin", self.dtype, self.shape)
+        self.log_z = self._file("log_z.bin", np.float32, (S,))
+        # Written after its row, so that an interrupted row is not believed.
+        self.sums = self._file("sums.bin", np.uint32, (2,))
+        self.keys = np.array(
+            [
+                _checksum(ids_S, documents_S)
+                for ids_S, documents_S in zip(packed.ids_PS, packed.documents_PS)
+            ],
+            np.uint32,
+        )
+
+    @property
+    def missing(self) -> int:
+        """How many of the sequences it will hold are not there yet."""
+        return int(np.sum(self.sums[: self.count, 0] != self.keys[: self.count]))
+
+    def _check_meta(self, meta: dict) -> None:
+        path = self.folder / "meta.json"
+        if not path.exists():
+            path.write_text(json.dumps(meta, indent=1) + "\n")
+            return
+        try:
+            old = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: is damaged ({error}); remove the folder"
+            ) from None
+        for name, value in meta.items():
+            if old.get(name) != value:
+                raise ValueError(
+                    f"{self.folder}: holds features of another {name} "
+                    f"({old.get(name)}, now {value}); name another folder or remove it"
+                )
+
+    def _file(self, name: str, dtype, row: tuple[int, ...]) -> np.ndarray:
+        """A file of rows, made longer (without using space yet) if need be."""
+        path = self.folder / name
+        row_bytes = int(np.prod(row)) * np.dtype(dtype).itemsize
+        size = path.stat().st_size if path.exists() else 0
+        if size % row_bytes:
+            raise ValueError(
+                f"{path}: has {size} bytes, expected a multiple of {row_bytes}; the "
+                "cache is damaged, remove its folder"
+            )
+        if size < self.count * row_bytes:
+            with path.open("ab") as file:
+                file.truncate(self.count * row_bytes)
+        if not self.count:
+            return np.zeros((0, *row), dtype)
+        return np.memmap(path, dtype, "r+", shape=(self.count, *row))
+
+    def holds(self, index_P: np.ndarray) -> bool:
+        """Whether all these sequences are there."""
+        inside = index_P[index_P < self.count]
+        return len(inside) == len(index_P) and bool(
+            np.all(self.sums[inside, 0] == self.keys[inside])
+        )
+
+    def read(self, index_P: np.ndarray, taps: Sequence[int]) -> Features:
+        """The features of some sequences.
+
+        Raises:
+          ValueError: a row's bytes are not those that were written.
+        """
+        rows_PSmD, log_z_PS = self.rows[index_P], self.log_z[index_P]
+        for index, row, log_z in zip(index_P, rows_PSmD, log_z_PS):
+            if _checksum(row, log_z) != self.sums[index, 1]:
+                raise ValueError(
+                    f"{self.folder}: the features of sequence {index} are corrupt; "
+                    "remove the folder, the run will fill it again"
+                )
+        places = [self.layers.index(tap) for tap in taps]
+        return Features(rows_PSmD[:, :, places], rows_PSmD[:, :, -1], log_z_PS)
+
+    def write(self, index_P: np.ndarray, features: Features) -> None:
+        """Keeps features of all cached layers."""
+        rows_PSmD = np.concatenate(
+            [features.taps_PSmD, features.hidden_PSD[:, :, None]], axis=2
+        )
+        for index, row, log_z in zip(index_P, rows_PSmD, features.log_z_PS):
+            if index < self.count:
+                self.sums[index] = 0
+                self.rows[index], self.log_z[index] = row, log_z
+                self.sums[index] = self.keys[index], _checksum(row, log_z)
+
+
+def _checksum(*arrays: np.ndarray) -> int:
+    total = 0
+    for array in arrays:
+        total = zlib.crc32(np.ascontiguousarray(array), total)
+    return total or 1  # 0 means absent.
+
+
+def fingerprint(target: DenseDecoder) -> str:
+    """Identifies a target's weights."""
+    total = sha256()
+    for array in named_parameters(target).values():
+        total.update(np.asarray(array).tobytes())
+    return total.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class FeatureSource:
+    """Features of any batch: from the cache where there is one, else computed.
+
+    Attributes:
+      target: the frozen model.
+      taps: layers the drafter sees.
+      most_documents: most documents in one sequence.
+      cache: where features are kept; None computes them every time.
+    """
+
+    target: DenseDecoder
+    taps: tuple[int, ...]
+    most_documents: int
+    cache: FeatureCache | None = None
+
+    def __call__(self, batch: Packed) -> Features:
+        """The features of a batch, written to the cache if they were not there."""
+        if self.cache is None:
+            return self._compute(batch, self.taps)
+        if not self.cache.holds(batch.index_P):
+            features = jax.device_get(self._compute(batch, self.cache.layers))
+            self.cache.write(batch.index_P, features)
+            places = [self.cache.layers.index(tap) for tap in self.taps]
+            return Features(
+                features.taps_PSmD[:, :, places],
+                features.hidden_PSD,
+                features.log_z_PS,
+            )
+        return self.cache.read(batch.index_P, self.taps)
+
+    def _compute(self, batch: Packed, layers: tuple[int, ...]) -> Features:
+        return target_features(
+            self.target, batch, taps=layers, most_documents=self.most_documents
+        )
+
+
+def free_bytes(folder: str | Path) -> int:
+    """Space left where `folder` is or will be."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    stats = os.statvfs(place)
+    return stats.f_bavail * stats.f_frsize

@@ -1,0 +1,89 @@
+"""Eagle3's training-time test: G steps on its own outputs, many anchors at once.
+
+Step 0 pairs the anchor's token with the target's feature before it; step j pairs the
+true token at a + j with the layer's own output of step j - 1, as drafting does. Earlier
+pairs are the target's, so their keys and values are computed once per position.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxspark.drafters.eagle3 import Eagle3Drafter
+from jaxspark.models.layers.linear import row_product
+from jaxspark.training.blocks import Blocks, block_attention, seen_context, take_places
+from jaxspark.training.data.packing import Packed
+from jaxspark.training.features import Features
+from jaxspark.training.forward import DraftVocabulary, target_rows
+from jaxspark.training.objective import Objective, Sums, reduce_terms, row_terms
+
+
+def eagle3_sums(
+    drafter: Eagle3Drafter,
+    target,
+    batch: Packed,
+    features: Features,
+    blocks: Blocks,
+    vocabulary: DraftVocabulary,
+    objective: Objective,
+) -> Sums:
+    """The objective's sums for a drafter's blocks."""
+    P, A, G = blocks.labels_PAG.shape
+    D = target.config.hidden_size
+    layer = drafter.layers[0]
+    positions_PS = jnp.asarray(batch.positions_PS)
+    ids_PS = jnp.asarray(batch.ids_PS)
+
+    taps_XT = jnp.moveaxis(features.taps_PSmD.astype(drafter.dtype), (2, 3), (0, 1))
+    feature_DT = drafter.features(taps_XT.reshape(*taps_XT.shape[:2], -1))
+    following_T = jnp.roll(ids_PS, -1, axis=1).reshape(-1)
+    pair_IT = layer.pair(target.embed(following_T).astype(drafter.dtype), feature_DT)
+    context = layer.self_attn.keys_values(
+        pair_IT, drafter.rotation(positions_PS.reshape(-1))
+    )
+    anchor_PA = jnp.take_along_axis(positions_PS, blocks.anchors_PA, axis=1)
+    # The pair before the anchor is the block's own first row.
+    newest_PA = jnp.maximum(anchor_PA - 1, 0)
+    seen_PAS = seen_context(batch, blocks.anchors_PA, blocks.anchors_PA - 1)
+    feature_PSD = feature_DT.T.reshape(*positions_PS.shape, D)
+    first_PAD = take_places(feature_PSD, jnp.maximum(blocks.anchors_PA - 1, 0))
+    first_PAD = jnp.where((anchor_PA > 0)[..., None], first_PAD, 0)
+
+    def step(carry, inputs):
+        feature_DN, k_KHNG, v_KHNG = carry
+        j, token_N, target_ND, log_z_N, label_N = inputs
+        embedded_DN = target.embed(token_N).astype(drafter.dtype)
+        pair_IN = layer.pair(embedded_DN, feature_DN)
+        rotation = drafter.rotation(newest_PA.reshape(-1) + j)
+        k_KHN, v_KHN = layer.self_attn.keys_values(pair_IN, rotation)
+        is_mine_G = jnp.arange(G) == j
+        k_KHNG = jnp.where(is_mine_G, k_KHN[..., None], k_KHNG)
+        v_KHNG = jnp.where(is_mine_G, v_KHN[..., None], v_KHNG)
+        o_XN = block_attention(
+            layer.self_attn.queries(pair_IN, rotation),
+            context,
+            (k_KHNG, v_KHNG),
+            seen_PAS,
+            (jnp.arange(G) <= j)[None],
+        )
+        feature_DN = layer.finish(feature_DN, layer.self_attn.o_proj(o_XN))
+        logits_NW = row_product(vocabulary.head_WD, drafter.norm(feature_DN))
+        log_p_NW = row_product(vocabulary.head_WD, target_ND.T) - log_z_N[:, None]
+        terms = row_terms(logits_NW, jnp.zeros_like(log_z_N), log_p_NW, label_N)
+        return (feature_DN, k_KHNG, v_KHNG), terms
+
+    def by_row(x_PAG):
+        return jnp.moveaxis(x_PAG.reshape(P * A, G), 1, 0)
+
+    attention = layer.self_attn
+    empty = jnp.zeros((attention.kv_heads, attention.head_dim, P * A, G), drafter.dtype)
+    target_GND, log_z_GN = target_rows(features, blocks)
+    inputs = (
+        jnp.arange(G),
+        by_row(blocks.previous_PAG),
+        target_GND,
+        log_z_GN,
+        by_row(vocabulary.places(blocks.labels_PAG)),
+    )
+    start = (first_PAD.reshape(P * A, D).T, empty, empty)
+    _, terms_GN = jax.lax.scan(step, start, inputs)
+    return reduce_terms(terms_GN, by_row(blocks.valid_PAG), objective)

@@ -1,0 +1,167 @@
+"""A training run in a folder: checkpoints, metrics, and going on where it stopped.
+
+    <folder>/checkpoints    Orbax; the newest two
+    <folder>/metrics.jsonl  one line per logged step
+    <folder>/run.json       the settings, which must not change
+
+A run that was killed goes on from its newest checkpoint and repeats the steps after it
+to the bit: batches and anchors are functions of the seed and the step number.
+"""
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxspark.jsonlines import JsonLines
+from jaxspark.training.data.packing import Batches, Packed
+from jaxspark.training.features import FeatureSource
+from jaxspark.training.objective import summary
+from jaxspark.training.trainer import Trainer, TrainState
+
+
+class Checkpoints:
+    """Orbax checkpoints of a `TrainState`."""
+
+    def __init__(self, folder: Path):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2, enable_async_checkpointing=False
+        )
+        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(self, state: TrainState) -> None:
+        """Writes a checkpoint; an unfinished one is never taken for whole."""
+        step = int(state.step)
+        if step != self.manager.latest_step():
+            self.manager.save(step, args=ocp.args.StandardSave(_plain(state)))
+
+    def restore(self, state: TrainState) -> TrainState:
+        """The newest checkpoint in the form of `state`, or `state` itself.
+
+        Raises:
+          ValueError: the checkpoint is damaged or of another drafter.
+        """
+        step = self.manager.latest_step()
+        if step is None:
+            return state
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(state))
+        try:
+            plain = self.manager.restore(step, args=ocp.args.StandardRestore(shapes))
+        except Exception as error:  # Orbax and its stores raise many kinds.
+            raise ValueError(
+                f"{self.manager.directory}/{step}: cannot be restored ({error}); "
+                "remove that folder to go on from the one before"
+            ) from error
+        leaves = jax.tree.leaves(plain)
+        return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self.manager.close()
+
+
+def _plain(state: TrainState) -> dict[str, Any]:
+    """The state's arrays by number: independent of the classes that hold them."""
+    return {f"{i:04}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Callable[[], bool]]:
+    """Turns SIGTERM into a question: has it come?"""
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def train(
+    trainer: Trainer,
+    state: TrainState,
+    batches: Batches,
+    source: FeatureSource,
+    folder: Path,
+    *,
+    held_out: Packed | None = None,
+    log_every: int = 10,
+    save_every: int = 200,
+    evaluate_every: int = 200,
+    on_metrics: Callable[[dict[str, Any]], None] = lambda metrics: None,
+) -> tuple[TrainState, bool]:
+    """Takes the steps that are left.
+
+    Args:
+      trainer: what takes them.
+      state: before the first step; the newest checkpoint replaces it.
+      batches: packed sequences by micro-batch.
+      source: features of any batch.
+      folder: of the run.
+      held_out: sequences that are only evaluated.
+      log_every: steps between lines of metrics, each about its own step alone.
+      save_every: steps between checkpoints.
+      evaluate_every: steps between evaluations.
+      on_metrics: called with every line, and for steps without one with {"step": n}.
+
+    Returns:
+      The state, and whether all steps are done (False: SIGTERM came, all is saved).
+
+    Raises:
+      ValueError: a step gave a loss that is no number; the checkpoints stay.
+    """
+    config = trainer.config
+    checkpoints = Checkpoints(folder / "checkpoints")
+    state = checkpoints.restore(state)
+    begin = int(state.step)
+    metrics = JsonLines(folder / "metrics.jsonl")
+    metrics.keep(lambda line: line["step"] <= begin)
+    count = config.accumulate
+    with stop_signal() as stopping:
+        for step in range(begin, config.steps):
+            clock = perf_counter()
+            micro = [batches[step * count + i] for i in range(count)]
+            state, sums = trainer.step(state, [(b, source(b)) for b in micro])
+            done = step + 1
+            line: dict[str, Any] = {"step": done}
+            if done % log_every == 0 or done == config.steps:
+                figures = summary(jax.device_get(sums), config.objective)
+                if not np.isfinite(figures["loss"]):
+                    raise ValueError(
+                        f"the loss of step {done} is {figures['loss']}; the "
+                        "checkpoints before it are whole. Lower learning_rate?"
+                    )
+                line |= figures | {"seconds": perf_counter() - clock}
+            if held_out is not None and done % evaluate_every == 0:
+                line["held_out"] = evaluate(trainer, state, held_out, source)
+            if len(line) > 1:
+                metrics.add(line)
+            on_metrics(line)
+            if done % save_every == 0 or done == config.steps or stopping():
+                checkpoints.save(state)
+            if stopping():
+                break
+    checkpoints.close()
+    return state, int(state.step) == config.steps
+
+
+def evaluate(
+    trainer: Trainer, state: TrainState, packed: Packed, source: FeatureSource
+) -> dict[str, Any]:
+    """Figures over all of `packed`; the last incomplete batch is left out."""
+    size = trainer.config.sequences
+    total = None
+    for begin in range(0, len(packed.index_P) - size + 1, size):
+        batch = packed[np.arange(begin, begin + size)]
+        sums = trainer.evaluate(state, batch, source(batch))
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
+    if total is None:
+        raise ValueError(
+            f"{len(packed.index_P)} held-out sequences, a batch needs {size}"
+        )
+    return summary(jax.device_get(total), trainer.config.objective)

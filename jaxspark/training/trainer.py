@@ -1,0 +1,249 @@
+"""Training steps of a drafter: pure functions, and the loop's settings.
+
+The target is frozen; so are its embedding and LM head, of which a pruned drafter has
+some rows. A step sums gradients of the objective's numerators over micro-batches and
+divides by the summed weights, so accumulation changes nothing but memory.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jaxspark.drafters import Drafter, DSparkDrafter, Eagle3Drafter
+from jaxspark.training.blocks import sample_blocks
+from jaxspark.training.data.packing import Packed
+from jaxspark.training.features import Features
+from jaxspark.training.forward import DraftVocabulary, dspark_sums
+from jaxspark.training.forward_eagle3 import eagle3_sums
+from jaxspark.training.objective import DSPARK, Objective, Sums
+
+FORWARDS = {DSparkDrafter: dspark_sums, Eagle3Drafter: eagle3_sums}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a drafter is trained; defaults are the released recipe's where it has one.
+
+    Attributes:
+      steps: optimizer steps.
+      learning_rate: at its highest.
+      warmup: part of the steps in which it rises.
+      cooldown: part of the steps, the last, in which it falls to a tenth.
+      clip: largest global norm of a gradient.
+      sequences: packed sequences per micro-batch.
+      accumulate: micro-batches per step.
+      anchors: blocks per sequence.
+      block_length: rows per block.
+      seed: of data order and anchors.
+      objective: what is minimised.
+      dtype: of activations; parameters and optimizer are float32.
+    """
+
+    steps: int
+    learning_rate: float = 6e-4
+    warmup: float = 0.04
+    cooldown: float = 0.3
+    clip: float = 1.0
+    sequences: int = 4
+    accumulate: int = 1
+    anchors: int = 64
+    block_length: int = 7
+    seed: int = 0
+    objective: Objective = field(default=DSPARK)
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in ("steps", "sequences", "accumulate", "anchors", "block_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if min(self.warmup, self.cooldown) < 0 or self.warmup + self.cooldown > 1:
+            raise ValueError(
+                "warmup and cooldown are parts of the steps, together at most 1; got "
+                f"{self.warmup} and {self.cooldown}"
+            )
+
+    def schedule(self) -> optax.Schedule:
+        """Learning rate by step: rises, stays, falls to a tenth."""
+        rise = max(1, round(self.warmup * self.steps))
+        fall = round(self.cooldown * self.steps)
+        rate = self.learning_rate
+        return optax.join_schedules(
+            [
+                optax.linear_schedule(rate / rise, rate, rise),
+                optax.constant_schedule(rate),
+                optax.linear_schedule(rate, rate / 10, max(fall, 1)),
+            ],
+            [rise, self.steps - fall],
+        )
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Adam on clipped gradients, no weight decay."""
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip), optax.adam(self.schedule(), b2=0.99)
+        )
+
+
+def is_trained(path: tuple, variable: nnx.Variable) -> bool:
+    """Whether a drafter's array is trained: all parameters but rows of the head."""
+    return isinstance(variable, nnx.Param) and path[0] != "lm_head"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """What a step changes.
+
+    Attributes:
+      trained: the drafter's trained parameters.
+      optimizer: the optimizer's state.
+      step: steps taken.
+    """
+
+    trained: Any
+    optimizer: Any
+    step: jax.Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """A drafter, its target and its configuration, ready to take steps."""
+
+    graphdef: Any
+    frozen: Any
+    target: Any
+    config: TrainConfig
+
+    @classmethod
+    def create(
+        cls, drafter: Drafter, target, config: TrainConfig
+    ) -> tuple["Trainer", TrainState]:
+        """A trainer and the state before the first step.
+
+        Raises:
+          ValueError: the drafter does not fit the target, or drafts shorter blocks.
+        """
+        drafter.check_target(target.config)
+        if config.block_length > drafter.block_length:
+            raise ValueError(
+                f"block_length {config.block_length} is more than the drafter's "
+                f"{drafter.block_length}"
+            )
+        graphdef, trained, frozen = nnx.split(drafter, is_trained, ...)
+        # Steps donate their state; the caller's drafter keeps its arrays.
+        trained = jax.tree.map(jnp.array, trained)
+        state = TrainState(
+            trained=trained,
+            optimizer=config.optimizer().init(trained),
+            step=jnp.zeros((), jnp.int32),
+        )
+        return cls(graphdef=graphdef, frozen=frozen, target=target, config=config), (
+            state
+        )
+
+    def drafter(self, state: TrainState):
+        """The drafter with a state's parameters."""
+        return nnx.merge(self.graphdef, state.trained, self.frozen)
+
+    def step(
+        self, state: TrainState, microbatches: list[tuple[Packed, Features]]
+    ) -> tuple[TrainState, Sums]:
+        """One optimizer step; donates `state`."""
+        total = None
+        for index, (batch, features) in enumerate(microbatches):
+            new = self._gradients(state, batch, features, index)
+            total = new if total is None else _add(total, new)
+        grads, sums = total
+        return _update(state, grads, sums.weight, config=self.config), sums
+
+    def _gradients(self, state, batch, features, index, call=None):
+        return (call or _gradients)(
+            state.trained,
+            self.frozen,
+            self.target,
+            batch,
+            features,
+            _key(self.config.seed, state.step, index),
+            graphdef=self.graphdef,
+            config=self.config,
+        )
+
+    def lower(self, state: TrainState, batch: Packed, features: Features):
+        """The lowered gradient of one micro-batch, to compile and measure."""
+        return self._gradients(state, batch, features, 0, _gradients.lower)
+
+    def evaluate(self, state: TrainState, batch: Packed, features: Features) -> Sums:
+        """The objective's sums on held-out data, always at the same anchors."""
+        return _evaluate(
+            state.trained,
+            self.frozen,
+            self.target,
+            batch,
+            features,
+            graphdef=self.graphdef,
+            config=self.config,
+        )
+
+
+def _key(seed: int, step: jax.Array, index: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), index)
+
+
+def _sums(trained, frozen, target, batch, features, key, graphdef, config) -> Sums:
+    dtype = jnp.dtype(config.dtype)
+    cast = jax.tree.map(
+        lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, (trained, frozen)
+    )
+    drafter = nnx.merge(graphdef, *cast)
+    vocabulary = DraftVocabulary.of(drafter, target)
+    blocks = sample_blocks(
+        key,
+        batch,
+        anchors=config.anchors,
+        block_length=config.block_length,
+        draftable_V=vocabulary.draftable_V,
+    )
+    return FORWARDS[type(drafter)](
+        drafter, target, batch, features, blocks, vocabulary, config.objective
+    )
+
+
+@partial(jax.jit, static_argnames=("graphdef", "config"))
+def _gradients(
+    trained, frozen, target, batch, features, key, *, graphdef, config
+) -> tuple[Any, Sums]:
+    """Gradient of the objective's numerator, and the sums."""
+
+    def numerator(trained):
+        sums = _sums(trained, frozen, target, batch, features, key, graphdef, config)
+        return config.objective.total(sums), sums
+
+    return jax.grad(numerator, has_aux=True)(trained)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "config"))
+def _evaluate(trained, frozen, target, batch, features, *, graphdef, config) -> Sums:
+    key = jax.random.key(0)
+    return _sums(trained, frozen, target, batch, features, key, graphdef, config)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _add(total, new):
+    return jax.tree.map(jnp.add, total, new)
+
+
+@partial(jax.jit, static_argnames=("config",), donate_argnums=0)
+def _update(state: TrainState, grads, weight, *, config: TrainConfig) -> TrainState:
+    # A batch without a single row changes nothing.
+    scaled = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-6), grads)
+    updates, optimizer = config.optimizer().update(scaled, state.optimizer)
+    return replace(
+        state,
+        trained=optax.apply_updates(state.trained, updates),
+        optimizer=optimizer,
+        step=state.step + 1,
+    )

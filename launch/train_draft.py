@@ -1,0 +1,294 @@
+"""Trains a drafter for a target on conversations that the target has answered.
+
+  python -m launch.train_draft --data=answers.jsonl --out=runs/dspark --steps=3000
+  python -m launch.train_draft --drafter=dflash --data=... --out=... --steps=3000
+  python -m launch.train_draft ... --dry_run        what it would do, and its memory
+
+A stopped run (SIGTERM, SIGKILL, power) goes on with the same command, to the bit. The
+finished drafter is <out>/drafter, a DeepSpec folder.
+"""
+
+import pathlib
+import zlib
+from dataclasses import replace
+from fnmatch import fnmatch
+
+import jax
+import numpy as np
+from absl import flags
+from flax import nnx
+from rich.console import Console
+from rich.progress import (
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+import configs.drafters
+from jaxspark.checkpoints import load_draft_checkpoint, save_draft_checkpoint
+from jaxspark.checkpoints.tree import named_parameters
+from jaxspark.drafters import DSparkDrafter, Eagle3Drafter
+from jaxspark.drafters.heads import HEAD_TYPES
+from jaxspark.jsonlines import same_settings
+from jaxspark.training import initialise, objective
+from jaxspark.training.data import read_conversations
+from jaxspark.training.data.documents import read_documents
+from jaxspark.training.data.packing import Batches, draft_vocabulary, pack
+from jaxspark.training.features import FeatureCache, FeatureSource, target_features
+from jaxspark.training.run import train
+from jaxspark.training.trainer import TrainConfig, Trainer
+from launch import common
+
+OBJECTIVES = {
+    "dspark": objective.DSPARK,
+    "dflash": objective.DFLASH,
+    "eagle3": objective.EAGLE3,
+}
+DEFAULTS = TrainConfig(steps=1)
+
+common.define_model_flags(draft=None)
+flags.DEFINE_list("data", None, "Answered conversations: JSON lines or datasets.")
+flags.DEFINE_string("out", None, "Folder of the run.")
+flags.DEFINE_enum("drafter", "dspark", list(OBJECTIVES), "Kind of drafter.")
+flags.DEFINE_enum("head", "vanilla", HEAD_TYPES, "Sequential head of dspark.")
+flags.DEFINE_integer("depth", 2, "Draft layers (eagle3 has one).", lower_bound=1)
+flags.DEFINE_integer("block_length", 7, "Tokens per block.", lower_bound=1)
+flags.DEFINE_integer("rank", 64, "Rank of the sequential head.", lower_bound=1)
+flags.DEFINE_list("taps", None, "Target layers to see; five spread evenly if not set.")
+flags.DEFINE_integer(
+    "draft_vocab", None, "Size of a pruned draft vocabulary.", lower_bound=1
+)
+flags.DEFINE_integer("mask_token", 0, "Token that fills a block behind its anchor.")
+flags.DEFINE_enum(
+    "init", "target", ["target", "random"], "Draft layers start as the target's last."
+)
+flags.DEFINE_string("warm_start", None, "A drafter's folder to start from instead.")
+flags.DEFINE_enum("objective", None, list(OBJECTIVES), "Another drafter's objective.")
+flags.DEFINE_integer("steps", None, "Optimizer steps.", lower_bound=1)
+flags.DEFINE_float("learning_rate", DEFAULTS.learning_rate, "At its highest.")
+flags.DEFINE_float("warmup", DEFAULTS.warmup, "Part of the steps in which it rises.")
+flags.DEFINE_float("cooldown", DEFAULTS.cooldown, "Part in which it falls, at the end.")
+flags.DEFINE_float("clip", DEFAULTS.clip, "Largest norm of a gradient.")
+flags.DEFINE_integer("sequence_length", 512, "Tokens per sequence.", lower_bound=8)
+flags.DEFINE_integer("most_documents", 4, "Documents per sequence.", lower_bound=1)
+flags.DEFINE_integer("sequences", DEFAULTS.sequences, "Per micro-batch.", lower_bound=1)
+flags.DEFINE_integer("accumulate", 1, "Micro-batches per step.", lower_bound=1)
+flags.DEFINE_integer("anchors", DEFAULTS.anchors, "Per sequence.", lower_bound=1)
+flags.DEFINE_integer("seed", 0, "Of the data's order, anchors and weights.")
+flags.DEFINE_enum(
+    "features", "cached", ["online", "cached"], "Run the target every time, or once."
+)
+flags.DEFINE_string("cache_dir", None, "Folder of cached features; <out>/features.")
+flags.DEFINE_float("cache_gb", 8.0, "Most that the cache may take.", lower_bound=0.0)
+flags.DEFINE_list("cache_layers", None, "Layers to cache, if more than the taps.")
+flags.DEFINE_integer("held_out", 8, "Sequences kept for evaluation.", lower_bound=0)
+flags.DEFINE_integer("log_every", 10, "Steps between metrics.", lower_bound=1)
+flags.DEFINE_integer("save_every", 200, "Steps between checkpoints.", lower_bound=1)
+flags.DEFINE_integer("evaluate_every", 200, "Steps between evaluations.", lower_bound=1)
+flags.DEFINE_bool("dry_run", False, "Print shapes, memory and steps; train nothing.")
+flags.mark_flags_as_required(["data", "out", "steps"])
+FLAGS = flags.FLAGS
+
+# What may change when a run goes on: how it is watched, not what it computes.
+_FREE = ("out", "features", "cache_*", "log_every", "save_every", "dry_run")
+_OURS = ("data", "target", "dtype", *sorted(FLAGS.flags_by_module_dict()[__name__]))
+
+
+def settings() -> dict:
+    """The flags that decide what a run computes."""
+    names = {getattr(name, "name", name) for name in _OURS}
+    free = {name for name in names if any(fnmatch(name, one) for one in _FREE)}
+    return {name: FLAGS[name].value for name in sorted(names - free)}
+
+
+def layers(name: str) -> tuple[int, ...] | None:
+    """The layer numbers of a flag."""
+    chosen = FLAGS[name].value
+    return None if chosen is None else tuple(int(layer) for layer in chosen)
+
+
+def make_drafter(model, packed):
+    """The drafter of the flags before its first step."""
+    options = {
+        "block_size": FLAGS.block_length,
+        "draft_vocab_size": FLAGS.draft_vocab,
+    }
+    if FLAGS.drafter == "eagle3":
+        config = configs.drafters.eagle3(model.config, **options)
+    else:
+        options |= {"depth": FLAGS.depth, "mask_token_id": FLAGS.mask_token}
+        if FLAGS.drafter == "dspark":
+            options |= {"markov_rank": FLAGS.rank, "markov_head_type": FLAGS.head}
+        config = getattr(configs.drafters, FLAGS.drafter)(model.config, **options)
+    if FLAGS.taps:
+        config = replace(config, target_layer_ids=layers("taps"))
+    kind = Eagle3Drafter if FLAGS.drafter == "eagle3" else DSparkDrafter
+    drafter = kind(config, rngs=nnx.Rngs(FLAGS.seed))
+    ids = None
+    if FLAGS.draft_vocab:
+        ids = draft_vocabulary(packed, model.config.vocab_size, FLAGS.draft_vocab)
+    other = None
+    if FLAGS.warm_start:
+        other = load_draft_checkpoint(FLAGS.warm_start, model.config)
+        if ids is not None and other.config.draft_vocab_size == len(ids):
+            ids = np.asarray(other.draft_ids[...])
+    initialise.use_vocabulary(drafter, model, ids)
+    if FLAGS.init == "target":
+        initialise.from_target(drafter, model)
+    left = [] if other is None else initialise.from_drafter(drafter, other)
+    return drafter, left
+
+
+def describe(console: Console, trainer, state, batches, source, packed) -> None:
+    """What a run would do, in tables."""
+    config = trainer.config
+    table = Table(title="parameters")
+    for column in ("name", "shape", "", "numbers"):
+        table.add_column(column, justify="right" if column == "numbers" else "left")
+    counts = {"trained": 0, "frozen": 0}
+    for kind, tree in (("trained", state.trained), ("frozen", trainer.frozen)):
+        for path, leaf in nnx.to_flat_state(tree):
+            name = ".".join(map(str, path))
+            table.add_row(name, str(leaf.shape), kind, f"{leaf.size:,}")
+            counts[kind] += leaf.size
+    console.print(table)
+    features = jax.eval_shape(
+        lambda target, batch: target_features(
+            target, batch, taps=source.taps, most_documents=source.most_documents
+        ),
+        trainer.target,
+        batches[0],
+    )
+    step = trainer.lower(state, batches[0], features).compile().memory_analysis()
+    target = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(trainer.target))
+    tokens = int((packed.documents_PS >= 0).sum())
+    figures = {
+        "trained parameters": f"{counts['trained']:,}",
+        "frozen parameters": f"{counts['frozen']:,}",
+        "target": common.size(target),
+        "parameters, gradients and optimizer": common.size(16 * counts["trained"]),
+        "activations of a micro-batch": common.size(step.temp_size_in_bytes),
+        "features of a micro-batch": common.size(
+            sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(features))
+        ),
+        "cache": "none" if source.cache is None else common.size(source.cache.bytes),
+        "sequences": f"{len(packed.index_P):,} of {packed.ids_PS.shape[1]} tokens",
+        "tokens": f"{tokens:,} ({packed.trainable_PS.sum():,} of answers)",
+        "steps": f"{config.steps:,}, {batches.per_epoch / config.accumulate:.1f} "
+        "per epoch",
+        "rows per step": f"{config.accumulate * config.sequences * config.anchors:,} "
+        f"blocks of {config.block_length}",
+    }
+    table = Table(title="run", show_header=False)
+    for name, value in figures.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def main() -> None:
+    """Trains what is left to train, then writes the drafter."""
+    console = Console()
+    out = pathlib.Path(FLAGS.out)
+    target = common.load_text_target()
+    with console.status("reading and packing"):
+        documents, cut = read_documents(
+            target.tokenizer,
+            read_conversations(FLAGS.data),
+            max_tokens=FLAGS.sequence_length,
+        )
+        packed = pack(
+            documents, FLAGS.sequence_length, most_documents=FLAGS.most_documents
+        )
+    if cut:
+        console.print(f"{cut} documents were cut to {FLAGS.sequence_length} tokens")
+    train_count = len(packed.index_P) - FLAGS.held_out
+    if train_count < FLAGS.sequences:
+        raise ValueError(
+            f"{train_count} sequences to train on, a micro-batch has {FLAGS.sequences}"
+        )
+    # The first ones, so that data may grow without mixing the two.
+    held_out = packed[np.arange(FLAGS.held_out)] if FLAGS.held_out else None
+    batches = Batches(
+        packed[np.arange(FLAGS.held_out, len(packed.index_P))],
+        FLAGS.sequences,
+        FLAGS.seed,
+    )
+    drafter, left = make_drafter(target.model, packed)
+    if left:
+        console.print(f"not in {FLAGS.warm_start}: {', '.join(left)}")
+    config = TrainConfig(
+        objective=OBJECTIVES[FLAGS.objective or FLAGS.drafter],
+        **{
+            name: FLAGS[name].value
+            for name in TrainConfig.__dataclass_fields__
+            if name != "objective"
+        },
+    )
+    trainer, state = Trainer.create(drafter, target.model, config)
+    # Embeddings follow from the tokens.
+    taps, cache = drafter.config.target_layer_ids, None
+    if FLAGS.features == "cached" and not FLAGS.dry_run:
+        cache = FeatureCache(
+            FLAGS.cache_dir or out / "features",
+            target.model,
+            packed,
+            layers=layers("cache_layers") or taps,
+            limit_bytes=int(FLAGS.cache_gb * 1e9),
+        )
+    source = FeatureSource(target.model, taps, FLAGS.most_documents, cache)
+    if FLAGS.dry_run:
+        describe(console, trainer, state, batches, source, packed)
+        return
+    packing = zlib.crc32(packed.ids_PS, zlib.crc32(packed.documents_PS))
+    same_settings(out / "run.json", settings() | {"packing": packing})
+    columns = (
+        TextColumn("{task.description}"),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("training", total=config.steps)
+
+        def show(line):
+            text = None
+            if "loss" in line:
+                agree = " ".join(f"{rate:.2f}" for rate in line["agree"])
+                text = (
+                    f"loss {line['loss']:.3f} · accepted length "
+                    f"{line['accepted_length']:.2f} · agree {agree}"
+                )
+            progress.update(bar, completed=line["step"], description=text)
+            if "held_out" in line and not console.is_terminal:
+                figures = line["held_out"]
+                console.print(
+                    f"step {line['step']}: held-out loss {figures['loss']:.3f}, "
+                    f"accepted length {figures['accepted_length']:.3f}"
+                )
+
+        state, finished = train(
+            trainer,
+            state,
+            batches,
+            source,
+            out,
+            held_out=held_out,
+            log_every=FLAGS.log_every,
+            save_every=FLAGS.save_every,
+            evaluate_every=FLAGS.evaluate_every,
+            on_metrics=show,
+        )
+    trained = trainer.drafter(state)
+    save_draft_checkpoint(out / "drafter", trained, overwrite=True)
+    size = sum(array.nbytes for array in named_parameters(trained).values())
+    console.print(
+        f"step {int(state.step)}: {out / 'drafter'} ({common.size(size)})"
+        + ("" if finished else "; stopped, run the same command to go on")
+    )
+
+
+if __name__ == "__main__":
+    common.run(main)
