@@ -11,7 +11,6 @@ finished drafter is <out>/drafter, a DeepSpec folder.
 import pathlib
 import zlib
 from dataclasses import replace
-from fnmatch import fnmatch
 
 import jax
 import numpy as np
@@ -93,15 +92,15 @@ flags.mark_flags_as_required(["data", "out", "steps"])
 FLAGS = flags.FLAGS
 
 # What may change when a run goes on: how it is watched, not what it computes.
-_FREE = ("out", "features", "cache_*", "log_every", "save_every", "dry_run")
-_OURS = ("data", "target", "dtype", *sorted(FLAGS.flags_by_module_dict()[__name__]))
+_FREE = {"out", "features", "cache_dir", "cache_gb", "cache_layers", "dry_run"}
+_FREE |= {"log_every", "save_every"}
 
 
 def settings() -> dict:
     """The flags that decide what a run computes."""
-    names = {getattr(name, "name", name) for name in _OURS}
-    free = {name for name in names if any(fnmatch(name, one) for one in _FREE)}
-    return {name: FLAGS[name].value for name in sorted(names - free)}
+    ours = FLAGS.get_flags_for_module(main.__module__)
+    names = {flag.name for flag in ours} | {"target", "dtype"}
+    return {name: FLAGS[name].value for name in sorted(names - _FREE)}
 
 
 def layers(name: str) -> tuple[int, ...] | None:

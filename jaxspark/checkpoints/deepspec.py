@@ -1,8 +1,8 @@
-"""DSpark and DFlash drafters as DeepSpec folders, in and out.
+"""DSpark, DFlash and Eagle3 drafters as DeepSpec folders, in and out.
 
 `config.json` is the Qwen3 configuration of the draft layers plus the drafter's own
 keys; tensors carry our parameter paths. Embedding and LM head in such a folder are
-frozen copies of the target's, checked and dropped. DFlash is the same architecture
+frozen copies of the target's, checked and dropped. DFlash is DSpark's architecture
 without Markov rank and confidence head.
 
 A pruned vocabulary (the speculators format's tensors) adds `lm_head.weight` [Vd, D],
@@ -27,72 +27,103 @@ from jaxspark.checkpoints.tree import (
     load_module,
     named_parameters,
 )
-from jaxspark.drafters.dspark import DSparkConfig, DSparkDrafter
+from jaxspark.drafters import (
+    DSparkConfig,
+    DSparkDrafter,
+    Eagle3Config,
+    Eagle3Drafter,
+)
 from jaxspark.models import DenseConfig, DenseDecoder
 
-ARCHITECTURE = "Qwen3DSparkModel"
+DSPARK, EAGLE3 = "Qwen3DSparkModel", "Qwen3Eagle3Model"
+
+type DraftConfig = DSparkConfig | Eagle3Config
+type DraftModel = DSparkDrafter | Eagle3Drafter
 
 
-def dspark_config_from_deepspec(
+def draft_config_from_deepspec(
     config: Mapping[str, Any], *, where: str = "config.json"
-) -> DSparkConfig:
+) -> DraftConfig:
     """A drafter's configuration from its parsed `config.json`.
 
     Raises:
       CheckpointError: another architecture, a missing key or a bad value.
     """
     fields = Fields(config, where)
-    if fields.values.get("architectures") != [ARCHITECTURE]:
-        raise fields.wrong("architectures", f"{[ARCHITECTURE]} (a DeepSpec drafter)")
-    backbone = dense_config_from_hf(config, where=where, family="qwen3")
-    rank = fields.integer("markov_rank", 0, least=0)
-    confidence = fields.boolean("enable_confidence_head", False)
-    markov_confidence = fields.boolean("confidence_head_with_markov", False)
+    architectures = fields.values.get("architectures")
+    if architectures not in ([DSPARK], [EAGLE3]):
+        raise fields.wrong("architectures", f"[{DSPARK!r}] or [{EAGLE3!r}] (DeepSpec)")
+    shared: dict[str, Any] = {
+        "backbone": dense_config_from_hf(config, where=where, family="qwen3"),
+        "target_layer_ids": fields.integers("target_layer_ids"),
+        "num_target_layers": fields.integer("num_target_layers"),
+        "draft_vocab_size": fields.integer("draft_vocab_size", None),
+    }
+    read = _read_dspark if architectures == [DSPARK] else _read_eagle3
     try:
-        return DSparkConfig(
-            backbone=backbone,
-            block_size=fields.integer("block_size"),
-            target_layer_ids=fields.integers("target_layer_ids"),
-            mask_token_id=fields.integer("mask_token_id", least=0),
-            num_target_layers=fields.integer("num_target_layers"),
-            markov_rank=rank,
-            markov_head_type=fields.text("markov_head_type", "vanilla"),
-            enable_confidence_head=confidence,
-            # Folders without a head may still carry the flag's default.
-            confidence_head_with_markov=confidence and markov_confidence,
-            draft_vocab_size=fields.integer("draft_vocab_size", None),
-            sample_from_anchor=fields.boolean("sample_from_anchor", True),
-        )
+        return read(fields, shared)
     except CheckpointError:
         raise
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error
 
 
-def dspark_config_to_deepspec(config: DSparkConfig, *, dtype) -> dict[str, Any]:
+def _read_dspark(fields: Fields, shared: dict[str, Any]) -> DSparkConfig:
+    confidence = fields.boolean("enable_confidence_head", False)
+    return DSparkConfig(
+        **shared,
+        block_size=fields.integer("block_size"),
+        mask_token_id=fields.integer("mask_token_id", least=0),
+        markov_rank=fields.integer("markov_rank", 0, least=0),
+        markov_head_type=fields.text("markov_head_type", "vanilla"),
+        enable_confidence_head=confidence,
+        # Folders without a head may still carry the flag's default.
+        confidence_head_with_markov=confidence
+        and fields.boolean("confidence_head_with_markov", False),
+        sample_from_anchor=fields.boolean("sample_from_anchor", True),
+    )
+
+
+def _read_eagle3(fields: Fields, shared: dict[str, Any]) -> Eagle3Config:
+    return Eagle3Config(
+        **shared,
+        ttt_length=fields.integer("ttt_length"),
+        step_loss_decay=fields.number("step_loss_decay", 0.8),
+    )
+
+
+def draft_config_to_deepspec(config: DraftConfig, *, dtype) -> dict[str, Any]:
     """The `config.json` of a drafter folder."""
-    backbone = dense_config_to_hf(config.backbone, dtype=dtype)
-    result = backbone | {
-        "architectures": [ARCHITECTURE],
+    depth = config.backbone.num_hidden_layers
+    result = dense_config_to_hf(config.backbone, dtype=dtype) | {
         "model_type": "qwen3",
         "tie_word_embeddings": False,
-        "layer_types": ["full_attention"] * config.backbone.num_hidden_layers,
+        "layer_types": ["full_attention"] * depth,
         "num_target_layers": config.num_target_layers,
+        "target_layer_ids": list(config.target_layer_ids),
+    }
+    if config.draft_vocab_size is not None:
+        result["draft_vocab_size"] = config.draft_vocab_size
+    if isinstance(config, Eagle3Config):
+        return result | {
+            "architectures": [EAGLE3],
+            "ttt_length": config.ttt_length,
+            "step_loss_decay": config.step_loss_decay,
+            "draft_num_hidden_layers": depth,
+        }
+    return result | {
+        "architectures": [DSPARK],
         "block_size": config.block_size,
         "mask_token_id": config.mask_token_id,
-        "target_layer_ids": list(config.target_layer_ids),
         "markov_rank": config.markov_rank,
         "markov_head_type": config.markov_head_type,
         "enable_confidence_head": config.enable_confidence_head,
         "confidence_head_with_markov": config.confidence_head_with_markov,
         "sample_from_anchor": config.sample_from_anchor,
     }
-    if config.draft_vocab_size is not None:
-        result["draft_vocab_size"] = config.draft_vocab_size
-    return result
 
 
-def check_fits(config: DSparkConfig, target: DenseConfig, *, where: str) -> None:
+def check_fits(config: DraftConfig, target: DenseConfig, *, where: str) -> None:
     """Raises `CheckpointError` if the drafter was made for another target."""
     try:
         config.check_target(target)
@@ -100,7 +131,7 @@ def check_fits(config: DSparkConfig, target: DenseConfig, *, where: str) -> None
         raise CheckpointError(f"{where}: {error}") from None
 
 
-def check_format(config: DSparkConfig, *, where: str) -> None:
+def check_format(config: DraftConfig, *, where: str) -> None:
     """Raises `CheckpointError` for what DeepSpec's format cannot say."""
     last = config.num_target_layers - 1
     if last in config.target_layer_ids:
@@ -119,8 +150,8 @@ def check_format(config: DSparkConfig, *, where: str) -> None:
 
 
 def drafter_from_tensors(
-    config: DSparkConfig, target: DenseConfig, tensors: Tensors, *, dtype
-) -> DSparkDrafter:
+    config: DraftConfig, target: DenseConfig, tensors: Tensors, *, dtype
+) -> DraftModel:
     """Builds the drafter from a folder's tensors.
 
     Raises:
@@ -141,12 +172,11 @@ def drafter_from_tensors(
     if pruned:
         own = _with_draft_ids(own, _draft_ids(pruned, config, tensors))
     check_depth(own, config.backbone.num_hidden_layers)
-    return load_module(
-        lambda: DSparkDrafter(config, dtype=dtype, rngs=nnx.Rngs(0)), own
-    )
+    kind: Any = Eagle3Drafter if isinstance(config, Eagle3Config) else DSparkDrafter
+    return load_module(lambda: kind(config, dtype=dtype, rngs=nnx.Rngs(0)), own)
 
 
-def _draft_ids(size: int, config: DSparkConfig, tensors: Tensors) -> np.ndarray:
+def _draft_ids(size: int, config: DraftConfig, tensors: Tensors) -> np.ndarray:
     """Absolute target ids [Vd] from the stored offsets."""
     vocab = config.backbone.vocab_size
     for name, shape in (("d2t", (size,)), ("t2d", (vocab,))):
@@ -188,7 +218,7 @@ def _with_draft_ids(tensors: Tensors, ids: np.ndarray) -> Tensors:
 
 
 def tensors_from_drafter(
-    drafter: DSparkDrafter, target: DenseDecoder | None = None
+    drafter: DraftModel, target: DenseDecoder | None = None
 ) -> dict[str, jax.Array | np.ndarray]:
     """A folder's tensors; with `target`, copies of its embedding and LM head too."""
     arrays: dict[str, jax.Array | np.ndarray] = dict(named_parameters(drafter))

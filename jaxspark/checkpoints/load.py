@@ -32,7 +32,12 @@ from jaxspark.checkpoints.tree import (
     load_module,
     named_parameters,
 )
-from jaxspark.drafters import Drafter, DSparkDrafter, NgramDrafter, PlainDrafter
+from jaxspark.drafters import (
+    Drafter,
+    NgramDrafter,
+    PlainDrafter,
+    hybrid,
+)
 from jaxspark.models import DenseConfig, DenseDecoder
 
 _SHARD_BYTES = 5 * 10**9
@@ -57,6 +62,7 @@ BUILT_IN = {
     )
 }
 
+_HYBRID = "hybrid:"
 NAMED_DRAFTERS = {"ngram": NgramDrafter, "none": PlainDrafter}
 
 
@@ -246,8 +252,8 @@ def load_drafter(
     """A drafter for `target`.
 
     Args:
-      source: "ngram" (prompt lookup), "none" (plain decoding), a DeepSpec folder, or
-        the Hub id of one.
+      source: "ngram" (prompt lookup), "none" (plain decoding), a DeepSpec folder, the
+        Hub id of one, or "hybrid:" and one of these two (prompt lookup beside it).
       target: what it shall draft for.
       dtype: of a checkpoint's parameters; None takes the target's.
 
@@ -256,6 +262,9 @@ def load_drafter(
     """
     if str(source) in NAMED_DRAFTERS:
         return NAMED_DRAFTERS[str(source)]()
+    if str(source).startswith(_HYBRID):
+        second = load_drafter(str(source)[len(_HYBRID) :], target, dtype=dtype)
+        return hybrid(NgramDrafter(block_length=second.block_length), second)
     model = target.model if isinstance(target, Target) else target
     dtype = model.dtype if dtype is None else dtype
     return load_draft_checkpoint(source, model.config, dtype=dtype)
@@ -263,8 +272,8 @@ def load_drafter(
 
 def load_draft_checkpoint(
     source: str | Path, target: DenseConfig, *, dtype: Any = jnp.float32
-) -> DSparkDrafter:
-    """Loads a DSpark or DFlash drafter in DeepSpec's format.
+) -> deepspec.DraftModel:
+    """Loads a DSpark, DFlash or Eagle3 drafter in DeepSpec's format.
 
     Args:
       source: a local folder or a Hub id.
@@ -278,7 +287,7 @@ def load_draft_checkpoint(
     folder = resolve_folder(source)
     where = str(folder / "config.json")
     raw = read_json(folder / "config.json")
-    config = deepspec.dspark_config_from_deepspec(raw, where=where)
+    config = deepspec.draft_config_from_deepspec(raw, where=where)
     deepspec.check_fits(config, target, where=where)
     deepspec.check_format(config, where=where)
     tensors = open_safetensors(folder)
@@ -287,7 +296,7 @@ def load_draft_checkpoint(
 
 def save_draft_checkpoint(
     folder: str | Path,
-    drafter: DSparkDrafter,
+    drafter: deepspec.DraftModel,
     target_model: DenseDecoder | None = None,
     *,
     overwrite: bool = False,
@@ -310,7 +319,7 @@ def save_draft_checkpoint(
     deepspec.check_format(drafter.config, where=str(folder))
     if target_model is not None:
         deepspec.check_fits(drafter.config, target_model.config, where=str(folder))
-    config = deepspec.dspark_config_to_deepspec(drafter.config, dtype=drafter.dtype)
+    config = deepspec.draft_config_to_deepspec(drafter.config, dtype=drafter.dtype)
     with folders.new_folder(Path(folder), overwrite=overwrite) as new:
         write_json(new / "config.json", config)
         arrays = deepspec.tensors_from_drafter(drafter, target_model)

@@ -5,14 +5,22 @@ vocabulary 8 for frequencies over many seeds. Every head, block length 2.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from flax import nnx
 
 from jaxspark.decoding.couplings import Coupling, acceptance_probability
 from jaxspark.decoding.sampling import Sampling
-from jaxspark.drafters import Drafter, DSparkConfig, DSparkDrafter, NgramDrafter
+from jaxspark.drafters import (
+    Drafter,
+    DSparkConfig,
+    DSparkDrafter,
+    Eagle3Config,
+    Eagle3Drafter,
+    NgramDrafter,
+    hybrid,
+)
 from jaxspark.drafters.heads import HEAD_TYPES
 from jaxspark.evaluation.enumeration import (
     round_distribution,
@@ -29,7 +37,8 @@ from jaxspark.evaluation.statistics import (
 from jaxspark.models import DenseConfig, DenseDecoder
 
 BLOCK_LENGTH = 2
-PROMPT = (0, 2, 1, 0, 2)
+# Repeats itself, so that lookup finds a long match.
+PROMPT = (0, 2, 1, 0, 2, 1, 0, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +84,26 @@ def tiny_drafters(target: DenseDecoder, seed: int = 1) -> dict[str, Drafter]:
         )
         return DSparkDrafter(config, rngs=nnx.Rngs(seed))
 
+    def lookup(longest: int) -> NgramDrafter:
+        return NgramDrafter(block_length=BLOCK_LENGTH, shortest=1, longest=longest)
+
     return {
-        "ngram": NgramDrafter(block_length=BLOCK_LENGTH, shortest=1),
+        "ngram": lookup(4),
         "dflash": dspark(None),
         **{f"dspark-{head}": dspark(head) for head in HEAD_TYPES},
         "dspark-pruned": dspark("vanilla", vocab - 1),
+        "eagle3": Eagle3Drafter(
+            Eagle3Config(
+                backbone=replace(target.config, num_hidden_layers=1, qk_norm=True),
+                ttt_length=BLOCK_LENGTH,
+                target_layer_ids=(0, 1),
+                num_target_layers=2,
+            ),
+            rngs=nnx.Rngs(seed),
+        ),
+        # A match of the prompt's length is followed, one of a single token is not.
+        "hybrid-copies": hybrid(lookup(4), dspark("gated", vocab - 1)),
+        "hybrid-asks": hybrid(lookup(1), dspark("gated", vocab - 1)),
     }
 
 

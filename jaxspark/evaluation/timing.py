@@ -45,14 +45,15 @@ def decode_seconds(
     new_tokens: int,
     options: DecodeOptions,
     capacity: int,
+    temperature: float = 0.0,
 ):
-    """Decodes prompts greedily; returns (seconds without prefill, final state)."""
+    """Decodes prompts together; returns (seconds without prefill, final state)."""
     state = init_state(
         target,
         drafter,
         prompts,
         [len(prompt) + new_tokens for prompt in prompts],
-        Sampling.of(len(prompts)),
+        Sampling.of(len(prompts), temperature=temperature),
         block_length=options.block_length,
         capacity=capacity,
     )

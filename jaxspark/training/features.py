@@ -51,9 +51,9 @@ def target_features(
     P, S = batch.ids_PS.shape
     real_PS = batch.documents_PS >= 0
     slot_PS = jnp.arange(P)[:, None] * most_documents + batch.documents_PS
-    positions_T = batch.positions_PS.reshape(-1)
+    positions_T = jnp.asarray(batch.positions_PS).reshape(-1)
     tokens = FlatTokens(
-        ids_T=batch.ids_PS.reshape(-1),
+        ids_T=jnp.asarray(batch.ids_PS).reshape(-1),
         positions_T=positions_T,
         slots_T=jnp.where(real_PS, slot_PS, -1).reshape(-1),
         starts_B=jnp.zeros((P * most_documents,), jnp.int32),
@@ -207,7 +207,8 @@ class FeatureCache:
         rows_PSmD = np.concatenate(
             [features.taps_PSmD, features.hidden_PSD[:, :, None]], axis=2
         )
-        for index, row, log_z in zip(index_P, rows_PSmD, features.log_z_PS):
+        log_z_PS = np.asarray(features.log_z_PS)
+        for index, row, log_z in zip(index_P, rows_PSmD, log_z_PS):
             if index < self.count:
                 self.sums[index] = 0
                 self.rows[index], self.log_z[index] = row, log_z

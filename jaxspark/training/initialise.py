@@ -5,6 +5,8 @@ stream; `fc` starts by passing on the last tap. This was worth more than any lea
 rate.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -17,7 +19,9 @@ from jaxspark.models import DenseDecoder
 _LITTLE = 0.02
 
 
-def use_vocabulary(drafter, target: DenseDecoder, ids_W: np.ndarray | None) -> None:
+def use_vocabulary(
+    drafter: Any, target: DenseDecoder, ids_W: np.ndarray | None
+) -> None:
     """Gives a drafter with a pruned vocabulary its ids and the target's head rows."""
     if drafter.draft_ids is not None:
         drafter.draft_ids[...] = jnp.asarray(ids_W, jnp.int32)
@@ -33,15 +37,16 @@ def from_target(drafter: DSparkDrafter | Eagle3Drafter, target: DenseDecoder) ->
     Raises:
       ValueError: the draft layers have other shapes than the target's.
     """
-    depth = len(drafter.layers)
+    layers: list[Any] = list(drafter.layers)
+    depth = len(layers)
     sources = target.layers[max(len(target.layers) - depth, 0) :]
-    for index, layer in enumerate(drafter.layers):
+    for index, layer in enumerate(layers):
         source = sources[min(index, len(sources) - 1)]
         _copy(layer, source)
         # The target has no such norm: start with the size its vectors have.
-        for norm, projection in (("q_norm", "q_proj"), ("k_norm", "k_proj")):
-            mine = getattr(layer.self_attn, norm)
-            theirs = getattr(source.self_attn, norm)
+        for name, projection in (("q_norm", "q_proj"), ("k_norm", "k_proj")):
+            mine = getattr(layer.self_attn, name)
+            theirs = getattr(source.self_attn, name)
             if mine is not None and theirs is None:
                 weight_OI = getattr(source.self_attn, projection).weight[...]
                 scaled_OI = weight_OI * source.input_layernorm.weight[...]
@@ -49,12 +54,15 @@ def from_target(drafter: DSparkDrafter | Eagle3Drafter, target: DenseDecoder) ->
                 mine.weight[...] = jnp.full_like(mine.weight[...], size)
     drafter.norm.weight[...] = target.norm.weight[...].astype(drafter.dtype)
     # Features reach the projections through a norm of their own.
-    eagle = isinstance(drafter, Eagle3Drafter)
-    norm = drafter.layers[0].hidden_norm if eagle else drafter.hidden_norm
+    norm = (
+        layers[0].hidden_norm
+        if isinstance(drafter, Eagle3Drafter)
+        else drafter.hidden_norm
+    )
     norm.weight[...] = sources[0].input_layernorm.weight[...].astype(drafter.dtype)
     D = target.config.hidden_size
     drafter.fc.weight[...] = _passing_last(drafter.fc.weight[...], jnp.eye(D))
-    if not eagle and drafter.markov_head is not None:
+    if isinstance(drafter, DSparkDrafter) and drafter.markov_head is not None:
         # No bias at first: the heads start as the backbone alone.
         weight = drafter.markov_head.markov_w2.weight
         weight[...] = jnp.zeros_like(weight[...])

@@ -22,7 +22,7 @@ from jaxspark.training.forward import DraftVocabulary, dspark_sums
 from jaxspark.training.forward_eagle3 import eagle3_sums
 from jaxspark.training.objective import DSPARK, Objective, Sums
 
-FORWARDS = {DSparkDrafter: dspark_sums, Eagle3Drafter: eagle3_sums}
+FORWARDS: dict[Any, Any] = {DSparkDrafter: dspark_sums, Eagle3Drafter: eagle3_sums}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ class Trainer:
                 f"block_length {config.block_length} is more than the drafter's "
                 f"{drafter.block_length}"
             )
-        graphdef, trained, frozen = nnx.split(drafter, is_trained, ...)
+        graphdef, trained, frozen = nnx.split(drafter, is_trained, ...)  # type: ignore[misc]
         # Steps donate their state; the caller's drafter keeps its arrays.
         trained = jax.tree.map(jnp.array, trained)
         state = TrainState(
@@ -141,9 +141,8 @@ class Trainer:
             optimizer=config.optimizer().init(trained),
             step=jnp.zeros((), jnp.int32),
         )
-        return cls(graphdef=graphdef, frozen=frozen, target=target, config=config), (
-            state
-        )
+        trainer = cls(graphdef=graphdef, frozen=frozen, target=target, config=config)
+        return trainer, state
 
     def drafter(self, state: TrainState):
         """The drafter with a state's parameters."""
@@ -153,10 +152,10 @@ class Trainer:
         self, state: TrainState, microbatches: list[tuple[Packed, Features]]
     ) -> tuple[TrainState, Sums]:
         """One optimizer step; donates `state`."""
-        total = None
-        for index, (batch, features) in enumerate(microbatches):
-            new = self._gradients(state, batch, features, index)
-            total = new if total is None else _add(total, new)
+        first, *rest = microbatches
+        total = self._gradients(state, *first, 0)
+        for index, (batch, features) in enumerate(rest, 1):
+            total = _add(total, self._gradients(state, batch, features, index))
         grads, sums = total
         return _update(state, grads, sums.weight, config=self.config), sums
 

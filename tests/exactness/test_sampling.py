@@ -21,6 +21,9 @@ DRAFTERS = (
     "dspark-gated",
     "dspark-rnn",
     "dspark-pruned",
+    "eagle3",
+    "hybrid-copies",
+    "hybrid-asks",
 )
 
 
@@ -66,7 +69,7 @@ def test_frequencies_of_200000_first_tokens_and_acceptance_formulas():
 
 
 def test_frequencies_with_a_pruned_vocabulary_and_with_point_masses():
-    names = ["dspark-pruned", "ngram"]
+    names = ["dspark-pruned", "ngram", "hybrid-copies"]
     assert_all_hold(sampling_checks.frequency_checks(40_000, names))
 
 

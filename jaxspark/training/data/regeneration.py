@@ -115,7 +115,7 @@ def regenerate(
         if reason:
             yield Dropped(key=asked.key, where=asked.where, reason=reason)
             continue
-        answer = {"role": "assistant", "content": completion.text}
+        answer = {"role": "assistant", "content": completion.text or ""}
         yield Regenerated(
             conversation=Conversation(
                 messages=(*asked.first_turn, answer),

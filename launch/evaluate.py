@@ -1,0 +1,187 @@
+"""Measures a drafter: accepted length, acceptance by place, tokens per second.
+
+  python -m launch.evaluate --draft=runs/dspark/drafter
+  python -m launch.evaluate --draft=hybrid:runs/dspark/drafter --temperature=1
+  python -m launch.evaluate --draft=... --json_out=dspark.json --plot=dspark.png
+
+Prompts are JSON lines with `turns`, one file <domain>_prompts.jsonl per domain.
+"""
+
+import json
+import math
+import pathlib
+from dataclasses import asdict
+
+import jax
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from jaxspark import load_drafter
+from jaxspark.decoding import DecodeOptions
+from jaxspark.decoding.generate import default_buckets
+from jaxspark.drafters import PlainDrafter
+from jaxspark.evaluation.acceptance import macro_average, measure_acceptance
+from jaxspark.evaluation.plots import plot_acceptance
+from jaxspark.evaluation.prompts import load_prompts
+from jaxspark.evaluation.timing import alternate, decode_seconds, medians
+from launch import common
+
+common.define_model_flags()
+flags.DEFINE_string("prompts_dir", "../shared/data/eval", "Folder of the prompts.")
+flags.DEFINE_integer("prompts_per_domain", 20, "How many of each.", lower_bound=1)
+flags.DEFINE_integer("max_prompt_tokens", 256, "Longer ones are passed over.")
+flags.DEFINE_integer("max_new_tokens", 128, "Output budget.", lower_bound=1)
+flags.DEFINE_float("temperature", 0.0, "0 decodes greedily.", lower_bound=0.0)
+flags.DEFINE_enum(
+    "coupling", "rejection", ["rejection", "gumbel"], "See launch.generate."
+)
+flags.DEFINE_integer("slots", 8, "Prompts decoded together for acceptance.")
+flags.DEFINE_integer("seed", 0, "Of sampling.")
+flags.DEFINE_integer("speed_prompts", 2, "Prompts per domain timed alone; 0: none.")
+flags.DEFINE_integer("speed_tokens", 64, "Tokens per timed run.", lower_bound=8)
+flags.DEFINE_integer("repeats", 3, "Timed runs of each contestant.", lower_bound=1)
+flags.DEFINE_string("json_out", None, "File for the figures.")
+flags.DEFINE_string("plot", None, "PNG of conditional acceptance by place.")
+FLAGS = flags.FLAGS
+
+
+def speeds(target, drafter, prompts, block_length: int) -> dict[str, float]:
+    """Tokens per second of one sequence at a time, plain and drafted in turn."""
+    capacity = FLAGS.max_prompt_tokens + FLAGS.speed_tokens + block_length
+    capacity = -(-capacity // 128) * 128
+
+    def contestant(drafter, block_length):
+        options = DecodeOptions(
+            block_length=block_length,
+            coupling=FLAGS.coupling,
+            buckets=default_buckets(drafter, 1, block_length, None),
+        )
+
+        def run():
+            return sum(
+                decode_seconds(
+                    target.model,
+                    drafter,
+                    [prompt],
+                    new_tokens=FLAGS.speed_tokens,
+                    options=options,
+                    capacity=capacity,
+                    temperature=FLAGS.temperature,
+                )[0]
+                for prompt in prompts
+            )
+
+        return run
+
+    seconds = alternate(
+        {
+            "plain_tokens_per_second": contestant(PlainDrafter(), 0),
+            "tokens_per_second": contestant(drafter, block_length),
+        },
+        FLAGS.repeats,
+    )
+    tokens = FLAGS.speed_tokens * len(prompts)
+    return {name: tokens / middle for name, middle in medians(seconds).items()}
+
+
+def main() -> None:
+    """Measures and reports."""
+    console = Console()
+    target = common.load_text_target()
+    drafter = load_drafter(FLAGS.draft, target)
+    block_length = FLAGS.block_length or drafter.block_length
+    prompts = load_prompts(
+        FLAGS.prompts_dir,
+        target.tokenizer,
+        per_domain=FLAGS.prompts_per_domain,
+        max_tokens=FLAGS.max_prompt_tokens,
+    )
+    with console.status("decoding all prompts"):
+        accepted = measure_acceptance(
+            target,
+            drafter,
+            prompts,
+            block_length=block_length,
+            temperature=FLAGS.temperature,
+            max_new_tokens=FLAGS.max_new_tokens,
+            slots=FLAGS.slots,
+            coupling=FLAGS.coupling,
+            seed=FLAGS.seed,
+        )
+    domains = {name: asdict(each) for name, each in accepted.items()}
+    if FLAGS.speed_prompts:
+        for name, figures in domains.items():
+            with console.status(f"timing {name}"):
+                few = prompts[name][: FLAGS.speed_prompts]
+                figures |= speeds(target, drafter, few, block_length)
+    numbers = [
+        name
+        for name, value in next(iter(domains.values())).items()
+        if isinstance(value, float)
+    ]
+    average = {
+        name: macro_average([figures[name] for figures in domains.values()])
+        for name in numbers
+    }
+    average["conditional_acceptance"] = [
+        macro_average(column)
+        for column in zip(*(d["conditional_acceptance"] for d in domains.values()))
+    ]
+    report(console, target, domains | {"average": average})
+    settings = ("draft", "dtype", "temperature", "coupling", "max_new_tokens")
+    result = {
+        "target": target.name,
+        "block_length": block_length,
+        **{name: FLAGS[name].value for name in settings},
+        "prompts_per_domain": FLAGS.prompts_per_domain,
+        "device": jax.devices()[0].device_kind,
+        "domains": domains,
+        "macro_average": average,
+    }
+    if FLAGS.json_out:
+        path = pathlib.Path(FLAGS.json_out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(_without_nan(result), indent=1) + "\n")
+    if FLAGS.plot:
+        plot_acceptance(FLAGS.plot, {FLAGS.draft: average["conditional_acceptance"]})
+
+
+def report(console: Console, target, domains: dict) -> None:
+    """The table for people."""
+    table = Table(
+        title=f"{target.name} · {FLAGS.draft} · temperature {FLAGS.temperature:g}"
+    )
+    titles = {
+        "accepted_length": "accepted length",
+        "accepted_length_non_looping": "not looping",
+        "conditional_acceptance": "accepted at place 1, 2, ...",
+        "tokens_per_second": "tokens/s",
+        "plain_tokens_per_second": "plain",
+    }
+    shown = {key: title for key, title in titles.items() if key in domains["average"]}
+    table.add_column("")
+    for title in shown.values():
+        table.add_column(title, justify="right")
+    for name, figures in domains.items():
+        table.add_row(name, *(_text(figures[key]) for key in shown))
+    console.print(table)
+
+
+def _text(value) -> str:
+    if isinstance(value, list):
+        return " ".join(f"{each:.2f}" for each in value)
+    return f"{value:.2f}"
+
+
+def _without_nan(value):
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+if __name__ == "__main__":
+    common.run(main)

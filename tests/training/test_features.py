@@ -1,0 +1,134 @@
+"""Target features: the same from the cache, bounded, refused when damaged."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxspark.models import FlatTokens
+from jaxspark.training.features import FeatureCache, FeatureSource
+from jaxspark.training.objective import Objective
+from jaxspark.training.trainer import TrainConfig, Trainer
+from tests import zoo
+from tests.training import made
+
+TAPS = (0, 1)
+CONFIG = TrainConfig(steps=1, sequences=2, anchors=8, block_length=4)
+
+
+def source(folder, packed, *, taps=TAPS, layers=TAPS, limit=10**8, model=None):
+    model = zoo.target() if model is None else model
+    cache = FeatureCache(folder, model, packed, layers=layers, limit_bytes=limit)
+    return FeatureSource(model, taps, made.DOCUMENTS, cache)
+
+
+@pytest.fixture
+def packed():
+    return made.packed(20, 25, 40, 33)
+
+
+def test_features_are_those_of_each_document_alone(packed):
+    model = zoo.target()
+    features = FeatureSource(model, TAPS, made.DOCUMENTS)(packed)
+    for row, number in ((0, 0), (0, 1), (1, 0)):
+        mine = packed.documents_PS[row] == number
+        ids_1Q = packed.ids_PS[row][mine][None]
+        count = ids_1Q.shape[1]
+        tokens = FlatTokens.from_rows(
+            jax.numpy.asarray(ids_1Q), jax.numpy.zeros(1, int), jax.numpy.array([count])
+        )
+        x_DT, taps_mDT, _ = model(tokens, model.init_cache(1, count), taps=TAPS)
+        seen = np.moveaxis(np.asarray(features.taps_PSmD)[row][mine], 0, -1)
+        np.testing.assert_allclose(seen, taps_mDT, atol=2e-4)
+        log_z = jax.nn.logsumexp(model.logits(x_DT), axis=-1)
+        np.testing.assert_allclose(features.log_z_PS[row][mine], log_z, atol=2e-4)
+
+
+def test_online_and_cached_features_give_the_same_loss(tmp_path, packed):
+    model = zoo.target()
+    drafter = zoo.drafter("dspark-rnn", model)
+    trainer, state = Trainer.create(drafter, model, CONFIG)
+    online = FeatureSource(model, drafter.taps, made.DOCUMENTS)
+    layers = tuple(sorted({*drafter.taps, 0, 1}))
+    cached = source(tmp_path, packed, taps=drafter.taps, layers=layers)
+    batch = packed[np.array([1, 0])]
+    losses = []
+    for features in (online(batch), cached(batch), cached(batch)):
+        sums = trainer.evaluate(state, batch, features)
+        losses.append(float(CONFIG.objective.total(sums) / sums.weight))
+    assert cached.cache.missing == len(packed.index_P) - 2
+    np.testing.assert_allclose(losses, losses[0], atol=1e-5)
+
+
+def test_a_cache_is_found_again_and_may_grow(tmp_path, packed):
+    source(tmp_path, packed)(packed)
+    assert source(tmp_path, packed).cache.missing == 0
+    grown = made.packed(20, 25, 40, 33, 45)
+    again = source(tmp_path, grown)
+    assert again.cache.missing == 1
+    assert again.cache.holds(packed.index_P)
+
+
+def test_sequences_beyond_the_limit_are_computed_every_time(tmp_path, packed):
+    limit = source(tmp_path / "a", packed).cache.row_bytes * 2
+    bounded = source(tmp_path / "b", packed, limit=limit)
+    bounded(packed)
+    assert (bounded.cache.count, bounded.cache.missing) == (2, 0)
+    assert not bounded.cache.holds(packed.index_P)
+    size = sum(path.stat().st_size for path in (tmp_path / "b").glob("*.bin"))
+    assert size <= limit + 8 * 2
+    made.close(bounded(packed), source(tmp_path / "a", packed)(packed))
+
+
+def test_a_damaged_row_is_noticed(tmp_path, packed):
+    source(tmp_path, packed)(packed)
+    with (tmp_path / "rows.bin").open("r+b") as file:
+        file.seek(100)
+        file.write(b"\xff\x00\xff")
+    with pytest.raises(ValueError, match="features of sequence 0 are corrupt"):
+        source(tmp_path, packed)(packed)
+
+
+def test_a_cut_file_is_noticed(tmp_path, packed):
+    source(tmp_path, packed)(packed)
+    with (tmp_path / "rows.bin").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ValueError, match="has 1000 bytes, expected a multiple of"):
+        source(tmp_path, packed)
+
+
+def test_an_interrupted_row_is_not_believed(tmp_path, packed, monkeypatch):
+    first = source(tmp_path, packed)
+    monkeypatch.setattr(
+        "jaxspark.training.features._checksum",
+        lambda *arrays: (_ for _ in ()).throw(KeyboardInterrupt),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        first(packed)
+    monkeypatch.undo()
+    assert source(tmp_path, packed).cache.missing == len(packed.index_P)
+
+
+@pytest.mark.parametrize("what", ["target", "layers"])
+def test_features_of_something_else_are_refused(tmp_path, packed, what):
+    source(tmp_path, packed)
+    with pytest.raises(ValueError, match=f"holds features of another {what}"):
+        if what == "target":
+            source(tmp_path, packed, model=zoo.target(seed=5))
+        else:
+            source(tmp_path, packed, layers=(1,), taps=(1,))
+
+
+def test_accumulated_micro_batches_equal_one_large_batch(packed):
+    model = zoo.target()
+    drafter = zoo.drafter("dspark-gated", model)
+    features = FeatureSource(model, drafter.taps, made.DOCUMENTS)
+    config = replace(CONFIG, anchors=made.LENGTH, objective=Objective())
+    states = []
+    for parts in ([[0, 1, 2]], [[0], [1], [2]]):
+        trainer, state = Trainer.create(drafter, model, config)
+        batches = [packed[np.array(rows)] for rows in parts]
+        state, sums = trainer.step(state, [(b, features(b)) for b in batches])
+        states.append((jax.device_get(state.optimizer), jax.device_get(sums)))
+    made.close(states[0], states[1])

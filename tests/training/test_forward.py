@@ -1,0 +1,179 @@
+"""Training drafts as decoding does, and packed documents do not see each other."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxspark.models import FlatTokens
+from jaxspark.training import forward, forward_eagle3
+from jaxspark.training.blocks import Blocks, sample_blocks
+from jaxspark.training.forward import DraftVocabulary
+from jaxspark.training.objective import Objective
+from jaxspark.training.trainer import FORWARDS, is_trained
+from tests import zoo
+from tests.training import made
+
+G = 4
+ALL = Objective(ce=0.3, l1=0.9, confidence=1.0, soft_ce=0.5)
+
+
+def spy_logits(monkeypatch):
+    """Collects the arguments of `row_terms`, row by row."""
+    seen = []
+
+    def row_terms(logits_NW, confidence_N, log_p_NW, label_N):
+        jax.debug.callback(
+            lambda *each: seen.append([np.asarray(x) for x in each]),
+            logits_NW,
+            confidence_N,
+            log_p_NW,
+            ordered=True,
+        )
+        return original(logits_NW, confidence_N, log_p_NW, label_N)
+
+    original = forward.row_terms
+    monkeypatch.setattr(forward, "row_terms", row_terms)
+    monkeypatch.setattr(forward_eagle3, "row_terms", row_terms)
+    return seen
+
+
+@pytest.mark.parametrize("kind", made.KINDS)
+def test_training_drafts_what_decoding_drafts(kind, monkeypatch):
+    """Logits and confidences of a block equal those of `propose`, fed the truth."""
+    model, batch = zoo.target(), made.packed(20, 25)
+    drafter = zoo.drafter(kind, model)
+    features = made.features(model, drafter, batch)
+    document, anchor = 1, 11
+    begin = int(np.argmax(batch.documents_PS[0] == document))
+    ids_L = batch.ids_PS[0][batch.documents_PS[0] == document]
+    place_G = begin + anchor + np.arange(G)
+    blocks = Blocks(
+        anchors_PA=jnp.array([[begin + anchor]]),
+        previous_PAG=jnp.asarray(batch.ids_PS[:, None, place_G]),
+        labels_PAG=jnp.asarray(batch.ids_PS[:, None, place_G + 1]),
+        valid_PAG=jnp.ones((1, 1, G), bool),
+    )
+    vocabulary = DraftVocabulary.of(drafter, model)
+    seen = spy_logits(monkeypatch)
+    FORWARDS[type(drafter)](drafter, model, batch, features, blocks, vocabulary, ALL)
+    jax.effects_barrier()
+    trained = [np.stack(column)[:, 0] for column in zip(*seen)]
+
+    rows = jnp.asarray(ids_L[None, :anchor])
+    start, count = jnp.zeros((1,), jnp.int32), jnp.array([anchor])
+    tokens = FlatTokens.from_rows(rows, start, count)
+    _, taps_mDT, _ = model(tokens, model.init_cache(1, 48), taps=drafter.taps)
+    cache = drafter.observe(drafter.init_cache(1, 48), taps_mDT, tokens)
+    logits = []
+
+    def draw(logits_BW, j, ids_W):
+        keep = lambda x: logits.append(np.asarray(x)[0])  # noqa: E731
+        jax.debug.callback(keep, logits_BW, ordered=True)
+        return jnp.asarray(ids_L)[anchor + 1 + j][None], logits_BW
+
+    proposal, _ = drafter.propose(
+        model, cache, jnp.asarray(ids_L[None]), jnp.array([anchor + 1]), draw, G
+    )
+    jax.effects_barrier()
+    np.testing.assert_allclose(trained[0], np.stack(logits), atol=2e-4)
+    np.testing.assert_allclose(trained[1], proposal.confidence_BG[0], atol=2e-4)
+
+    # The target's distribution of each row is that of its own forward pass.
+    whole = FlatTokens.from_rows(jnp.asarray(ids_L[None]), start, jnp.array([25]))
+    x_DT, _, _ = model(whole, model.init_cache(1, 48))
+    log_p_TV = jax.nn.log_softmax(model.logits(x_DT))[anchor : anchor + G]
+    ids_W = slice(None) if drafter.draft_ids is None else drafter.draft_ids[...]
+    np.testing.assert_allclose(trained[2], log_p_TV[:, ids_W], atol=2e-4)
+
+
+def gradient_and_sums(drafter, model, batch, blocks):
+    graphdef, trained, frozen = nnx.split(drafter, is_trained, ...)
+    features = made.features(model, drafter, batch)
+
+    @partial(jax.grad, has_aux=True)
+    def gradient(trained):
+        merged = nnx.merge(graphdef, trained, frozen)
+        sums = FORWARDS[type(drafter)](
+            merged,
+            model,
+            batch,
+            features,
+            blocks,
+            DraftVocabulary.of(merged, model),
+            ALL,
+        )
+        return ALL.total(sums), sums
+
+    return gradient(trained)
+
+
+@pytest.mark.parametrize("kind", ["dspark-rnn", "dspark-pruned", "eagle3"])
+def test_packed_and_unpacked_documents_give_equal_gradients(kind):
+    model = zoo.target()
+    drafter = zoo.drafter(kind, model)
+    together = made.packed(14, 20, 11)
+    alone = [made.packed(n, seed=i) for i, n in enumerate((14, 20, 11))]
+    draftable_V = DraftVocabulary.of(drafter, model).draftable_V
+
+    def blocks(batch):
+        """All of them: as many anchors as places."""
+        return sample_blocks(
+            jax.random.key(0),
+            batch,
+            anchors=made.LENGTH,
+            block_length=G,
+            draftable_V=draftable_V,
+        )
+
+    whole = gradient_and_sums(drafter, model, together, blocks(together))
+    parts = [gradient_and_sums(drafter, model, batch, blocks(batch)) for batch in alone]
+    total = jax.tree.map(lambda *each: sum(each), *parts)
+    made.close(whole, total)
+    assert float(total[1].blocks) > 20
+
+
+def test_another_document_changes_nothing():
+    model = zoo.target()
+    drafter = zoo.drafter("dspark-gated", model)
+    sums = []
+    for seed in (0, 9):
+        batch = made.packed(14, 20)
+        mine = batch.documents_PS == 0
+        other = made.packed(14, 20, seed=seed)
+        np.copyto(other.ids_PS, batch.ids_PS, where=mine)
+        np.copyto(other.trainable_PS, False, where=~mine)
+        blocks = sample_blocks(jax.random.key(0), other, anchors=8, block_length=G)
+        sums.append(gradient_and_sums(drafter, model, other, blocks)[1])
+    made.close(sums[0], sums[1], atol=1e-6)
+
+
+def test_anchors_are_answer_tokens_followed_by_answer_tokens():
+    batch = made.packed(14, 20, 11)
+    blocks = sample_blocks(jax.random.key(3), batch, anchors=40, block_length=G)
+    used = np.asarray(blocks.valid_PAG[0, :, 0])
+    places = np.asarray(blocks.anchors_PA[0])[used]
+    trainable, documents = batch.trainable_PS[0], batch.documents_PS[0]
+    candidates = [
+        s
+        for s in range(47)
+        if trainable[s] and trainable[s + 1] and documents[s] == documents[s + 1]
+    ]
+    assert sorted(places.tolist()) == candidates
+    for place, valid in zip(np.asarray(blocks.anchors_PA[0]), blocks.valid_PAG[0]):
+        inside = documents[place + 1 : place + 1 + G] == documents[place]
+        if place in candidates:
+            assert int(valid.sum()) == int(np.cumprod(inside).sum())
+
+
+def test_nothing_counts_behind_a_token_that_cannot_be_drafted():
+    batch = made.packed(40)
+    draftable_V = jnp.ones((zoo.VOCAB,), bool).at[batch.ids_PS[0, 20]].set(False)
+    blocks = sample_blocks(
+        jax.random.key(0), batch, anchors=48, block_length=G, draftable_V=draftable_V
+    )
+    at = np.flatnonzero(np.asarray(blocks.anchors_PA[0]) == 18)[0]
+    assert blocks.valid_PAG[0, at].tolist() == [True, True, False, False]

@@ -1,0 +1,221 @@
+"""Runs of the launcher: resumed to the bit; bad input loses nothing."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from jaxspark.checkpoints import load_draft_checkpoint, save_target
+from jaxspark.checkpoints.tree import named_parameters
+from tests.checkpoints.tiny import target
+
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny target and conversations in a folder, and a finished run."""
+    folder = tmp_path_factory.mktemp("runs")
+    save_target(folder / "target", target())
+    random = np.random.default_rng(0)
+    lines = []
+    for i in range(40):
+        answer = "".join(chr(97 + c) for c in random.integers(0, 26, 20))
+        messages = [
+            {"role": "user", "content": f"question {i}"},
+            {"role": "assistant", "content": answer},
+        ]
+        lines.append(json.dumps({"messages": messages}))
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    done = launch(folder, "whole")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def arguments(folder, out, *more):
+    return [
+        *(sys.executable, "-m", "launch.train_draft"),
+        f"--target={folder / 'target'}",
+        f"--data={folder / 'data.jsonl'}",
+        f"--out={folder / out}",
+        *("--drafter=dspark", "--head=rnn", "--rank=8", "--depth=1", "--taps=0"),
+        *("--draft_vocab=64", "--block_length=3", "--sequences=2", "--anchors=8"),
+        *("--sequence_length=96", "--held_out=2", "--log_every=1", "--save_every=5"),
+        *(f"--steps={STEPS}", "--evaluate_every=10", "--learning_rate=1e-3"),
+        *more,
+    ]
+
+
+def environment(folder):
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
+    }
+
+
+def launch(folder, out, *more):
+    return subprocess.run(
+        arguments(folder, out, *more),
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def metrics(folder, out):
+    """The lines of a run but for the seconds."""
+    lines = [
+        json.loads(line)
+        for line in (folder / out / "metrics.jsonl").read_text().splitlines()
+    ]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def interrupt(folder, out, number, *, after):
+    """Starts a run and signals it once it has logged `after` steps."""
+    process = subprocess.Popen(
+        arguments(folder, out),
+        env=environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    path = folder / out / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not path.exists() or path.read_text().count("\n") < after:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    output = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_to_the_bit(place, number):
+    out = number.name
+    code, output = interrupt(place, out, number, after=7)
+    stopped = metrics(place, out)
+    assert 7 <= len(stopped) < STEPS
+    if number == signal.SIGTERM:
+        assert code == 0, output
+        assert "run the same command to go on" in output[0].replace("\n", " ")
+    done = launch(place, out)
+    assert done.returncode == 0, done.stderr
+    assert metrics(place, out) == metrics(place, "whole")
+    mine, whole = (
+        named_parameters(
+            load_draft_checkpoint(place / each / "drafter", target().model.config)
+        )
+        for each in (out, "whole")
+    )
+    for name, array in whole.items():
+        np.testing.assert_array_equal(mine[name], array, err_msg=name)
+
+
+def test_training_lowers_the_loss(place):
+    lines = metrics(place, "whole")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    held_out = [line["held_out"]["loss"] for line in lines if "held_out" in line]
+    assert len(held_out) == 3
+    assert held_out[-1] < lines[0]["loss"] - 0.1
+
+
+def test_a_finished_run_has_nothing_left_to_do(place):
+    before = metrics(place, "whole")
+    assert launch(place, "whole").returncode == 0
+    assert metrics(place, "whole") == before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--learning_rate=2e-3"], "learning_rate was 0.001, now 0.002"),
+        (["--taps=7"], "must lie in -1..1"),
+        (["--block_length=0"], "0 is not a positive integer"),
+        (["--data=nowhere.jsonl"], "nowhere.jsonl: no such file or folder"),
+        (["--sequences=99"], "sequences to train on, a micro-batch has 99"),
+        (["--warm_start=nowhere"], "nowhere: no such folder"),
+        (["--cooldown=0.99"], "together at most 1"),
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_refused_and_the_run_survives(place, more, message):
+    failed = launch(place, "whole", *more)
+    assert failed.returncode != 0
+    assert message in failed.stderr.replace("\n", " ")
+    assert "Traceback" not in failed.stderr
+    assert metrics(place, "whole")[-1]["step"] == STEPS
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"messages": [\n', "bad.jsonl:2: is not JSON"),
+        (b"\xff\xfe\n", "bad.jsonl:2: is not UTF-8"),
+        (
+            b'{"messages": []}\n',
+            'bad.jsonl:2: expected an object with a list "messages"',
+        ),
+        (b'{"messages": [{"role": 3}]}\n', 'expected messages with texts "role"'),
+        (
+            b'{"messages": [{"role": "user", "content": "x"}]}\n',
+            "bad.jsonl:2: no message by the assistant",
+        ),
+    ],
+    ids=str,
+)
+def test_a_bad_line_is_named(place, line, message):
+    good = (place / "data.jsonl").read_bytes().splitlines(keepends=True)[0]
+    (place / "bad.jsonl").write_bytes(good + line)
+    failed = launch(place, "bad", f"--data={place / 'bad.jsonl'}")
+    assert failed.returncode == 2
+    assert message in failed.stderr.replace("\n", " ")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(place):
+    shutil.copytree(place / "whole", place / "damaged")
+    steps = sorted((place / "damaged/checkpoints").iterdir(), key=lambda p: int(p.name))
+    assert [int(path.name) for path in steps] == [25, 30]
+    for path in steps[-1].rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    failed = launch(place, "damaged")
+    assert failed.returncode == 2
+    assert "30: cannot be restored" in failed.stderr.replace("\n", " ")
+    shutil.rmtree(steps[-1])
+    assert launch(place, "damaged").returncode == 0
+    assert metrics(place, "damaged") == metrics(place, "whole")
+
+
+def test_a_full_disk_loses_no_checkpoint(place):
+    """Files may not grow beyond a limit, as on a full disk."""
+    code, _ = interrupt(place, "full", signal.SIGTERM, after=12)
+    assert code == 0
+    command = " ".join(map(str, arguments(place, "full", "--save_every=1")))
+    failed = subprocess.run(
+        ["bash", "-c", f"ulimit -f 8; exec {command}"],
+        env=environment(place),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert failed.returncode == 2, failed.stderr
+    assert "error:" in failed.stderr
+    assert launch(place, "full").returncode == 0
+    assert metrics(place, "full") == metrics(place, "whole")
+
+
+def test_a_dry_run_describes_and_trains_nothing(place):
+    done = launch(place, "dry", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    for word in ("markov_head.joint_proj.weight", "trained parameters", "per epoch"):
+        assert word in done.stdout
+    assert not (place / "dry").exists()
