@@ -4,6 +4,8 @@
   python -m launch.bench --suite=decode --peer_python=.venv-oracle/bin/python
                                                         ... beside HF transformers
   python -m launch.bench --suite=layout                 why activations are columns
+  python -m launch.bench --suite=draft --draft=FOLDER   a drafter alone, in hybrid, and
+                                                        n-gram, at every block length
 
 Compilation is never part of a figure.
 """
@@ -14,6 +16,7 @@ import pathlib
 import subprocess
 import tempfile
 import time
+from statistics import median
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +25,22 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxspark.checkpoints import save_target
+from jaxspark.checkpoints import load_drafter, save_target
 from jaxspark.decoding import DecodeOptions
-from jaxspark.drafters import NgramDrafter, PlainDrafter
+from jaxspark.decoding.generate import default_buckets
+from jaxspark.drafters import NgramDrafter, PlainDrafter, hybrid
+from jaxspark.evaluation.acceptance import macro_average
+from jaxspark.evaluation.prompts import load_prompts
 from jaxspark.evaluation.timing import alternate, decode_seconds, medians
 from jaxspark.models import FlatTokens
 from launch import common
 
 common.define_model_flags(draft=None)
-flags.DEFINE_enum("suite", "decode", ["decode", "layout"], "What to measure.")
+flags.DEFINE_enum("suite", "decode", ["decode", "layout", "draft"], "What to measure.")
+flags.DEFINE_string("draft", "dspark", "Drafter of --suite=draft.")
+flags.DEFINE_list("draft_blocks", ["2", "3", "4", "5", "6", "7"], "Its block lengths.")
+flags.DEFINE_string("prompts_dir", "../shared/data/eval", "Prompts of --suite=draft.")
+flags.DEFINE_integer("prompts_per_domain", 3, "How many of each.", lower_bound=1)
 flags.DEFINE_integer("new_tokens", 64, "Tokens per timed run.", lower_bound=8)
 flags.DEFINE_integer("repeats", 5, "Timed runs of each contestant.", lower_bound=3)
 flags.DEFINE_integer("capacity", 512, "Cache positions per slot.", lower_bound=128)
@@ -251,10 +261,86 @@ def bench_layout(console: Console) -> dict:
     return figures
 
 
+def bench_draft(console: Console) -> dict:
+    """Tokens per second by domain, one sequence, greedy; every drafter and block."""
+    target = common.load_text_target()
+    model = load_drafter(FLAGS.draft, target)
+    prompts = load_prompts(
+        FLAGS.prompts_dir, target.tokenizer, per_domain=FLAGS.prompts_per_domain
+    )
+    counters: dict[str, dict] = {}
+    by_domain: dict[str, dict[str, list[float]]] = {}
+
+    def contestant(name, drafter, block):
+        options = DecodeOptions(
+            block_length=block, buckets=default_buckets(drafter, 1, block, None)
+        )
+        counters[name], by_domain[name] = {}, {domain: [] for domain in prompts}
+
+        def run():
+            for domain, few in prompts.items():
+                runs = [
+                    decode_seconds(
+                        target.model,
+                        drafter,
+                        [prompt],
+                        new_tokens=FLAGS.new_tokens,
+                        options=options,
+                        capacity=FLAGS.capacity,
+                    )
+                    for prompt in few
+                ]
+                by_domain[name][domain].append(sum(seconds for seconds, _ in runs))
+                rounds = sum(int(s.counters.rounds_B.sum()) for _, s in runs)
+                counters[name][domain] = FLAGS.new_tokens * len(few) / rounds
+            return 0.0
+
+        return run
+
+    contestants = {"plain": contestant("plain", PlainDrafter(), 0)}
+    blocks = [int(block) for block in FLAGS.draft_blocks]
+    for block in (b for b in blocks if b <= model.block_length):
+        lookup = NgramDrafter(block_length=block)
+        for name, drafter in (
+            ("ngram", lookup),
+            (FLAGS.draft, model),
+            (f"hybrid:{FLAGS.draft}", hybrid(lookup, model)),
+        ):
+            name = f"{name}, block {block}"
+            contestants[name] = contestant(name, drafter, block)
+    with console.status("decoding in turn"):
+        alternate(contestants, FLAGS.repeats)
+    table = Table(title=f"{target.name} · one sequence · tokens/s against plain")
+    table.add_column("")
+    for column in (*prompts, "average", "accepted length"):
+        table.add_column(column, justify="right")
+    tokens = FLAGS.new_tokens * FLAGS.prompts_per_domain
+    # The first run of each compiles and is not counted.
+    middle = {
+        name: {domain: median(runs[1:]) for domain, runs in each.items()}
+        for name, each in by_domain.items()
+    }
+    figures = {}
+    for name, seconds in middle.items():
+        ratio = {d: middle["plain"][d] / seconds[d] for d in prompts}
+        accepted = macro_average(list(counters[name].values()))
+        figures[name] = {
+            "tokens_per_second": {d: tokens / seconds[d] for d in prompts},
+            "against_plain": ratio | {"average": macro_average(list(ratio.values()))},
+            "accepted_length": counters[name] | {"average": accepted},
+        }
+        shown = figures[name]["against_plain"].values()
+        table.add_row(name, *(f"{each:.2f}x" for each in shown), f"{accepted:.2f}")
+    console.print(table)
+    return figures
+
+
 def main() -> None:
     """Runs the suite and prints its tables."""
     console = Console()
-    suite = {"decode": bench_decode, "layout": bench_layout}[FLAGS.suite]
+    suite = {"decode": bench_decode, "layout": bench_layout, "draft": bench_draft}[
+        FLAGS.suite
+    ]
     figures = {
         "suite": FLAGS.suite,
         "device": jax.devices()[0].device_kind,

@@ -1,6 +1,7 @@
 """Drafters in DeepSpec's format load as they are, and ours read back equal."""
 
 import json
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +12,12 @@ from safetensors.numpy import load_file, save_file
 from jaxspark.checkpoints import (
     CheckpointError,
     load_draft_checkpoint,
+    load_drafter,
     save_draft_checkpoint,
 )
 from jaxspark.checkpoints import load as load_module_file
 from jaxspark.checkpoints.tree import named_parameters
+from jaxspark.drafters import Eagle3Config, Eagle3Drafter, HybridDrafter
 from jaxspark.models import DenseDecoder
 from tests.checkpoints.tiny import dense, drafter, target
 
@@ -48,6 +51,41 @@ def pruned_drafter():
     ids = np.sort(np.random.default_rng(0).choice(300, 20, replace=False))
     made.draft_ids.set_value(jnp.asarray(ids, jnp.int32))
     return made
+
+
+@pytest.mark.parametrize("pruned", [None, 20])
+def test_an_exported_eagle3_drafter_loads_equal(tmp_path, pruned):
+    config = Eagle3Config(
+        backbone=replace(dense(qk_norm=True), num_hidden_layers=1),
+        ttt_length=5,
+        target_layer_ids=(0,),
+        num_target_layers=2,
+        draft_vocab_size=pruned,
+    )
+    saved = Eagle3Drafter(config, rngs=nnx.Rngs(0))
+    save_draft_checkpoint(tmp_path / "d", saved)
+    assert_equal(load_draft_checkpoint(tmp_path / "d", TARGET), saved)
+    written = json.loads((tmp_path / "d" / "config.json").read_text())
+    assert written["architectures"] == ["Qwen3Eagle3Model"]
+    assert (written["ttt_length"], written["step_loss_decay"]) == (5, 0.8)
+    names = set(load_file(tmp_path / "d" / "model.safetensors"))
+    layer = {
+        *("hidden_norm", "input_layernorm", "post_attention_layernorm"),
+        *(f"self_attn.{each}_proj" for each in "qkvo"),
+        *("self_attn.q_norm", "self_attn.k_norm"),
+        *(f"mlp.{each}_proj" for each in ("gate", "up", "down")),
+    }
+    expected = {"fc.weight", "norm.weight"}
+    expected |= {f"layers.0.{each}.weight" for each in layer}
+    expected |= {"lm_head.weight", "d2t", "t2d"} if pruned else set()
+    assert names == expected
+
+
+def test_a_hybrid_is_named_by_its_second_drafter(tmp_path):
+    save_draft_checkpoint(tmp_path / "d", drafter())
+    loaded = load_drafter(f"hybrid:{tmp_path / 'd'}", target().model)
+    assert isinstance(loaded, HybridDrafter)
+    assert loaded.block_length == loaded.lookup.block_length == drafter().block_length
 
 
 @pytest.mark.parametrize("copies", [False, True])
