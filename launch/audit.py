@@ -27,6 +27,7 @@ from jaxspark.drafters import DSparkDrafter
 from jaxspark.evaluation import sampling_checks, suites
 from jaxspark.evaluation.audit import AuditResult, Request, plain_outputs
 from jaxspark.evaluation.prompts import load_prompts
+from jaxspark.jsonlines import JsonLines, same_settings
 from launch import common
 
 common.define_model_flags(draft=None)
@@ -80,25 +81,18 @@ def audited_drafter(name: str, target):
     return DSparkDrafter(config, dtype=target.model.dtype, rngs=nnx.Rngs(7))
 
 
-class ProgressFile:
-    """Plain outputs and finished cells by name, appended as they finish."""
+class AuditProgress:
+    """Plain outputs and finished cells by name, kept in a file if there is one."""
 
     def __init__(self, path: str | None, settings: dict):
-        self.path = pathlib.Path(path) if path else None
-        self.settings = settings
+        self.lines = None
         self.plain: dict[str, list[int]] = {}
         self.cells: dict[str, dict] = {}
-        if self.path and self.path.exists():
-            first, *rest = map(json.loads, self.path.read_text().splitlines())
-            if first != settings:
-                raise ValueError(
-                    f"{path} belongs to an audit with other settings ({first}); "
-                    "name another file or remove it"
-                )
-            for entry in rest:
+        if path:
+            same_settings(f"{path}.settings", settings)
+            self.lines = JsonLines(path)
+            for entry in self.lines.entries:
                 self._remember(entry)
-        else:
-            self._write(settings)
 
     def _remember(self, entry: dict) -> None:
         if "plain" in entry:
@@ -106,15 +100,11 @@ class ProgressFile:
         else:
             self.cells[entry["cell"]] = entry
 
-    def _write(self, line: dict) -> None:
-        if self.path:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-
     def add(self, entry: dict) -> None:
         """Remembers one plain output or one finished cell."""
         self._remember(entry)
-        self._write(entry)
+        if self.lines is not None:
+            self.lines.add(entry)
 
 
 def audit_tokens(console: Console, target, suite: str) -> dict:
@@ -157,16 +147,14 @@ def audit_tokens(console: Console, target, suite: str) -> dict:
         "block_lengths": block_lengths,
         "slots": FLAGS.slots,
     }
-    progress_file = ProgressFile(
-        FLAGS.progress and f"{FLAGS.progress}.{suite}", settings
-    )
+    finished = AuditProgress(FLAGS.progress and f"{FLAGS.progress}.{suite}", settings)
     capacity = MAX_PROMPT_TOKENS + FLAGS.max_new_tokens + max(block_lengths)
     capacity = -(-capacity // 128) * 128
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("plain decoding", total=len(requests))
         for request in requests:
-            if request.name not in progress_file.plain:
+            if request.name not in finished.plain:
                 [tokens] = plain_outputs(
                     target,
                     [request],
@@ -174,13 +162,13 @@ def audit_tokens(console: Console, target, suite: str) -> dict:
                     coupling=coupling,
                     capacity=capacity,
                 )
-                progress_file.add({"plain": request.name, "tokens": tokens})
+                finished.add({"plain": request.name, "tokens": tokens})
             progress.advance(bar)
-        plain = [progress_file.plain[request.name] for request in requests]
+        plain = [finished.plain[request.name] for request in requests]
         bar = progress.add_task(suite, total=len(grid))
         for cell in grid:
             progress.update(bar, description=f"{suite}: {cell.name}")
-            if cell.name not in progress_file.cells:
+            if cell.name not in finished.cells:
                 begin = time.perf_counter()
                 result = suites.run_cell(
                     target,
@@ -192,14 +180,14 @@ def audit_tokens(console: Console, target, suite: str) -> dict:
                     max_new_tokens=FLAGS.max_new_tokens,
                     capacity=capacity,
                 )
-                progress_file.add(_entry(cell, result, time.perf_counter() - begin))
+                finished.add(_entry(cell, result, time.perf_counter() - begin))
                 for difference in result.differences:
                     line = f"{cell.name}: {difference}"
                     if FLAGS.dtype != "float32":
                         line = line.replace("VIOLATION", "difference")
                     progress.console.print(line)
             progress.advance(bar)
-    return _summary(console, settings, list(progress_file.cells.values()))
+    return _summary(console, settings, list(finished.cells.values()))
 
 
 def _entry(cell, result: AuditResult, seconds: float) -> dict:

@@ -131,7 +131,7 @@ def make_drafter(model, packed):
         ids = draft_vocabulary(packed, model.config.vocab_size, FLAGS.draft_vocab)
     other = None
     if FLAGS.warm_start:
-        other = load_draft_checkpoint(FLAGS.warm_start, model.config)
+        other = load_draft_checkpoint(FLAGS.warm_start, model)
         if ids is not None and other.config.draft_vocab_size == len(ids):
             ids = np.asarray(other.draft_ids[...])
     initialise.use_vocabulary(drafter, model, ids)

@@ -150,9 +150,16 @@ def check_format(config: DraftConfig, *, where: str) -> None:
 
 
 def drafter_from_tensors(
-    config: DraftConfig, target: DenseConfig, tensors: Tensors, *, dtype
+    config: DraftConfig,
+    target: DenseConfig,
+    tensors: Tensors,
+    *,
+    dtype,
+    head_VD: jax.Array | None = None,
 ) -> DraftModel:
     """Builds the drafter from a folder's tensors.
+
+    A pruned head that the folder leaves out is taken from `head_VD`, the target's.
 
     Raises:
       CheckpointError: missing, extra or wrong tensors, copies of the target's matrices
@@ -170,7 +177,15 @@ def drafter_from_tensors(
     dropped = copies | ({"d2t", "t2d"} if pruned else set())
     own = tensors.renamed({n: n for n in tensors.shapes if n not in dropped})
     if pruned:
-        own = _with_draft_ids(own, _draft_ids(pruned, config, tensors))
+        ids = _draft_ids(pruned, config, tensors)
+        own = _with(own, "draft_ids", ids)
+        if "lm_head.weight" not in own.shapes:
+            if head_VD is None:
+                raise CheckpointError(
+                    f"{tensors.where}: has no lm_head.weight; load it with the "
+                    "target's model, which has the rows"
+                )
+            own = _with(own, "lm_head.weight", np.asarray(head_VD[ids]))
     check_depth(own, config.backbone.num_hidden_layers)
     kind: Any = Eagle3Drafter if isinstance(config, Eagle3Config) else DSparkDrafter
     return load_module(lambda: kind(config, dtype=dtype, rngs=nnx.Rngs(0)), own)
@@ -209,19 +224,21 @@ def _draft_ids(size: int, config: DraftConfig, tensors: Tensors) -> np.ndarray:
     return ids
 
 
-def _with_draft_ids(tensors: Tensors, ids: np.ndarray) -> Tensors:
+def _with(tensors: Tensors, added: str, array: np.ndarray) -> Tensors:
     return Tensors(
         where=tensors.where,
-        shapes={**tensors.shapes, "draft_ids": ids.shape},
-        read=lambda name: ids if name == "draft_ids" else tensors.read(name),
+        shapes={**tensors.shapes, added: array.shape},
+        read=lambda name: array if name == added else tensors.read(name),
     )
 
 
 def tensors_from_drafter(
-    drafter: DraftModel, target: DenseDecoder | None = None
+    drafter: DraftModel, target: DenseDecoder | None = None, *, pruned_head: bool = True
 ) -> dict[str, jax.Array | np.ndarray]:
     """A folder's tensors; with `target`, copies of its embedding and LM head too."""
     arrays: dict[str, jax.Array | np.ndarray] = dict(named_parameters(drafter))
+    if not pruned_head:
+        arrays.pop("lm_head.weight", None)
     ids = arrays.pop("draft_ids", None)
     if ids is not None:
         host = np.asarray(ids).astype(np.int64)

@@ -267,17 +267,18 @@ def load_drafter(
         return hybrid(NgramDrafter(block_length=second.block_length), second)
     model = target.model if isinstance(target, Target) else target
     dtype = model.dtype if dtype is None else dtype
-    return load_draft_checkpoint(source, model.config, dtype=dtype)
+    return load_draft_checkpoint(source, model, dtype=dtype)
 
 
 def load_draft_checkpoint(
-    source: str | Path, target: DenseConfig, *, dtype: Any = jnp.float32
+    source: str | Path, target: DenseConfig | DenseDecoder, *, dtype: Any = jnp.float32
 ) -> deepspec.DraftModel:
     """Loads a DSpark, DFlash or Eagle3 drafter in DeepSpec's format.
 
     Args:
       source: a local folder or a Hub id.
-      target: the configuration of the model it shall draft for.
+      target: the model it shall draft for, or its configuration where the folder
+        needs no more.
       dtype: float32 or bfloat16; normally the target's.
 
     Raises:
@@ -288,10 +289,17 @@ def load_draft_checkpoint(
     where = str(folder / "config.json")
     raw = read_json(folder / "config.json")
     config = deepspec.draft_config_from_deepspec(raw, where=where)
-    deepspec.check_fits(config, target, where=where)
+    model = target if isinstance(target, DenseDecoder) else None
+    theirs = target.config if isinstance(target, DenseDecoder) else target
+    deepspec.check_fits(config, theirs, where=where)
     deepspec.check_format(config, where=where)
-    tensors = open_safetensors(folder)
-    return deepspec.drafter_from_tensors(config, target, tensors, dtype=dtype)
+    return deepspec.drafter_from_tensors(
+        config,
+        theirs,
+        open_safetensors(folder),
+        dtype=dtype,
+        head_VD=None if model is None else model.head_VD,
+    )
 
 
 def save_draft_checkpoint(
@@ -301,6 +309,7 @@ def save_draft_checkpoint(
     *,
     overwrite: bool = False,
     shard_bytes: int = _SHARD_BYTES,
+    pruned_head: bool = True,
 ) -> None:
     """Writes a drafter in DeepSpec's format with checksums, whole or not at all.
 
@@ -311,6 +320,8 @@ def save_draft_checkpoint(
         programs expect in the folder.
       overwrite: whether to replace a checkpoint that is there.
       shard_bytes: weights are split into files of at most this size.
+      pruned_head: False leaves out the rows of a pruned head, which are the target's
+        and are taken from it at loading.
 
     Raises:
       CheckpointError: the folder is taken, the format cannot say this drafter, or it
@@ -322,5 +333,7 @@ def save_draft_checkpoint(
     config = deepspec.draft_config_to_deepspec(drafter.config, dtype=drafter.dtype)
     with folders.new_folder(Path(folder), overwrite=overwrite) as new:
         write_json(new / "config.json", config)
-        arrays = deepspec.tensors_from_drafter(drafter, target_model)
+        arrays = deepspec.tensors_from_drafter(
+            drafter, target_model, pruned_head=pruned_head
+        )
         write_safetensors(new, arrays, shard_bytes=shard_bytes)

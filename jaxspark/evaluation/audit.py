@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspark.decoding.generate import Completion, generate
+from jaxspark.decoding.generate import Completion, as_model, generate
 from jaxspark.decoding.sampling import Sampling, position_noise, warp
 from jaxspark.models import FlatTokens
 
@@ -165,7 +165,7 @@ def margin(
     Greedy requests compare log-probabilities, sampled ones log-probabilities plus the
     position's Gumbel noise.
     """
-    model = getattr(target, "model", target)
+    model = as_model(target)
     # Widths in steps, so that few programs are compiled.
     width = -(-len(prefix) // 128) * 128
     ids_1T = np.zeros((1, width), np.int32)

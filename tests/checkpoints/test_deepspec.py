@@ -81,6 +81,16 @@ def test_an_exported_eagle3_drafter_loads_equal(tmp_path, pruned):
     assert names == expected
 
 
+def test_a_pruned_head_may_be_left_to_the_target(tmp_path):
+    model, saved = target().model, pruned_drafter()
+    saved.lm_head.weight[...] = model.head_VD[saved.draft_ids[...]]
+    save_draft_checkpoint(tmp_path / "d", saved, pruned_head=False)
+    assert "lm_head.weight" not in load_file(tmp_path / "d" / "model.safetensors")
+    assert_equal(load_draft_checkpoint(tmp_path / "d", model), saved)
+    with pytest.raises(CheckpointError, match="has no lm_head.weight; load it with"):
+        load_draft_checkpoint(tmp_path / "d", TARGET)
+
+
 def test_a_hybrid_is_named_by_its_second_drafter(tmp_path):
     save_draft_checkpoint(tmp_path / "d", drafter())
     loaded = load_drafter(f"hybrid:{tmp_path / 'd'}", target().model)
