@@ -261,9 +261,12 @@ class DSparkDrafter(nnx.Module):
         def row(carry, inputs):
             state_RB, previous_B = carry
             j, hidden_DB, base_BW = inputs
-            state_RB, logits_BW, confidence_B = self.step(
-                state_RB, previous_B, hidden_DB, base_BW
+            state_RB, latent_RB, confidence_B = self.step(
+                state_RB, previous_B, hidden_DB
             )
+            logits_BW = base_BW
+            if latent_RB is not None:
+                logits_BW = base_BW + self.markov_head.bias(latent_RB)
             token_B, log_q_BW = draw(logits_BW, j, ids_W)
             return (state_RB, token_B), (token_B, log_q_BW, confidence_B)
 
@@ -286,20 +289,22 @@ class DSparkDrafter(nnx.Module):
             ids_W=ids_W,
         ), cache
 
-    def step(self, state_RB, previous_B, hidden_DB, base_BW):
-        """Row j: next head state, corrected logits [B, W], confidence logit [B].
+    def step(self, state_RB, previous_B, hidden_DB):
+        """Row j: next head state, latent of its bias [R, B], confidence logit [B].
 
-        Without a confidence head the logit is 0 (probability one half).
+        Without a sequential head the latent is None, without a confidence head the
+        logit is 0 (probability one half).
         """
-        features_IB, logits_BW = hidden_DB, base_BW
+        features_IB, latent_RB = hidden_DB, None
         if self.markov_head is not None:
             embedded_RB = self.markov_head.embed(previous_B)
-            state_RB, bias_BW = self.markov_head.step(state_RB, embedded_RB, hidden_DB)
-            logits_BW = base_BW + bias_BW
+            state_RB, latent_RB = self.markov_head.latent(
+                state_RB, embedded_RB, hidden_DB
+            )
             if self.config.confidence_head_with_markov:
                 features_IB = jnp.concatenate([hidden_DB, embedded_RB])
         if self.confidence_head is None:
             confidence_B = jnp.zeros(previous_B.shape, jnp.float32)
         else:
             confidence_B = self.confidence_head(features_IB)
-        return state_RB, logits_BW, confidence_B
+        return state_RB, latent_RB, confidence_B

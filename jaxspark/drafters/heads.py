@@ -50,13 +50,13 @@ class MarkovHead(nnx.Module):
         """W1[y] of the previous tokens (target ids)."""
         return self.markov_w1(previous_B)
 
-    def step(
+    def latent(
         self,
         state_RB: Float[Array, "R B"],
         embedded_RB: Float[Array, "R B"],
         hidden_DB: Float[Array, "D B"],
-    ) -> tuple[Float[Array, "R B"], Float[Array, "B W"]]:
-        """One row: the next state and the bias on its logits."""
+    ) -> tuple[Float[Array, "R B"], Float[Array, "R B"]]:
+        """One row: the next state, and what `bias` maps to the vocabulary."""
         if self.kind == "vanilla":
             latent_RB = embedded_RB
         elif self.kind == "gated":
@@ -68,7 +68,11 @@ class MarkovHead(nnx.Module):
             keep = jax.nn.sigmoid(gate)
             state_RB = keep * state_RB + (1 - keep) * jnp.tanh(candidate)
             latent_RB = jnp.tanh(output)
-        return state_RB, row_product(self.markov_w2.weight[...], latent_RB)
+        return state_RB, latent_RB
+
+    def bias(self, latent_RB: Float[Array, "R B"]) -> Float[Array, "B W"]:
+        """b, which a row's logits are corrected by."""
+        return row_product(self.markov_w2.weight[...], latent_RB)
 
 
 class ConfidenceHead(nnx.Module):

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxspark.drafters.dspark import DSparkDrafter
-from jaxspark.models.layers.linear import row_product
 from jaxspark.models.layers.rope import Rotation
 from jaxspark.training.blocks import Blocks, block_attention, seen_context, take_places
 from jaxspark.training.data.packing import Packed
 from jaxspark.training.features import Features
-from jaxspark.training.objective import Objective, Sums, reduce_terms, row_terms
+from jaxspark.training.objective import Objective, Sums, reduce_terms
+from jaxspark.training.vocabulary_loss import vocabulary_terms
 
 
 @dataclass(frozen=True)
@@ -64,29 +64,57 @@ def dspark_sums(
     D, P, A, G = hidden_DPAG.shape
     hidden_GDN = jnp.moveaxis(hidden_DPAG.reshape(D, P * A, G), 2, 0)
 
-    def by_row(x_PAG):
-        return jnp.moveaxis(x_PAG.reshape(P * A, G), 1, 0)
-
     def row(state_RN, inputs):
-        hidden_DN, target_ND, log_z_N, previous_N, label_N = inputs
-        base_NW = row_product(vocabulary.head_WD, hidden_DN)
-        state_RN, logits_NW, confidence_N = drafter.step(
-            state_RN, previous_N, hidden_DN, base_NW
-        )
-        log_p_NW = row_product(vocabulary.head_WD, target_ND.T) - log_z_N[:, None]
-        terms = row_terms(logits_NW, confidence_N, log_p_NW, label_N)
-        return state_RN, terms
+        hidden_DN, previous_N = inputs
+        state_RN, *outputs = drafter.step(state_RN, previous_N, hidden_DN)
+        return state_RN, outputs
 
     head = drafter.markov_head
     start = () if head is None else head.start(P * A)
-    inputs = (
+    inputs = (hidden_GDN, by_row(blocks.previous_PAG))
+    _, (latent_GRN, confidence_GN) = jax.lax.scan(row, start, inputs)
+    return objective_sums(
+        objective,
+        vocabulary,
+        features,
+        blocks,
         hidden_GDN,
-        *target_rows(features, blocks),
-        by_row(blocks.previous_PAG),
-        by_row(vocabulary.places(blocks.labels_PAG)),
+        confidence_GN,
+        latent_GRN,
+        None if head is None else head.markov_w2.weight[...],
     )
-    _, terms_GN = jax.lax.scan(row, start, inputs)
-    return reduce_terms(terms_GN, by_row(blocks.valid_PAG), objective)
+
+
+def by_row(x_PAG: Shaped[Array, "P A G"]) -> Shaped[Array, "G N"]:
+    """Rows of the blocks first, then all N = P * A blocks."""
+    return jnp.moveaxis(x_PAG.reshape(-1, x_PAG.shape[-1]), 1, 0)
+
+
+def objective_sums(
+    objective: Objective,
+    vocabulary: DraftVocabulary,
+    features: Features,
+    blocks: Blocks,
+    hidden_GDN: Float[Array, "G D N"],
+    confidence_GN: Float[Array, "G N"],
+    latent_GRN: Float[Array, "G R N"] | None = None,
+    w2_WR: Float[Array, "W R"] | None = None,
+) -> Sums:
+    """The objective's sums, given what a drafter says of its rows."""
+    valid_GN = by_row(blocks.valid_PAG)
+    target_GND, log_z_GN = target_rows(features, blocks)
+    numerator, terms_GN = vocabulary_terms(
+        objective,
+        hidden_GDN,
+        latent_GRN,
+        w2_WR,
+        vocabulary.head_WD,
+        target_GND,
+        log_z_GN,
+        by_row(vocabulary.places(blocks.labels_PAG)),
+        objective.weights(valid_GN),
+    )
+    return reduce_terms(numerator, terms_GN, confidence_GN, valid_GN, objective)
 
 
 def target_rows(

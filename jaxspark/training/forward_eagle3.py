@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxspark.drafters.eagle3 import Eagle3Drafter
-from jaxspark.models.layers.linear import row_product
 from jaxspark.training.blocks import Blocks, block_attention, seen_context, take_places
 from jaxspark.training.data.packing import Packed
 from jaxspark.training.features import Features
-from jaxspark.training.forward import DraftVocabulary, target_rows
-from jaxspark.training.objective import Objective, Sums, reduce_terms, row_terms
+from jaxspark.training.forward import DraftVocabulary, by_row, objective_sums
+from jaxspark.training.objective import Objective, Sums
 
 
 def eagle3_sums(
@@ -50,7 +49,7 @@ def eagle3_sums(
 
     def step(carry, inputs):
         feature_DN, k_KHNG, v_KHNG = carry
-        j, token_N, target_ND, log_z_N, label_N = inputs
+        j, token_N = inputs
         embedded_DN = target.embed(token_N).astype(drafter.dtype)
         pair_IN = layer.pair(embedded_DN, feature_DN)
         rotation = drafter.rotation(newest_PA.reshape(-1) + j)
@@ -66,24 +65,14 @@ def eagle3_sums(
             (jnp.arange(G) <= j)[None],
         )
         feature_DN = layer.finish(feature_DN, layer.self_attn.o_proj(o_XN))
-        logits_NW = row_product(vocabulary.head_WD, drafter.norm(feature_DN))
-        log_p_NW = row_product(vocabulary.head_WD, target_ND.T) - log_z_N[:, None]
-        terms = row_terms(logits_NW, jnp.zeros_like(log_z_N), log_p_NW, label_N)
-        return (feature_DN, k_KHNG, v_KHNG), terms
-
-    def by_row(x_PAG):
-        return jnp.moveaxis(x_PAG.reshape(P * A, G), 1, 0)
+        return (feature_DN, k_KHNG, v_KHNG), drafter.norm(feature_DN)
 
     attention = layer.self_attn
     empty = jnp.zeros((attention.kv_heads, attention.head_dim, P * A, G), drafter.dtype)
-    target_GND, log_z_GN = target_rows(features, blocks)
-    inputs = (
-        jnp.arange(G),
-        by_row(blocks.previous_PAG),
-        target_GND,
-        log_z_GN,
-        by_row(vocabulary.places(blocks.labels_PAG)),
-    )
     start = (first_PAD.reshape(P * A, D).T, empty, empty)
-    _, terms_GN = jax.lax.scan(step, start, inputs)
-    return reduce_terms(terms_GN, by_row(blocks.valid_PAG), objective)
+    inputs = (jnp.arange(G), by_row(blocks.previous_PAG))
+    _, hidden_GDN = jax.lax.scan(step, start, inputs)
+    no_confidence_GN = jnp.zeros((G, P * A), jnp.float32)
+    return objective_sums(
+        objective, vocabulary, features, blocks, hidden_GDN, no_confidence_GN
+    )

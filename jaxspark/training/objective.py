@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +42,11 @@ class Objective:
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay must lie in (0, 1], got {self.decay}")
 
-    def total(self, sums: "Sums") -> Float[Array, ""]:
-        """The numerator of the loss; divide by `sums.weight`."""
-        return (
-            self.ce * sums.ce
-            + self.l1 * sums.l1
-            + self.confidence * sums.confidence
-            + self.soft_ce * sums.soft_ce
-        )
+    def weights(self, valid_GN: Bool[Array, "G N"]) -> Float[Array, "G N"]:
+        """w_j of rows that count, 0 of others."""
+        G = valid_GN.shape[0]
+        w_G = self.decay ** jnp.arange(G, dtype=jnp.float32)
+        return jnp.where(valid_GN, w_G[:, None], 0.0)
 
 
 DSPARK = Objective()
@@ -59,113 +56,92 @@ EAGLE3 = Objective(ce=0.0, l1=0.0, confidence=0.0, soft_ce=1.0, decay=0.8)
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Sums:
-    """Weighted sums over the rows of a batch; batches add up.
+class VocabularyTerms:
+    """Terms of single rows that are sums over the vocabulary.
 
     Attributes:
+      ce_N: cross entropy with the token, nats; 0 if it cannot be drafted.
+      l1_N: L1 distance of draft and target.
+      soft_ce_N: cross entropy with the target within the draft vocabulary, nats.
+      agree_N: whether draft and target have the same most likely token.
+    """
+
+    ce_N: Float[Array, " N"]
+    l1_N: Float[Array, " N"]
+    soft_ce_N: Float[Array, " N"]
+    agree_N: Bool[Array, " N"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sums:
+    """Sums over the rows of a batch; batches add up. Only `numerator` has a gradient.
+
+    Attributes:
+      numerator: of the loss; divide by `weight`.
       weight: sum of the rows' weights.
-      ce: cross entropy with the token, nats.
-      l1: L1 distance of draft and target.
-      confidence: cross entropy of the confidence, nats.
-      soft_ce: cross entropy with the target, nats.
+      ce: weighted cross entropy with the token, nats.
+      l1: weighted L1 distance.
+      confidence: weighted cross entropy of the confidence, nats.
+      soft_ce: weighted cross entropy with the target, nats.
+      bias: weighted confidence minus expected acceptance.
       rows_G: rows that count, by place in the block.
       accept_G: expected acceptances 1 - L1/2, by place.
       agree_G: rows whose most likely token is the target's, by place.
       tokens: sum over blocks of 1 + expected accepted drafts.
-      blocks: blocks with at least one row.
-      bias: weighted sum of confidence minus expected acceptance.
     """
 
+    numerator: Float[Array, ""]
     weight: Float[Array, ""]
     ce: Float[Array, ""]
     l1: Float[Array, ""]
     confidence: Float[Array, ""]
     soft_ce: Float[Array, ""]
+    bias: Float[Array, ""]
     rows_G: Float[Array, " G"]
     accept_G: Float[Array, " G"]
     agree_G: Float[Array, " G"]
     tokens: Float[Array, ""]
-    blocks: Float[Array, ""]
-    bias: Float[Array, ""]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class RowTerms:
-    """Terms of single rows, see `row_terms`."""
-
-    ce_N: Float[Array, " N"]
-    l1_N: Float[Array, " N"]
-    confidence_N: Float[Array, " N"]
-    soft_ce_N: Float[Array, " N"]
-    agree_N: Bool[Array, " N"]
-    bias_N: Float[Array, " N"]
-
-
-def row_terms(
-    logits_NW: Float[Array, "N W"],
-    confidence_N: Float[Array, " N"],
-    log_p_NW: Float[Array, "N W"],
-    label_N: Int[Array, " N"],
-) -> RowTerms:
-    """All terms of N rows.
-
-    Args:
-      logits_NW: draft logits over the draft vocabulary.
-      confidence_N: confidence logits.
-      log_p_NW: the target's log-probabilities of the draft vocabulary, which need not
-        sum to one.
-      label_N: place of the next token in the draft vocabulary, W if it is not there;
-        such a row has no cross entropy.
-    """
-    W = logits_NW.shape[-1]
-    log_q_NW = jax.nn.log_softmax(logits_NW)
-    p_NW = jnp.exp(log_p_NW)
-    inside_N = jnp.sum(p_NW, axis=-1)
-    # Tokens that cannot be drafted have q = 0 and add their p.
-    l1_N = jnp.sum(jnp.abs(jnp.exp(log_q_NW) - p_NW), axis=-1)
-    l1_N += jnp.maximum(1 - inside_N, 0)
-    place_N1 = jnp.minimum(label_N, W - 1)[:, None]
-    ce_N = -jnp.take_along_axis(log_q_NW, place_N1, axis=-1)[:, 0]
-    accept_N = jax.lax.stop_gradient(1 - l1_N / 2)
-    log_yes_N = jax.nn.log_sigmoid(confidence_N)
-    log_no_N = jax.nn.log_sigmoid(-confidence_N)
-    return RowTerms(
-        ce_N=jnp.where(label_N < W, ce_N, 0),
-        l1_N=l1_N,
-        confidence_N=-accept_N * log_yes_N - (1 - accept_N) * log_no_N,
-        soft_ce_N=-jnp.sum(p_NW * log_q_NW, axis=-1) / jnp.maximum(inside_N, 1e-6),
-        agree_N=jnp.argmax(logits_NW, -1) == jnp.argmax(log_p_NW, -1),
-        bias_N=jax.nn.sigmoid(confidence_N) - accept_N,
-    )
 
 
 def reduce_terms(
-    terms_GN: RowTerms, valid_GN: Bool[Array, "G N"], objective: Objective
+    numerator: Float[Array, ""],
+    terms_GN: VocabularyTerms,
+    confidence_GN: Float[Array, "G N"],
+    valid_GN: Bool[Array, "G N"],
+    objective: Objective,
 ) -> Sums:
-    """Sums over blocks (N) and their rows (G)."""
-    G = valid_GN.shape[0]
-    count_GN = valid_GN.astype(jnp.float32)
-    w_GN = count_GN * (objective.decay ** jnp.arange(G, dtype=jnp.float32))[:, None]
+    """Adds the confidence's term and sums over blocks (N) and their rows (G).
+
+    Args:
+      numerator: weighted sum of the vocabulary's terms.
+      terms_GN: those terms.
+      confidence_GN: confidence logits.
+      valid_GN: rows that count; the others may hold anything.
+      objective: weights.
+    """
+    w_GN = objective.weights(valid_GN)
 
     def weighted(values_GN):
-        # `where`, not a product: rows that do not count may be anything.
         return jnp.sum(jnp.where(valid_GN, w_GN * values_GN, 0))
 
-    accept_GN = jnp.where(valid_GN, 1 - terms_GN.l1_N / 2, 0)
-    agree_GN = valid_GN & terms_GN.agree_N
+    accept_GN = jax.lax.stop_gradient(jnp.where(valid_GN, 1 - terms_GN.l1_N / 2, 0))
+    log_yes_GN = jax.nn.log_sigmoid(confidence_GN)
+    log_no_GN = jax.nn.log_sigmoid(-confidence_GN)
+    confidence = weighted(-accept_GN * log_yes_GN - (1 - accept_GN) * log_no_GN)
+    count_GN = valid_GN.astype(jnp.float32)
     return Sums(
+        numerator=numerator + objective.confidence * confidence,
         weight=jnp.sum(w_GN),
         ce=weighted(terms_GN.ce_N),
         l1=weighted(terms_GN.l1_N),
-        confidence=weighted(terms_GN.confidence_N),
+        confidence=confidence,
         soft_ce=weighted(terms_GN.soft_ce_N),
+        bias=weighted(jax.nn.sigmoid(confidence_GN) - accept_GN),
         rows_G=jnp.sum(count_GN, axis=1),
         accept_G=jnp.sum(accept_GN, axis=1),
-        agree_G=jnp.sum(agree_GN, axis=1).astype(jnp.float32),
+        agree_G=jnp.sum(valid_GN & terms_GN.agree_N, axis=1).astype(jnp.float32),
         tokens=jnp.sum(count_GN[0]) + jnp.sum(jnp.cumprod(accept_GN, axis=0)),
-        blocks=jnp.sum(count_GN[0]),
-        bias=weighted(terms_GN.bias_N),
     )
 
 
@@ -178,14 +154,14 @@ def summary(sums: Sums, objective: Objective) -> dict:
     weight = max(float(sums.weight), 1e-9)
     rows_G = [max(float(rows), 1.0) for rows in sums.rows_G]
     figures = {
-        "loss": float(objective.total(sums)) / weight,
+        "loss": float(sums.numerator) / weight,
         "ce": float(sums.ce) / weight,
         "l1": float(sums.l1) / weight,
         "soft_ce": float(sums.soft_ce) / weight,
-        "accepted_length": float(sums.tokens) / max(float(sums.blocks), 1.0),
+        "accepted_length": float(sums.tokens) / rows_G[0],
         "accept": [float(a) / n for a, n in zip(sums.accept_G, rows_G)],
         "agree": [float(a) / n for a, n in zip(sums.agree_G, rows_G)],
-        "blocks": float(sums.blocks),
+        "blocks": float(sums.rows_G[0]),
     }
     if objective.confidence:
         figures |= {

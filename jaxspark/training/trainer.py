@@ -219,7 +219,7 @@ def _gradients(
 
     def numerator(trained):
         sums = _sums(trained, frozen, target, batch, features, key, graphdef, config)
-        return config.objective.total(sums), sums
+        return sums.numerator, sums
 
     return jax.grad(numerator, has_aux=True)(trained)
 

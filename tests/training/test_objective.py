@@ -8,8 +8,9 @@ from flax import nnx
 
 from jaxspark.training.blocks import sample_blocks
 from jaxspark.training.forward import DraftVocabulary, dspark_sums
-from jaxspark.training.objective import Objective, reduce_terms, row_terms, summary
+from jaxspark.training.objective import Objective, reduce_terms, summary
 from jaxspark.training.trainer import is_trained
+from jaxspark.training.vocabulary_loss import vocabulary_terms
 from tests import zoo
 from tests.training import made
 
@@ -49,13 +50,21 @@ def numpy_loss(logits, confidence, p, labels, valid):
 
 
 def ours(logits, confidence, p, labels, valid):
-    terms = jax.vmap(row_terms)(
-        jnp.asarray(logits, jnp.float32),
-        jnp.asarray(confidence, jnp.float32),
+    """Our sums; with the identity as head, hidden states are logits."""
+    valid = jnp.asarray(valid)
+    numerator, terms = vocabulary_terms(
+        OBJECTIVE,
+        jnp.asarray(logits, jnp.float32).swapaxes(1, 2),
+        None,
+        None,
+        jnp.eye(W),
         jnp.log(jnp.asarray(p, jnp.float32)),
+        jnp.zeros((G, N)),
         jnp.asarray(labels),
+        OBJECTIVE.weights(valid),
     )
-    return reduce_terms(terms, jnp.asarray(valid), OBJECTIVE)
+    confidence = jnp.asarray(confidence, jnp.float32)
+    return reduce_terms(numerator, terms, confidence, valid, OBJECTIVE)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -63,15 +72,15 @@ def test_loss_equals_numpy(seed):
     values = numbers(seed)
     sums = ours(*values)
     total, weight = numpy_loss(*values)
-    np.testing.assert_allclose(OBJECTIVE.total(sums), total, rtol=1e-5)
+    np.testing.assert_allclose(sums.numerator, total, rtol=1e-5)
     np.testing.assert_allclose(sums.weight, weight, rtol=1e-6)
 
 
 def test_gradient_of_the_loss_equals_a_numpy_finite_difference():
     logits, confidence, p, labels, valid = numbers(4)
-    gradient = jax.grad(
-        lambda x: OBJECTIVE.total(ours(x, confidence, p, labels, valid))
-    )(jnp.asarray(logits, jnp.float32))
+    gradient = jax.grad(lambda x: ours(x, confidence, p, labels, valid).numerator)(
+        jnp.asarray(logits, jnp.float32)
+    )
 
     # The confidence's goal is held at its value, so its term has no such gradient.
     def without_confidence(x):
@@ -107,7 +116,7 @@ def test_gradient_of_the_parameters_equals_a_finite_difference():
         merged = nnx.merge(graphdef, trained, frozen)
         vocabulary = DraftVocabulary.of(merged, model)
         sums = dspark_sums(merged, model, batch, features, blocks, vocabulary, smooth)
-        return smooth.total(sums) / sums.weight
+        return sums.numerator / sums.weight
 
     gradient = jax.grad(loss)(trained)
     random = np.random.default_rng(1)
@@ -143,6 +152,40 @@ def test_accepted_length_is_one_plus_the_expected_prefix():
     accept = 1 - (np.abs(q - p).sum(-1) + 1 - p.sum(-1)) / 2
     expected = 1 + np.cumprod(accept, axis=0).sum(axis=0).mean()
     np.testing.assert_allclose(figures["accepted_length"], expected, rtol=1e-5)
+
+
+def test_gradients_of_the_heads_equal_those_of_the_plain_formula():
+    """Head, latent and output matrix, against automatic differentiation."""
+    random = np.random.default_rng(0)
+    shapes = dict(hidden=(G, 6, N), latent=(G, 4, N), w2=(W, 4))
+    trained = {
+        k: jnp.asarray(random.normal(0, 1, s), jnp.float32) for k, s in shapes.items()
+    }
+    head = jnp.asarray(random.normal(0, 1, (W, 6)), jnp.float32)
+    target = jnp.asarray(random.normal(0, 1, (G, N, 6)), jnp.float32)
+    log_z = jax.nn.logsumexp(target @ head.T, axis=-1) + 0.1
+    *_, labels, valid = numbers(0)
+    weights = OBJECTIVE.weights(jnp.asarray(valid))
+
+    def fused(trained):
+        return vocabulary_terms(
+            OBJECTIVE, *trained.values(), head, target, log_z, labels, weights
+        )[0]
+
+    def plain(trained):
+        logits = jnp.einsum("WD,GDN->GNW", head, trained["hidden"])
+        logits += jnp.einsum("WR,GRN->GNW", trained["w2"], trained["latent"])
+        log_q, p = (
+            jax.nn.log_softmax(logits),
+            jnp.exp(target @ head.T - log_z[..., None]),
+        )
+        l1 = jnp.abs(jnp.exp(log_q) - p).sum(-1) + 1 - p.sum(-1)
+        is_label = jnp.arange(W) == labels[..., None]
+        ce = -(is_label * log_q).sum(-1)
+        soft = -(p * log_q).sum(-1) / p.sum(-1)
+        return (weights * (0.1 * ce + 0.9 * l1 + 0.4 * soft)).sum()
+
+    made.close(jax.value_and_grad(fused)(trained), jax.value_and_grad(plain)(trained))
 
 
 @pytest.mark.parametrize(
