@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxspark.models.layers.linear import row_product
+from jaxspark.models.layers.linear import product
 from jaxspark.training.objective import Objective, VocabularyTerms
 
 
@@ -30,7 +30,7 @@ def vocabulary_terms(
     latent_GRN: Float[Array, "G R N"] | None,
     w2_WR: Float[Array, "W R"] | None,
     head_WD: Float[Array, "W D"],
-    target_GND: Float[Array, "G N D"],
+    target_GDN: Float[Array, "G D N"],
     log_z_GN: Float[Array, "G N"],
     label_GN: Int[Array, "G N"],
     weight_GN: Float[Array, "G N"],
@@ -46,7 +46,7 @@ def vocabulary_terms(
       latent_GRN: latents of the sequential head; None without one.
       w2_WR: its output matrix.
       head_WD: rows of the LM head in the draft vocabulary.
-      target_GND: the target's last hidden state at each row.
+      target_GDN: the target's last hidden state at each row.
       log_z_GN: its log normaliser over the whole vocabulary.
       label_GN: place of the next token in the draft vocabulary, W if it is not there.
       weight_GN: weight of each row, 0 where it does not count.
@@ -57,7 +57,7 @@ def vocabulary_terms(
         latent_GRN,
         w2_WR,
         head_WD,
-        target_GND,
+        target_GDN,
         log_z_GN,
         label_GN,
         weight_GN,
@@ -72,7 +72,7 @@ def _forward(
     latent_GRN,
     w2_WR,
     head_WD,
-    target_GND,
+    target_GDN,
     log_z_GN,
     label_GN,
     weight_GN,
@@ -81,28 +81,29 @@ def _forward(
 ):
     def row(carry, inputs):
         total, dw2_WR = carry
-        hidden_DN, latent_RN, target_ND, log_z_N, label_N, weight_N = inputs
-        logits_NW = row_product(head_WD, hidden_DN)
+        hidden_DN, latent_RN, target_DN, log_z_N, label_N, weight_N = inputs
+        logits_WN = product(head_WD, hidden_DN, jnp.float32)
         if w2_WR is not None:
-            logits_NW = logits_NW + row_product(w2_WR, latent_RN)
-        log_p_NW = row_product(head_WD, target_ND.T) - log_z_N[:, None]
-        numerator_N, terms, d_NW = _row(
-            objective, logits_NW, log_p_NW, label_N, gradient
+            logits_WN += product(w2_WR, latent_RN, jnp.float32)
+        log_p_WN = product(head_WD, target_DN, jnp.float32) - log_z_N
+        # Made once, not again in each of their readers.
+        logits_WN, log_p_WN = jax.lax.optimization_barrier((logits_WN, log_p_WN))
+        numerator_N, terms, d_WN = _row(
+            objective, logits_WN, log_p_WN, label_N, gradient
         )
         total += jnp.sum(jnp.where(weight_N > 0, weight_N * numerator_N, 0))
         if not gradient:
             return (total, dw2_WR), (terms, None, None)
-        d_NW = jnp.where(weight_N[:, None] > 0, weight_N[:, None] * d_NW, 0)
-        d_NW = d_NW.astype(hidden_DN.dtype)
-        dhidden_DN = _product("WD,NW->DN", head_WD, d_NW)
+        d_WN = jnp.where(weight_N > 0, weight_N * d_WN, 0).astype(hidden_DN.dtype)
+        dhidden_DN = product(head_WD.T, d_WN)
         dlatent_RN = None
         if w2_WR is not None:
-            dlatent_RN = _product("WR,NW->RN", w2_WR, d_NW)
-            dw2_WR += _product("NW,RN->WR", d_NW, latent_RN)
+            dlatent_RN = product(w2_WR.T, d_WN)
+            dw2_WR += product(d_WN, latent_RN.T)
         return (total, dw2_WR), (terms, dhidden_DN, dlatent_RN)
 
     start = (jnp.float32(0), None if w2_WR is None else jnp.zeros_like(w2_WR))
-    inputs = (hidden_GDN, latent_GRN, target_GND, log_z_GN, label_GN, weight_GN)
+    inputs = (hidden_GDN, latent_GRN, target_GDN, log_z_GN, label_GN, weight_GN)
     (total, dw2_WR), (terms, dhidden_GDN, dlatent_GRN) = jax.lax.scan(
         row, start, inputs
     )
@@ -118,48 +119,45 @@ def _backward(objective, gradients, cotangents):
 vocabulary_terms.defvjp(_forward, _backward)
 
 
-def _product(indices, a, b):
-    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(indices, a, b, precision=exact)
+def _row(objective, logits_WN, log_p_WN, label_N, gradient):
+    """Numerators, terms and d numerator / d logits of N rows, which are columns here.
 
-
-def _row(objective, logits_NW, log_p_NW, label_N, gradient):
-    """Numerators, terms and d numerator / d logits of N rows."""
-    W = logits_NW.shape[-1]
-    best_N1 = jnp.max(logits_NW, axis=-1, keepdims=True)
-    shifted_NW = logits_NW - best_N1
-    log_sum_N1 = jnp.log(jnp.sum(jnp.exp(shifted_NW), axis=-1, keepdims=True))
-    log_q_NW = shifted_NW - log_sum_N1
-    q_NW, p_NW = jnp.exp(log_q_NW), jnp.exp(log_p_NW)
-    inside_N = jnp.sum(p_NW, axis=-1)
-    sign_NW = jnp.sign(q_NW - p_NW)
+    Columns because the head's product makes them so; a transpose would cost as much
+    as everything below.
+    """
+    W = logits_WN.shape[0]
+    best_N = jnp.max(logits_WN, axis=0)
+    log_sum_N = best_N + jnp.log(jnp.sum(jnp.exp(logits_WN - best_N), axis=0))
+    log_q_WN = logits_WN - log_sum_N
+    q_WN, p_WN = jnp.exp(log_q_WN), jnp.exp(log_p_WN)
+    inside_N = jnp.sum(p_WN, axis=0)
+    sign_WN = jnp.sign(q_WN - p_WN)
     # Tokens that cannot be drafted have q = 0 and add their p.
-    l1_N = jnp.sum(jnp.abs(q_NW - p_NW), axis=-1) + jnp.maximum(1 - inside_N, 0)
+    l1_N = jnp.sum(jnp.abs(q_WN - p_WN), axis=0) + jnp.maximum(1 - inside_N, 0)
+    is_label_WN = jnp.arange(W)[:, None] == label_N
     known_N = label_N < W
-    place_N1 = jnp.minimum(label_N, W - 1)[:, None]
-    ce_N = -jnp.take_along_axis(log_q_NW, place_N1, axis=-1)[:, 0]
-    ce_N = jnp.where(known_N, ce_N, 0)
-    inside_N1 = jnp.maximum(inside_N, 1e-6)[:, None]
-    soft_ce_N = -jnp.sum(p_NW * log_q_NW, axis=-1) / inside_N1[:, 0]
+    ce_N = -jnp.sum(jnp.where(is_label_WN, log_q_WN, 0), axis=0)
+    some_N = jnp.maximum(inside_N, 1e-6)
+    soft_ce_N = -jnp.sum(p_WN * log_q_WN, axis=0) / some_N
     # Whether the two best tokens are one, without an argmax, which is slow on CPU.
-    target_best_NW = log_p_NW == jnp.max(log_p_NW, axis=-1, keepdims=True)
+    target_best_N = jnp.max(log_p_WN, axis=0)
+    both_best_WN = (log_p_WN == target_best_N) & (logits_WN == best_N)
     terms = VocabularyTerms(
         ce_N=ce_N,
         l1_N=l1_N,
         soft_ce_N=soft_ce_N,
-        agree_N=jnp.any(target_best_NW & (logits_NW == best_N1), axis=-1),
+        agree_N=jnp.any(both_best_WN, axis=0),
     )
     numerator_N = objective.ce * ce_N + objective.l1 * l1_N
     numerator_N += objective.soft_ce * soft_ce_N
     if not gradient:
         return numerator_N, terms, None
-    d_NW = jnp.zeros_like(q_NW)
+    d_WN = jnp.zeros_like(q_WN)
     if objective.ce:
-        is_label_NW = jnp.arange(W) == place_N1
-        d_NW += objective.ce * jnp.where(known_N[:, None], q_NW - is_label_NW, 0)
+        d_WN += objective.ce * jnp.where(known_N, q_WN - is_label_WN, 0)
     if objective.l1:
-        mean_N1 = jnp.sum(q_NW * sign_NW, axis=-1, keepdims=True)
-        d_NW += objective.l1 * q_NW * (sign_NW - mean_N1)
+        mean_N = jnp.sum(q_WN * sign_WN, axis=0)
+        d_WN += objective.l1 * q_WN * (sign_WN - mean_N)
     if objective.soft_ce:
-        d_NW += objective.soft_ce * (q_NW - p_NW / inside_N1)
-    return numerator_N, terms, d_NW
+        d_WN += objective.soft_ce * (q_WN - p_WN / some_N)
+    return numerator_N, terms, d_WN

@@ -58,8 +58,8 @@ def test_training_drafts_what_decoding_drafts(kind, monkeypatch):
     logits_GW = seen["hidden"][..., 0] @ vocabulary.head_WD.T
     if seen.get("latent") is not None:
         logits_GW += seen["latent"][..., 0] @ seen["w2"].T
-    target_GND, log_z_GN = forward.target_rows(features, blocks)
-    log_p_GW = target_GND[:, 0] @ vocabulary.head_WD.T - log_z_GN
+    target_GDN, log_z_GN = forward.target_rows(features, blocks)
+    log_p_GW = target_GDN[..., 0] @ vocabulary.head_WD.T - log_z_GN
 
     rows = jnp.asarray(ids_L[None, :anchor])
     start, count = jnp.zeros((1,), jnp.int32), jnp.array([anchor])

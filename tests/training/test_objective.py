@@ -58,7 +58,7 @@ def ours(logits, confidence, p, labels, valid):
         None,
         None,
         jnp.eye(W),
-        jnp.log(jnp.asarray(p, jnp.float32)),
+        jnp.log(jnp.asarray(p, jnp.float32)).swapaxes(1, 2),
         jnp.zeros((G, N)),
         jnp.asarray(labels),
         OBJECTIVE.weights(valid),
@@ -169,7 +169,7 @@ def test_gradients_of_the_heads_equal_those_of_the_plain_formula():
 
     def fused(trained):
         return vocabulary_terms(
-            OBJECTIVE, *trained.values(), head, target, log_z, labels, weights
+            OBJECTIVE, *trained.values(), head, target.mT, log_z, labels, weights
         )[0]
 
     def plain(trained):
