@@ -71,7 +71,7 @@ $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.demo
 	@echo "==> installing what the tests need"
-	@$(BIN)/python $(INSTALL) -c constraints.txt -e '.[demo,test]'
+	@$(BIN)/python $(INSTALL) -c constraints.txt -e '.[demo,train,test]'
 	@touch $@
 
 .venv-oracle/.installed: $(ORACLE)

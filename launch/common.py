@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 from absl import app, flags
+from absl import logging as absl_logging
 
 from jaxspark import load_target
 from jaxspark.decoding.couplings import COUPLINGS
@@ -111,6 +112,8 @@ def run(main: Callable[[], int | None]) -> None:
             raise app.UsageError(f"unexpected argument {argv[1]!r}; all are --flags")
         # JAX reports every accelerator plugin it does not find.
         logging.getLogger("jax").setLevel(logging.WARNING)
+        # Orbax tells of every option it was given.
+        absl_logging.set_verbosity(absl_logging.WARNING)
         use_compilation_cache()
         with readable_errors():
             sys.exit(main())

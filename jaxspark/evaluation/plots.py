@@ -10,7 +10,12 @@ _SIZE = (5.2, 3.4)
 
 def _figure():
     # Imported here: decoding must not need it.
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError(
+            "plots need the package matplotlib: pip install 'jaxspark[train]'"
+        ) from None
 
     figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.subplots()
