@@ -1,7 +1,7 @@
 r"""Draws what `launch.evaluate --json_out` measured.
 
 python -m launch.plot --results=dspark.json,dflash.json --out=acceptance.png
-python -m launch.plot --results=depth1.json,depth2.json --out=depth.png \\
+python -m launch.plot --results=depth1.json,depth2.json --out=depth.png \
       --x=depth --values=1,2                    accepted length over anything
 """
 

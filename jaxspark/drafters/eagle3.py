@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from jaxspark.drafters.base import Draw, Proposal, anchors
 from jaxspark.drafters.dspark import Buffer, check_same_target
 from jaxspark.models import DenseConfig, FlatTokens, LayerCache
+from jaxspark.models.cache import pad_heads, padded_width
 from jaxspark.models.layers.attention import Attention
 from jaxspark.models.layers.linear import Linear, row_product
 from jaxspark.models.layers.mlp import GatedMLP
@@ -109,7 +110,7 @@ class Eagle3Cache:
 
     Attributes:
       pairs: keys and values of the pairs (f_i, x_{i+1}).
-      features_BSD: f_i of processed positions.
+      features_BSD: f_i of processed positions; rows may be padded as in `LayerCache`.
     """
 
     pairs: LayerCache
@@ -159,7 +160,9 @@ class Eagle3Drafter(nnx.Module):
         size = (slots, c.num_key_value_heads, length, c.head_dim, self.dtype)
         return Eagle3Cache(
             pairs=LayerCache.zeros(*size, lanes=lanes),
-            features_BSD=jnp.zeros((slots, length, c.hidden_size), self.dtype),
+            features_BSD=jnp.zeros(
+                (slots, length, padded_width(c.hidden_size, lanes)), self.dtype
+            ),
         )
 
     def features(self, taps_mDT: Float[Array, "m D T"]) -> Float[Array, "D T"]:
@@ -177,12 +180,12 @@ class Eagle3Drafter(nnx.Module):
         """Keeps features; writes the pair that each processed token completes."""
         taps_mDT = taps_mDT.astype(self.dtype)
         view = tokens.view()
-        B, S, D = cache.features_BSD.shape
+        B, S, width = cache.features_BSD.shape
         row_T = view.slot_T * S + tokens.positions_T
         row_T = jnp.where(view.slot_T < B, row_T, B * S)
-        table = cache.features_BSD.reshape(-1, D)
-        table = table.at[row_T].set(self.features(taps_mDT[1:]).T, mode="drop")
-        table = jax.lax.optimization_barrier(table)
+        table = cache.features_BSD.reshape(-1, width)
+        rows_TD = pad_heads(self.features(taps_mDT[1:]).T, width)
+        table = jax.lax.optimization_barrier(table.at[row_T].set(rows_TD, mode="drop"))
         # The feature before the first token of a slot does not exist; nor its pair.
         before = FlatTokens(
             ids_T=tokens.ids_T,
@@ -192,7 +195,8 @@ class Eagle3Drafter(nnx.Module):
             limits_T=tokens.limits_T,
             rows=tokens.rows,
         )
-        feature_DT = table[jnp.clip(row_T - 1, 0, B * S - 1)].T
+        D = taps_mDT.shape[1]
+        feature_DT = table[jnp.clip(row_T - 1, 0, B * S - 1), :D].T
         layer = self.layers[0]
         pairs = layer.self_attn.remember(
             layer.pair(taps_mDT[0], feature_DT),
@@ -201,7 +205,7 @@ class Eagle3Drafter(nnx.Module):
             before.view(),
             self.rotation(before.positions_T),
         )
-        return Eagle3Cache(pairs=pairs, features_BSD=table.reshape(B, S, D))
+        return Eagle3Cache(pairs=pairs, features_BSD=table.reshape(B, S, width))
 
     def propose(
         self,
@@ -221,7 +225,8 @@ class Eagle3Drafter(nnx.Module):
         # A slot that holds its anchor alone has no feature yet: its first pair stands
         # at place 0, where the anchor's own will be.
         newest_B = jnp.maximum(positions_B - 1, 0)
-        rows_BD = cache.features_BSD[jnp.arange(B), newest_B]
+        D = self.config.backbone.hidden_size
+        rows_BD = cache.features_BSD[jnp.arange(B), newest_B, :D]
         feature_BD = jnp.where((positions_B > 0)[:, None], rows_BD, 0)
 
         def step(carry, j):

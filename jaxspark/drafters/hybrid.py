@@ -120,10 +120,10 @@ class HybridDrafter:
         """Whether the model fits."""
         self.model.check_target(target)
 
-    def init_cache(self, slots: int, length: int) -> tuple[Any, History]:
+    def init_cache(self, slots: int, length: int, **options) -> tuple[Any, History]:
         """The model's context and an empty history."""
         history = History.start(slots, self.lookup.longest, self.block_length)
-        return self.model.init_cache(slots, length), history
+        return self.model.init_cache(slots, length, **options), history
 
     def observe(self, cache, taps_mDT: Float[Array, "m D T"], tokens: FlatTokens):
         """The model sees every token, whoever drafts."""

@@ -42,11 +42,9 @@ class LayerCache:
     ) -> "LayerCache":
         """An empty cache for `slots` sequences of up to `length` positions.
 
-        `head_dim` is rounded up to a multiple of `lanes`: 128 on TPU, else 1.
+        See `padded_width` for `lanes`.
         """
-        if lanes is None:
-            lanes = 128 if jax.default_backend() == "tpu" else 1
-        shape = (slots, heads, length, -(-head_dim // lanes) * lanes)
+        shape = (slots, heads, length, padded_width(head_dim, lanes))
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def write(
@@ -73,6 +71,13 @@ class LayerCache:
             return jax.lax.optimization_barrier(table.reshape(B, K, S, H))
 
         return LayerCache(rows(self.k_BKSH, k_KHT), rows(self.v_BKSH, v_KHT))
+
+
+def padded_width(width: int, lanes: int | None = None) -> int:
+    """Width of a cache's rows: a multiple of `lanes`, which is 128 on TPU, else 1."""
+    if lanes is None:
+        lanes = 128 if jax.default_backend() == "tpu" else 1
+    return -(-width // lanes) * lanes
 
 
 def pad_heads(x_H: Float[Array, "... h"], width: int) -> Float[Array, "... H"]:

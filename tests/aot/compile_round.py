@@ -31,7 +31,14 @@ from jax.sharding import (
 from jaxspark.decoding.round import DecodeOptions, decode
 from jaxspark.decoding.sampling import Sampling
 from jaxspark.decoding.state import init_state
-from jaxspark.drafters import DSparkConfig, DSparkDrafter, NgramDrafter
+from jaxspark.drafters import (
+    DSparkConfig,
+    DSparkDrafter,
+    Eagle3Config,
+    Eagle3Drafter,
+    NgramDrafter,
+    hybrid,
+)
 from jaxspark.models import DenseConfig, DenseDecoder, RopeConfig
 from tests.aot.hlo import new_arrays
 
@@ -71,7 +78,8 @@ class Case:
     """One program.
 
     Attributes:
-      drafter: "ngram", "dspark" with one layer, or "dspark pruned" with fewer tokens.
+      drafter: "ngram", "dspark" with one layer, "dspark pruned" with fewer tokens,
+        "hybrid" of the latter, or "eagle3".
       dtype: of parameters, activations and caches.
       coupling: how drafts are verified.
       layers: depth of the target, which is otherwise SmolLM2-135M.
@@ -104,20 +112,31 @@ def models(case: Case):
     target = nnx.eval_shape(lambda: DenseDecoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     if case.drafter == "ngram":
         return target, NgramDrafter(block_length=BLOCK)
+    shared = {
+        "backbone": DenseConfig(num_hidden_layers=1, **shape),
+        "target_layer_ids": (0, case.layers - 1),
+        "num_target_layers": case.layers,
+    }
+
+    def made(kind, config):
+        return nnx.eval_shape(lambda: kind(config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+    if case.drafter == "eagle3":
+        config = Eagle3Config(ttt_length=BLOCK, **shared)
+        return target, made(Eagle3Drafter, config)
     config = DSparkConfig(
-        backbone=DenseConfig(num_hidden_layers=1, **shape),
         block_size=BLOCK,
-        target_layer_ids=(0, case.layers - 1),
         mask_token_id=0,
-        num_target_layers=case.layers,
         markov_rank=64,
         enable_confidence_head=True,
         confidence_head_with_markov=True,
-        draft_vocab_size=16384 if case.drafter == "dspark pruned" else None,
+        draft_vocab_size=None if case.drafter == "dspark" else 16384,
+        **shared,
     )
-    return target, nnx.eval_shape(
-        lambda: DSparkDrafter(config, dtype=dtype, rngs=nnx.Rngs(0))
-    )
+    drafter = made(DSparkDrafter, config)
+    if case.drafter == "hybrid":
+        drafter = hybrid(NgramDrafter(block_length=BLOCK), drafter)
+    return target, drafter
 
 
 def abstract_state(target, drafter, lanes: int):
@@ -197,7 +216,8 @@ def report(case: Case, platform: str, device) -> dict:
     else:
         compiled, caches = compile_decode(case, device, LANES[platform])
     seconds = time.perf_counter() - start
-    arrays = jax.tree.leaves(caches)
+    # What grows with positions; a hybrid's history is a few numbers per slot.
+    arrays = [x for x in jax.tree.leaves(caches) if x.size >= SLOTS * POSITIONS]
     memory = compiled.memory_analysis()
     return {
         "copies": new_arrays(compiled.as_text(), min(array.size for array in arrays)),

@@ -1,0 +1,136 @@
+r"""Short equal training runs that differ in one thing, evaluated alike.
+
+  python -m launch.study --suite=depth --out=studies \
+      --train="--data=answers.jsonl --steps=500 --draft_vocab=8192" \
+      --evaluate="--prompts_per_domain=10 --max_new_tokens=96"
+
+Suites: drafters, depth, block, head, vocab, taps. Everything goes on where it was
+stopped. Writes <out>/<suite>.json, <out>/<suite>.png and prints a table.
+"""
+
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from jaxspark.evaluation.plots import plot_acceptance, plot_lines
+from launch import common
+
+SUITES = {
+    "drafters": {kind: {"drafter": kind} for kind in ("dspark", "dflash", "eagle3")},
+    "depth": {n: {"depth": n} for n in ("1", "2", "3")},
+    "block": {n: {"block_length": n} for n in ("3", "7", "11", "15")},
+    "head": {kind: {"head": kind} for kind in ("vanilla", "gated", "rnn")},
+    "vocab": {
+        "8192": {"draft_vocab": "8192"},
+        "16384": {"draft_vocab": "16384"},
+        "full": {"draft_vocab": None},
+    },
+    "taps": {taps: {"taps": taps} for taps in ("28", "8,22,28", "1,8,15,22,28")},
+}
+# Suites over a number are drawn over it (Figures 3 and 4), the others by place.
+NUMBERS = {"depth": "draft layers", "block": "block length"}
+
+flags.DEFINE_enum("suite", None, list(SUITES), "What differs.")
+flags.DEFINE_string("out", None, "Folder of the study.")
+flags.DEFINE_string(
+    "train", "", "Flags of launch.train_draft for all runs, each --name=value."
+)
+flags.DEFINE_string("evaluate", "", "Flags of launch.evaluate for all runs.")
+flags.DEFINE_list("temperatures", ["0", "1"], "Evaluated temperatures.")
+flags.mark_flags_as_required(["suite", "out"])
+FLAGS = flags.FLAGS
+
+
+def run(program: str, *arguments: str) -> None:
+    """Runs a launcher; its output is this program's.
+
+    Raises:
+      ValueError: it failed.
+    """
+    done = subprocess.run([sys.executable, "-m", f"launch.{program}", *arguments])
+    if done.returncode:
+        raise ValueError(f"launch.{program} failed with exit status {done.returncode}")
+
+
+def measure(console: Console, variant: str, changes: dict) -> dict:
+    """Trains and evaluates one variant; returns figures by temperature."""
+    folder = pathlib.Path(FLAGS.out) / FLAGS.suite / variant
+    console.rule(f"{FLAGS.suite}: {variant}", align="left", style="dim")
+    shared = {}
+    for each in shlex.split(FLAGS.train):
+        name, _, value = each.removeprefix("--").partition("=")
+        shared[name] = value
+    chosen = shared | changes | {"out": folder / "run"}
+    run("train_draft", *(f"--{n}={v}" for n, v in chosen.items() if v is not None))
+    figures = {}
+    for temperature in FLAGS.temperatures:
+        path = folder / f"temperature_{temperature}.json"
+        if not path.exists():
+            run(
+                "evaluate",
+                f"--draft={folder / 'run' / 'drafter'}",
+                f"--temperature={temperature}",
+                f"--json_out={path}",
+                *shlex.split(FLAGS.evaluate),
+            )
+        figures[temperature] = json.loads(path.read_text())
+    return figures
+
+
+def main() -> None:
+    """Runs what is missing, then reports."""
+    console = Console()
+    results = {
+        variant: measure(console, variant, changes)
+        for variant, changes in SUITES[FLAGS.suite].items()
+    }
+    table = Table(title=f"{FLAGS.suite}: accepted length")
+    table.add_column(FLAGS.suite)
+    for temperature in FLAGS.temperatures:
+        for domain in ("math", "code", "chat", "average"):
+            table.add_column(f"{domain}, {temperature}", justify="right")
+    table.add_column("tokens/s", justify="right")
+    first = FLAGS.temperatures[0]
+    # Greedy outputs loop; lengths without them say more.
+    key = "accepted_length_non_looping"
+    for variant, figures in results.items():
+        cells = []
+        for each in figures.values():
+            rows = [*each["domains"].values(), each["macro_average"]]
+            cells += [f"{row[key] or float('nan'):.2f}" for row in rows]
+        speed = figures[first]["macro_average"].get("tokens_per_second")
+        table.add_row(variant, *cells, f"{speed:.1f}" if speed else "")
+    console.print(table)
+    out = pathlib.Path(FLAGS.out) / FLAGS.suite
+    out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    averages = {v: each[first]["macro_average"] for v, each in results.items()}
+    if FLAGS.suite in NUMBERS:
+        lines = {
+            f"temperature {temperature}": {
+                float(variant): each[temperature]["macro_average"][key]
+                for variant, each in results.items()
+            }
+            for temperature in FLAGS.temperatures
+        }
+        plot_lines(
+            out.with_suffix(".png"),
+            lines,
+            xlabel=NUMBERS[FLAGS.suite],
+            ylabel="accepted length",
+        )
+    else:
+        curves = {
+            variant: [rate or 0.0 for rate in average["conditional_acceptance"]]
+            for variant, average in averages.items()
+        }
+        plot_acceptance(out.with_suffix(".png"), curves)
+
+
+if __name__ == "__main__":
+    common.run(main)
