@@ -53,10 +53,19 @@ def test_training_drafts_what_decoding_drafts(kind, monkeypatch):
         valid_PAG=jnp.ones((1, 1, G), bool),
     )
     vocabulary = DraftVocabulary.of(drafter, model)
-    seen = spied(monkeypatch)
-    FORWARDS[type(drafter)](drafter, model, batch, features, blocks, vocabulary, ALL)
+    spy = spied(monkeypatch)
+
+    @jax.jit
+    def says():
+        forward_pass = FORWARDS[type(drafter)]
+        forward_pass(drafter, model, batch, features, blocks, vocabulary, ALL)
+        return {
+            name: spy.get(name) for name in ("hidden", "confidence", "latent", "w2")
+        }
+
+    seen = says()
     logits_GW = seen["hidden"][..., 0] @ vocabulary.head_WD.T
-    if seen.get("latent") is not None:
+    if seen["latent"] is not None:
         logits_GW += seen["latent"][..., 0] @ seen["w2"].T
     target_GDN, log_z_GN = forward.target_rows(features, blocks)
     log_p_GW = target_GDN[..., 0] @ vocabulary.head_WD.T - log_z_GN
