@@ -23,6 +23,7 @@ from rich.table import Table
 
 import configs.drafters
 from jaxspark import load_drafter
+from jaxspark.decoding.generate import round_capacity
 from jaxspark.drafters import DSparkDrafter
 from jaxspark.evaluation import sampling_checks, suites
 from jaxspark.evaluation.audit import AuditResult, Request, plain_outputs
@@ -148,8 +149,9 @@ def audit_tokens(console: Console, target, suite: str) -> dict:
         "slots": FLAGS.slots,
     }
     finished = AuditProgress(FLAGS.progress and f"{FLAGS.progress}.{suite}", settings)
-    capacity = MAX_PROMPT_TOKENS + FLAGS.max_new_tokens + max(block_lengths)
-    capacity = -(-capacity // 128) * 128
+    capacity = round_capacity(
+        MAX_PROMPT_TOKENS + FLAGS.max_new_tokens + max(block_lengths)
+    )
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("plain decoding", total=len(requests))

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from jaxspark import load_drafter
 from jaxspark.decoding import DecodeOptions
-from jaxspark.decoding.generate import default_buckets
+from jaxspark.decoding.generate import default_buckets, round_capacity
 from jaxspark.drafters import PlainDrafter
 from jaxspark.evaluation.acceptance import macro_average, measure_acceptance
 from jaxspark.evaluation.plots import plot_acceptance
@@ -48,8 +48,9 @@ FLAGS = flags.FLAGS
 
 def speeds(target, drafter, prompts, block_length: int) -> dict[str, float]:
     """Tokens per second of one sequence at a time, plain and drafted in turn."""
-    capacity = FLAGS.max_prompt_tokens + FLAGS.speed_tokens + block_length
-    capacity = -(-capacity // 128) * 128
+    capacity = round_capacity(
+        FLAGS.max_prompt_tokens + FLAGS.speed_tokens + block_length
+    )
 
     def contestant(drafter, block_length):
         options = DecodeOptions(

@@ -71,7 +71,6 @@ def main() -> None:
     out = JsonLines(FLAGS.out)
     dropped = JsonLines(f"{FLAGS.out}.dropped")
     done = [entry["key"] for entry in (*out.entries, *dropped.entries)]
-    reasons = Counter(entry["reason"].split(" of ")[0] for entry in dropped.entries)
     tokens = sum(len(entry["answer_ids"]) for entry in out.entries)
     columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
@@ -104,8 +103,9 @@ def main() -> None:
                 dropped.add(
                     {"key": result.key, "where": result.where, "reason": result.reason}
                 )
-                reasons[result.reason.split(" of ")[0]] += 1
             progress.update(bar, advance=1, description=f"answers, {tokens:,} tokens")
+    # "prompt of 200 tokens, ...": the number does not make another reason.
+    reasons = Counter(entry["reason"].split(" of ")[0] for entry in dropped.entries)
     console.print(
         f"{FLAGS.out}: {len(out.entries):,} answers, {tokens:,} tokens; dropped "
         + (", ".join(f"{n} ({why})" for why, n in reasons.most_common(6)) or "none")

@@ -30,6 +30,8 @@ DRAFTERS = (
     "hybrid",
     "hybrid-pruned",
 )
+# Those with parameters and a context of their own.
+NEURAL = tuple(n for n in DRAFTERS if not n.startswith(("ngram", "hybrid")))
 
 
 def target(name: str = "llama", seed: int = 0) -> DenseDecoder:

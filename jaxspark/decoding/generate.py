@@ -133,8 +133,7 @@ def generate(
     if not (stop and np.ndim(stop[0])):  # one list serves every prompt
         stop = [stop] * len(prompts)
     if capacity is None:
-        needed = max(limits) + block_length
-        capacity = -(-needed // LENGTH_STEP) * LENGTH_STEP
+        capacity = round_capacity(max(limits) + block_length)
     state = init_state(
         model,
         drafter,
@@ -150,6 +149,11 @@ def generate(
     state = _run(model, drafter, state, options, ids, on_tokens)
     ended = completions(target, state, dict(enumerate(ids)), log_probs=log_probs)
     return [ended[slot] for slot in range(len(ids))]
+
+
+def round_capacity(needed: int) -> int:
+    """Cache positions for at least `needed`, such that similar needs are the same."""
+    return -(-needed // LENGTH_STEP) * LENGTH_STEP
 
 
 def as_model(target):

@@ -17,7 +17,6 @@ from jaxtyping import Array, Int
 
 from jaxspark.decoding.couplings import Coupling
 from jaxspark.decoding.generate import (
-    LENGTH_STEP,
     Completion,
     as_model,
     check_block_length,
@@ -25,6 +24,7 @@ from jaxspark.decoding.generate import (
     completions,
     default_buckets,
     prefill_chunk,
+    round_capacity,
 )
 from jaxspark.decoding.round import DecodeOptions, decode, prefill
 from jaxspark.decoding.sampling import Sampling
@@ -200,5 +200,4 @@ MOST_STOP_IDS = 8
 
 def capacity_for(prompts: Iterable[Sequence[int]], new_tokens: int, block: int) -> int:
     """Positions that hold any of `prompts` and its output, rounded up."""
-    needed = max(map(len, prompts)) + new_tokens + block
-    return -(-needed // LENGTH_STEP) * LENGTH_STEP
+    return round_capacity(max(map(len, prompts)) + new_tokens + block)

@@ -62,25 +62,15 @@ class DSparkConfig:
     sample_from_anchor: bool = True
 
     def __post_init__(self):
-        taps = self.target_layer_ids
         if self.block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {self.block_size}")
-        if not taps or any(a >= b for a, b in zip(taps, taps[1:])):
-            raise ValueError(f"target_layer_ids must be ascending, got {taps}")
-        if taps[0] < -1 or taps[-1] >= self.num_target_layers:
-            raise ValueError(
-                f"target_layer_ids {taps} must lie in "
-                f"-1..{self.num_target_layers - 1}, the layers of a target of depth "
-                f"{self.num_target_layers}"
-            )
+        check_taps(self.target_layer_ids, self.num_target_layers, lowest=-1)
+        check_draft_vocab(self.draft_vocab_size, self.backbone.vocab_size)
         if self.markov_head_type not in HEAD_TYPES:
             raise ValueError(
                 f"unknown markov_head_type {self.markov_head_type!r}; "
                 f"expected one of {HEAD_TYPES}"
             )
-        pruned, vocab = self.draft_vocab_size, self.backbone.vocab_size
-        if pruned is not None and not 1 <= pruned <= vocab:
-            raise ValueError(f"draft_vocab_size must lie in 1..{vocab}, got {pruned}")
         if self.confidence_head_with_markov and not self.markov_rank:
             raise ValueError("confidence_head_with_markov needs markov_rank > 0")
         if not 0 <= self.mask_token_id < self.backbone.vocab_size:
@@ -96,6 +86,24 @@ class DSparkConfig:
           ValueError: width, vocabulary or depth differ; names both.
         """
         check_same_target(self.backbone, self.num_target_layers, target)
+
+
+def check_taps(taps: tuple[int, ...], num_target_layers: int, *, lowest: int) -> None:
+    """Raises `ValueError` unless taps ascend within `lowest` and the last layer."""
+    if not taps or any(a >= b for a, b in zip(taps, taps[1:])):
+        raise ValueError(f"target_layer_ids must be ascending, got {taps}")
+    last = num_target_layers - 1
+    if taps[0] < lowest or taps[-1] > last:
+        raise ValueError(
+            f"target_layer_ids {taps} must lie in {lowest}..{last}, the layers of a "
+            f"target of depth {num_target_layers}"
+        )
+
+
+def check_draft_vocab(size: int | None, vocab_size: int) -> None:
+    """Raises `ValueError` if a pruned vocabulary is empty or larger than the whole."""
+    if size is not None and not 1 <= size <= vocab_size:
+        raise ValueError(f"draft_vocab_size must lie in 1..{vocab_size}, got {size}")
 
 
 def check_same_target(

@@ -22,7 +22,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxspark.drafters.base import Draw, Proposal, anchors
-from jaxspark.drafters.dspark import Buffer, check_same_target
+from jaxspark.drafters.dspark import (
+    Buffer,
+    check_draft_vocab,
+    check_same_target,
+    check_taps,
+)
 from jaxspark.models import DenseConfig, FlatTokens, LayerCache
 from jaxspark.models.cache import pad_heads, padded_width
 from jaxspark.models.layers.attention import Attention
@@ -53,22 +58,14 @@ class Eagle3Config:
     draft_vocab_size: int | None = None
 
     def __post_init__(self):
-        taps = self.target_layer_ids
         if self.backbone.num_hidden_layers != 1:
             raise ValueError(
                 f"Eagle3 has one layer, got {self.backbone.num_hidden_layers}"
             )
         if self.ttt_length < 1:
             raise ValueError(f"ttt_length must be at least 1, got {self.ttt_length}")
-        if not taps or any(a >= b for a, b in zip(taps, taps[1:])):
-            raise ValueError(f"target_layer_ids must be ascending, got {taps}")
-        if taps[0] < 0 or taps[-1] >= self.num_target_layers:
-            raise ValueError(
-                f"target_layer_ids {taps} must lie in 0..{self.num_target_layers - 1}"
-            )
-        pruned, vocab = self.draft_vocab_size, self.backbone.vocab_size
-        if pruned is not None and not 1 <= pruned <= vocab:
-            raise ValueError(f"draft_vocab_size must lie in 1..{vocab}, got {pruned}")
+        check_taps(self.target_layer_ids, self.num_target_layers, lowest=0)
+        check_draft_vocab(self.draft_vocab_size, self.backbone.vocab_size)
 
     def check_target(self, target: DenseConfig) -> None:
         """Raises `ValueError` unless it was made for a target of this architecture."""

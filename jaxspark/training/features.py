@@ -9,7 +9,6 @@ inside the run (`online`), or kept in a bounded file that later epochs and runs 
 """
 
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from jaxtyping import Array, Float
 
 from jaxspark.checkpoints.tree import named_parameters
 from jaxspark.models import DenseDecoder, FlatTokens
+from jaxspark.models.layers.linear import product
 from jaxspark.training.data.packing import Packed
 
 
@@ -74,13 +74,9 @@ def target_features(
 
 def _log_z(head_VD, normed_DT, columns: int = 512):
     """logsumexp of the logits, some columns at a time: [V, T] need not exist."""
-    exact = jax.lax.Precision.HIGHEST if head_VD.dtype == jnp.float32 else None
 
     def some(h_DC):
-        logits_VC = jnp.dot(
-            head_VD, h_DC, precision=exact, preferred_element_type=jnp.float32
-        )
-        return jax.nn.logsumexp(logits_VC, axis=0)
+        return jax.nn.logsumexp(product(head_VD, h_DC, jnp.float32), axis=0)
 
     D, T = normed_DT.shape
     padded = -(-T // columns) * columns
@@ -125,7 +121,7 @@ class FeatureCache:
                 "dtype": str(self.dtype),
             }
         )
-        self.row_bytes = int(np.prod(self.shape)) * self.dtype.itemsize + 4 * S
+        self.row_bytes = sequence_bytes(target, S, self.layers)
         self.count = min(count, limit_bytes // self.row_bytes)
         self.rows = self._file("rows.bin", self.dtype, self.shape)
         self.log_z = self._file("log_z.bin", np.float32, (S,))
@@ -215,6 +211,12 @@ class FeatureCache:
                 self.sums[index] = self.keys[index], _checksum(row, log_z)
 
 
+def sequence_bytes(target: DenseDecoder, length: int, layers: Sequence[int]) -> int:
+    """What the features of one sequence take: layers, last hidden states, log Z."""
+    row = (len(layers) + 1) * target.config.hidden_size
+    return length * (row * np.dtype(target.dtype).itemsize + 4)
+
+
 def _checksum(*arrays: np.ndarray) -> int:
     total = 0
     for array in arrays:
@@ -265,12 +267,3 @@ class FeatureSource:
         return target_features(
             self.target, batch, taps=layers, most_documents=self.most_documents
         )
-
-
-def free_bytes(folder: str | Path) -> int:
-    """Space left where `folder` is or will be."""
-    place = Path(folder).absolute()
-    while not place.exists():
-        place = place.parent
-    stats = os.statvfs(place)
-    return stats.f_bavail * stats.f_frsize

@@ -14,10 +14,9 @@ from jaxspark.models import FlatTokens
 from tests import zoo
 
 LENGTH = 48
-NEURAL = [name for name in zoo.DRAFTERS if not name.startswith(("ngram", "hybrid"))]
 
 
-@pytest.fixture(scope="module", params=NEURAL)
+@pytest.fixture(scope="module", params=zoo.NEURAL)
 def case(request):
     """A target, a drafter, and jitted observe and propose."""
     model = zoo.target()

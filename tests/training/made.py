@@ -10,16 +10,6 @@ from tests import zoo
 
 LENGTH = 48
 DOCUMENTS = 4
-KINDS = (
-    "dspark-vanilla",
-    "dspark-gated",
-    "dspark-rnn",
-    "dspark-pruned",
-    "dflash",
-    "dflash-masks",
-    "eagle3",
-    "eagle3-pruned",
-)
 
 
 def document(size: int, prompt: int, seed: int = 0) -> Document:

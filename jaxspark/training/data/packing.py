@@ -7,6 +7,7 @@ i is a function of the seed and i, so a run resumes exactly by its step number.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import grain
 import jax
@@ -115,11 +116,11 @@ class Batches:
         return len(self.packed.index_P) / self.size
 
     def __getitem__(self, step: int) -> Packed:
-        order = self._order()
         count = self.size
-        rows = [order[place] for place in range(step * count, (step + 1) * count)]
+        rows = [self._order[place] for place in range(step * count, (step + 1) * count)]
         return self.packed[np.array(rows)]
 
+    @cached_property
     def _order(self):
         indices = grain.MapDataset.range(len(self.packed.index_P))
         return indices.seed(self.seed).shuffle().repeat()
