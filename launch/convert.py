@@ -3,6 +3,8 @@ r"""Converts checkpoints: any target to a Hugging Face folder, any drafter to De
   python -m launch.convert --target=model.gguf --out=model-safetensors
   python -m launch.convert --target=Qwen/Qwen3-4B --out=drafter --dtype=bfloat16 \
       --draft=deepseek-ai/dspark_qwen3_4b_block7
+  python -m launch.convert --draft=runs/dspark/drafter --out=small --dtype=bfloat16 \
+      --compact                                       without the target's head rows
 
 Written under a temporary name and renamed when complete, with a SHA256SUMS file that is
 checked when the folder is loaded.
@@ -25,6 +27,9 @@ flags.DEFINE_string(
     "draft", None, "Drafter to convert: a DeepSpec folder or Hub id made for --target."
 )
 flags.DEFINE_string("out", None, "Folder to write.", required=True)
+flags.DEFINE_bool(
+    "compact", False, "Leave out of a drafter what is the target's, for jaxspark alone."
+)
 flags.DEFINE_bool("overwrite", False, "Replace a folder that is not empty.")
 FLAGS = flags.FLAGS
 
@@ -37,9 +42,15 @@ def main() -> None:
         save_target(out, target, overwrite=FLAGS.overwrite)
     else:
         drafter = load_draft_checkpoint(
-            FLAGS.draft, target.model.config, dtype=target.model.dtype
+            FLAGS.draft, target.model, dtype=target.model.dtype
         )
-        save_draft_checkpoint(out, drafter, target.model, overwrite=FLAGS.overwrite)
+        save_draft_checkpoint(
+            out,
+            drafter,
+            None if FLAGS.compact else target.model,
+            overwrite=FLAGS.overwrite,
+            pruned_head=not FLAGS.compact,
+        )
     files = [path for path in out.iterdir() if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     print(f"wrote {out} ({len(files)} files, {size / 1e6:.1f} MB)")

@@ -4,8 +4,8 @@ r"""Short equal training runs that differ in one thing, evaluated alike.
       --train="--data=answers.jsonl --steps=500 --draft_vocab=8192" \
       --evaluate="--prompts_per_domain=10 --max_new_tokens=96"
 
-Suites: drafters, depth, block, head, vocab, taps. Everything goes on where it was
-stopped. Writes <out>/<suite>.json, <out>/<suite>.png and prints a table.
+Suites: drafters, depth, block, head, vocab, taps, init, optimizer. Everything goes on
+where it was stopped. Writes <out>/<suite>.json, <out>/<suite>.png and prints a table.
 """
 
 import json
@@ -26,6 +26,8 @@ SUITES = {
     "depth": {n: {"depth": n} for n in ("1", "2", "3")},
     "block": {n: {"block_length": n} for n in ("3", "7", "11", "15")},
     "head": {kind: {"head": kind} for kind in ("vanilla", "gated", "rnn")},
+    "init": {kind: {"init": kind} for kind in ("least_squares", "target", "random")},
+    "optimizer": {kind: {"optimizer": kind} for kind in ("muon", "adam")},
     "vocab": {
         "8192": {"draft_vocab": "8192"},
         "16384": {"draft_vocab": "16384"},

@@ -32,13 +32,18 @@ from jaxspark.checkpoints.tree import named_parameters
 from jaxspark.drafters import DSparkDrafter, Eagle3Drafter
 from jaxspark.drafters.heads import HEAD_TYPES
 from jaxspark.jsonlines import same_settings
-from jaxspark.training import initialise, objective
+from jaxspark.training import initialise, least_squares, objective
 from jaxspark.training.data import read_conversations
 from jaxspark.training.data.documents import read_documents
 from jaxspark.training.data.packing import Batches, draft_vocabulary, pack
-from jaxspark.training.features import FeatureCache, FeatureSource, target_features
+from jaxspark.training.features import (
+    FeatureCache,
+    FeatureSource,
+    sequence_bytes,
+    target_features,
+)
 from jaxspark.training.run import train
-from jaxspark.training.trainer import TrainConfig, Trainer
+from jaxspark.training.trainer import OPTIMIZERS, TrainConfig, Trainer
 from launch import common
 
 OBJECTIVES = {
@@ -62,11 +67,19 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("mask_token", 0, "Token that fills a block behind its anchor.")
 flags.DEFINE_enum(
-    "init", "target", ["target", "random"], "Draft layers start as the target's last."
+    "init",
+    None,
+    ["least_squares", "target", "random"],
+    "How it starts: fitted map by map (if not set, but for eagle3), or draft layers "
+    "that are the target's last.",
+)
+flags.DEFINE_integer(
+    "fit_sequences", 480, "Sequences that least squares see.", lower_bound=1
 )
 flags.DEFINE_string("warm_start", None, "A drafter's folder to start from instead.")
 flags.DEFINE_enum("objective", None, list(OBJECTIVES), "Another drafter's objective.")
 flags.DEFINE_integer("steps", None, "Optimizer steps.", lower_bound=1)
+flags.DEFINE_enum("optimizer", DEFAULTS.optimizer, OPTIMIZERS, "Of matrices.")
 flags.DEFINE_float("learning_rate", DEFAULTS.learning_rate, "At its highest.")
 flags.DEFINE_float("warmup", DEFAULTS.warmup, "Part of the steps in which it rises.")
 flags.DEFINE_float("cooldown", DEFAULTS.cooldown, "Part in which it falls, at the end.")
@@ -135,10 +148,40 @@ def make_drafter(model, packed):
         if ids is not None and other.config.draft_vocab_size == len(ids):
             ids = np.asarray(other.draft_ids[...])
     initialise.use_vocabulary(drafter, model, ids)
-    if FLAGS.init == "target":
+    if start() == "target":
         initialise.from_target(drafter, model)
     left = [] if other is None else initialise.from_drafter(drafter, other)
     return drafter, left
+
+
+def start() -> str:
+    """How the drafter of the flags starts."""
+    if FLAGS.init:
+        return FLAGS.init
+    if FLAGS.warm_start:
+        return "random"
+    return "target" if FLAGS.drafter == "eagle3" else "least_squares"
+
+
+def fit(console: Console, drafter, model, packed, source) -> None:
+    """Starts a drafter by least squares on the first sequences."""
+    if FLAGS.drafter == "eagle3":
+        raise ValueError("--init=least_squares is for dspark and dflash, not eagle3")
+    size = FLAGS.sequences
+    count = min(FLAGS.fit_sequences, len(packed.index_P)) // size * size
+    begins = range(0, count, size)
+    samples = [packed[np.arange(begin, begin + size)] for begin in begins]
+    with console.status("fitting") as status:
+        least_squares.fit(
+            drafter,
+            model,
+            samples,
+            source,
+            block_length=FLAGS.block_length,
+            anchors=FLAGS.anchors,
+            seed=FLAGS.seed,
+            on_stage=lambda stage: status.update(f"fitting {stage}"),
+        )
 
 
 def describe(console: Console, trainer, state, batches, source, packed) -> None:
@@ -164,6 +207,12 @@ def describe(console: Console, trainer, state, batches, source, packed) -> None:
     step = trainer.lower(state, batches[0], features).compile().memory_analysis()
     target = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(trainer.target))
     tokens = int((packed.documents_PS >= 0).sum())
+    count, length = packed.ids_PS.shape
+    cached = 0.0
+    if FLAGS.features == "cached":
+        kept = layers("cache_layers") or source.taps
+        cached = count * sequence_bytes(trainer.target, length, kept)
+        cached = min(cached, FLAGS.cache_gb * 1e9)
     figures = {
         "trained parameters": f"{counts['trained']:,}",
         "frozen parameters": f"{counts['frozen']:,}",
@@ -173,8 +222,8 @@ def describe(console: Console, trainer, state, batches, source, packed) -> None:
         "features of a micro-batch": common.size(
             sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(features))
         ),
-        "cache": "none" if source.cache is None else common.size(source.cache.bytes),
-        "sequences": f"{len(packed.index_P):,} of {packed.ids_PS.shape[1]} tokens",
+        "cache": common.size(cached),
+        "sequences": f"{count:,} of {length} tokens",
         "tokens": f"{tokens:,} ({packed.trainable_PS.sum():,} of answers)",
         "steps": f"{config.steps:,}, {batches.per_epoch / config.accumulate:.1f} "
         "per epoch",
@@ -226,7 +275,6 @@ def main() -> None:
             if name != "objective"
         },
     )
-    trainer, state = Trainer.create(drafter, target.model, config)
     # Embeddings follow from the tokens.
     taps, cache = drafter.config.target_layer_ids, None
     if FLAGS.features == "cached" and not FLAGS.dry_run:
@@ -238,6 +286,11 @@ def main() -> None:
             limit_bytes=int(FLAGS.cache_gb * 1e9),
         )
     source = FeatureSource(target.model, taps, FLAGS.most_documents, cache)
+    # A run that goes on has its parameters from a checkpoint.
+    begun = (out / "checkpoints").exists() or FLAGS.dry_run
+    if start() == "least_squares" and not begun:
+        fit(console, drafter, target.model, batches.packed, source)
+    trainer, state = Trainer.create(drafter, target.model, config)
     if FLAGS.dry_run:
         describe(console, trainer, state, batches, source, packed)
         return

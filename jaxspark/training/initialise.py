@@ -1,8 +1,8 @@
 """Where a drafter starts: from its target, or from another drafter.
 
 A draft layer that starts as one of the target's last layers already knows the residual
-stream; `fc` starts by passing on the last tap. This was worth more than any learning
-rate.
+stream; `fc` starts by passing on the last tap. DSpark and DFlash drafters start further
+on by `least_squares`.
 """
 
 from typing import Any

@@ -12,16 +12,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from flax import nnx
 
 from jaxspark.drafters import Drafter, DSparkDrafter, Eagle3Drafter
 from jaxspark.training.blocks import sample_blocks
 from jaxspark.training.data.packing import Packed
 from jaxspark.training.features import Features
-from jaxspark.training.forward import DraftVocabulary, dspark_sums
+from jaxspark.training.forward import DraftVocabulary
+from jaxspark.training.forward_dspark import dspark_sums
 from jaxspark.training.forward_eagle3 import eagle3_sums
 from jaxspark.training.objective import DSPARK, Objective, Sums
 
+OPTIMIZERS = ("muon", "adam")
 FORWARDS: dict[Any, Any] = {DSparkDrafter: dspark_sums, Eagle3Drafter: eagle3_sums}
 
 
@@ -41,7 +44,8 @@ class TrainConfig:
       block_length: rows per block.
       seed: of data order and anchors.
       objective: what is minimised.
-      dtype: of activations; parameters and optimizer are float32.
+      optimizer: `muon` (matrices; Adam for the rest) or `adam`.
+      dtype: of activations and Muon's momentum; parameters are float32.
     """
 
     steps: int
@@ -55,12 +59,17 @@ class TrainConfig:
     block_length: int = 7
     seed: int = 0
     objective: Objective = field(default=DSPARK)
+    optimizer: str = "muon"
     dtype: str = "float32"
 
     def __post_init__(self):
         for name in ("steps", "sequences", "accumulate", "anchors", "block_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"unknown optimizer {self.optimizer!r}; expected one of {OPTIMIZERS}"
+            )
         if min(self.warmup, self.cooldown) < 0 or self.warmup + self.cooldown > 1:
             raise ValueError(
                 "warmup and cooldown are parts of the steps, together at most 1; got "
@@ -81,11 +90,21 @@ class TrainConfig:
             [rise, self.steps - fall],
         )
 
-    def optimizer(self) -> optax.GradientTransformation:
-        """Adam on clipped gradients, no weight decay."""
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip), optax.adam(self.schedule(), b2=0.99)
+    def transformation(self) -> optax.GradientTransformation:
+        """What turns gradients into updates; no weight decay."""
+        clip = optax.clip_by_global_norm(self.clip)
+        if self.optimizer == "adam":
+            return optax.chain(clip, optax.adam(self.schedule(), b2=0.99))
+        # Orthogonalising costs as much as the gradient of a small batch: in bfloat16,
+        # where activations are, half of that.
+        dtype = jnp.dtype(self.dtype)
+        cast = optax.stateless(
+            lambda grads, _: jax.tree.map(lambda g: g.astype(dtype), grads)
         )
+        muon = optax.contrib.muon(
+            self.schedule(), adam_b2=0.99, consistent_rms=0.2, mu_dtype=dtype
+        )
+        return optax.chain(clip, cast, muon)
 
 
 def is_trained(path: tuple, variable: nnx.Variable) -> bool:
@@ -138,7 +157,7 @@ class Trainer:
         trained = jax.tree.map(jnp.array, trained)
         state = TrainState(
             trained=trained,
-            optimizer=config.optimizer().init(trained),
+            optimizer=config.transformation().init(trained),
             step=jnp.zeros((), jnp.int32),
         )
         trainer = cls(graphdef=graphdef, frozen=frozen, target=target, config=config)
@@ -239,7 +258,9 @@ def _add(total, new):
 def _update(state: TrainState, grads, weight, *, config: TrainConfig) -> TrainState:
     # A batch without a single row changes nothing.
     scaled = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-6), grads)
-    updates, optimizer = config.optimizer().update(scaled, state.optimizer)
+    updates, optimizer = config.transformation().update(
+        scaled, state.optimizer, state.trained
+    )
     return replace(
         state,
         trained=optax.apply_updates(state.trained, updates),

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxspark.models import FlatTokens
-from jaxspark.training import forward, forward_eagle3
+from jaxspark.training import forward, forward_dspark, forward_eagle3
 from jaxspark.training.blocks import Blocks, sample_blocks
 from jaxspark.training.forward import DraftVocabulary
 from jaxspark.training.objective import Objective
@@ -31,12 +31,12 @@ def spied(monkeypatch):
         return original(*arguments)
 
     original = forward.objective_sums
-    monkeypatch.setattr(forward, "objective_sums", objective_sums)
+    monkeypatch.setattr(forward_dspark, "objective_sums", objective_sums)
     monkeypatch.setattr(forward_eagle3, "objective_sums", objective_sums)
     return seen
 
 
-@pytest.mark.parametrize("kind", made.KINDS)
+@pytest.mark.parametrize("kind", zoo.NEURAL)
 def test_training_drafts_what_decoding_drafts(kind, monkeypatch):
     """Logits and confidences of a block equal those of `propose`, fed the truth."""
     model, batch = zoo.target(), made.packed(20, 25)

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from jaxspark.training.blocks import sample_blocks
-from jaxspark.training.forward import DraftVocabulary, dspark_sums
+from jaxspark.training.forward import DraftVocabulary
+from jaxspark.training.forward_dspark import dspark_sums
 from jaxspark.training.objective import Objective, reduce_terms, summary
 from jaxspark.training.trainer import is_trained
 from jaxspark.training.vocabulary_loss import vocabulary_terms

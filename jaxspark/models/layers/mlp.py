@@ -17,5 +17,8 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x_DT: Float[Array, "D T"]) -> Float[Array, "D T"]:
         """Maps every column."""
-        h_FT = jax.nn.silu(self.gate_proj(x_DT)) * self.up_proj(x_DT)
-        return self.down_proj(h_FT)
+        return self.down_proj(self.hidden(x_DT))
+
+    def hidden(self, x_DT: Float[Array, "D T"]) -> Float[Array, "F T"]:
+        """The gated hidden units."""
+        return jax.nn.silu(self.gate_proj(x_DT)) * self.up_proj(x_DT)

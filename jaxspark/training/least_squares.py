@@ -1,0 +1,387 @@
+"""A DSpark drafter before its first step, fitted by least squares, map by map.
+
+Much of what a drafter first learns is linear: which context row to look at, and what
+the taps there and the anchor's embedding say of the target's next hidden states. That
+part is solved for here instead of descended to. In the order in which they act, the
+maps that write to the residual stream become ridge regressions of what is still missing
+of the target's last hidden state at each row:
+
+    fc       the directions of the taps that tell most of the next hidden states
+    q, k     fixed: in every group of heads one looks at the newest context row, one at
+             the last few, one at the anchor
+    v        a part of fc's directions for each layer and group
+    o, down  regressions on what attention and gates give
+    markov   the best correction of rank R by the previous token's embedding
+
+Queries and keys have no bias, but their inputs have a direction along which all rows of
+a kind are nearly equal: a rank-one map of it serves as one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from scipy.optimize import nnls
+
+from jaxspark.drafters import DSparkDrafter
+from jaxspark.drafters.heads import MarkovHead
+from jaxspark.models import DenseDecoder
+from jaxspark.training.blocks import Blocks, sample_blocks, take_places
+from jaxspark.training.data.packing import Packed
+from jaxspark.training.features import Features
+from jaxspark.training.forward import DraftVocabulary, by_row, target_rows
+from jaxspark.training.forward_dspark import BlockInputs
+from jaxspark.training.objective import DSPARK
+
+# Norm weights of queries and keys: logits of attention reach sqrt(H) times the square.
+SHARPNESS = 2.5
+# Size of the random part of queries and keys relative to the fixed one.
+CONTENT = 0.15
+# Places over which "newest" and "the last few" fade, and the latter's weight.
+REACH, SOFTNESS = 12, 0.15
+# A gate's fixed part: half open, so that a unit starts nearly linear.
+OPEN = 1.0
+# Exponent of a direction's importance in its size among the context features.
+EMPHASIS = 0.5
+# Random part of what else is known.
+LITTLE = 0.1
+# Samples that show what all rows of a kind have in common.
+FEW = 8
+
+
+class Regression:
+    """y_OR ~ W_OI x_IR over batches of weighted columns, by its normal equations."""
+
+    def __init__(self, xx: np.ndarray | float = 0.0, xy: np.ndarray | float = 0.0):
+        self.xx, self.xy = np.asarray(xx), np.asarray(xy)
+
+    def add(self, x_IR: Float[Array, "I R"], y_OR: Float[Array, "O R"], weight_R):
+        """Adds a batch."""
+        xx_II, xy_IO = _moments(x_IR, y_OR, weight_R)
+        self.xx = self.xx + np.asarray(xx_II, np.float64)
+        self.xy = self.xy + np.asarray(xy_IO, np.float64)
+
+    def solve(self, penalty: float = 1e-3) -> Float[np.ndarray, "O I"]:
+        """W, each input penalised in proportion to its mean square."""
+        diagonal = np.diag(self.xx) + 1e-9 * np.trace(self.xx) / len(self.xx)
+        return np.linalg.solve(self.xx + np.diag(penalty * diagonal), self.xy).T
+
+
+@jax.jit
+def _moments(x_IR, y_OR, weight_R):
+    dot = partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
+    weighted_IR = x_IR * weight_R
+    return dot(weighted_IR, x_IR.T), dot(weighted_IR, y_OR.T)
+
+
+@dataclass(frozen=True)
+class View:
+    """What regressions are made of: one batch as the drafter sees it so far.
+
+    Columns C are the rows that predict, by place in the block.
+    """
+
+    drafter: DSparkDrafter
+    target: DenseDecoder
+    batch: Packed
+    features: Features
+    blocks: Blocks
+
+    @cached_property
+    def inputs(self) -> BlockInputs:
+        """Inputs of the draft layers."""
+        return BlockInputs.of(
+            self.drafter, self.target, self.batch, self.features, self.blocks
+        )
+
+    @cached_property
+    def wanted(self) -> tuple[Float[Array, "D C"], Float[Array, " C"]]:
+        """The target's last hidden states, without their norm's weight, and weights."""
+        hidden_GDN, _ = target_rows(self.features, self.blocks)
+        scale_D = self.target.norm.weight[...].astype(jnp.float32)
+        y_GDN = hidden_GDN.astype(jnp.float32) / scale_D[:, None]
+        weight_GN = DSPARK.weights(by_row(self.blocks.valid_PAG))
+        return jnp.moveaxis(y_GDN, 0, 1).reshape(len(scale_D), -1), weight_GN.ravel()
+
+    def predicting(self, x_XR: Float[Array, "X R"]) -> Float[Array, "X C"]:
+        """Columns of the rows that predict."""
+        P, A, G = self.blocks.labels_PAG.shape
+        x_XNQ = x_XR.reshape(len(x_XR), P * A, -1)
+        return jnp.moveaxis(x_XNQ[..., -G:], 2, 1).reshape(len(x_XR), -1)
+
+    def rows(self, depth: int) -> Float[Array, "D R"]:
+        """The residual stream after `depth` layers."""
+        x_DR = self.inputs.x_DR
+        for layer in self.drafter.layers[:depth]:
+            x_DR = self.inputs.layer(layer, x_DR)
+        return x_DR
+
+    def attended(self, depth: int) -> Float[Array, "D R"]:
+        """The residual stream after the attention of the next layer."""
+        x_DR, layer = self.rows(depth), self.drafter.layers[depth]
+        return x_DR + layer.self_attn.o_proj(self.inputs.attend(layer, x_DR))
+
+    def residual(self, input_XR, x_DR):
+        """A map's inputs, what the stream lacks, and weights."""
+        y_DC, weight_C = self.wanted
+        return self.predicting(input_XR), y_DC - self.predicting(x_DR), weight_C
+
+    def of_fc(self):
+        """Taps before the anchor and the anchor itself; all rows' hidden states."""
+        y_DC, weight_C = self.wanted
+        blocks, G = self.blocks, self.blocks.labels_PAG.shape[-1]
+        before_PA = jnp.maximum(blocks.anchors_PA - 1, 0)
+        taps_PAmD = take_places(jnp.asarray(self.features.taps_PSmD), before_PA)
+        anchor_DN = self.target.embed(blocks.previous_PAG[..., 0].ravel())
+        N = anchor_DN.shape[1]
+        x_IN = jnp.concatenate([taps_PAmD.reshape(N, -1).T, anchor_DN])
+        fade_G = DSPARK.weights(jnp.ones((G, 1), bool))
+        y_GDN = jnp.moveaxis(y_DC.reshape(-1, G, N), 1, 0) * jnp.sqrt(fade_G)[:, None]
+        whole_N = weight_C[-N:] > 0
+        return x_IN.astype(jnp.float32), y_GDN.reshape(-1, N), whole_N
+
+    def of_kinds(self, depth: int):
+        """A layer's inputs; whether each is a context row, an anchor or a mask."""
+        context_DT = self.inputs.context_DT
+        normed_DR = self.drafter.layers[depth].input_layernorm(self.rows(depth))
+        T, R, Q = context_DT.shape[1], normed_DR.shape[1], len(self.inputs.seen_QQ)
+        real_T = (jnp.asarray(self.batch.documents_PS) >= 0).ravel()
+        anchor_R = jnp.arange(R) % Q == 0
+        context_X = jnp.arange(T + R) < T
+        anchor_X = jnp.concatenate([jnp.zeros(T, bool), anchor_R])
+        kind_3X = jnp.stack([context_X, anchor_X, ~context_X & ~anchor_X])
+        # All three kinds weigh the same.
+        weight_R = jnp.where(anchor_R, 1, 1 / Q)
+        weight_X = jnp.concatenate([real_T * (R / Q / T), weight_R])
+        inputs_DX = jnp.concatenate([context_DT, normed_DR], axis=1)
+        return inputs_DX, kind_3X.astype(jnp.float32), weight_X
+
+    def of_attention(self, depth: int):
+        """Outputs of a layer's heads; what is missing without them."""
+        x_DR = self.rows(depth)
+        return self.residual(self.inputs.attend(self.drafter.layers[depth], x_DR), x_DR)
+
+    def of_constant(self, depth: int):
+        """Inputs of a layer's MLP; one."""
+        layer = self.drafter.layers[depth]
+        normed_DR = layer.post_attention_layernorm(self.attended(depth))
+        one_R = jnp.ones(normed_DR.shape[1])
+        return normed_DR, one_R[None], one_R
+
+    def of_mlp(self, depth: int):
+        """Gated hidden units of a layer's MLP; what is missing without them."""
+        x_DR, layer = self.attended(depth), self.drafter.layers[depth]
+        h_FR = layer.mlp.hidden(layer.post_attention_layernorm(x_DR))
+        return self.residual(h_FR, x_DR)
+
+    def of_end(self):
+        """Normed rows and the previous token's embedding; the hidden states."""
+        x_DR = self.rows(len(self.drafter.layers))
+        x_DR *= jax.lax.rsqrt(jnp.mean(jnp.square(x_DR), axis=0))
+        embedded_DC = self.target.embed(by_row(self.blocks.previous_PAG).ravel())
+        x_IC = jnp.concatenate([self.predicting(x_DR), embedded_DC])
+        return x_IC.astype(jnp.float32), *self.wanted
+
+
+def fit(
+    drafter: DSparkDrafter,
+    target: DenseDecoder,
+    samples: Sequence[Packed],
+    source: Callable[[Packed], Features],
+    *,
+    block_length: int,
+    anchors: int = 64,
+    seed: int = 0,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> None:
+    """Gives a drafter its start, in place.
+
+    Args:
+      drafter: DSpark or DFlash, random but for its draft vocabulary.
+      target: its target.
+      samples: batches of packed sequences; 100,000 rows are enough.
+      source: their features.
+      block_length: rows per block.
+      anchors: blocks per sequence.
+      seed: of the anchors.
+      on_stage: called with the name of what is fitted next.
+
+    Raises:
+      ValueError: its heads are too narrow to tell places and kinds of rows apart.
+    """
+    if drafter.config.backbone.head_dim < 8:
+        raise ValueError(
+            "a least-squares start needs heads of width 8 or more, got "
+            f"{drafter.config.backbone.head_dim}"
+        )
+    vocabulary = DraftVocabulary.of(drafter, target)
+
+    @partial(jax.jit, static_argnames=("name", "args"))
+    def see(drafter, target, draftable_V, key, batch, features, name, args):
+        blocks = sample_blocks(
+            key,
+            batch,
+            anchors=anchors,
+            block_length=block_length,
+            draftable_V=draftable_V,
+        )
+        return getattr(View(drafter, target, batch, features, blocks), name)(*args)
+
+    def regress(stage: str, name: str, *args, most: int | None = None) -> Regression:
+        on_stage(stage)
+        result = Regression()
+        for number, batch in enumerate(samples[:most]):
+            features = source(batch)
+            key = jax.random.fold_in(jax.random.key(seed), number)
+            draftable_V = vocabulary.draftable_V
+            seen = see(drafter, target, draftable_V, key, batch, features, name, args)
+            result.add(*seen)
+        return result
+
+    scale_D = np.asarray(target.norm.weight[...], np.float32)
+    metric_DD = logit_metric(np.asarray(vocabulary.head_WD, np.float64) * scale_D)
+    put(drafter.norm.weight, scale_D)
+    put(drafter.fc.weight, leading_directions(regress("fc", "of_fc"), metric_DD))
+    for depth, layer in enumerate(drafter.layers):
+        name = f"layer {depth}"
+        kinds = regress(f"{name}: where to look", "of_kinds", depth, most=FEW)
+        aim(drafter, depth, kinds.solve())
+        attention = regress(f"{name}: attention", "of_attention", depth)
+        put(layer.self_attn.o_proj.weight, attention.solve())
+        constant = regress(f"{name}: gates", "of_constant", depth, most=FEW)
+        gate = layer.mlp.gate_proj.weight
+        put(gate, gate[...] + OPEN * constant.solve())
+        put(
+            layer.mlp.down_proj.weight, regress(f"{name}: mlp", "of_mlp", depth).solve()
+        )
+
+    end, D = regress("norm and sequential head", "of_end"), len(scale_D)
+    # Least squares in one number: a mean of possible states is shorter than each.
+    shrink = np.trace(end.xy[:D]) / np.trace(end.xx[:D, :D])
+    put(drafter.norm.weight, shrink * scale_D)
+    if drafter.markov_head is not None:
+        rest = Regression(end.xx[D:, D:], end.xy[D:] - shrink * end.xx[D:, :D])
+        left_DR, right_DR = low_rank(rest, metric_DD, drafter.markov_head.rank)
+        w1_VR = np.asarray(target.embed_tokens.weight[...], np.float32) @ right_DR
+        w2_WR = (np.asarray(vocabulary.head_WD, np.float32) * scale_D) @ left_DR
+        start_head(drafter.markov_head, w1_VR, w2_WR)
+
+
+def put(variable: nnx.Variable, value) -> None:
+    """Replaces a variable's numbers, not its type."""
+    variable[...] = jnp.asarray(value, variable.dtype)
+
+
+def start_head(head: MarkovHead, w1_VR: np.ndarray, w2_WR: np.ndarray) -> None:
+    """Gives a sequential head the bias w2 w1[y], nearly if it is not linear."""
+    size, R = np.sqrt(np.mean(np.square(w1_VR))), head.rank
+    put(head.markov_w1.weight, w1_VR / size)
+    # Open gates pass half; so does tanh of half the embedding.
+    put(head.markov_w2.weight, w2_WR * size * (1 if head.kind == "vanilla" else 2))
+    if head.kind == "rnn":
+        weight = head.joint_proj.weight
+        output_RI = LITTLE * weight[2 * R :]
+        output_RI = output_RI.at[:, R : 2 * R].add(np.eye(R) / 2)
+        put(weight, jnp.concatenate([weight[: 2 * R], output_RI]))
+
+
+def logit_metric(scaled_WD: np.ndarray) -> np.ndarray:
+    """M with |M^T y| the spread of the logits that a normed hidden state y gives."""
+    centred_WD = scaled_WD - scaled_WD.mean(0)
+    gram_DD = centred_WD.T @ centred_WD / len(centred_WD)
+    return cholesky(gram_DD, 1e-3)
+
+
+def cholesky(moments_II: np.ndarray, ridge: float) -> np.ndarray:
+    """Lower factor, with a part of the mean diagonal added to the diagonal."""
+    size = len(moments_II)
+    return np.linalg.cholesky(
+        moments_II + ridge * np.trace(moments_II) / size * np.eye(size)
+    )
+
+
+def leading_directions(regression: Regression, metric_DD: np.ndarray) -> np.ndarray:
+    """The D directions of the taps that matter most for the logits of all rows.
+
+    They are uncorrelated, and of a size that falls with their importance.
+    """
+    D = len(metric_DD)
+    width = len(regression.xx) - D
+    inner_XX = regression.xx[:width, :width]
+    size_X = np.sqrt(np.diag(inner_XX))
+    lower_XX = cholesky(inner_XX / np.outer(size_X, size_X), 1e-4)
+    predict_GDX = regression.solve()[:, :width].reshape(-1, D, width) * size_X
+    effect = np.einsum("gdx,de->gex", predict_GDX, metric_DD)
+    effect = effect.reshape(-1, width) @ lower_XX
+    values, vectors = np.linalg.eigh(effect.T @ effect)
+    order = np.argsort(values)[::-1][:D]
+    weight_D = (np.maximum(values[order], 0) / values[order[0]]) ** (EMPHASIS / 2)
+    directions_DX = np.linalg.solve(lower_XX.T, vectors[:, order]).T
+    return weight_D[:, None] * directions_DX / size_X
+
+
+def low_rank(
+    regression: Regression, metric_DD: np.ndarray, rank: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """left @ right^T of a rank, nearest to the map in its effect on logits."""
+    lower_DD = cholesky(regression.xx, 1e-6)
+    effect = metric_DD.T @ regression.solve(1e-2) @ lower_DD
+    u, s, vt = np.linalg.svd(effect, full_matrices=False)
+    half_R = np.sqrt(s[:rank])
+    left_DR = np.linalg.solve(metric_DD.T, u[:, :rank] * half_R)
+    right_DR = np.linalg.solve(lower_DD.T, vt[:rank].T * half_R)
+    return left_DR, right_DR
+
+
+def fading(frequencies: np.ndarray, reach: int) -> np.ndarray:
+    """Weights a of sum a_i cos(f_i d), which falls from 1 at d = 0 to 0 at `reach`."""
+    places = np.arange(256)
+    wanted = np.maximum(0, 1 - places / reach)
+    care = np.where(places <= reach, 4.0, 1.0)
+    waves = np.cos(np.outer(places, frequencies))
+    weights, _ = nnls(care[:, None] * waves, care * wanted)
+    return weights / weights.sum()
+
+
+def aim(drafter: DSparkDrafter, depth: int, kind_3D: np.ndarray) -> None:
+    """Fixes where a layer's heads look, and which directions they carry over."""
+    config = drafter.config.backbone
+    N, K, H, D = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.hidden_size,
+    )
+    attention = drafter.layers[depth].self_attn
+    context_D, anchor_D, mask_D = kind_3D
+    half = H // 2
+    # The slowest two frequencies hardly turn: their dimensions tell kinds apart.
+    frequencies, _ = config.rope.frequencies(H)
+    newest_H = np.zeros(H)
+    newest_H[: half - 2] = np.sqrt(fading(frequencies[: half - 2], REACH))
+    is_anchor_H, is_mask_H, none_H = np.eye(H)[[half - 1, H - 1, half - 2]]
+    recent_H = SOFTNESS * newest_H + np.sqrt(1 - SOFTNESS**2) * none_H
+    looks_3H = [newest_H, recent_H, is_anchor_H]
+    key_HD = (
+        np.outer(newest_H, context_D)
+        + np.outer(is_anchor_H, anchor_D)
+        + np.outer(is_mask_H, mask_D)
+    )
+    q_ND = np.concatenate(
+        [np.outer(looks_3H[n % (N // K) % 3], anchor_D + mask_D) for n in range(N)]
+    )
+    k_KD = np.tile(key_HD, (K, 1))
+    for projection, fixed in ((attention.q_proj, q_ND), (attention.k_proj, k_KD)):
+        weight = projection.weight
+        put(weight, CONTENT * weight[...] + H**0.5 * fixed)
+    for norm in (attention.q_norm, attention.k_norm):
+        if norm is not None:
+            put(norm.weight, np.full(H, SHARPNESS))
+    first = depth * K * H
+    chosen = (first + np.arange(K * H)) % D
+    put(attention.v_proj.weight, np.eye(D)[chosen])

@@ -1,0 +1,187 @@
+"""The path of a researcher, command by command, on a tiny target."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxspark import load_drafter, load_target
+from jaxspark.checkpoints import save_target
+from jaxspark.checkpoints.tree import named_parameters
+from tests.checkpoints.tiny import target
+
+DOMAINS = ("math", "code", "chat")
+DRAFT = ["--depth=1", "--taps=0", "--rank=8", "--block_length=3", "--draft_vocab=64"]
+TRAIN = [
+    *("--steps=2", "--sequences=2", "--anchors=8", "--sequence_length=96"),
+    *("--held_out=2", "--evaluate_every=2", "--fit_sequences=8"),
+]
+EVALUATE = ["--prompts_per_domain=2", "--max_new_tokens=12", "--speed_prompts=0"]
+
+
+class Place:
+    """A folder with a tiny target, questions and prompts, where launchers run."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        save_target(folder / "target", target())
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": f"question {i}"},
+                    {"role": "assistant", "content": "an answer"},
+                ]
+            }
+            for i in range(30)
+        ]
+        self.lines("questions.jsonl", rows)
+        for domain in DOMAINS:
+            prompts = [{"turns": [f"{domain} {i}"]} for i in range(2)]
+            self.lines(f"{domain}_prompts.jsonl", prompts)
+
+    def lines(self, name, rows):
+        """Writes JSON lines."""
+        (self.folder / name).write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+    def run(self, program, *arguments, target=True):
+        """Runs a launcher in the folder; returns what it printed."""
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", f"launch.{program}", *arguments),
+                *(["--target=target"] if target else []),
+            ],
+            cwd=self.folder,
+            env=os.environ
+            | {
+                "JAX_PLATFORMS": "cpu",
+                "JAX_COMPILATION_CACHE_DIR": str(self.folder / "xla"),
+                "COLUMNS": "200",
+            },
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def json(self, name):
+        """Reads a JSON file."""
+        return json.loads((self.folder / name).read_text())
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Questions answered by the target, and a drafter trained on the answers."""
+    place = Place(tmp_path_factory.mktemp("path"))
+    said = place.run(
+        "regenerate",
+        *("--data=questions.jsonl", "--out=answers.jsonl", "--slots=4"),
+        *("--max_new_tokens=24", "--temperature=1"),
+    )
+    answers = (place.folder / "answers.jsonl").read_text().splitlines()
+    assert answers, said
+    place.run(
+        "train_draft",
+        "--data=answers.jsonl,questions.jsonl",
+        "--out=run",
+        *DRAFT,
+        *TRAIN,
+    )
+    return place
+
+
+def test_regenerating_again_adds_nothing(place):
+    before = (place.folder / "answers.jsonl").read_bytes()
+    place.run(
+        "regenerate",
+        *("--data=questions.jsonl", "--out=answers.jsonl", "--slots=4"),
+        *("--max_new_tokens=24", "--temperature=1"),
+    )
+    assert (place.folder / "answers.jsonl").read_bytes() == before
+
+
+def test_a_dry_run_trains_nothing(place):
+    said = place.run(
+        "train_draft",
+        *("--data=questions.jsonl", "--out=dry", "--dry_run", *DRAFT, *TRAIN),
+    )
+    assert "trained parameters" in said and "activations" in said
+    assert not (place.folder / "dry" / "run.json").exists()
+
+
+@pytest.mark.parametrize("draft", ["run/drafter", "hybrid:run/drafter", "ngram"])
+def test_evaluation_reports_every_domain(place, draft):
+    place.run(
+        "evaluate",
+        *(f"--draft={draft}", "--prompts_dir=.", "--json_out=out.json", *EVALUATE),
+        *("--plot=out.png", "--speed_prompts=1", "--speed_tokens=8", "--repeats=1"),
+    )
+    found = place.json("out.json")
+    assert set(found["domains"]) == set(DOMAINS)
+    for figures in (*found["domains"].values(), found["macro_average"]):
+        assert figures["accepted_length"] >= 1
+        assert figures["tokens_per_second"] > 0 < figures["plain_tokens_per_second"]
+        assert "accepted_length_non_looping" in figures
+        assert len(figures["conditional_acceptance"]) == found["block_length"]
+    assert (place.folder / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_study_compares_equal_runs(place):
+    arguments = (
+        *("--suite=head", "--out=studies", "--temperatures=0"),
+        "--train="
+        + " ".join(["--target=target --data=questions.jsonl", *DRAFT, *TRAIN]),
+        "--evaluate=" + " ".join(["--target=target --prompts_dir=.", *EVALUATE]),
+    )
+    said = place.run("study", *arguments, target=False)
+    found = place.json("studies/head.json")
+    assert set(found) == {"vanilla", "gated", "rnn"} and "rnn" in said
+    assert (place.folder / "studies" / "head.png").exists()
+
+
+def test_results_are_drawn(place):
+    figures = {
+        "domains": {name: {"accepted_length": 1.5} for name in DOMAINS},
+        "macro_average": {"conditional_acceptance": [0.5, None]},
+    }
+    (place.folder / "a.json").write_text(json.dumps(figures))
+    place.run("plot", "--results=a.json,a.json", "--out=a.png", target=False)
+    place.run(
+        "plot",
+        *("--results=a.json,a.json", "--out=b.png", "--x=depth", "--at=1,2"),
+        target=False,
+    )
+    for name in ("a.png", "b.png"):
+        assert (place.folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_compact_drafter_is_the_same(place):
+    place.run("convert", "--draft=run/drafter", "--out=small", "--compact")
+    model = load_target(place.folder / "target")
+    mine, whole = (
+        named_parameters(load_drafter(place.folder / name, model))
+        for name in ("small", "run/drafter")
+    )
+    assert mine.keys() == whole.keys()
+    for name, array in whole.items():
+        np.testing.assert_array_equal(mine[name], array, err_msg=name)
+    sizes = [
+        sum(path.stat().st_size for path in (place.folder / name).iterdir())
+        for name in ("small", "run/drafter")
+    ]
+    assert sizes[0] < sizes[1]
+
+
+def test_drafters_are_timed_beside_each_other(place):
+    said = place.run(
+        "bench",
+        *("--suite=draft", "--draft=run/drafter", "--draft_blocks=2"),
+        *("--prompts_dir=.", "--prompts_per_domain=1", "--new_tokens=8"),
+        *("--repeats=3", "--capacity=128", "--json_out=bench.json"),
+    )
+    assert "hybrid:run/drafter, block 2" in said
+    plain = place.json("bench.json")["figures"]["plain"]
+    assert plain["against_plain"]["average"] == 1

@@ -1,0 +1,131 @@
+"""A drafter fitted by least squares starts better than one at random."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxspark.training import least_squares
+from jaxspark.training.least_squares import Regression, View
+from jaxspark.training.objective import summary
+from jaxspark.training.trainer import TrainConfig, Trainer
+from tests import zoo
+from tests.training import made
+
+G = 4
+
+
+def held_out_loss(drafter, model, batch, features):
+    """Cross entropy of a drafter."""
+    config = TrainConfig(steps=1, anchors=12, block_length=G)
+    trainer, state = Trainer.create(drafter, model, config)
+    sums = trainer.evaluate(state, batch, features)
+    return summary(jax.device_get(sums), config.objective)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A target."""
+    return zoo.target()
+
+
+@pytest.mark.parametrize("kind", ["dspark-rnn", "dspark-pruned", "dflash"])
+def test_a_fitted_drafter_agrees_more(model, kind):
+    """On sequences that the fit has not seen."""
+    drafter = zoo.drafter(kind, model)
+    unseen = made.packed(*[20, 25] * 8, seed=1000)
+    features = made.features(model, drafter, unseen)
+    before = held_out_loss(drafter, model, unseen, features)
+    batches = [made.packed(*[20, 25] * 8, seed=100 * i) for i in range(1, 9)]
+    stages = []
+    least_squares.fit(
+        drafter,
+        model,
+        batches,
+        lambda batch: made.features(model, drafter, batch),
+        block_length=G,
+        anchors=12,
+        on_stage=stages.append,
+    )
+    after = held_out_loss(drafter, model, unseen, features)
+    assert after["l1"] < before["l1"] and after["ce"] < before["ce"]
+    assert len(stages) == 2 + 4 * len(drafter.layers)
+    for leaf in jax.tree.leaves(nnx.state(drafter)):
+        assert np.isfinite(leaf).all()
+
+
+def test_heads_look_where_they_are_aimed():
+    """The first of a group at the newest context row."""
+    model = zoo.target("qwen3")
+    # A direction that all embeddings share, as trained ones do.
+    table_VD = model.embed_tokens.weight
+    table_VD[...] = table_VD[...].at[:, 0].add(4 * float(jnp.abs(table_VD[...]).max()))
+    drafter = zoo.drafter("dspark-vanilla", model)
+    batch = made.packed(30, 15, 40, seed=3)
+    features = made.features(model, drafter, batch)
+    least_squares.fit(
+        drafter, model, [batch], lambda batch: features, block_length=G, anchors=8
+    )
+    blocks = least_squares.sample_blocks(
+        jax.random.key(1), batch, anchors=8, block_length=G
+    )
+    view = View(drafter, model, batch, features, blocks)
+    attention = drafter.layers[0].self_attn
+    inputs = view.inputs
+    normed_DR = drafter.layers[0].input_layernorm(inputs.x_DR)
+    q_NHR = attention.queries(normed_DR, inputs.block_rotation)
+    k_KHT, _ = attention.keys_values(inputs.context_DT, inputs.context_rotation)
+    S = batch.ids_PS.shape[1]
+    scores_RT = np.asarray(jnp.einsum("hr,ht->rt", q_NHR[0], k_KHT[0]))
+    Q = len(inputs.seen_QQ)
+    hits = total = 0
+    for index, anchor in enumerate(np.asarray(blocks.anchors_PA).ravel()):
+        sequence = index // blocks.anchors_PA.shape[1]
+        seen_S = np.asarray(inputs.seen_PAS).reshape(-1, S)[index]
+        if not (seen_S.any() and blocks.valid_PAG.reshape(-1, G)[index, 0]):
+            continue
+        rows = scores_RT[index * Q : (index + 1) * Q, sequence * S :][:, :S]
+        hits += (np.where(seen_S, rows, -np.inf).argmax(1) == anchor - 1).sum()
+        total += Q
+    assert total and hits / total > 0.9
+
+
+def test_regression_is_ridge_regression():
+    """Batches add up to the closed form over all columns."""
+    rng = np.random.default_rng(0)
+    x_IR, w_OI = rng.normal(size=(5, 200)), rng.normal(size=(3, 5))
+    y_OR, weight_R = w_OI @ x_IR, rng.uniform(size=200)
+    regression = Regression()
+    for part in np.array_split(np.arange(200), 3):
+        regression.add(*(a[..., part].astype("f4") for a in (x_IR, y_OR, weight_R)))
+    np.testing.assert_allclose(regression.solve(0.0), w_OI, atol=1e-4)
+    assert np.abs(regression.solve(10.0)).sum() < 0.5 * np.abs(w_OI).sum()
+
+
+def test_low_rank_is_the_best_of_its_rank():
+    """No other map of the rank has less effect on logits; full rank is exact."""
+    rng = np.random.default_rng(1)
+    x_IR, w_OI = rng.normal(size=(6, 300)), rng.normal(size=(6, 6))
+    metric_OO = np.linalg.cholesky(np.cov(rng.normal(size=(6, 20))) + np.eye(6))
+    regression = Regression(x_IR @ x_IR.T, x_IR @ (w_OI @ x_IR).T)
+    whole = regression.solve(1e-2)
+
+    def error(map_OI):
+        return np.square(metric_OO.T @ (map_OI - whole) @ x_IR).sum()
+
+    left, right = least_squares.low_rank(regression, metric_OO, 6)
+    assert error(left @ right.T) < 1e-6 * error(0 * whole)
+    left, right = least_squares.low_rank(regression, metric_OO, 2)
+    for _ in range(20):
+        other = [a + 0.05 * rng.normal(size=a.shape) for a in (left, right)]
+        assert error(left @ right.T) <= error(other[0] @ other[1].T) + 1e-9
+
+
+def test_fading_falls_over_its_reach():
+    """The newest place scores most, each place before it less."""
+    frequencies = 1e4 ** (-np.arange(28) / 32)
+    weights = least_squares.fading(frequencies, 12)
+    score = np.cos(np.outer(np.arange(100), frequencies)) @ weights
+    assert score[0] == pytest.approx(1) and (np.diff(score[1:10]) < -0.05).all()
+    assert np.abs(score[14:]).max() < 0.4
