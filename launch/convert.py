@@ -38,6 +38,8 @@ def main() -> None:
     """Reads one format, writes the other."""
     target = load_target(FLAGS.target, dtype=common.DTYPES[FLAGS.dtype])
     out = pathlib.Path(FLAGS.out)
+    if FLAGS.compact and FLAGS.draft is None:
+        raise ValueError("--compact needs --draft: it is about drafters")
     if FLAGS.draft is None:
         save_target(out, target, overwrite=FLAGS.overwrite)
     else:

@@ -35,6 +35,8 @@ SUITES = {
     },
     "taps": {taps: {"taps": taps} for taps in ("28", "8,22,28", "1,8,15,22,28")},
 }
+# Evaluated only: prompt lookup beside a trained variant.
+HYBRIDS = {"drafters": {"hybrid": "dspark"}}
 # Suites over a number are drawn over it (Figures 3 and 4), the others by place.
 NUMBERS = {"depth": "draft layers", "block": "block length"}
 
@@ -60,23 +62,32 @@ def run(program: str, *arguments: str) -> None:
         raise ValueError(f"launch.{program} failed with exit status {done.returncode}")
 
 
-def measure(console: Console, variant: str, changes: dict) -> dict:
-    """Trains and evaluates one variant; returns figures by temperature."""
-    folder = pathlib.Path(FLAGS.out) / FLAGS.suite / variant
-    console.rule(f"{FLAGS.suite}: {variant}", align="left", style="dim")
+def folder(variant: str) -> pathlib.Path:
+    """Where a variant's run and figures are."""
+    return pathlib.Path(FLAGS.out) / FLAGS.suite / variant
+
+
+def train(variant: str, changes: dict) -> str:
+    """Trains one variant; returns what evaluation loads."""
     shared = {}
     for each in shlex.split(FLAGS.train):
         name, _, value = each.removeprefix("--").partition("=")
         shared[name] = value
-    chosen = shared | changes | {"out": folder / "run"}
+    out = folder(variant) / "run"
+    chosen = shared | changes | {"out": out}
     run("train_draft", *(f"--{n}={v}" for n, v in chosen.items() if v is not None))
+    return str(out / "drafter")
+
+
+def evaluate(variant: str, draft: str) -> dict:
+    """Figures of one variant by temperature."""
     figures = {}
     for temperature in FLAGS.temperatures:
-        path = folder / f"temperature_{temperature}.json"
+        path = folder(variant) / f"temperature_{temperature}.json"
         if not path.exists():
             run(
                 "evaluate",
-                f"--draft={folder / 'run' / 'drafter'}",
+                f"--draft={draft}",
                 f"--temperature={temperature}",
                 f"--json_out={path}",
                 *shlex.split(FLAGS.evaluate),
@@ -88,10 +99,14 @@ def measure(console: Console, variant: str, changes: dict) -> dict:
 def main() -> None:
     """Runs what is missing, then reports."""
     console = Console()
-    results = {
-        variant: measure(console, variant, changes)
-        for variant, changes in SUITES[FLAGS.suite].items()
-    }
+    drafts, results = {}, {}
+    for variant, changes in SUITES[FLAGS.suite].items():
+        console.rule(f"{FLAGS.suite}: {variant}", align="left", style="dim")
+        drafts[variant] = train(variant, changes)
+        results[variant] = evaluate(variant, drafts[variant])
+    for variant, trained in HYBRIDS.get(FLAGS.suite, {}).items():
+        console.rule(f"{FLAGS.suite}: {variant}", align="left", style="dim")
+        results[variant] = evaluate(variant, f"hybrid:{drafts[trained]}")
     table = Table(title=f"{FLAGS.suite}: accepted length")
     table.add_column(FLAGS.suite)
     for temperature in FLAGS.temperatures:

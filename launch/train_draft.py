@@ -42,7 +42,7 @@ from jaxspark.training.features import (
     sequence_bytes,
     target_features,
 )
-from jaxspark.training.run import train
+from jaxspark.training.run import has_checkpoint, train
 from jaxspark.training.trainer import OPTIMIZERS, TrainConfig, Trainer
 from launch import common
 
@@ -155,22 +155,23 @@ def make_drafter(model, packed):
 
 
 def start() -> str:
-    """How the drafter of the flags starts."""
-    if FLAGS.init:
-        return FLAGS.init
-    if FLAGS.warm_start:
-        return "random"
-    return "target" if FLAGS.drafter == "eagle3" else "least_squares"
+    """How the drafter of the flags starts; a warm start then replaces what it has.
+
+    Raises:
+      ValueError: it cannot.
+    """
+    fitted = FLAGS.drafter != "eagle3" and not FLAGS.warm_start
+    if FLAGS.init == "least_squares" and not fitted:
+        raise ValueError(
+            "--init=least_squares is for dspark and dflash without --warm_start"
+        )
+    return FLAGS.init or ("least_squares" if fitted else "target")
 
 
-def fit(console: Console, drafter, model, packed, source) -> None:
-    """Starts a drafter by least squares on the first sequences."""
-    if FLAGS.drafter == "eagle3":
-        raise ValueError("--init=least_squares is for dspark and dflash, not eagle3")
-    size = FLAGS.sequences
-    count = min(FLAGS.fit_sequences, len(packed.index_P)) // size * size
-    begins = range(0, count, size)
-    samples = [packed[np.arange(begin, begin + size)] for begin in begins]
+def fit(console: Console, drafter, model, batches: Batches, source) -> None:
+    """Starts a drafter by least squares on the first batches."""
+    count = min(FLAGS.fit_sequences / batches.size, batches.per_epoch)
+    samples = [batches[index] for index in range(max(1, int(count)))]
     with console.status("fitting") as status:
         least_squares.fit(
             drafter,
@@ -217,7 +218,9 @@ def describe(console: Console, trainer, state, batches, source, packed) -> None:
         "trained parameters": f"{counts['trained']:,}",
         "frozen parameters": f"{counts['frozen']:,}",
         "target": common.size(target),
-        "parameters, gradients and optimizer": common.size(16 * counts["trained"]),
+        "parameters, gradients and optimizer": common.size(
+            sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + 4 * counts["trained"]
+        ),
         "activations of a micro-batch": common.size(step.temp_size_in_bytes),
         "features of a micro-batch": common.size(
             sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(features))
@@ -286,16 +289,16 @@ def main() -> None:
             limit_bytes=int(FLAGS.cache_gb * 1e9),
         )
     source = FeatureSource(target.model, taps, FLAGS.most_documents, cache)
-    # A run that goes on has its parameters from a checkpoint.
-    begun = (out / "checkpoints").exists() or FLAGS.dry_run
-    if start() == "least_squares" and not begun:
-        fit(console, drafter, target.model, batches.packed, source)
-    trainer, state = Trainer.create(drafter, target.model, config)
     if FLAGS.dry_run:
+        trainer, state = Trainer.create(drafter, target.model, config)
         describe(console, trainer, state, batches, source, packed)
         return
     packing = zlib.crc32(packed.ids_PS, zlib.crc32(packed.documents_PS))
     same_settings(out / "run.json", settings() | {"packing": packing})
+    # A run that goes on has its parameters from a checkpoint.
+    if start() == "least_squares" and not has_checkpoint(out):
+        fit(console, drafter, target.model, batches, source)
+    trainer, state = Trainer.create(drafter, target.model, config)
     columns = (
         TextColumn("{task.description}"),
         MofNCompleteColumn(),

@@ -103,15 +103,6 @@ def test_regenerating_again_adds_nothing(place):
     assert (place.folder / "answers.jsonl").read_bytes() == before
 
 
-def test_a_dry_run_trains_nothing(place):
-    said = place.run(
-        "train_draft",
-        *("--data=questions.jsonl", "--out=dry", "--dry_run", *DRAFT, *TRAIN),
-    )
-    assert "trained parameters" in said and "activations" in said
-    assert not (place.folder / "dry" / "run.json").exists()
-
-
 @pytest.mark.parametrize("draft", ["run/drafter", "hybrid:run/drafter", "ngram"])
 def test_evaluation_reports_every_domain(place, draft):
     place.run(
@@ -137,8 +128,9 @@ def test_a_study_compares_equal_runs(place):
         "--evaluate=" + " ".join(["--target=target --prompts_dir=.", *EVALUATE]),
     )
     said = place.run("study", *arguments, target=False)
+    table = said[said.rindex("accepted length") :]
     found = place.json("studies/head.json")
-    assert set(found) == {"vanilla", "gated", "rnn"} and "rnn" in said
+    assert set(found) == {"vanilla", "gated", "rnn"} and "rnn" in table
     assert (place.folder / "studies" / "head.png").exists()
 
 

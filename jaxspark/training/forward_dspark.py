@@ -111,6 +111,13 @@ class BlockInputs:
             self.seen_QQ,
         )
 
+    def rows(self, layers) -> Float[Array, "D R"]:
+        """The residual stream after some layers."""
+        x_DR = self.x_DR
+        for layer in layers:
+            x_DR = self.layer(layer, x_DR)
+        return x_DR
+
     def layer(self, layer, x_DR: Float[Array, "D R"]) -> Float[Array, "D R"]:
         """A whole layer."""
         x_DR = x_DR + layer.self_attn.o_proj(self.attend(layer, x_DR))
@@ -123,7 +130,5 @@ def backbone(
     """Normed hidden states of all predicting rows."""
     P, A, G = blocks.labels_PAG.shape
     inputs = BlockInputs.of(drafter, target, batch, features, blocks)
-    x_DR = inputs.x_DR
-    for layer in drafter.layers:
-        x_DR = inputs.layer(layer, x_DR)
+    x_DR = inputs.rows(drafter.layers)
     return drafter.norm(x_DR).reshape(-1, P, A, len(inputs.seen_QQ))[..., -G:]

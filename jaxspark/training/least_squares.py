@@ -7,8 +7,8 @@ maps that write to the residual stream become ridge regressions of what is still
 of the target's last hidden state at each row:
 
     fc       the directions of the taps that tell most of the next hidden states
-    q, k     fixed: in every group of heads one looks at the newest context row, one at
-             the last few, one at the anchor
+    q, k     fixed: of three heads one looks at the newest context row, one at the last
+             few, one at the anchor
     v        a part of fc's directions for each layer and group
     o, down  regressions on what attention and gates give
     markov   the best correction of rank R by the previous token's embedding
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
-from scipy.optimize import nnls
+from scipy.optimize import linprog
 
 from jaxspark.drafters import DSparkDrafter
 from jaxspark.drafters.heads import MarkovHead
@@ -37,46 +37,27 @@ from jaxspark.training.features import Features
 from jaxspark.training.forward import DraftVocabulary, by_row, target_rows
 from jaxspark.training.forward_dspark import BlockInputs
 from jaxspark.training.objective import DSPARK
+from jaxspark.training.regression import (
+    Regression,
+    leading_directions,
+    logit_metric,
+    low_rank,
+)
 
 # Norm weights of queries and keys: logits of attention reach sqrt(H) times the square.
 SHARPNESS = 2.5
 # Size of the random part of queries and keys relative to the fixed one.
-CONTENT = 0.15
-# Places over which "newest" and "the last few" fade, and the latter's weight.
-REACH, SOFTNESS = 12, 0.15
-# A gate's fixed part: half open, so that a unit starts nearly linear.
-OPEN = 1.0
+RANDOM_QK = 0.15
+# How steeply "the last few" fade, relative to "the newest".
+SOFTNESS = 0.15
+# What all gates of an MLP have in common: a unit starts nearly linear.
+GATE = 1.0
 # Exponent of a direction's importance in its size among the context features.
 EMPHASIS = 0.5
-# Random part of what else is known.
-LITTLE = 0.1
-# Samples that show what all rows of a kind have in common.
-FEW = 8
-
-
-class Regression:
-    """y_OR ~ W_OI x_IR over batches of weighted columns, by its normal equations."""
-
-    def __init__(self, xx: np.ndarray | float = 0.0, xy: np.ndarray | float = 0.0):
-        self.xx, self.xy = np.asarray(xx), np.asarray(xy)
-
-    def add(self, x_IR: Float[Array, "I R"], y_OR: Float[Array, "O R"], weight_R):
-        """Adds a batch."""
-        xx_II, xy_IO = _moments(x_IR, y_OR, weight_R)
-        self.xx = self.xx + np.asarray(xx_II, np.float64)
-        self.xy = self.xy + np.asarray(xy_IO, np.float64)
-
-    def solve(self, penalty: float = 1e-3) -> Float[np.ndarray, "O I"]:
-        """W, each input penalised in proportion to its mean square."""
-        diagonal = np.diag(self.xx) + 1e-9 * np.trace(self.xx) / len(self.xx)
-        return np.linalg.solve(self.xx + np.diag(penalty * diagonal), self.xy).T
-
-
-@jax.jit
-def _moments(x_IR, y_OR, weight_R):
-    dot = partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
-    weighted_IR = x_IR * weight_R
-    return dot(weighted_IR, x_IR.T), dot(weighted_IR, y_OR.T)
+# Size of the random part of a sequential head's gates.
+RANDOM_GATES = 0.1
+# Batches that show what all rows of a kind have in common.
+BATCHES_FOR_KINDS = 8
 
 
 @dataclass(frozen=True)
@@ -116,10 +97,7 @@ class View:
 
     def rows(self, depth: int) -> Float[Array, "D R"]:
         """The residual stream after `depth` layers."""
-        x_DR = self.inputs.x_DR
-        for layer in self.drafter.layers[:depth]:
-            x_DR = self.inputs.layer(layer, x_DR)
-        return x_DR
+        return self.inputs.rows(self.drafter.layers[:depth])
 
     def attended(self, depth: int) -> Float[Array, "D R"]:
         """The residual stream after the attention of the next layer."""
@@ -156,7 +134,7 @@ class View:
         anchor_X = jnp.concatenate([jnp.zeros(T, bool), anchor_R])
         kind_3X = jnp.stack([context_X, anchor_X, ~context_X & ~anchor_X])
         # All three kinds weigh the same.
-        weight_R = jnp.where(anchor_R, 1, 1 / Q)
+        weight_R = jnp.where(anchor_R, 1, 1 / max(Q - 1, 1))
         weight_X = jnp.concatenate([real_T * (R / Q / T), weight_R])
         inputs_DX = jnp.concatenate([context_DT, normed_DR], axis=1)
         return inputs_DX, kind_3X.astype(jnp.float32), weight_X
@@ -204,7 +182,8 @@ def fit(
     Args:
       drafter: DSpark or DFlash, random but for its draft vocabulary.
       target: its target.
-      samples: batches of packed sequences; 100,000 rows are enough.
+      samples: batches of packed sequences. The moments take 8 (m + 1)^2 D^2 bytes for
+        m taps, and solving them some times more.
       source: their features.
       block_length: rows per block.
       anchors: blocks per sequence.
@@ -212,17 +191,13 @@ def fit(
       on_stage: called with the name of what is fitted next.
 
     Raises:
-      ValueError: its heads are too narrow to tell places and kinds of rows apart.
+      ValueError: the drafter or the samples are too small for it.
     """
-    if drafter.config.backbone.head_dim < 8:
-        raise ValueError(
-            "a least-squares start needs heads of width 8 or more, got "
-            f"{drafter.config.backbone.head_dim}"
-        )
+    check(drafter, samples)
     vocabulary = DraftVocabulary.of(drafter, target)
 
-    @partial(jax.jit, static_argnames=("name", "args"))
-    def see(drafter, target, draftable_V, key, batch, features, name, args):
+    @partial(jax.jit, static_argnames=("look", "depth"))
+    def see(drafter, target, draftable_V, key, batch, features, look, depth):
         blocks = sample_blocks(
             key,
             batch,
@@ -230,37 +205,53 @@ def fit(
             block_length=block_length,
             draftable_V=draftable_V,
         )
-        return getattr(View(drafter, target, batch, features, blocks), name)(*args)
+        view = View(drafter, target, batch, features, blocks)
+        return look(view) if depth is None else look(view, depth)
 
-    def regress(stage: str, name: str, *args, most: int | None = None) -> Regression:
+    def regress(stage: str, look, depth=None, *, most: int | None = None) -> Regression:
         on_stage(stage)
         result = Regression()
         for number, batch in enumerate(samples[:most]):
             features = source(batch)
             key = jax.random.fold_in(jax.random.key(seed), number)
             draftable_V = vocabulary.draftable_V
-            seen = see(drafter, target, draftable_V, key, batch, features, name, args)
+            seen = see(drafter, target, draftable_V, key, batch, features, look, depth)
             result.add(*seen)
         return result
 
     scale_D = np.asarray(target.norm.weight[...], np.float32)
-    metric_DD = logit_metric(np.asarray(vocabulary.head_WD, np.float64) * scale_D)
+    scaled_WD = np.asarray(vocabulary.head_WD, np.float32) * scale_D
+    metric_DD = logit_metric(scaled_WD)
     put(drafter.norm.weight, scale_D)
-    put(drafter.fc.weight, leading_directions(regress("fc", "of_fc"), metric_DD))
+    first, width = regress("fc", View.of_fc), drafter.fc.weight.shape[1]
+    if not first.xx.any():
+        raise ValueError(
+            f"no answer is longer than a block of {block_length}; a least-squares "
+            "start needs whole blocks"
+        )
+    put(
+        drafter.fc.weight,
+        leading_directions(first, width, metric_DD, emphasis=EMPHASIS),
+    )
     for depth, layer in enumerate(drafter.layers):
         name = f"layer {depth}"
-        kinds = regress(f"{name}: where to look", "of_kinds", depth, most=FEW)
-        aim(drafter, depth, kinds.solve())
-        attention = regress(f"{name}: attention", "of_attention", depth)
+        kinds = regress(
+            f"{name}: where to look", View.of_kinds, depth, most=BATCHES_FOR_KINDS
+        )
+        aim(drafter, depth, kinds.solve(), block_length)
+        attention = regress(f"{name}: attention", View.of_attention, depth)
         put(layer.self_attn.o_proj.weight, attention.solve())
-        constant = regress(f"{name}: gates", "of_constant", depth, most=FEW)
+        constant = regress(
+            f"{name}: gates", View.of_constant, depth, most=BATCHES_FOR_KINDS
+        )
         gate = layer.mlp.gate_proj.weight
-        put(gate, gate[...] + OPEN * constant.solve())
+        put(gate, gate[...] + GATE * constant.solve())
         put(
-            layer.mlp.down_proj.weight, regress(f"{name}: mlp", "of_mlp", depth).solve()
+            layer.mlp.down_proj.weight,
+            regress(f"{name}: mlp", View.of_mlp, depth).solve(),
         )
 
-    end, D = regress("norm and sequential head", "of_end"), len(scale_D)
+    end, D = regress("norm and sequential head", View.of_end), len(scale_D)
     # Least squares in one number: a mean of possible states is shorter than each.
     shrink = np.trace(end.xy[:D]) / np.trace(end.xx[:D, :D])
     put(drafter.norm.weight, shrink * scale_D)
@@ -268,8 +259,24 @@ def fit(
         rest = Regression(end.xx[D:, D:], end.xy[D:] - shrink * end.xx[D:, :D])
         left_DR, right_DR = low_rank(rest, metric_DD, drafter.markov_head.rank)
         w1_VR = np.asarray(target.embed_tokens.weight[...], np.float32) @ right_DR
-        w2_WR = (np.asarray(vocabulary.head_WD, np.float32) * scale_D) @ left_DR
-        start_head(drafter.markov_head, w1_VR, w2_WR)
+        start_head(drafter.markov_head, w1_VR, scaled_WD @ left_DR)
+
+
+def check(drafter: DSparkDrafter, samples: Sequence[Packed]) -> None:
+    """Raises `ValueError` for what cannot be fitted."""
+    config = drafter.config.backbone
+    if config.head_dim < 8:
+        raise ValueError(
+            "a least-squares start needs heads of width 8 or more, got "
+            f"{config.head_dim}"
+        )
+    if drafter.config.markov_rank > config.hidden_size:
+        raise ValueError(
+            f"markov_rank {drafter.config.markov_rank} is more than the width "
+            f"{config.hidden_size}"
+        )
+    if not samples:
+        raise ValueError("a least-squares start needs a batch of sequences, got none")
 
 
 def put(variable: nnx.Variable, value) -> None:
@@ -281,74 +288,49 @@ def start_head(head: MarkovHead, w1_VR: np.ndarray, w2_WR: np.ndarray) -> None:
     """Gives a sequential head the bias w2 w1[y], nearly if it is not linear."""
     size, R = np.sqrt(np.mean(np.square(w1_VR))), head.rank
     put(head.markov_w1.weight, w1_VR / size)
-    # Open gates pass half; so does tanh of half the embedding.
+    # A gate near one half passes half; so does tanh of half the embedding.
     put(head.markov_w2.weight, w2_WR * size * (1 if head.kind == "vanilla" else 2))
+    if head.kind == "gated":
+        put(head.gate_proj.weight, RANDOM_GATES * head.gate_proj.weight[...])
     if head.kind == "rnn":
         weight = head.joint_proj.weight
-        output_RI = LITTLE * weight[2 * R :]
+        output_RI = RANDOM_GATES * weight[2 * R :]
         output_RI = output_RI.at[:, R : 2 * R].add(np.eye(R) / 2)
         put(weight, jnp.concatenate([weight[: 2 * R], output_RI]))
 
 
-def logit_metric(scaled_WD: np.ndarray) -> np.ndarray:
-    """M with |M^T y| the spread of the logits that a normed hidden state y gives."""
-    centred_WD = scaled_WD - scaled_WD.mean(0)
-    gram_DD = centred_WD.T @ centred_WD / len(centred_WD)
-    return cholesky(gram_DD, 1e-3)
+def fading(
+    frequencies: Float[np.ndarray, " f"], places: int, far: int = 2048
+) -> Float[np.ndarray, " f"]:
+    """Weights a of a score sum_i a_i cos(f_i d) that prefers the nearest place.
 
-
-def cholesky(moments_II: np.ndarray, ridge: float) -> np.ndarray:
-    """Lower factor, with a part of the mean diagonal added to the diagonal."""
-    size = len(moments_II)
-    return np.linalg.cholesky(
-        moments_II + ridge * np.trace(moments_II) / size * np.eye(size)
-    )
-
-
-def leading_directions(regression: Regression, metric_DD: np.ndarray) -> np.ndarray:
-    """The D directions of the taps that matter most for the logits of all rows.
-
-    They are uncorrelated, and of a size that falls with their importance.
+    The score falls over d = 1 ... places, and stays below from there to `far`. Among
+    weights that are not negative and add up to one these fall by the widest margin,
+    three times as wide from a few places further on.
     """
-    D = len(metric_DD)
-    width = len(regression.xx) - D
-    inner_XX = regression.xx[:width, :width]
-    size_X = np.sqrt(np.diag(inner_XX))
-    lower_XX = cholesky(inner_XX / np.outer(size_X, size_X), 1e-4)
-    predict_GDX = regression.solve()[:, :width].reshape(-1, D, width) * size_X
-    effect = np.einsum("gdx,de->gex", predict_GDX, metric_DD)
-    effect = effect.reshape(-1, width) @ lower_XX
-    values, vectors = np.linalg.eigh(effect.T @ effect)
-    order = np.argsort(values)[::-1][:D]
-    weight_D = (np.maximum(values[order], 0) / values[order[0]]) ** (EMPHASIS / 2)
-    directions_DX = np.linalg.solve(lower_XX.T, vectors[:, order]).T
-    return weight_D[:, None] * directions_DX / size_X
+    wave = np.cos(np.outer(np.arange(far + 1), frequencies))
+    near = wave[1:places] - wave[2 : places + 1]
+    beyond = wave[places] - wave[places + 1 :]
+    margins = [np.ones(len(near)), np.minimum(np.arange(len(beyond)) + 1, 3)]
+    drop = np.column_stack([np.concatenate([near, beyond]), -np.concatenate(margins)])
+    count = len(frequencies)
+    found = linprog(
+        np.append(np.zeros(count), -1),
+        A_ub=-drop,
+        b_ub=np.zeros(len(drop)),
+        A_eq=np.append(np.ones(count), 0)[None],
+        b_eq=[1],
+        bounds=[(0, None)] * count + [(None, None)],
+    )
+    return np.maximum(found.x[:count], 0)
 
 
-def low_rank(
-    regression: Regression, metric_DD: np.ndarray, rank: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """left @ right^T of a rank, nearest to the map in its effect on logits."""
-    lower_DD = cholesky(regression.xx, 1e-6)
-    effect = metric_DD.T @ regression.solve(1e-2) @ lower_DD
-    u, s, vt = np.linalg.svd(effect, full_matrices=False)
-    half_R = np.sqrt(s[:rank])
-    left_DR = np.linalg.solve(metric_DD.T, u[:, :rank] * half_R)
-    right_DR = np.linalg.solve(lower_DD.T, vt[:rank].T * half_R)
-    return left_DR, right_DR
-
-
-def fading(frequencies: np.ndarray, reach: int) -> np.ndarray:
-    """Weights a of sum a_i cos(f_i d), which falls from 1 at d = 0 to 0 at `reach`."""
-    places = np.arange(256)
-    wanted = np.maximum(0, 1 - places / reach)
-    care = np.where(places <= reach, 4.0, 1.0)
-    waves = np.cos(np.outer(places, frequencies))
-    weights, _ = nnls(care[:, None] * waves, care * wanted)
-    return weights / weights.sum()
-
-
-def aim(drafter: DSparkDrafter, depth: int, kind_3D: np.ndarray) -> None:
+def aim(
+    drafter: DSparkDrafter,
+    depth: int,
+    kind_3D: Float[np.ndarray, "3 D"],
+    block_length: int,
+) -> None:
     """Fixes where a layer's heads look, and which directions they carry over."""
     config = drafter.config.backbone
     N, K, H, D = (
@@ -363,7 +345,8 @@ def aim(drafter: DSparkDrafter, depth: int, kind_3D: np.ndarray) -> None:
     # The slowest two frequencies hardly turn: their dimensions tell kinds apart.
     frequencies, _ = config.rope.frequencies(H)
     newest_H = np.zeros(H)
-    newest_H[: half - 2] = np.sqrt(fading(frequencies[: half - 2], REACH))
+    # The newest context row is j + 1 places from row j.
+    newest_H[: half - 2] = np.sqrt(fading(frequencies[: half - 2], block_length))
     is_anchor_H, is_mask_H, none_H = np.eye(H)[[half - 1, H - 1, half - 2]]
     recent_H = SOFTNESS * newest_H + np.sqrt(1 - SOFTNESS**2) * none_H
     looks_3H = [newest_H, recent_H, is_anchor_H]
@@ -372,13 +355,15 @@ def aim(drafter: DSparkDrafter, depth: int, kind_3D: np.ndarray) -> None:
         + np.outer(is_anchor_H, anchor_D)
         + np.outer(is_mask_H, mask_D)
     )
+    # Heads of a group share values: where there are three, they share out the looks.
+    group = N // K if N // K >= 3 else N
     q_ND = np.concatenate(
-        [np.outer(looks_3H[n % (N // K) % 3], anchor_D + mask_D) for n in range(N)]
+        [np.outer(looks_3H[n % group % 3], anchor_D + mask_D) for n in range(N)]
     )
     k_KD = np.tile(key_HD, (K, 1))
     for projection, fixed in ((attention.q_proj, q_ND), (attention.k_proj, k_KD)):
         weight = projection.weight
-        put(weight, CONTENT * weight[...] + H**0.5 * fixed)
+        put(weight, RANDOM_QK * weight[...] + H**0.5 * fixed)
     for norm in (attention.q_norm, attention.k_norm):
         if norm is not None:
             put(norm.weight, np.full(H, SHARPNESS))

@@ -66,6 +66,11 @@ class Checkpoints:
         self.manager.close()
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run in this folder would go on from somewhere."""
+    return any(path.name.isdecimal() for path in (folder / "checkpoints").glob("*"))
+
+
 def _plain(state: TrainState) -> dict[str, Any]:
     """The state's arrays by number: independent of the classes that hold them."""
     return {f"{i:04}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}

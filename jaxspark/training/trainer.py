@@ -45,7 +45,8 @@ class TrainConfig:
       seed: of data order and anchors.
       objective: what is minimised.
       optimizer: `muon` (matrices; Adam for the rest) or `adam`.
-      dtype: of activations and Muon's momentum; parameters are float32.
+      dtype: of activations and, with Muon, of gradients and momenta; parameters are
+        float32.
     """
 
     steps: int

@@ -1,11 +1,14 @@
 """A drafter fitted by least squares starts better than one at random."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from jaxspark.models import DenseDecoder
 from jaxspark.training import least_squares
 from jaxspark.training.least_squares import Regression, View
 from jaxspark.training.objective import summary
@@ -16,8 +19,8 @@ from tests.training import made
 G = 4
 
 
-def held_out_loss(drafter, model, batch, features):
-    """Cross entropy of a drafter."""
+def figures(drafter, model, batch, features):
+    """What the objective says of a drafter."""
     config = TrainConfig(steps=1, anchors=12, block_length=G)
     trainer, state = Trainer.create(drafter, model, config)
     sums = trainer.evaluate(state, batch, features)
@@ -30,13 +33,15 @@ def model():
     return zoo.target()
 
 
-@pytest.mark.parametrize("kind", ["dspark-rnn", "dspark-pruned", "dflash"])
+@pytest.mark.parametrize(
+    "kind", ["dspark-rnn", "dspark-gated", "dspark-pruned", "dflash", "dflash-masks"]
+)
 def test_a_fitted_drafter_agrees_more(model, kind):
     """On sequences that the fit has not seen."""
     drafter = zoo.drafter(kind, model)
     unseen = made.packed(*[20, 25] * 8, seed=1000)
     features = made.features(model, drafter, unseen)
-    before = held_out_loss(drafter, model, unseen, features)
+    before = figures(drafter, model, unseen, features)
     batches = [made.packed(*[20, 25] * 8, seed=100 * i) for i in range(1, 9)]
     stages = []
     least_squares.fit(
@@ -48,7 +53,7 @@ def test_a_fitted_drafter_agrees_more(model, kind):
         anchors=12,
         on_stage=stages.append,
     )
-    after = held_out_loss(drafter, model, unseen, features)
+    after = figures(drafter, model, unseen, features)
     assert after["l1"] < before["l1"] and after["ce"] < before["ce"]
     assert len(stages) == 2 + 4 * len(drafter.layers)
     for leaf in jax.tree.leaves(nnx.state(drafter)):
@@ -57,7 +62,9 @@ def test_a_fitted_drafter_agrees_more(model, kind):
 
 def test_heads_look_where_they_are_aimed():
     """The first of a group at the newest context row."""
-    model = zoo.target("qwen3")
+    # Wide heads: narrow ones have too few frequencies.
+    config = replace(zoo.TARGETS["qwen3"], head_dim=64)
+    model = DenseDecoder(config, rngs=nnx.Rngs(0))
     # A direction that all embeddings share, as trained ones do.
     table_VD = model.embed_tokens.weight
     table_VD[...] = table_VD[...].at[:, 0].add(4 * float(jnp.abs(table_VD[...]).max()))
@@ -104,7 +111,7 @@ def test_regression_is_ridge_regression():
 
 
 def test_low_rank_is_the_best_of_its_rank():
-    """No other map of the rank has less effect on logits; full rank is exact."""
+    """Its error in the logits is what the singular values left out say."""
     rng = np.random.default_rng(1)
     x_IR, w_OI = rng.normal(size=(6, 300)), rng.normal(size=(6, 6))
     metric_OO = np.linalg.cholesky(np.cov(rng.normal(size=(6, 20))) + np.eye(6))
@@ -117,15 +124,18 @@ def test_low_rank_is_the_best_of_its_rank():
     left, right = least_squares.low_rank(regression, metric_OO, 6)
     assert error(left @ right.T) < 1e-6 * error(0 * whole)
     left, right = least_squares.low_rank(regression, metric_OO, 2)
-    for _ in range(20):
-        other = [a + 0.05 * rng.normal(size=a.shape) for a in (left, right)]
-        assert error(left @ right.T) <= error(other[0] @ other[1].T) + 1e-9
+    values = np.linalg.svd(metric_OO.T @ whole @ x_IR, compute_uv=False)
+    np.testing.assert_allclose(
+        error(left @ right.T), np.square(values[2:]).sum(), rtol=1e-3
+    )
 
 
 def test_fading_falls_over_its_reach():
-    """The newest place scores most, each place before it less."""
+    """The nearest place scores most, from wherever in a block one looks."""
     frequencies = 1e4 ** (-np.arange(28) / 32)
-    weights = least_squares.fading(frequencies, 12)
-    score = np.cos(np.outer(np.arange(100), frequencies)) @ weights
-    assert score[0] == pytest.approx(1) and (np.diff(score[1:10]) < -0.05).all()
-    assert np.abs(score[14:]).max() < 0.4
+    for places in (1, 7, 15):
+        weights = least_squares.fading(frequencies, places)
+        score = np.cos(np.outer(np.arange(500), frequencies)) @ weights
+        assert score[0] == pytest.approx(1)
+        for place in range(1, places + 1):
+            assert score[place] > score[place + 1 :].max() + 0.02

@@ -98,12 +98,15 @@ def interrupt(folder, out, number, *, after):
     return process.returncode, output
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_an_interrupted_run_goes_on_to_the_bit(place, number):
-    out = number.name
-    code, output = interrupt(place, out, number, after=7)
+@pytest.mark.parametrize(
+    "number, after", [(signal.SIGKILL, 7), (signal.SIGTERM, 7), (signal.SIGKILL, 1)]
+)
+def test_an_interrupted_run_goes_on_to_the_bit(place, number, after):
+    """Also one without a checkpoint yet."""
+    out = f"{number.name}_{after}"
+    code, output = interrupt(place, out, number, after=after)
     stopped = metrics(place, out)
-    assert 7 <= len(stopped) < STEPS
+    assert after <= len(stopped) < STEPS
     if number == signal.SIGTERM:
         assert code == 0, output
         assert "run the same command to go on" in output[0].replace("\n", " ")

@@ -1,0 +1,88 @@
+"""Ridge regressions over batches, and maps of low rank by their effect on logits."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+class Regression:
+    """y_OR ~ W_OI x_IR over batches of weighted columns, by its normal equations."""
+
+    def __init__(self, xx: np.ndarray | float = 0.0, xy: np.ndarray | float = 0.0):
+        self.xx, self.xy = np.asarray(xx), np.asarray(xy)
+
+    def add(self, x_IR: Float[Array, "I R"], y_OR: Float[Array, "O R"], weight_R):
+        """Adds a batch."""
+        xx_II, xy_IO = _moments(x_IR, y_OR, weight_R)
+        self.xx = self.xx + np.asarray(xx_II, np.float64)
+        self.xy = self.xy + np.asarray(xy_IO, np.float64)
+
+    def solve(self, penalty: float = 1e-3) -> Float[np.ndarray, "O I"]:
+        """W, each input penalised in proportion to its mean square."""
+        diagonal = np.diag(self.xx) + 1e-9 * np.trace(self.xx) / len(self.xx)
+        return np.linalg.solve(self.xx + np.diag(penalty * diagonal), self.xy).T
+
+
+@jax.jit
+def _moments(x_IR, y_OR, weight_R):
+    dot = partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
+    weighted_IR = x_IR * weight_R
+    return dot(weighted_IR, x_IR.T), dot(weighted_IR, y_OR.T)
+
+
+def logit_metric(scaled_WD: Float[np.ndarray, "W D"]) -> Float[np.ndarray, "D D"]:
+    """M with |M^T y| the spread of the logits that a normed hidden state y gives."""
+    mean_D = scaled_WD.mean(0, dtype=np.float64)
+    gram_DD = (scaled_WD.T @ scaled_WD).astype(np.float64) / len(scaled_WD)
+    return cholesky(gram_DD - np.outer(mean_D, mean_D), 1e-3)
+
+
+def cholesky(moments_II: np.ndarray, ridge: float) -> np.ndarray:
+    """Lower factor, with a part of the mean diagonal added to the diagonal."""
+    size = len(moments_II)
+    return np.linalg.cholesky(
+        moments_II + ridge * np.trace(moments_II) / size * np.eye(size)
+    )
+
+
+def leading_directions(
+    regression: Regression, width: int, metric_DD: np.ndarray, *, emphasis: float
+) -> Float[np.ndarray, "D X"]:
+    """The D directions of the first inputs that matter most for the logits.
+
+    They are uncorrelated, of a size that falls with their importance.
+
+    Args:
+      regression: of hidden states of several rows, [G D], on X and other inputs.
+      width: X.
+      metric_DD: what a hidden state does to the logits.
+      emphasis: exponent of the importance in the size; 0 makes all of size one.
+    """
+    D = len(metric_DD)
+    inner_XX = regression.xx[:width, :width]
+    size_X = np.sqrt(np.diag(inner_XX))
+    lower_XX = cholesky(inner_XX / np.outer(size_X, size_X), 1e-4)
+    predict_GDX = regression.solve()[:, :width].reshape(-1, D, width) * size_X
+    effect = np.einsum("gdx,de->gex", predict_GDX, metric_DD)
+    effect = effect.reshape(-1, width) @ lower_XX
+    values, vectors = np.linalg.eigh(effect.T @ effect)
+    order = np.argsort(values)[::-1][:D]
+    weight_D = (np.maximum(values[order], 0) / values[order[0]]) ** (emphasis / 2)
+    directions_DX = np.linalg.solve(lower_XX.T, vectors[:, order]).T
+    return weight_D[:, None] * directions_DX / size_X
+
+
+def low_rank(
+    regression: Regression, metric_DD: np.ndarray, rank: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """left @ right^T of a rank, nearest to the map in its effect on logits."""
+    lower_DD = cholesky(regression.xx, 1e-6)
+    effect = metric_DD.T @ regression.solve(1e-2) @ lower_DD
+    u, s, vt = np.linalg.svd(effect, full_matrices=False)
+    half_R = np.sqrt(s[:rank])
+    left_DR = np.linalg.solve(metric_DD.T, u[:, :rank] * half_R)
+    right_DR = np.linalg.solve(lower_DD.T, vt[:rank].T * half_R)
+    return left_DR, right_DR
