@@ -14,7 +14,7 @@ from flax import nnx
 from jaxspark.models import DenseConfig, DenseDecoder, FlatTokens, RopeConfig
 from tests.driver import Session
 
-TOLERANCE = 1e-4  # float32 rounding of logits of up to 20
+TOLERANCE = 3e-4  # Rounding of logits of up to 30: 5e-5 is common, 1.2e-4 was seen.
 TINY = {
     "vocab_size": 53,
     "hidden_size": 32,
