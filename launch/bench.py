@@ -350,7 +350,9 @@ def main() -> None:
         "figures": suite(console),
     }
     if FLAGS.json_out:
-        pathlib.Path(FLAGS.json_out).write_text(json.dumps(figures, indent=1) + "\n")
+        path = pathlib.Path(FLAGS.json_out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

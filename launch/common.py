@@ -32,7 +32,8 @@ def define_model_flags(*, draft: str | None = "ngram") -> None:
             "draft",
             draft,
             'Drafter: "ngram" (prompt lookup), "none" (plain decoding), a DeepSpec '
-            "folder or a Hugging Face Hub id.",
+            'folder or a Hugging Face Hub id; "hybrid:" before it puts prompt lookup '
+            "beside it.",
         )
         flags.DEFINE_integer(
             "block_length",

@@ -2,7 +2,7 @@ r"""Draws what `launch.evaluate --json_out` measured.
 
 python -m launch.plot --results=dspark.json,dflash.json --out=acceptance.png
 python -m launch.plot --results=depth1.json,depth2.json --out=depth.png \
-      --x=depth --values=1,2                    accepted length over anything
+      --x=depth --at=1,2                    accepted length over anything
 """
 
 import json
@@ -30,6 +30,11 @@ def main() -> None:
     for name, given in (("names", names), ("at", FLAGS.at)):
         if given is not None and len(given) != len(results):
             raise ValueError(f"{len(results)} results, but {len(given)} {name}")
+        repeated = {each for each in given or () if given.count(each) > 1}
+        if repeated:
+            raise ValueError(
+                f"--{name} must differ, got {', '.join(repeated)} more than once"
+            )
     if FLAGS.x is None:
         curves = {
             name: [

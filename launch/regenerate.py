@@ -4,8 +4,8 @@
   python -m launch.regenerate --data=a.jsonl --out=sampled.jsonl --temperature=0.8
 
 Data are JSON lines with {"messages": [...]}, or Hugging Face dataset folders; several
-are taken in turn, each shuffled. The same command goes on where it was stopped. What
-gave no example is listed in <out>.dropped.
+are taken in turn, each shuffled, and a prompt that comes again is passed over. The same
+command goes on where it was stopped. What gave no example is listed in <out>.dropped.
 """
 
 import itertools
@@ -50,7 +50,8 @@ def conversations() -> list:
         columns.append(rows)
     turns = itertools.zip_longest(*columns)
     rows = [row for turn in turns for row in turn if row is not None]
-    return rows[: FLAGS.conversations]
+    known = {getattr(row, "key", row.where): row for row in reversed(rows)}
+    return list(reversed(known.values()))[: FLAGS.conversations]
 
 
 def _wanted(source: str) -> bool:
@@ -65,7 +66,14 @@ def main() -> None:
     console = Console()
     target = common.load_text_target()
     rows = conversations()
-    names = ("max_prompt_tokens", "max_new_tokens", "temperature", "top_p", "seed")
+    names = (
+        "max_prompt_tokens",
+        "max_new_tokens",
+        "temperature",
+        "top_p",
+        "seed",
+        "dtype",
+    )
     settings = {name: FLAGS[name].value for name in names}
     same_settings(f"{FLAGS.out}.settings", settings | {"target": target.name})
     out = JsonLines(FLAGS.out)

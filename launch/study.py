@@ -5,7 +5,8 @@ r"""Short equal training runs that differ in one thing, evaluated alike.
       --evaluate="--prompts_per_domain=10 --max_new_tokens=96"
 
 Suites: drafters, depth, block, head, vocab, taps, init, optimizer. Everything goes on
-where it was stopped. Writes <out>/<suite>.json, <out>/<suite>.png and prints a table.
+where it was stopped; a variant that --train spells out already is trained once for
+all suites. Writes <out>/<suite>.json, <out>/<suite>.png and prints a table.
 """
 
 import json
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxspark.evaluation.plots import plot_acceptance, plot_lines
+from jaxspark.jsonlines import same_settings
 from launch import common
 
 SUITES = {
@@ -62,28 +64,34 @@ def run(program: str, *arguments: str) -> None:
         raise ValueError(f"launch.{program} failed with exit status {done.returncode}")
 
 
-def folder(variant: str) -> pathlib.Path:
-    """Where a variant's run and figures are."""
+def folder(variant: str, changes: dict) -> pathlib.Path:
+    """Where a variant's run and figures are: one place for what changes nothing."""
+    shared = train_flags()
+    if all(shared.get(name) == value for name, value in changes.items()):
+        return pathlib.Path(FLAGS.out) / "base"
     return pathlib.Path(FLAGS.out) / FLAGS.suite / variant
 
 
-def train(variant: str, changes: dict) -> str:
+def train_flags() -> dict[str, str]:
+    """What --train says, by flag."""
+    pairs = (each.removeprefix("--") for each in shlex.split(FLAGS.train))
+    return {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
+
+
+def train(where: pathlib.Path, changes: dict) -> str:
     """Trains one variant; returns what evaluation loads."""
-    shared = {}
-    for each in shlex.split(FLAGS.train):
-        name, _, value = each.removeprefix("--").partition("=")
-        shared[name] = value
-    out = folder(variant) / "run"
-    chosen = shared | changes | {"out": out}
+    out = where / "run"
+    chosen = train_flags() | changes | {"out": out}
     run("train_draft", *(f"--{n}={v}" for n, v in chosen.items() if v is not None))
     return str(out / "drafter")
 
 
-def evaluate(variant: str, draft: str) -> dict:
+def evaluate(where: pathlib.Path, draft: str) -> dict:
     """Figures of one variant by temperature."""
     figures = {}
+    same_settings(where / "evaluate.json", {"evaluate": FLAGS.evaluate})
     for temperature in FLAGS.temperatures:
-        path = folder(variant) / f"temperature_{temperature}.json"
+        path = where / f"temperature_{temperature}.json"
         if not path.exists():
             run(
                 "evaluate",
@@ -102,11 +110,13 @@ def main() -> None:
     drafts, results = {}, {}
     for variant, changes in SUITES[FLAGS.suite].items():
         console.rule(f"{FLAGS.suite}: {variant}", align="left", style="dim")
-        drafts[variant] = train(variant, changes)
-        results[variant] = evaluate(variant, drafts[variant])
+        where = folder(variant, changes)
+        drafts[variant] = train(where, changes)
+        results[variant] = evaluate(where, drafts[variant])
     for variant, trained in HYBRIDS.get(FLAGS.suite, {}).items():
         console.rule(f"{FLAGS.suite}: {variant}", align="left", style="dim")
-        results[variant] = evaluate(variant, f"hybrid:{drafts[trained]}")
+        where = pathlib.Path(FLAGS.out) / FLAGS.suite / variant
+        results[variant] = evaluate(where, f"hybrid:{drafts[trained]}")
     table = Table(title=f"{FLAGS.suite}: accepted length")
     table.add_column(FLAGS.suite)
     for temperature in FLAGS.temperatures:

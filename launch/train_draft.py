@@ -9,6 +9,7 @@ finished drafter is <out>/drafter, a DeepSpec folder.
 """
 
 import pathlib
+import signal
 import zlib
 from dataclasses import replace
 
@@ -85,10 +86,15 @@ flags.DEFINE_float("warmup", DEFAULTS.warmup, "Part of the steps in which it ris
 flags.DEFINE_float("cooldown", DEFAULTS.cooldown, "Part in which it falls, at the end.")
 flags.DEFINE_float("clip", DEFAULTS.clip, "Largest norm of a gradient.")
 flags.DEFINE_integer("sequence_length", 512, "Tokens per sequence.", lower_bound=8)
-flags.DEFINE_integer("most_documents", 4, "Documents per sequence.", lower_bound=1)
 flags.DEFINE_integer("sequences", DEFAULTS.sequences, "Per micro-batch.", lower_bound=1)
 flags.DEFINE_integer("accumulate", 1, "Micro-batches per step.", lower_bound=1)
 flags.DEFINE_integer("anchors", DEFAULTS.anchors, "Per sequence.", lower_bound=1)
+flags.DEFINE_float(
+    "feature_noise",
+    DEFAULTS.feature_noise,
+    "Noise on the taps while training, relative to their size; helps if data are few.",
+    lower_bound=0.0,
+)
 flags.DEFINE_integer("seed", 0, "Of the data's order, anchors and weights.")
 flags.DEFINE_enum(
     "features", "cached", ["online", "cached"], "Run the target every time, or once."
@@ -106,7 +112,7 @@ FLAGS = flags.FLAGS
 
 # What may change when a run goes on: how it is watched, not what it computes.
 _FREE = {"out", "features", "cache_dir", "cache_gb", "cache_layers", "dry_run"}
-_FREE |= {"log_every", "save_every"}
+_FREE |= {"log_every", "save_every", "evaluate_every"}
 
 
 def settings() -> dict:
@@ -117,9 +123,37 @@ def settings() -> dict:
 
 
 def layers(name: str) -> tuple[int, ...] | None:
-    """The layer numbers of a flag."""
+    """The layer numbers of a flag.
+
+    Raises:
+      ValueError: they are no numbers.
+    """
     chosen = FLAGS[name].value
-    return None if chosen is None else tuple(int(layer) for layer in chosen)
+    try:
+        return None if chosen is None else tuple(int(layer) for layer in chosen)
+    except ValueError:
+        raise ValueError(
+            f"--{name} must be layer numbers, got {','.join(chosen)}"
+        ) from None
+
+
+def cached_layers(taps: tuple[int, ...], depth: int) -> tuple[int, ...]:
+    """The layers whose outputs are cached.
+
+    Raises:
+      ValueError: the target has no such layer, or a tap is not among them.
+    """
+    chosen = layers("cache_layers") or taps
+    missing = sorted(set(taps) - set(chosen))
+    if missing:
+        raise ValueError(f"--cache_layers={chosen} lacks the taps {missing}")
+    for layer in chosen:
+        if not -1 <= layer < depth:
+            raise ValueError(
+                f"--cache_layers={chosen}: the target has layers 0..{depth - 1} (-1: "
+                "the embedding)"
+            )
+    return chosen
 
 
 def make_drafter(model, packed):
@@ -198,20 +232,15 @@ def describe(console: Console, trainer, state, batches, source, packed) -> None:
             table.add_row(name, str(leaf.shape), kind, f"{leaf.size:,}")
             counts[kind] += leaf.size
     console.print(table)
-    features = jax.eval_shape(
-        lambda target, batch: target_features(
-            target, batch, taps=source.taps, most_documents=source.most_documents
-        ),
-        trainer.target,
-        batches[0],
-    )
+    lowered = target_features.lower(trainer.target, batches[0], taps=source.taps)
+    features, seen = lowered.out_info, lowered.compile().memory_analysis()
     step = trainer.lower(state, batches[0], features).compile().memory_analysis()
     target = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(trainer.target))
     tokens = int((packed.documents_PS >= 0).sum())
     count, length = packed.ids_PS.shape
     cached = 0.0
     if FLAGS.features == "cached":
-        kept = layers("cache_layers") or source.taps
+        kept = cached_layers(source.taps, trainer.target.config.num_hidden_layers)
         cached = count * sequence_bytes(trainer.target, length, kept)
         cached = min(cached, FLAGS.cache_gb * 1e9)
     figures = {
@@ -222,6 +251,7 @@ def describe(console: Console, trainer, state, batches, source, packed) -> None:
             sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + 4 * counts["trained"]
         ),
         "activations of a micro-batch": common.size(step.temp_size_in_bytes),
+        "activations of the target": common.size(seen.temp_size_in_bytes),
         "features of a micro-batch": common.size(
             sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(features))
         ),
@@ -239,8 +269,8 @@ def describe(console: Console, trainer, state, batches, source, packed) -> None:
     console.print(table)
 
 
-def main() -> None:
-    """Trains what is left to train, then writes the drafter."""
+def main() -> int:
+    """Trains what is left to train, then writes the drafter; 143 if it was stopped."""
     console = Console()
     out = pathlib.Path(FLAGS.out)
     target = common.load_text_target()
@@ -249,25 +279,28 @@ def main() -> None:
             target.tokenizer,
             read_conversations(FLAGS.data),
             max_tokens=FLAGS.sequence_length,
+            vocab_size=target.model.config.vocab_size,
         )
-        packed = pack(
-            documents, FLAGS.sequence_length, most_documents=FLAGS.most_documents
-        )
+        packed = pack(documents, FLAGS.sequence_length)
     if cut:
         console.print(f"{cut} documents were cut to {FLAGS.sequence_length} tokens")
+    if 0 < FLAGS.held_out < FLAGS.sequences:
+        raise ValueError(
+            f"--held_out={FLAGS.held_out} is less than a batch of "
+            f"--sequences={FLAGS.sequences}; 0 evaluates nothing"
+        )
     train_count = len(packed.index_P) - FLAGS.held_out
     if train_count < FLAGS.sequences:
         raise ValueError(
             f"{train_count} sequences to train on, a micro-batch has {FLAGS.sequences}"
         )
-    # The first ones, so that data may grow without mixing the two.
     held_out = packed[np.arange(FLAGS.held_out)] if FLAGS.held_out else None
     batches = Batches(
         packed[np.arange(FLAGS.held_out, len(packed.index_P))],
         FLAGS.sequences,
         FLAGS.seed,
     )
-    drafter, left = make_drafter(target.model, packed)
+    drafter, left = make_drafter(target.model, batches.packed)
     if left:
         console.print(f"not in {FLAGS.warm_start}: {', '.join(left)}")
     config = TrainConfig(
@@ -278,23 +311,25 @@ def main() -> None:
             if name != "objective"
         },
     )
-    # Embeddings follow from the tokens.
-    taps, cache = drafter.config.target_layer_ids, None
-    if FLAGS.features == "cached" and not FLAGS.dry_run:
+    taps = drafter.config.target_layer_ids
+    if FLAGS.dry_run:
+        trainer, state = Trainer.create(drafter, target.model, config)
+        source = FeatureSource(target.model, taps)
+        describe(console, trainer, state, batches, source, packed)
+        return 0
+    kept = cached_layers(taps, target.model.config.num_hidden_layers)
+    packing = zlib.crc32(packed.ids_PS, zlib.crc32(packed.documents_PS))
+    same_settings(out / "run.json", settings() | {"packing": packing})
+    cache = None
+    if FLAGS.features == "cached":
         cache = FeatureCache(
             FLAGS.cache_dir or out / "features",
             target.model,
             packed,
-            layers=layers("cache_layers") or taps,
+            layers=kept,
             limit_bytes=int(FLAGS.cache_gb * 1e9),
         )
-    source = FeatureSource(target.model, taps, FLAGS.most_documents, cache)
-    if FLAGS.dry_run:
-        trainer, state = Trainer.create(drafter, target.model, config)
-        describe(console, trainer, state, batches, source, packed)
-        return
-    packing = zlib.crc32(packed.ids_PS, zlib.crc32(packed.documents_PS))
-    same_settings(out / "run.json", settings() | {"packing": packing})
+    source = FeatureSource(target.model, taps, cache)
     # A run that goes on has its parameters from a checkpoint.
     if start() == "least_squares" and not has_checkpoint(out):
         fit(console, drafter, target.model, batches, source)
@@ -343,6 +378,7 @@ def main() -> None:
         f"step {int(state.step)}: {out / 'drafter'} ({common.size(size)})"
         + ("" if finished else "; stopped, run the same command to go on")
     )
+    return 0 if finished else 128 + signal.SIGTERM
 
 
 if __name__ == "__main__":

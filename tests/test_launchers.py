@@ -1,7 +1,6 @@
 """The path of a researcher, command by command, on a tiny target."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ from jaxspark import load_drafter, load_target
 from jaxspark.checkpoints import save_target
 from jaxspark.checkpoints.tree import named_parameters
 from tests.checkpoints.tiny import target
+from tests.programs import environment
 
 DOMAINS = ("math", "code", "chat")
 DRAFT = ["--depth=1", "--taps=0", "--rank=8", "--block_length=3", "--draft_vocab=64"]
@@ -46,26 +46,21 @@ class Place:
         """Writes JSON lines."""
         (self.folder / name).write_text("\n".join(map(json.dumps, rows)) + "\n")
 
-    def run(self, program, *arguments, target=True):
-        """Runs a launcher in the folder; returns what it printed."""
+    def run(self, program, *arguments, target=True, fails=False):
+        """Runs a launcher in the folder; returns what it printed, or its error."""
         done = subprocess.run(
             [
                 *(sys.executable, "-m", f"launch.{program}", *arguments),
                 *(["--target=target"] if target else []),
             ],
             cwd=self.folder,
-            env=os.environ
-            | {
-                "JAX_PLATFORMS": "cpu",
-                "JAX_COMPILATION_CACHE_DIR": str(self.folder / "xla"),
-                "COLUMNS": "200",
-            },
+            env=environment(self.folder),
             capture_output=True,
             text=True,
             timeout=600,
         )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        assert done.returncode == (2 if fails else 0), done.stdout + done.stderr
+        return done.stderr if fails else done.stdout
 
     def json(self, name):
         """Reads a JSON file."""
@@ -124,7 +119,9 @@ def test_a_study_compares_equal_runs(place):
     arguments = (
         *("--suite=head", "--out=studies", "--temperatures=0"),
         "--train="
-        + " ".join(["--target=target --data=questions.jsonl", *DRAFT, *TRAIN]),
+        + " ".join(
+            ["--target=target --data=questions.jsonl --head=gated", *DRAFT, *TRAIN]
+        ),
         "--evaluate=" + " ".join(["--target=target --prompts_dir=.", *EVALUATE]),
     )
     said = place.run("study", *arguments, target=False)
@@ -132,6 +129,12 @@ def test_a_study_compares_equal_runs(place):
     found = place.json("studies/head.json")
     assert set(found) == {"vanilla", "gated", "rnn"} and "rnn" in table
     assert (place.folder / "studies" / "head.png").exists()
+    # What --train says already is no variant of its own.
+    runs = sorted(path.parent.name for path in place.folder.glob("studies/**/run"))
+    assert runs == ["base", "rnn", "vanilla"]
+    # Nor is a figure taken from another evaluation.
+    said = place.run("study", *arguments, "--evaluate=", target=False, fails=True)
+    assert "begun with other settings (evaluate was" in said.replace("\n", " ")
 
 
 def test_results_are_drawn(place):
@@ -139,15 +142,18 @@ def test_results_are_drawn(place):
         "domains": {name: {"accepted_length": 1.5} for name in DOMAINS},
         "macro_average": {"conditional_acceptance": [0.5, None]},
     }
-    (place.folder / "a.json").write_text(json.dumps(figures))
-    place.run("plot", "--results=a.json,a.json", "--out=a.png", target=False)
-    place.run(
-        "plot",
-        *("--results=a.json,a.json", "--out=b.png", "--x=depth", "--at=1,2"),
-        target=False,
-    )
+    for name in ("a.json", "b.json"):
+        (place.folder / name).write_text(json.dumps(figures))
+    both = "--results=a.json,b.json"
+    place.run("plot", both, "--out=a.png", target=False)
+    depths = ("--x=depth", "--at=1,2")
+    place.run("plot", both, "--out=b.png", *depths, target=False)
     for name in ("a.png", "b.png"):
         assert (place.folder / name).read_bytes().startswith(b"\x89PNG")
+    said = place.run(
+        "plot", "--results=a.json,a.json", "--out=c.png", target=False, fails=True
+    )
+    assert "--names must differ, got a more than once" in said
 
 
 def test_a_compact_drafter_is_the_same(place):

@@ -9,6 +9,7 @@ templates are written.
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -56,14 +57,10 @@ def render_chat(
                 "and 'content'"
             )
     try:
-        return (
-            _environment()
-            .from_string(template)
-            .render(
-                messages=list(messages),
-                add_generation_prompt=add_generation_prompt,
-                **{"tools": None, "documents": None, **variables},
-            )
+        return _compiled(template).render(
+            messages=list(messages),
+            add_generation_prompt=add_generation_prompt,
+            **{"tools": None, "documents": None, **variables},
         )
     except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
         raise CheckpointError(
@@ -73,14 +70,15 @@ def render_chat(
         raise CheckpointError(f"the chat template is broken: {error!r}") from error
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
+    return environment.from_string(template)
 
 
 def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:

@@ -264,7 +264,9 @@ def load_drafter(
         return NAMED_DRAFTERS[str(source)]()
     if str(source).startswith(_HYBRID):
         second = load_drafter(str(source)[len(_HYBRID) :], target, dtype=dtype)
-        return hybrid(NgramDrafter(block_length=second.block_length), second)
+        # Long matches tell a copy from a coincidence.
+        lookup = NgramDrafter(block_length=second.block_length, longest=8)
+        return hybrid(lookup, second)
     model = target.model if isinstance(target, Target) else target
     dtype = model.dtype if dtype is None else dtype
     return load_draft_checkpoint(source, model, dtype=dtype)

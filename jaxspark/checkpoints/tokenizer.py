@@ -7,6 +7,7 @@ control tokens.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Tokenizer:
         self.core.no_truncation()
         self.core.no_padding()
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return max(self.core.get_vocab(with_added_tokens=True).values()) + 1

@@ -5,8 +5,9 @@ drafts nothing of use. Each slot and round takes the source that promises more a
 drafts, judged by its own history: with r the rate at which a source's drafts held (for
 lookup by match length), a block of G promises r + r^2 + ... + r^G.
 
-The choice depends on committed tokens alone, never on a draft's random numbers, so all
-guarantees hold. When every slot copies, the model is not run.
+The choice depends on what earlier rounds committed and proposed, never on the random
+numbers of this round's drafts, so all guarantees hold. When every slot copies, the
+model is not run.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from jaxspark.models import FlatTokens
 # What is believed before a request has a history, and how many drafts that is worth.
 _LOOKUP_RATE = (0.0, 0.35, 0.5, 0.65, 0.8)
 _MODEL_RATE = 0.6
-_PRIOR_DRAFTS = 6.0
+_PRIOR_DRAFTS = 12.0
 
 
 @jax.tree_util.register_dataclass

@@ -78,10 +78,15 @@ class DecoderLayer(nnx.Module):
         with jax.named_scope("attention"):
             h_DT = self.input_layernorm(x_DT)
             h_DT, cache = self.self_attn(h_DT, cache, tokens, view, rotation)
-            x_DT = x_DT + h_DT
+        return self.finish(x_DT, h_DT), cache
+
+    def finish(
+        self, x_DT: Float[Array, "D T"], attended_DT: Float[Array, "D T"]
+    ) -> Float[Array, "D T"]:
+        """The rest of the layer, given what attention writes."""
+        x_DT = x_DT + attended_DT
         with jax.named_scope("mlp"):
-            x_DT = x_DT + self.mlp(self.post_attention_layernorm(x_DT))
-        return x_DT, cache
+            return x_DT + self.mlp(self.post_attention_layernorm(x_DT))
 
 
 class DenseDecoder(nnx.Module):

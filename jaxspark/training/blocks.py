@@ -132,11 +132,7 @@ def block_attention(
     Q, U = seen_QU.shape
     K, H = context[0].shape[:2]
     g = q_NHR.shape[0] // K
-    einsum = partial(
-        jnp.einsum,
-        precision=jax.lax.Precision.HIGHEST if q_NHR.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
+    einsum = _einsum(q_NHR.dtype)
     # Batch axes lead and one product covers all queries of a key/value head: XLA on
     # CPU takes twice as long over any other order.
     q_KgHPX = q_NHR.reshape(K, g, H, P, A * Q) * H**-0.5
@@ -174,3 +170,46 @@ def block_attention(
     o_PKgXH = (o_PKMH / total).reshape(P, K, g, A * Q, H)
     o_KgHPX = jnp.transpose(o_PKgXH, (1, 2, 4, 0, 3))
     return o_KgHPX.reshape(-1, P * A * Q).astype(q_NHR.dtype)
+
+
+def packed_attention(
+    q_NHT: Float[Array, "N H T"],
+    k_KHT: Float[Array, "K H T"],
+    v_KHT: Float[Array, "K H T"],
+    seen_PSS: Bool[Array, "P S S"],
+) -> Float[Array, "X T"]:
+    """Attention within packed sequences, T = P * S.
+
+    Args:
+      q_NHT: queries.
+      k_KHT: keys.
+      v_KHT: values.
+      seen_PSS: whether a row sees a row of its sequence.
+
+    Returns:
+      Outputs of all heads, X = N * H.
+    """
+    P, S, _ = seen_PSS.shape
+    K, H, T = k_KHT.shape
+    g = q_NHT.shape[0] // K
+    einsum = _einsum(q_NHT.dtype)
+    q_KgHPS = q_NHT.reshape(K, g, H, P, S) * H**-0.5
+    q_PKMH = jnp.transpose(q_KgHPS, (3, 0, 1, 4, 2)).reshape(P, K, g * S, H)
+    k_PKHS, v_PKHS = (
+        jnp.transpose(x.reshape(K, H, P, S), (2, 0, 1, 3)) for x in (k_KHT, v_KHT)
+    )
+    scores = einsum("PKMH,PKHS->PKMS", q_PKMH, k_PKHS).reshape(P, K, g, S, S)
+    scores = jnp.where(seen_PSS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_KHT.dtype)
+    o_PKMH = einsum("PKMS,PKHS->PKMH", weights.reshape(P, K, g * S, S), v_PKHS)
+    o_KgHPS = jnp.transpose(o_PKMH.reshape(P, K, g, S, H), (1, 2, 4, 0, 3))
+    return o_KgHPS.reshape(-1, T).astype(q_NHT.dtype)
+
+
+def _einsum(dtype):
+    """Products that sum in float32, whole for float32 operands."""
+    return partial(
+        jnp.einsum,
+        precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )

@@ -11,7 +11,7 @@ inside the run (`online`), or kept in a bounded file that later epochs and runs 
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -22,8 +22,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxspark.checkpoints.tree import named_parameters
-from jaxspark.models import DenseDecoder, FlatTokens
+from jaxspark.models import DenseDecoder
 from jaxspark.models.layers.linear import product
+from jaxspark.models.layers.rope import Rotation
+from jaxspark.training.blocks import packed_attention
 from jaxspark.training.data.packing import Packed
 
 
@@ -42,32 +44,62 @@ class Features:
     hidden_PSD: Float[Array, "P S D"]
     log_z_PS: Float[Array, "P S"]
 
+    def taps_mDT(self, dtype) -> Float[Array, "m D T"]:
+        """The taps of all T = P S positions as columns, as drafters read them."""
+        taps_mDPS = jnp.moveaxis(self.taps_PSmD.astype(dtype), (2, 3), (0, 1))
+        return taps_mDPS.reshape(*taps_mDPS.shape[:2], -1)
 
-@partial(jax.jit, static_argnames=("taps", "most_documents"))
+    def with_noise(self, key: Array, scale: float) -> "Features":
+        """Uniform noise on the taps, `scale` times the size of each row (RMS).
+
+        It keeps a drafter from learning few data by heart, as EAGLE's training does
+        (arXiv 2401.15077).
+        """
+        taps_PSmD = jnp.asarray(self.taps_PSmD)
+        rms_PSm1 = jnp.sqrt(
+            jnp.mean(jnp.square(taps_PSmD), -1, keepdims=True, dtype=jnp.float32)
+        )
+        noise_PSmD = jax.random.uniform(
+            key, taps_PSmD.shape, taps_PSmD.dtype, minval=-1, maxval=1
+        )
+        # A uniform number in [-1, 1] has variance 1/3.
+        size_PSm1 = (3**0.5 * scale * rms_PSm1).astype(taps_PSmD.dtype)
+        return replace(self, taps_PSmD=taps_PSmD + size_PSm1 * noise_PSmD)
+
+
+@partial(jax.jit, static_argnames=("taps",))
 def target_features(
-    target: DenseDecoder, batch: Packed, *, taps: tuple[int, ...], most_documents: int
+    target: DenseDecoder, batch: Packed, *, taps: tuple[int, ...]
 ) -> Features:
-    """Runs the target over packed sequences; every document is a slot of its own."""
+    """Runs the target over packed sequences; documents do not see each other."""
     P, S = batch.ids_PS.shape
-    real_PS = batch.documents_PS >= 0
-    slot_PS = jnp.arange(P)[:, None] * most_documents + batch.documents_PS
-    positions_T = jnp.asarray(batch.positions_PS).reshape(-1)
-    tokens = FlatTokens(
-        ids_T=jnp.asarray(batch.ids_PS).reshape(-1),
-        positions_T=positions_T,
-        slots_T=jnp.where(real_PS, slot_PS, -1).reshape(-1),
-        starts_B=jnp.zeros((P * most_documents,), jnp.int32),
-        limits_T=positions_T + 1,
-        rows=S,
+    documents_PS = jnp.asarray(batch.documents_PS)
+    seen_PSS = documents_PS[:, :, None] == documents_PS[:, None]
+    seen_PSS &= jnp.tri(S, dtype=bool)
+    rotation = Rotation.at(
+        target.config.rope,
+        target.config.head_dim,
+        jnp.asarray(batch.positions_PS).reshape(-1),
     )
-    cache = target.init_cache(P * most_documents, S)
-    x_DT, taps_mDT, _ = target(tokens, cache, taps=taps)
+    x_DT = target.embed(jnp.asarray(batch.ids_PS).reshape(-1))
+    outputs = {-1: x_DT}
+    for index, layer in enumerate(target.layers):
+        attention = layer.self_attn
+        h_DT = layer.input_layernorm(x_DT)
+        o_XT = packed_attention(
+            attention.queries(h_DT, rotation),
+            *attention.keys_values(h_DT, rotation),
+            seen_PSS,
+        )
+        x_DT = layer.finish(x_DT, attention.o_proj(o_XT))
+        outputs[index] = x_DT
     normed_DT = target.norm(x_DT)
     log_z_T = _log_z(target.head_VD, normed_DT)
-    m, D = len(taps), x_DT.shape[0]
     return Features(
-        taps_PSmD=jnp.moveaxis(taps_mDT, -1, 0).reshape(P, S, m, D),
-        hidden_PSD=normed_DT.T.reshape(P, S, D),
+        taps_PSmD=jnp.stack([outputs[tap].T for tap in taps], 1).reshape(
+            P, S, len(taps), -1
+        ),
+        hidden_PSD=normed_DT.T.reshape(P, S, -1),
         log_z_PS=log_z_T.reshape(P, S),
     )
 
@@ -173,7 +205,14 @@ class FeatureCache:
                 file.truncate(self.count * row_bytes)
         if not self.count:
             return np.zeros((0, *row), dtype)
-        return np.memmap(path, dtype, "r+", shape=(self.count, *row))
+        return np.memmap(path, dtype, "r", shape=(self.count, *row))
+
+    def _put(self, name: str, index: int, row: np.ndarray) -> None:
+        """Writes one row of a file; a full disk is an error, as it is not in a map."""
+        data = row.tobytes()
+        with (self.folder / name).open("r+b") as file:
+            file.seek(int(index) * len(data))
+            file.write(data)
 
     def holds(self, index_P: np.ndarray) -> bool:
         """Whether all these sequences are there."""
@@ -199,16 +238,18 @@ class FeatureCache:
         return Features(rows_PSmD[:, :, places], rows_PSmD[:, :, -1], log_z_PS)
 
     def write(self, index_P: np.ndarray, features: Features) -> None:
-        """Keeps features of all cached layers."""
+        """Keeps features of all cached layers, of sequences it does not hold yet."""
         rows_PSmD = np.concatenate(
             [features.taps_PSmD, features.hidden_PSD[:, :, None]], axis=2
         )
         log_z_PS = np.asarray(features.log_z_PS)
         for index, row, log_z in zip(index_P, rows_PSmD, log_z_PS):
-            if index < self.count:
-                self.sums[index] = 0
-                self.rows[index], self.log_z[index] = row, log_z
-                self.sums[index] = self.keys[index], _checksum(row, log_z)
+            if index < self.count and self.sums[index, 0] != self.keys[index]:
+                self._put("sums.bin", index, np.zeros(2, np.uint32))
+                self._put("rows.bin", index, row)
+                self._put("log_z.bin", index, log_z)
+                sums = np.array([self.keys[index], _checksum(row, log_z)], np.uint32)
+                self._put("sums.bin", index, sums)
 
 
 def sequence_bytes(target: DenseDecoder, length: int, layers: Sequence[int]) -> int:
@@ -239,13 +280,11 @@ class FeatureSource:
     Attributes:
       target: the frozen model.
       taps: layers the drafter sees.
-      most_documents: most documents in one sequence.
       cache: where features are kept; None computes them every time.
     """
 
     target: DenseDecoder
     taps: tuple[int, ...]
-    most_documents: int
     cache: FeatureCache | None = None
 
     def __call__(self, batch: Packed) -> Features:
@@ -264,6 +303,4 @@ class FeatureSource:
         return self.cache.read(batch.index_P, self.taps)
 
     def _compute(self, batch: Packed, layers: tuple[int, ...]) -> Features:
-        return target_features(
-            self.target, batch, taps=layers, most_documents=self.most_documents
-        )
+        return target_features(self.target, batch, taps=layers)

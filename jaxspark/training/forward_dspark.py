@@ -89,10 +89,9 @@ class BlockInputs:
 
         masks = jnp.full((P, A, rows - 1), config.mask_token_id, jnp.int32)
         ids_PAQ = jnp.concatenate([blocks.previous_PAG[..., :1], masks], axis=-1)
-        taps_XT = jnp.moveaxis(features.taps_PSmD.astype(drafter.dtype), (2, 3), (0, 1))
         return cls(
             x_DR=target.embed(ids_PAQ.reshape(-1)).astype(drafter.dtype),
-            context_DT=drafter.context(taps_XT.reshape(*taps_XT.shape[:2], -1)),
+            context_DT=drafter.context(features.taps_mDT(drafter.dtype)),
             block_rotation=rotation(anchor_PA[..., None] + jnp.arange(rows)),
             context_rotation=rotation(positions_PS),
             seen_PAS=seen_context(batch, blocks.anchors_PA, blocks.anchors_PA),
@@ -120,8 +119,7 @@ class BlockInputs:
 
     def layer(self, layer, x_DR: Float[Array, "D R"]) -> Float[Array, "D R"]:
         """A whole layer."""
-        x_DR = x_DR + layer.self_attn.o_proj(self.attend(layer, x_DR))
-        return x_DR + layer.mlp(layer.post_attention_layernorm(x_DR))
+        return layer.finish(x_DR, layer.self_attn.o_proj(self.attend(layer, x_DR)))
 
 
 def backbone(

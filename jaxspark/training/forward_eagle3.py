@@ -32,8 +32,7 @@ def eagle3_sums(
     positions_PS = jnp.asarray(batch.positions_PS)
     ids_PS = jnp.asarray(batch.ids_PS)
 
-    taps_XT = jnp.moveaxis(features.taps_PSmD.astype(drafter.dtype), (2, 3), (0, 1))
-    feature_DT = drafter.features(taps_XT.reshape(*taps_XT.shape[:2], -1))
+    feature_DT = drafter.features(features.taps_mDT(drafter.dtype))
     following_T = jnp.roll(ids_PS, -1, axis=1).reshape(-1)
     pair_IT = layer.pair(target.embed(following_T).astype(drafter.dtype), feature_DT)
     context = layer.self_attn.keys_values(

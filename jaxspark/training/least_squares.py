@@ -195,6 +195,7 @@ def fit(
     """
     check(drafter, samples)
     vocabulary = DraftVocabulary.of(drafter, target)
+    draftable_V = vocabulary.draftable_V
 
     @partial(jax.jit, static_argnames=("look", "depth"))
     def see(drafter, target, draftable_V, key, batch, features, look, depth):
@@ -214,7 +215,6 @@ def fit(
         for number, batch in enumerate(samples[:most]):
             features = source(batch)
             key = jax.random.fold_in(jax.random.key(seed), number)
-            draftable_V = vocabulary.draftable_V
             seen = see(drafter, target, draftable_V, key, batch, features, look, depth)
             result.add(*seen)
         return result

@@ -63,7 +63,8 @@ class VocabularyTerms:
       ce_N: cross entropy with the token, nats; 0 if it cannot be drafted.
       l1_N: L1 distance of draft and target.
       soft_ce_N: cross entropy with the target within the draft vocabulary, nats.
-      agree_N: whether draft and target have the same most likely token.
+      agree_N: whether draft and target have the same most likely token of the draft
+        vocabulary.
     """
 
     ce_N: Float[Array, " N"]
@@ -87,7 +88,8 @@ class Sums:
       bias: weighted confidence minus expected acceptance.
       rows_G: rows that count, by place in the block.
       accept_G: expected acceptances 1 - L1/2, by place.
-      agree_G: rows whose most likely token is the target's, by place.
+      agree_G: rows whose most likely token is the target's (within the draft
+        vocabulary), by place.
       tokens: sum over blocks of 1 + expected accepted drafts.
     """
 
@@ -149,7 +151,8 @@ def summary(sums: Sums, objective: Objective) -> dict:
     """Figures for a log, from sums on the host.
 
     `accepted_length` is 1 + sum over k of the product of the first k expected
-    acceptances: what sampling at temperature 1 would accept, could blocks end nowhere.
+    acceptances, what sampling at temperature 1 would accept. Rows past the end of an
+    answer count as rejected, so it is a little low.
     """
     weight = max(float(sums.weight), 1e-9)
     rows_G = [max(float(rows), 1.0) for rows in sums.rows_G]

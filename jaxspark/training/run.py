@@ -16,6 +16,7 @@ from time import perf_counter
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -118,41 +119,61 @@ def train(
       The state, and whether all steps are done (False: SIGTERM came, all is saved).
 
     Raises:
-      ValueError: a step gave a loss that is no number; the checkpoints stay.
+      ValueError: fewer held-out sequences than a batch; or a step gave a loss or
+        parameters that are no numbers, and the checkpoints before it stay.
     """
     config = trainer.config
+    if held_out is not None and len(held_out.index_P) < config.sequences:
+        raise ValueError(
+            f"{len(held_out.index_P)} held-out sequences, a batch needs "
+            f"{config.sequences}"
+        )
     checkpoints = Checkpoints(folder / "checkpoints")
     state = checkpoints.restore(state)
     begin = int(state.step)
     metrics = JsonLines(folder / "metrics.jsonl")
     metrics.keep(lambda line: line["step"] <= begin)
     count = config.accumulate
+    clock, timed = perf_counter(), begin
     with stop_signal() as stopping:
         for step in range(begin, config.steps):
-            clock = perf_counter()
             micro = [batches[step * count + i] for i in range(count)]
             state, sums = trainer.step(state, [(b, source(b)) for b in micro])
-            done = step + 1
+            done, stop = step + 1, stopping()
             line: dict[str, Any] = {"step": done}
             if done % log_every == 0 or done == config.steps:
                 figures = summary(jax.device_get(sums), config.objective)
-                if not np.isfinite(figures["loss"]):
-                    raise ValueError(
-                        f"the loss of step {done} is {figures['loss']}; the "
-                        "checkpoints before it are whole. Lower learning_rate?"
-                    )
-                line |= figures | {"seconds": perf_counter() - clock}
+                _check(np.isfinite(figures["loss"]), f"the loss of step {done}")
+                # Steps are queued: what is known is the time since one was waited for.
+                seconds = (perf_counter() - clock) / (done - timed)
+                line |= figures | {"seconds_per_step": seconds}
             if held_out is not None and done % evaluate_every == 0:
                 line["held_out"] = evaluate(trainer, state, held_out, source)
             if len(line) > 1:
                 metrics.add(line)
+                clock, timed = perf_counter(), done
             on_metrics(line)
-            if done % save_every == 0 or done == config.steps or stopping():
+            if done % save_every == 0 or done == config.steps or stop:
+                finite = _all_finite(state.trained)
+                _check(finite, f"a parameter after step {done}")
                 checkpoints.save(state)
-            if stopping():
+            if stop:
                 break
     checkpoints.close()
     return state, int(state.step) == config.steps
+
+
+def _check(finite, what: str) -> None:
+    if not finite:
+        raise ValueError(
+            f"{what} is no finite number; the checkpoints before it are whole. Lower "
+            "learning_rate?"
+        )
+
+
+@jax.jit
+def _all_finite(tree) -> jax.Array:
+    return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))
 
 
 def evaluate(
@@ -165,8 +186,4 @@ def evaluate(
         batch = packed[np.arange(begin, begin + size)]
         sums = trainer.evaluate(state, batch, source(batch))
         total = sums if total is None else jax.tree.map(np.add, total, sums)
-    if total is None:
-        raise ValueError(
-            f"{len(packed.index_P)} held-out sequences, a batch needs {size}"
-        )
     return summary(jax.device_get(total), trainer.config.objective)

@@ -42,6 +42,7 @@ class TrainConfig:
       accumulate: micro-batches per step.
       anchors: blocks per sequence.
       block_length: rows per block.
+      feature_noise: noise on the taps while training, relative to their size.
       seed: of data order and anchors.
       objective: what is minimised.
       optimizer: `muon` (matrices; Adam for the rest) or `adam`.
@@ -58,6 +59,7 @@ class TrainConfig:
     accumulate: int = 1
     anchors: int = 64
     block_length: int = 7
+    feature_noise: float = 0.0
     seed: int = 0
     objective: Objective = field(default=DSPARK)
     optimizer: str = "muon"
@@ -67,6 +69,10 @@ class TrainConfig:
         for name in ("steps", "sequences", "accumulate", "anchors", "block_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.feature_noise < 0:
+            raise ValueError(
+                f"feature_noise must not be negative, got {self.feature_noise}"
+            )
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(
                 f"unknown optimizer {self.optimizer!r}; expected one of {OPTIMIZERS}"
@@ -236,6 +242,9 @@ def _gradients(
     trained, frozen, target, batch, features, key, *, graphdef, config
 ) -> tuple[Any, Sums]:
     """Gradient of the objective's numerator, and the sums."""
+    if config.feature_noise:
+        noise_key = jax.random.fold_in(key, 1)
+        features = features.with_noise(noise_key, config.feature_noise)
 
     def numerator(trained):
         sums = _sums(trained, frozen, target, batch, features, key, graphdef, config)
@@ -257,7 +266,7 @@ def _add(total, new):
 
 @partial(jax.jit, static_argnames=("config",), donate_argnums=0)
 def _update(state: TrainState, grads, weight, *, config: TrainConfig) -> TrainState:
-    # A batch without a single row changes nothing.
+    # A batch may hold not a single row that counts; then the gradient is 0.
     scaled = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-6), grads)
     updates, optimizer = config.transformation().update(
         scaled, state.optimizer, state.trained

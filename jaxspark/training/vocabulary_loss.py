@@ -95,7 +95,7 @@ def _forward(
         if not gradient:
             return (total, dw2_WR), (terms, None, None)
         d_WN = jnp.where(weight_N > 0, weight_N * d_WN, 0).astype(hidden_DN.dtype)
-        dhidden_DN = product(head_WD.T, d_WN)
+        dhidden_DN = product(head_WD.T, d_WN).astype(hidden_DN.dtype)
         dlatent_RN = None
         if w2_WR is not None:
             dlatent_RN = product(w2_WR.T, d_WN)

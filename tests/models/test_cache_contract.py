@@ -14,7 +14,7 @@ from flax import nnx
 from jaxspark.models import DenseConfig, DenseDecoder, FlatTokens, RopeConfig
 from tests.driver import Session
 
-TOLERANCE = 3e-4  # Rounding of logits of up to 30: 5e-5 is common, 1.2e-4 was seen.
+TOLERANCE = 1e-4  # float32 rounding of logits of up to 20
 TINY = {
     "vocab_size": 53,
     "hidden_size": 32,
@@ -45,7 +45,7 @@ def model(request):
     graphdef, params = nnx.split(model)
     params = jax.tree.map(lambda w: 2.0 * w, params)
     model = nnx.merge(graphdef, params)
-    model.embed_tokens.weight[...] *= 20.0
+    model.embed_tokens.weight[...] *= 10.0
     return model
 
 

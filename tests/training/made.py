@@ -9,7 +9,6 @@ from jaxspark.training.features import Features, target_features
 from tests import zoo
 
 LENGTH = 48
-DOCUMENTS = 4
 
 
 def document(size: int, prompt: int, seed: int = 0) -> Document:
@@ -23,17 +22,12 @@ def packed(*sizes: int, length: int = LENGTH, seed: int = 0) -> Packed:
     documents = [
         document(size, max(1, size // 4), seed + i) for i, size in enumerate(sizes)
     ]
-    return pack(documents, length, most_documents=DOCUMENTS)
+    return pack(documents, length)
 
 
 def features(model, drafter, batch: Packed) -> Features:
     """The target's view of a batch."""
-    return target_features(
-        model,
-        batch,
-        taps=drafter.config.target_layer_ids,
-        most_documents=DOCUMENTS,
-    )
+    return target_features(model, batch, taps=drafter.config.target_layer_ids)
 
 
 def close(a, b, atol=1e-5):

@@ -46,8 +46,26 @@ def test_only_answers_are_trainable():
 
 
 def test_known_answer_ids_are_taken_as_they_are():
-    document = encode(tokenizer(), conversation("ab", "cd", answer_ids=(5, 6, 7)))
-    assert document.ids_L[document.trainable_L].tolist() == [5, 6, 7]
+    tok = tokenizer()
+    letters = [*tok.encode("c"), *tok.encode("d")]
+    assert tok.encode("cd") != [*letters, *tok.encode("d")]
+    document = encode(tok, conversation("ab", "cd", answer_ids=tuple(letters)))
+    # Cut at its limit, so without a stop token.
+    assert document.ids_L[document.trainable_L].tolist() == letters
+
+
+def test_answer_ids_of_another_target_are_refused():
+    tok = tokenizer()
+    other = conversation("ab", "cd", answer_ids=(5, 6, 7))
+    with pytest.raises(ValueError, match="file:1: answer_ids say .*, the message 'cd'"):
+        encode(tok, other)
+    # A model may have more rows than its tokenizer has tokens.
+    ids = (*tok.encode("cd"), 300)
+    rows = [conversation("ab", "cd", answer_ids=ids)]
+    [document], _ = read_documents(tok, rows, max_tokens=64, vocab_size=301)
+    assert document.ids_L[-1] == 300
+    with pytest.raises(ValueError, match="file:1: holds token 300, .* 300 tokens"):
+        read_documents(tok, rows, max_tokens=64, vocab_size=300)
 
 
 def test_a_template_that_rewrites_the_past_is_refused():

@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxspark.models import FlatTokens
 from jaxspark.training.features import FeatureCache, FeatureSource
@@ -20,7 +21,7 @@ CONFIG = TrainConfig(steps=1, sequences=2, anchors=8, block_length=4)
 def source(folder, packed, *, taps=TAPS, layers=TAPS, limit=10**8, model=None):
     model = zoo.target() if model is None else model
     cache = FeatureCache(folder, model, packed, layers=layers, limit_bytes=limit)
-    return FeatureSource(model, taps, made.DOCUMENTS, cache)
+    return FeatureSource(model, taps, cache)
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def packed():
 
 def test_features_are_those_of_each_document_alone(packed):
     model = zoo.target()
-    features = FeatureSource(model, TAPS, made.DOCUMENTS)(packed)
+    features = FeatureSource(model, TAPS)(packed)
     for row, number in ((0, 0), (0, 1), (1, 0)):
         mine = packed.documents_PS[row] == number
         ids_1Q = packed.ids_PS[row][mine][None]
@@ -45,11 +46,41 @@ def test_features_are_those_of_each_document_alone(packed):
         np.testing.assert_allclose(features.log_z_PS[row][mine], log_z, atol=2e-4)
 
 
+def test_noise_has_the_size_that_was_asked_for(packed):
+    features = FeatureSource(zoo.target(), TAPS)(packed)
+    noisy = features.with_noise(jax.random.key(0), 0.3)
+    taps, seen = np.asarray(features.taps_PSmD), np.asarray(noisy.taps_PSmD)
+    rms_PSm = np.sqrt(np.mean(np.square(taps), -1))
+    relative = (seen - taps) / rms_PSm[..., None]
+    np.testing.assert_allclose(relative.std(axis=(0, 1, 3)), 0.3, rtol=0.05)
+    assert abs(relative.mean()) < 0.01
+    again = features.with_noise(jax.random.key(0), 0.3)
+    np.testing.assert_array_equal(again.taps_PSmD, seen)
+    np.testing.assert_array_equal(noisy.hidden_PSD, features.hidden_PSD)
+
+
+def test_noise_is_part_of_training_and_not_of_evaluation(packed):
+    model = zoo.target()
+    drafter = zoo.drafter("dspark-vanilla", model)
+    features = made.features(model, drafter, packed)
+    losses = []
+    for noise in (0.0, 0.5):
+        config = replace(CONFIG, sequences=len(packed.index_P), feature_noise=noise)
+        trainer, state = Trainer.create(drafter, model, config)
+        evaluated = float(trainer.evaluate(state, packed, features).numerator)
+        _, sums = trainer.step(state, [(packed, features)])
+        losses.append((evaluated, float(sums.numerator)))
+    assert losses[0][0] == losses[1][0]
+    assert losses[0][1] != losses[1][1]
+    with pytest.raises(ValueError, match="feature_noise must not be negative, got -1"):
+        replace(CONFIG, feature_noise=-1.0)
+
+
 def test_online_and_cached_features_give_the_same_loss(tmp_path, packed):
     model = zoo.target()
     drafter = zoo.drafter("dspark-rnn", model)
     trainer, state = Trainer.create(drafter, model, CONFIG)
-    online = FeatureSource(model, drafter.taps, made.DOCUMENTS)
+    online = FeatureSource(model, drafter.taps)
     layers = tuple(sorted({*drafter.taps, 0, 1}))
     cached = source(tmp_path, packed, taps=drafter.taps, layers=layers)
     batch = packed[np.array([1, 0])]
@@ -59,6 +90,25 @@ def test_online_and_cached_features_give_the_same_loss(tmp_path, packed):
         losses.append(float(sums.numerator / sums.weight))
     assert cached.cache.missing == len(packed.index_P) - 2
     np.testing.assert_allclose(losses, losses[0], atol=1e-5)
+
+
+def test_bfloat16_features_come_back_as_they_were(tmp_path, packed):
+    graphdef, params = nnx.split(zoo.target())
+    params = jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16), params)
+    model = nnx.merge(graphdef, params)
+    cached = source(tmp_path, packed, model=model)
+    first, again = cached(packed), cached(packed)
+    assert first.taps_PSmD.dtype == again.taps_PSmD.dtype == jax.numpy.bfloat16
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_row_may_lie_beyond_two_gigabytes(tmp_path, packed):
+    cache = source(tmp_path, packed).cache
+    row = np.ones(cache.shape, cache.dtype)
+    index = 2**31 // row.nbytes + 1
+    cache._put("rows.bin", np.int32(index), row)  # The file is sparse.
+    assert (tmp_path / "rows.bin").stat().st_size == (index + 1) * row.nbytes
 
 
 def test_a_cache_is_found_again_and_may_grow(tmp_path, packed):
@@ -123,7 +173,7 @@ def test_features_of_something_else_are_refused(tmp_path, packed, what):
 def test_accumulated_micro_batches_equal_one_large_batch(packed):
     model = zoo.target()
     drafter = zoo.drafter("dspark-gated", model)
-    features = FeatureSource(model, drafter.taps, made.DOCUMENTS)
+    features = FeatureSource(model, drafter.taps)
     config = replace(CONFIG, anchors=made.LENGTH, objective=Objective())
     states = []
     for parts in ([[0, 1, 2]], [[0], [1], [2]]):

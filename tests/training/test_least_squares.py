@@ -10,8 +10,10 @@ from flax import nnx
 
 from jaxspark.models import DenseDecoder
 from jaxspark.training import least_squares
-from jaxspark.training.least_squares import Regression, View
+from jaxspark.training.blocks import sample_blocks
+from jaxspark.training.least_squares import View
 from jaxspark.training.objective import summary
+from jaxspark.training.regression import Regression, low_rank
 from jaxspark.training.trainer import TrainConfig, Trainer
 from tests import zoo
 from tests.training import made
@@ -74,9 +76,7 @@ def test_heads_look_where_they_are_aimed():
     least_squares.fit(
         drafter, model, [batch], lambda batch: features, block_length=G, anchors=8
     )
-    blocks = least_squares.sample_blocks(
-        jax.random.key(1), batch, anchors=8, block_length=G
-    )
+    blocks = sample_blocks(jax.random.key(1), batch, anchors=8, block_length=G)
     view = View(drafter, model, batch, features, blocks)
     attention = drafter.layers[0].self_attn
     inputs = view.inputs
@@ -121,9 +121,9 @@ def test_low_rank_is_the_best_of_its_rank():
     def error(map_OI):
         return np.square(metric_OO.T @ (map_OI - whole) @ x_IR).sum()
 
-    left, right = least_squares.low_rank(regression, metric_OO, 6)
+    left, right = low_rank(regression, metric_OO, 6)
     assert error(left @ right.T) < 1e-6 * error(0 * whole)
-    left, right = least_squares.low_rank(regression, metric_OO, 2)
+    left, right = low_rank(regression, metric_OO, 2)
     values = np.linalg.svd(metric_OO.T @ whole @ x_IR, compute_uv=False)
     np.testing.assert_allclose(
         error(left @ right.T), np.square(values[2:]).sum(), rtol=1e-3

@@ -1,21 +1,30 @@
 """Runs of the launcher: resumed to the bit; bad input loses nothing."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
 from jaxspark.checkpoints import load_draft_checkpoint, save_target
 from jaxspark.checkpoints.tree import named_parameters
+from jaxspark.training.data.packing import Batches
+from jaxspark.training.features import FeatureSource
+from jaxspark.training.run import has_checkpoint, train
+from jaxspark.training.trainer import TrainConfig, Trainer
+from tests import zoo
 from tests.checkpoints.tiny import target
+from tests.programs import environment
+from tests.training import made
 
 STEPS = 30
+STOPPED = 128 + signal.SIGTERM
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +61,6 @@ def arguments(folder, out, *more):
     ]
 
 
-def environment(folder):
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
-    }
-
-
 def launch(folder, out, *more):
     return subprocess.run(
         arguments(folder, out, *more),
@@ -75,7 +77,9 @@ def metrics(folder, out):
         json.loads(line)
         for line in (folder / out / "metrics.jsonl").read_text().splitlines()
     ]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k != "seconds_per_step"} for line in lines
+    ]
 
 
 def interrupt(folder, out, number, *, after):
@@ -108,7 +112,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(place, number, after):
     stopped = metrics(place, out)
     assert after <= len(stopped) < STEPS
     if number == signal.SIGTERM:
-        assert code == 0, output
+        assert code == STOPPED, output
         assert "run the same command to go on" in output[0].replace("\n", " ")
     done = launch(place, out)
     assert done.returncode == 0, done.stderr
@@ -144,7 +148,11 @@ def test_a_finished_run_has_nothing_left_to_do(place):
         (["--taps=7"], "must lie in -1..1"),
         (["--block_length=0"], "0 is not a positive integer"),
         (["--data=nowhere.jsonl"], "nowhere.jsonl: no such file or folder"),
-        (["--sequences=99"], "sequences to train on, a micro-batch has 99"),
+        (["--sequences=3"], "--held_out=2 is less than a batch of --sequences=3"),
+        (["--held_out=99"], "sequences to train on, a micro-batch has 2"),
+        (["--cache_layers=1"], "--cache_layers=(1,) lacks the taps [0]"),
+        (["--cache_layers=0,9"], "the target has layers 0..1"),
+        (["--cache_layers=0,a"], "--cache_layers must be layer numbers, got 0,a"),
         (["--warm_start=nowhere"], "nowhere: no such folder"),
         (["--cooldown=0.99"], "together at most 1"),
     ],
@@ -183,6 +191,47 @@ def test_a_bad_line_is_named(place, line, message):
     assert message in failed.stderr.replace("\n", " ")
 
 
+def test_parameters_that_are_no_numbers_are_not_saved(tmp_path):
+    model, batch = zoo.target(), made.packed(20, 25)
+    drafter = zoo.drafter("dspark-vanilla", model)
+    drafter.fc.weight[...] = drafter.fc.weight[...].at[0, 0].set(np.nan)
+    trainer, state = Trainer.create(
+        drafter, model, TrainConfig(steps=3, sequences=1, anchors=4, block_length=4)
+    )
+    source = FeatureSource(model, drafter.taps)
+    with pytest.raises(ValueError, match="a parameter after step 1 is no finite"):
+        train(trainer, state, Batches(batch, 1, 0), source, tmp_path, save_every=1)
+    assert not has_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_bfloat16_training_is_restored_to_the_bit(tmp_path):
+    model, batch = zoo.target(), made.packed(20, 25)
+    drafter = zoo.drafter("dspark-vanilla", model)
+    config = TrainConfig(
+        steps=4, sequences=1, anchors=4, block_length=4, dtype="bfloat16"
+    )
+    source = FeatureSource(model, drafter.taps)
+    states = []
+    for folder, counts in ((tmp_path / "a", (4,)), (tmp_path / "b", (2, 4))):
+        for steps in counts:
+            trainer, state = Trainer.create(drafter, model, config)
+            held = replace(config, steps=steps)
+            batches = Batches(batch, 1, 0)
+            state, done = train(
+                replace(trainer, config=replace(held, cooldown=0.0, warmup=0.0)),
+                state,
+                batches,
+                source,
+                folder,
+            )
+            assert done
+        states.append(state)
+    types = {str(leaf.dtype) for leaf in jax.tree.leaves(states[0])}
+    assert types == {"bfloat16", "float32", "int32"}
+    for a, b in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(place):
     shutil.copytree(place / "whole", place / "damaged")
     steps = sorted((place / "damaged/checkpoints").iterdir(), key=lambda p: int(p.name))
@@ -201,7 +250,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(place):
 def test_a_full_disk_loses_no_checkpoint(place):
     """Files may not grow beyond a limit, as on a full disk."""
     code, _ = interrupt(place, "full", signal.SIGTERM, after=12)
-    assert code == 0
+    assert code == STOPPED
     command = " ".join(map(str, arguments(place, "full", "--save_every=1")))
     failed = subprocess.run(
         ["bash", "-c", f"ulimit -f 8; exec {command}"],

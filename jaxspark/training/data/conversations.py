@@ -42,6 +42,8 @@ class Conversation:
     @property
     def key(self) -> str:
         """Identifies its first turn: equal texts have equal keys."""
+        if not self.first_turn:
+            return self.where
         text = json.dumps([[m["role"], m["content"].strip()] for m in self.first_turn])
         return sha256(text.encode()).hexdigest()[:16]
 
@@ -138,7 +140,9 @@ def _conversation(row: Any, where: str) -> Conversation | Problem:
             )
     ids = row.get("answer_ids")
     if ids is not None:
-        whole = isinstance(ids, Sequence) and all(type(i) is int for i in ids)
+        whole = isinstance(ids, Sequence) and all(
+            type(i) is int and i >= 0 for i in ids
+        )
         if not whole or not ids or messages[-1]["role"] != "assistant":
             return Problem(
                 where, "answer_ids must be token ids of a last message by the assistant"

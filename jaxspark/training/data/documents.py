@@ -30,8 +30,9 @@ def encode(tokenizer: Tokenizer, conversation: Conversation) -> Document:
     assistant's. Where `answer_ids` are known, the last answer is these very ids.
 
     Raises:
-      ValueError: no answer, or a template that refuses the messages or rewrites
-        earlier ones when later ones follow; names the file and line.
+      ValueError: no answer, answer ids that are not the answer's text, or a template
+        that refuses the messages or rewrites earlier ones when later ones follow;
+        names the file and line.
     """
     ids: list[int] = []
     trainable: list[bool] = []
@@ -44,6 +45,7 @@ def encode(tokenizer: Tokenizer, conversation: Conversation) -> Document:
             prompt = tokenizer.chat(messages[:index])
             if index == last and conversation.answer_ids is not None:
                 answer = list(conversation.answer_ids)
+                _check_answer(tokenizer, answer, message["content"])
             else:
                 whole = tokenizer.chat(
                     messages[: index + 1], add_generation_prompt=False
@@ -63,6 +65,15 @@ def encode(tokenizer: Tokenizer, conversation: Conversation) -> Document:
     return Document(np.array(ids, np.int32), np.array(trainable))
 
 
+def _check_answer(tokenizer: Tokenizer, ids: list[int], text: str) -> None:
+    """Ids of another tokenizer would train a drafter for nothing."""
+    if (seen := tokenizer.decode(ids)) != text:
+        raise ValueError(
+            f"answer_ids say {seen[:40]!r}, the message {text[:40]!r}; were they made "
+            "with another tokenizer? Without answer_ids the text is encoded anew"
+        )
+
+
 def _up_to_stop(ids: list[int], stop_ids: Iterable[int]) -> list[int]:
     for place, token in enumerate(ids):
         if token in stop_ids:
@@ -75,19 +86,26 @@ def read_documents(
     conversations: Iterable[Conversation | Problem],
     *,
     max_tokens: int,
+    vocab_size: int | None = None,
 ) -> tuple[list[Document], int]:
     """All documents in order, and how many were cut to `max_tokens`.
 
     A document of which no answer is left is passed over.
 
     Raises:
-      ValueError: a line that is no conversation, or one the template refuses.
+      ValueError: a line that is no conversation, one the template refuses, or one with
+        a token that a target of `vocab_size` does not have.
     """
     documents, cut = [], 0
     for each in conversations:
         if isinstance(each, Problem):
             raise ValueError(str(each))
         document = encode(tokenizer, each)
+        if vocab_size is not None and document.ids_L.max() >= vocab_size:
+            raise ValueError(
+                f"{each.where}: holds token {document.ids_L.max()}, the target has "
+                f"{vocab_size} tokens"
+            )
         if len(document.ids_L) > max_tokens:
             cut += 1
             document = Document(

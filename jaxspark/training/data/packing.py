@@ -44,16 +44,12 @@ class Packed:
         return Packed(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
-def pack(
-    documents: Sequence[Document], length: int, *, most_documents: int = 4
-) -> Packed:
+def pack(documents: Sequence[Document], length: int) -> Packed:
     """All documents in sequences of `length` tokens, first fit.
 
     Args:
       documents: what to pack.
       length: tokens per sequence.
-      most_documents: most documents per sequence. The target gives each its own slot,
-        whose attention is as wide as the sequence.
 
     Raises:
       ValueError: a document is longer than a sequence.
@@ -68,7 +64,7 @@ def pack(
             )
         first = max(0, len(rows) - _OPEN_ROWS)
         for row in range(first, len(rows)):
-            if room[row] >= size and len(rows[row]) < most_documents:
+            if room[row] >= size:
                 break
         else:
             row = len(rows)

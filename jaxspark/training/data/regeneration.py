@@ -52,8 +52,8 @@ def regenerate(
     """Yields one result for every conversation whose key is not in `done`.
 
     Dropped are malformed lines, prompts that the template refuses or that are too long,
-    repetitions of an earlier prompt, empty answers and answers that end in a loop. The
-    answer to a prompt depends on `seed` and the prompt alone.
+    empty answers and answers that end in a loop; a prompt that comes again is passed
+    over. The answer to a prompt depends on `seed` and the prompt alone.
 
     Args:
       target: a loaded `Target` with a tokenizer.
