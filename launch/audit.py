@@ -10,8 +10,6 @@ is printed and none is a violation. Long audits keep their progress in
 --progress and go on from there.
 """
 
-import json
-import pathlib
 import time
 from dataclasses import asdict
 
@@ -290,7 +288,7 @@ def main() -> int:
             target = target or common.load_text_target()
             figures[suite] = audit_tokens(console, target, suite)
     if FLAGS.json_out:
-        pathlib.Path(FLAGS.json_out).write_text(json.dumps(figures, indent=1) + "\n")
+        common.write_figures(FLAGS.json_out, figures)
     return int(any(each.get("violations") for each in figures.values()))
 
 

@@ -350,9 +350,7 @@ def main() -> None:
         "figures": suite(console),
     }
     if FLAGS.json_out:
-        path = pathlib.Path(FLAGS.json_out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=1) + "\n")
+        common.write_figures(FLAGS.json_out, figures)
 
 
 if __name__ == "__main__":

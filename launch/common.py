@@ -1,6 +1,7 @@
 """What the launchers share: flags, errors a person can read, a compilation cache."""
 
 import contextlib
+import json
 import logging
 import os
 import pathlib
@@ -31,9 +32,9 @@ def define_model_flags(*, draft: str | None = "ngram") -> None:
         flags.DEFINE_string(
             "draft",
             draft,
-            'Drafter: "ngram" (prompt lookup), "none" (plain decoding), a DeepSpec '
-            'folder or a Hugging Face Hub id; "hybrid:" before it puts prompt lookup '
-            "beside it.",
+            'Drafter: "ngram" (prompt lookup), "none" (plain decoding), "dspark" (the '
+            "trained one for the default target), a DeepSpec folder or a Hugging Face "
+            'Hub id; "hybrid:" before one puts prompt lookup beside it.',
         )
         flags.DEFINE_integer(
             "block_length",
@@ -80,6 +81,13 @@ def size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB"
+
+
+def write_figures(path: str | pathlib.Path, figures: dict) -> None:
+    """Writes what a program measured as JSON, making the folder if need be."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def use_compilation_cache() -> None:

@@ -7,9 +7,7 @@
 Prompts are JSON lines with `turns`, one file <domain>_prompts.jsonl per domain.
 """
 
-import json
 import math
-import pathlib
 from dataclasses import asdict
 
 import jax
@@ -141,9 +139,7 @@ def main() -> None:
         "macro_average": average,
     }
     if FLAGS.json_out:
-        path = pathlib.Path(FLAGS.json_out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_without_nan(result), indent=1) + "\n")
+        common.write_figures(FLAGS.json_out, _without_nan(result))
     if FLAGS.plot:
         plot_acceptance(FLAGS.plot, {FLAGS.draft: average["conditional_acceptance"]})
 

@@ -18,7 +18,13 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxspark.jsonlines import JsonLines, same_settings
-from jaxspark.training.data import Problem, Regenerated, read_conversations, regenerate
+from jaxspark.training.data import (
+    Conversation,
+    Problem,
+    Regenerated,
+    read_conversations,
+    regenerate,
+)
 from launch import common
 
 common.define_model_flags(draft=None)
@@ -50,8 +56,10 @@ def conversations() -> list:
         columns.append(rows)
     turns = itertools.zip_longest(*columns)
     rows = [row for turn in turns for row in turn if row is not None]
-    known = {getattr(row, "key", row.where): row for row in reversed(rows)}
-    return list(reversed(known.values()))[: FLAGS.conversations]
+    known: dict[str, Conversation | Problem] = {}
+    for row in rows:
+        known.setdefault(row.where if isinstance(row, Problem) else row.key, row)
+    return list(known.values())[: FLAGS.conversations]
 
 
 def _wanted(source: str) -> bool:

@@ -135,7 +135,7 @@ def main() -> None:
         table.add_row(variant, *cells, f"{speed:.1f}" if speed else "")
     console.print(table)
     out = pathlib.Path(FLAGS.out) / FLAGS.suite
-    out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    common.write_figures(out.with_suffix(".json"), results)
     averages = {v: each[first]["macro_average"] for v, each in results.items()}
     if FLAGS.suite in NUMBERS:
         lines = {

@@ -36,10 +36,12 @@ def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         write_sums(temporary)
-        # mkdtemp makes private folders; a checkpoint gets what the umask allows.
+        # mkdtemp and safetensors keep others out; the umask says who may read.
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o777 & ~mask)
+        for path in temporary.iterdir():
+            path.chmod(0o666 & ~mask)
         _replace(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -30,6 +30,7 @@ from jaxspark.drafters.dspark import (
 )
 from jaxspark.models import DenseConfig, FlatTokens, LayerCache
 from jaxspark.models.cache import pad_heads, padded_width
+from jaxspark.models.dense import DecoderLayer
 from jaxspark.models.layers.attention import Attention
 from jaxspark.models.layers.linear import Linear, row_product
 from jaxspark.models.layers.mlp import GatedMLP
@@ -92,12 +93,8 @@ class Eagle3Layer(nnx.Module):
         normed = (self.input_layernorm(embedded_DT), self.hidden_norm(feature_DT))
         return jnp.concatenate(normed)
 
-    def finish(
-        self, feature_DT: Float[Array, "D T"], attended_DT: Float[Array, "D T"]
-    ) -> Float[Array, "D T"]:
-        """Residual and MLP."""
-        x_DT = feature_DT + attended_DT
-        return x_DT + self.mlp(self.post_attention_layernorm(x_DT))
+    # The residual is the feature's; the rest is any layer's.
+    finish = DecoderLayer.finish
 
 
 @jax.tree_util.register_dataclass

@@ -47,11 +47,11 @@ def test_only_answers_are_trainable():
 
 def test_known_answer_ids_are_taken_as_they_are():
     tok = tokenizer()
-    letters = [*tok.encode("c"), *tok.encode("d")]
-    assert tok.encode("cd") != [*letters, *tok.encode("d")]
-    document = encode(tok, conversation("ab", "cd", answer_ids=tuple(letters)))
-    # Cut at its limit, so without a stop token.
-    assert document.ids_L[document.trainable_L].tolist() == letters
+    # A control token inside leaves no text; encoding the text would not bring it back.
+    answer = [*tok.encode("c"), tok.stop_ids[0], *tok.encode("d")]
+    assert tok.decode(answer) == "cd" and tok.encode("cd") != answer
+    document = encode(tok, conversation("ab", "cd", answer_ids=tuple(answer)))
+    assert document.ids_L[document.trainable_L].tolist() == answer
 
 
 def test_answer_ids_of_another_target_are_refused():
