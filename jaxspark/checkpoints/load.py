@@ -64,6 +64,10 @@ BUILT_IN = {
 
 _HYBRID = "hybrid:"
 NAMED_DRAFTERS = {"ngram": NgramDrafter, "none": PlainDrafter}
+# Trained drafters that come with the package, in the DeepSpec format.
+SHIPPED_DRAFTERS = {
+    "dspark": Path(__file__).parents[1] / "weights" / "dspark_smollm2_135m_block7"
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,8 +256,9 @@ def load_drafter(
     """A drafter for `target`.
 
     Args:
-      source: "ngram" (prompt lookup), "none" (plain decoding), a DeepSpec folder, the
-        Hub id of one, or "hybrid:" and one of these two (prompt lookup beside it).
+      source: "ngram" (prompt lookup), "none" (plain decoding), "dspark" (the trained
+        drafter for SmolLM2-135M-Instruct that comes with jaxspark), a DeepSpec folder,
+        the Hub id of one, or "hybrid:" and one of these three (prompt lookup beside).
       target: what it shall draft for.
       dtype: of a checkpoint's parameters; None takes the target's.
 
@@ -264,9 +269,7 @@ def load_drafter(
         return NAMED_DRAFTERS[str(source)]()
     if str(source).startswith(_HYBRID):
         second = load_drafter(str(source)[len(_HYBRID) :], target, dtype=dtype)
-        # Long matches tell a copy from a coincidence.
-        lookup = NgramDrafter(block_length=second.block_length, longest=8)
-        return hybrid(lookup, second)
+        return hybrid(NgramDrafter(block_length=second.block_length), second)
     model = target.model if isinstance(target, Target) else target
     dtype = model.dtype if dtype is None else dtype
     return load_draft_checkpoint(source, model, dtype=dtype)
@@ -278,7 +281,7 @@ def load_draft_checkpoint(
     """Loads a DSpark, DFlash or Eagle3 drafter in DeepSpec's format.
 
     Args:
-      source: a local folder or a Hub id.
+      source: a local folder, a Hub id, or "dspark" for the one that is shipped.
       target: the model it shall draft for, or its configuration where the folder
         needs no more.
       dtype: float32 or bfloat16; normally the target's.
@@ -287,7 +290,7 @@ def load_draft_checkpoint(
       CheckpointError: damaged, unsupported, or made for another target.
     """
     check_dtype(dtype)
-    folder = resolve_folder(source)
+    folder = resolve_folder(SHIPPED_DRAFTERS.get(str(source), source))
     where = str(folder / "config.json")
     raw = read_json(folder / "config.json")
     config = deepspec.draft_config_from_deepspec(raw, where=where)

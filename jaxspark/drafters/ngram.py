@@ -24,12 +24,12 @@ class NgramDrafter:
 
     Attributes:
       block_length: most tokens proposed at once.
-      longest: longest suffix compared.
+      longest: longest suffix compared; long ones tell a copy from a coincidence.
       shortest: shortest suffix that counts as a match.
     """
 
     block_length: int = 8
-    longest: int = 4
+    longest: int = 8
     shortest: int = 2
     taps: ClassVar[tuple[int, ...]] = ()
     abstains: ClassVar[bool] = True

@@ -22,10 +22,11 @@ def target():
     return load_target("smollm2-135m-instruct")
 
 
+@pytest.mark.parametrize("draft", ["ngram", "dspark", "hybrid:dspark"])
 @pytest.mark.parametrize(
     ("coupling", "temperature"), [("rejection", 0.0), ("gumbel", 1.0)]
 )
-def test_not_one_token_changes(target, coupling, temperature):
+def test_not_one_token_changes(target, coupling, temperature, draft):
     requests = [
         Request(
             prompt=tuple(target.tokenizer.chat([{"role": "user", "content": text}])),
@@ -36,7 +37,7 @@ def test_not_one_token_changes(target, coupling, temperature):
         for i, text in enumerate(QUESTIONS)
     ]
     plain = plain_outputs(target, requests, coupling=coupling, **OPTIONS)
-    drafter = load_drafter("ngram", target)
+    drafter = load_drafter(draft, target)
     seen = decode_requests(
         target, requests, drafter, block_length=3, coupling=coupling, **OPTIONS
     )

