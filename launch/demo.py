@@ -22,7 +22,7 @@ from launch import common
 common.define_model_flags(draft=None)
 flags.DEFINE_list(
     "drafts",
-    ["ngram@3", "dspark@4", "hybrid:dspark@4"],
+    ["ngram@3", "dspark@3", "hybrid:dspark@3"],
     "Drafters, named as for launch.generate; @G sets the drafts per round.",
 )
 flags.DEFINE_integer("max_new_tokens", 160, "Output budget per prompt.", lower_bound=8)
