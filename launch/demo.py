@@ -94,7 +94,7 @@ def main() -> int:
         contestants += [Contestant.of(draft, target) for draft in FLAGS.drafts]
     table = Table(title=f"{target.name} · one sequence · greedy, {FLAGS.dtype}")
     table.add_column("prompt")
-    table.add_column("drafts")
+    table.add_column("drafts", min_width=max(len(each.name) for each in contestants))
     for column in ("tokens/s", "speed-up", "accepted length", "tokens identical"):
         table.add_column(column, justify="right")
     identical = True
