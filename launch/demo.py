@@ -95,7 +95,7 @@ def main() -> int:
     table = Table(title=f"{target.name} · one sequence · greedy, {FLAGS.dtype}")
     table.add_column("prompt")
     table.add_column("drafts", min_width=max(len(each.name) for each in contestants))
-    for column in ("tokens/s", "speed-up", "accepted length", "tokens identical"):
+    for column in ("tokens/s", "speed-up", "accepted length", "identical"):
         table.add_column(column, justify="right")
     identical = True
     for name, text in PROMPTS.items():
