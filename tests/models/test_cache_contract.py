@@ -14,7 +14,7 @@ from flax import nnx
 from jaxspark.models import DenseConfig, DenseDecoder, FlatTokens, RopeConfig
 from tests.driver import Session
 
-TOLERANCE = 1e-4  # float32 rounding of logits of up to 20
+TOLERANCE = 1e-3  # float32 rounding: 1.5e-4 at worst in 700 seeds, logits up to 20
 TINY = {
     "vocab_size": 53,
     "hidden_size": 32,
