@@ -3,6 +3,11 @@
   python -m launch.audit --suite=greedy      guarantee 1, on real prompts
   python -m launch.audit --suite=sampling    guarantee 2, enumeration and chi-square
   python -m launch.audit --suite=gumbel      guarantee 3, on real prompts
+  python -m launch.audit --suite=schedules   all three, tiny models: every drafter,
+                                             schedule, coupling, bucket set and batch
+  python -m launch.audit --suite=all         schedules, sampling, and a part of greedy
+                                             and gumbel with schedules
+  python -m launch.audit --suite=quick       a share of schedules, two minutes
 
 Prints violations and near-ties (the two best choices within 1e-4 in float32, where
 rounding decides); exits 1 if there is a violation. In bfloat16 the rate of differences
@@ -11,7 +16,6 @@ is printed and none is a violation. Long audits keep their progress in
 """
 
 import time
-from dataclasses import asdict
 
 from absl import flags
 from flax import nnx
@@ -21,17 +25,22 @@ from rich.table import Table
 
 import configs.drafters
 from jaxspark import load_drafter
+from jaxspark.decoding import Request, parse_schedule
 from jaxspark.decoding.generate import round_capacity
 from jaxspark.drafters import DSparkDrafter
 from jaxspark.evaluation import sampling_checks, suites
-from jaxspark.evaluation.audit import AuditResult, Request, plain_outputs
+from jaxspark.evaluation.audit import AuditResult, plain_outputs
 from jaxspark.evaluation.prompts import load_prompts
-from jaxspark.jsonlines import JsonLines, same_settings
 from launch import common
+from launch.audit_report import AuditProgress, checked, found, total
+from launch.audit_schedules import audit_schedules
 
 common.define_model_flags(draft=None)
 flags.DEFINE_enum(
-    "suite", "greedy", ["greedy", "sampling", "gumbel", "all"], "What to audit."
+    "suite",
+    "greedy",
+    ["greedy", "sampling", "gumbel", "schedules", "all", "quick"],
+    "What to audit.",
 )
 flags.DEFINE_string(
     "prompts_dir", "../shared/data/eval", "Folder with <domain>_prompts.jsonl files."
@@ -46,6 +55,9 @@ flags.DEFINE_list(
 )
 flags.DEFINE_list("block_lengths", [str(g) for g in range(1, 9)], "Block lengths.")
 flags.DEFINE_list("slots", ["1", "5"], "Batch sizes; larger ones mix temperatures.")
+flags.DEFINE_list(
+    "schedules", ["fixed"], "Schedules that take turns, see launch.generate."
+)
 flags.DEFINE_bool("full", False, "Every grid cell on every prompt, not on its share.")
 flags.DEFINE_integer("most", None, "At most this many prompts per grid cell.")
 flags.DEFINE_integer(
@@ -56,6 +68,14 @@ flags.DEFINE_string("json_out", None, "File for the figures.")
 FLAGS = flags.FLAGS
 
 MAX_PROMPT_TOKENS = 384
+# The part of the greedy and gumbel suites that --suite=all runs, unless flags say else.
+SHORT = {
+    "drafters": ["ngram", "hybrid:dspark"],
+    "block_lengths": ["4"],
+    "schedules": ["lagged", "threshold:0.3", "causal", "free"],
+    "prompts_per_domain": 4,
+    "max_new_tokens": 48,
+}
 
 
 def audited_drafter(name: str, target):
@@ -80,32 +100,6 @@ def audited_drafter(name: str, target):
     return DSparkDrafter(config, dtype=target.model.dtype, rngs=nnx.Rngs(7))
 
 
-class AuditProgress:
-    """Plain outputs and finished cells by name, kept in a file if there is one."""
-
-    def __init__(self, path: str | None, settings: dict):
-        self.lines = None
-        self.plain: dict[str, list[int]] = {}
-        self.cells: dict[str, dict] = {}
-        if path:
-            same_settings(f"{path}.settings", settings)
-            self.lines = JsonLines(path)
-            for entry in self.lines.entries:
-                self._remember(entry)
-
-    def _remember(self, entry: dict) -> None:
-        if "plain" in entry:
-            self.plain[entry["plain"]] = entry["tokens"]
-        else:
-            self.cells[entry["cell"]] = entry
-
-    def add(self, entry: dict) -> None:
-        """Remembers one plain output or one finished cell."""
-        self._remember(entry)
-        if self.lines is not None:
-            self.lines.add(entry)
-
-
 def audit_tokens(console: Console, target, suite: str) -> dict:
     """The greedy or gumbel suite over the grid; returns its figures."""
     coupling = "rejection" if suite == "greedy" else "gumbel"
@@ -116,7 +110,11 @@ def audit_tokens(console: Console, target, suite: str) -> dict:
         max_tokens=MAX_PROMPT_TOKENS,
     )
     requests = [
-        Request(prompt=tuple(prompt), name=f"{domain}/{i}")
+        Request(
+            prompt=tuple(prompt),
+            max_new_tokens=FLAGS.max_new_tokens,
+            name=f"{domain}/{i}",
+        )
         for i in range(FLAGS.prompts_per_domain)
         for domain, prompts in domains.items()
         for prompt in [prompts[i]]
@@ -130,6 +128,11 @@ def audit_tokens(console: Console, target, suite: str) -> dict:
             block_lengths,
             [int(slots) for slots in FLAGS.slots],
             len(requests),
+            schedules=[
+                name
+                for name in FLAGS.schedules
+                if coupling in parse_schedule(name).couplings
+            ],
             full=FLAGS.full,
             most=FLAGS.most,
         )
@@ -145,6 +148,7 @@ def audit_tokens(console: Console, target, suite: str) -> dict:
         "drafters": FLAGS.drafters,
         "block_lengths": block_lengths,
         "slots": FLAGS.slots,
+        "schedules": FLAGS.schedules,
     }
     finished = AuditProgress(FLAGS.progress and f"{FLAGS.progress}.{suite}", settings)
     capacity = round_capacity(
@@ -158,7 +162,6 @@ def audit_tokens(console: Console, target, suite: str) -> dict:
                 [tokens] = plain_outputs(
                     target,
                     [request],
-                    max_new_tokens=FLAGS.max_new_tokens,
                     coupling=coupling,
                     capacity=capacity,
                 )
@@ -177,7 +180,6 @@ def audit_tokens(console: Console, target, suite: str) -> dict:
                     requests,
                     plain,
                     coupling=coupling,
-                    max_new_tokens=FLAGS.max_new_tokens,
                     capacity=capacity,
                 )
                 finished.add(_entry(cell, result, time.perf_counter() - begin))
@@ -196,12 +198,9 @@ def _entry(cell, result: AuditResult, seconds: float) -> dict:
         "drafter": cell.drafter,
         "block_length": cell.block_length,
         "slots": cell.slots,
-        "outputs": result.outputs,
-        "tokens": result.tokens,
+        "schedule": cell.schedule,
         "rounds": result.rounds,
-        "near_ties": [str(each) for each in result.near_ties],
-        "violations": [str(each) for each in result.violations],
-        "seconds": round(seconds, 1),
+        **found(result, seconds),
     }
 
 
@@ -215,9 +214,6 @@ def _summary(console, settings, entries) -> dict:
     groups: dict[tuple, list[dict]] = {}
     for entry in entries:
         groups.setdefault((entry["drafter"], entry["slots"]), []).append(entry)
-
-    def total(group, key):
-        return sum(len(e[key]) if isinstance(e[key], list) else e[key] for e in group)
 
     for (drafter, slots), group in groups.items():
         tokens, rounds = total(group, "tokens"), total(group, "rounds")
@@ -258,38 +254,35 @@ def _summary(console, settings, entries) -> dict:
 
 def audit_sampling(console: Console) -> dict:
     """Guarantee 2 on tiny models: enumeration, chi-square, acceptance formulas."""
-    checks = sampling_checks.run(samples=FLAGS.samples)
-    table = Table(title="sampling")
-    for column in ("check", "figure", "bound", "holds"):
-        table.add_column(column)
-    for check in checks:
-        table.add_row(
-            check.name,
-            f"{check.figure:.3g}",
-            check.bound,
-            "yes" if check.holds else "NO",
-        )
-    console.print(table)
-    violations = sum(not check.holds for check in checks)
-    console.print(f"{len(checks)} checks: {violations} violations")
-    return {"violations": violations, "checks": [asdict(check) for check in checks]}
+    return checked(console, "sampling", sampling_checks.run(samples=FLAGS.samples))
 
 
 def main() -> int:
     """Runs the suites; 1 if any shows a violation."""
     console = Console()
-    chosen = ["greedy", "sampling", "gumbel"] if FLAGS.suite == "all" else [FLAGS.suite]
+    chosen = [FLAGS.suite]
+    if FLAGS.suite == "all":
+        chosen = ["schedules", "sampling", "greedy", "gumbel"]
+        for name, value in SHORT.items():
+            if FLAGS[name].using_default_value:
+                setattr(FLAGS, name, value)
     figures = {}
     target = None
+    begin = time.perf_counter()
     for suite in chosen:
         if suite == "sampling":
             figures[suite] = audit_sampling(console)
+        elif suite in ("schedules", "quick"):
+            figures[suite] = audit_schedules(console, quick=suite == "quick")
         else:
             target = target or common.load_text_target()
             figures[suite] = audit_tokens(console, target, suite)
+    violations = sum(each.get("violations", 0) for each in figures.values())
+    minutes = (time.perf_counter() - begin) / 60
+    console.print(f"{FLAGS.suite}: {violations} violations, {minutes:.1f} minutes")
     if FLAGS.json_out:
         common.write_figures(FLAGS.json_out, figures)
-    return int(any(each.get("violations") for each in figures.values()))
+    return int(violations > 0)
 
 
 if __name__ == "__main__":

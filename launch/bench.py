@@ -6,6 +6,9 @@
   python -m launch.bench --suite=layout                 why activations are columns
   python -m launch.bench --suite=draft --draft=FOLDER   a drafter alone, in hybrid, and
                                                         n-gram, at every block length
+  python -m launch.bench --suite=load --draft=dspark    many requests at once: fixed
+                                                        lengths against the schedule
+  python -m launch.bench --suite=overhead               what scheduling itself costs
 
 Compilation is never part of a figure.
 """
@@ -34,12 +37,19 @@ from jaxspark.evaluation.prompts import load_prompts
 from jaxspark.evaluation.timing import alternate, decode_seconds, medians
 from jaxspark.models import FlatTokens
 from launch import common
+from launch.bench_load import bench_load
+from launch.bench_overhead import bench_overhead
 
 common.define_model_flags(draft=None)
-flags.DEFINE_enum("suite", "decode", ["decode", "layout", "draft"], "What to measure.")
-flags.DEFINE_string("draft", "dspark", "Drafter of --suite=draft.")
+flags.DEFINE_enum(
+    "suite",
+    "decode",
+    ["decode", "layout", "draft", "load", "overhead"],
+    "What to measure.",
+)
+flags.DEFINE_string("draft", "dspark", "Drafter of --suite=draft, load and overhead.")
 flags.DEFINE_list("draft_blocks", ["2", "3", "4", "5", "6", "7"], "Its block lengths.")
-flags.DEFINE_string("prompts_dir", "../shared/data/eval", "Prompts of --suite=draft.")
+flags.DEFINE_string("prompts_dir", "../shared/data/eval", "Their prompts.")
 flags.DEFINE_integer("prompts_per_domain", 3, "How many of each.", lower_bound=1)
 flags.DEFINE_integer("new_tokens", 64, "Tokens per timed run.", lower_bound=8)
 flags.DEFINE_integer("repeats", 5, "Timed runs of each contestant.", lower_bound=3)
@@ -338,9 +348,13 @@ def bench_draft(console: Console) -> dict:
 def main() -> None:
     """Runs the suite and prints its tables."""
     console = Console()
-    suite = {"decode": bench_decode, "layout": bench_layout, "draft": bench_draft}[
-        FLAGS.suite
-    ]
+    suite = {
+        "decode": bench_decode,
+        "layout": bench_layout,
+        "draft": bench_draft,
+        "load": bench_load,
+        "overhead": bench_overhead,
+    }[FLAGS.suite]
     figures = {
         "suite": FLAGS.suite,
         "device": jax.devices()[0].device_kind,

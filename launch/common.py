@@ -1,8 +1,10 @@
 """What the launchers share: flags, errors a person can read, a compilation cache."""
 
 import contextlib
+import dataclasses
 import json
 import logging
+import math
 import os
 import pathlib
 import sys
@@ -14,7 +16,11 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from jaxspark import load_target
+from jaxspark.calibration.files import MissingCalibration, load_calibration
+from jaxspark.calibration.profile import Setting, find_profile, load_profiles
+from jaxspark.decoding import Fixed, parse_schedule
 from jaxspark.decoding.couplings import COUPLINGS
+from jaxspark.decoding.schedule import CostAware
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -60,6 +66,71 @@ def define_sampling_flags() -> None:
     )
 
 
+def define_schedule_flags() -> None:
+    """--schedule and --costs; beside the flags of `define_model_flags`."""
+    flags.DEFINE_string(
+        "schedule",
+        "fixed",
+        "What is verified: fixed (all drafts), fixed:LENGTH, threshold:SURVIVAL, or by "
+        "what rounds cost: causal, lagged, lagged:LAG, free (needs --coupling=gumbel).",
+    )
+    flags.DEFINE_string(
+        "costs",
+        None,
+        "JSON of launch.profile_cost; without it costs are measured at the start.",
+    )
+
+
+def chosen_schedule(target, drafter, *, slots, block_length, capacity, temperature):
+    """What --schedule, --costs and the drafter's calibration say.
+
+    Args:
+      target: a loaded target.
+      drafter: of --draft.
+      slots: requests decoded together.
+      block_length: drafts per round.
+      capacity: cache positions needed.
+      temperature: of sampling.
+
+    Returns:
+      schedule: with its costs, if --costs has them.
+      calibration: None if there is none, or nothing to calibrate.
+      capacity: cache positions to decode with, those of the costs.
+    """
+    schedule = parse_schedule(flags.FLAGS.schedule)
+    if isinstance(schedule, Fixed):
+        return schedule, None, capacity
+    if isinstance(schedule, CostAware) and flags.FLAGS.costs:
+        profiles = load_profiles(flags.FLAGS.costs)
+        roomy = [p.setting.capacity for p in profiles if p.setting.capacity >= capacity]
+        capacity = min(roomy, default=capacity)
+        here = Setting.of(
+            target,
+            drafter,
+            slots=slots,
+            block_length=block_length,
+            capacity=capacity,
+            coupling=flags.FLAGS.coupling,
+            sampled=temperature > 0,
+        )
+        costs = find_profile(profiles, here).costs
+        schedule = dataclasses.replace(schedule, costs=costs)
+    return schedule, find_calibration(), capacity
+
+
+def find_calibration():
+    """The calibration of --draft under --coupling; None, with a notice, if it has none.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    try:
+        return load_calibration(flags.FLAGS.draft, flags.FLAGS.coupling)
+    except MissingCalibration as error:
+        print(f"confidences are used as they are: {error}", file=sys.stderr)
+        return None
+
+
 def load_text_target():
     """The target of the flags, with a tokenizer.
 
@@ -84,10 +155,19 @@ def size(count: float) -> str:
 
 
 def write_figures(path: str | pathlib.Path, figures: dict) -> None:
-    """Writes what a program measured as JSON, making the folder if need be."""
+    """Writes what a program measured as JSON, making the folder; NaN becomes null."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(figures, indent=1) + "\n")
+    path.write_text(json.dumps(_without_nan(figures), indent=1) + "\n")
+
+
+def _without_nan(value):
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def use_compilation_cache() -> None:

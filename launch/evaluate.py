@@ -3,11 +3,11 @@
   python -m launch.evaluate --draft=runs/dspark/drafter
   python -m launch.evaluate --draft=hybrid:runs/dspark/drafter --temperature=1
   python -m launch.evaluate --draft=... --json_out=dspark.json --plot=dspark.png
+  python -m launch.evaluate --draft=dspark --temperature=1 --thresholds=0,0.3,0.6
 
 Prompts are JSON lines with `turns`, one file <domain>_prompts.jsonl per domain.
 """
 
-import math
 from dataclasses import asdict
 
 import jax
@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxspark import load_drafter
-from jaxspark.decoding import DecodeOptions
+from jaxspark.decoding import DecodeOptions, Threshold
 from jaxspark.decoding.generate import default_buckets, round_capacity
 from jaxspark.drafters import PlainDrafter
 from jaxspark.evaluation.acceptance import macro_average, measure_acceptance
-from jaxspark.evaluation.plots import plot_acceptance
+from jaxspark.evaluation.plots import plot_acceptance, plot_lines
 from jaxspark.evaluation.prompts import load_prompts
 from jaxspark.evaluation.timing import alternate, decode_seconds, medians
 from launch import common
@@ -41,7 +41,60 @@ flags.DEFINE_integer("speed_tokens", 64, "Tokens per timed run.", lower_bound=8)
 flags.DEFINE_integer("repeats", 3, "Timed runs of each contestant.", lower_bound=1)
 flags.DEFINE_string("json_out", None, "File for the figures.")
 flags.DEFINE_string("plot", None, "PNG of conditional acceptance by place.")
+flags.DEFINE_list(
+    "thresholds",
+    [],
+    "Verify only drafts of at least this survival, each in turn (Figure 5).",
+)
 FLAGS = flags.FLAGS
+
+
+def sweep(console: Console, target, drafter, prompts, options, thresholds) -> dict:
+    """Acceptance rate and verified length of every domain, by threshold."""
+    calibration = common.find_calibration()
+    found: dict[str, dict] = {name: {} for name in prompts}
+    for text, schedule in thresholds.items():
+        with console.status(f"verifying from survival {text}"):
+            measured = measure_acceptance(
+                target,
+                drafter,
+                prompts,
+                schedule=schedule,
+                calibration=calibration,
+                **options,
+            )
+        for name, each in measured.items():
+            found[name][text] = {
+                "acceptance_rate": each.acceptance_rate,
+                "verified_length": each.verified_length,
+                "accepted_length": each.accepted_length,
+            }
+    table = Table(title=f"{FLAGS.draft} · accepted per verified draft (verified)")
+    table.add_column("survival")
+    for name in found:
+        table.add_column(name, justify="right")
+    for text in thresholds:
+        cells = (each[text] for each in found.values())
+        table.add_row(
+            text,
+            *(
+                f"{c['acceptance_rate']:.3f} ({c['verified_length']:.2f})"
+                for c in cells
+            ),
+        )
+    console.print(table)
+    if FLAGS.json_out:
+        plot_lines(
+            FLAGS.json_out.removesuffix(".json") + "_thresholds.png",
+            {
+                name: {float(t): each["acceptance_rate"] for t, each in points.items()}
+                for name, points in found.items()
+            },
+            xlabel="least survival verified",
+            ylabel="accepted per verified draft",
+            title=f"{FLAGS.draft}, temperature {FLAGS.temperature:g}",
+        )
+    return found
 
 
 def speeds(target, drafter, prompts, block_length: int) -> dict[str, float]:
@@ -90,24 +143,23 @@ def main() -> None:
     target = common.load_text_target()
     drafter = load_drafter(FLAGS.draft, target)
     block_length = FLAGS.block_length or drafter.block_length
+    thresholds = {text: Threshold(float(text)) for text in FLAGS.thresholds}
     prompts = load_prompts(
         FLAGS.prompts_dir,
         target.tokenizer,
         per_domain=FLAGS.prompts_per_domain,
         max_tokens=FLAGS.max_prompt_tokens,
     )
+    options = {
+        "block_length": block_length,
+        "temperature": FLAGS.temperature,
+        "max_new_tokens": FLAGS.max_new_tokens,
+        "slots": FLAGS.slots,
+        "coupling": FLAGS.coupling,
+        "seed": FLAGS.seed,
+    }
     with console.status("decoding all prompts"):
-        accepted = measure_acceptance(
-            target,
-            drafter,
-            prompts,
-            block_length=block_length,
-            temperature=FLAGS.temperature,
-            max_new_tokens=FLAGS.max_new_tokens,
-            slots=FLAGS.slots,
-            coupling=FLAGS.coupling,
-            seed=FLAGS.seed,
-        )
+        accepted = measure_acceptance(target, drafter, prompts, **options)
     domains = {name: asdict(each) for name, each in accepted.items()}
     if FLAGS.speed_prompts:
         for name, figures in domains.items():
@@ -138,8 +190,12 @@ def main() -> None:
         "domains": domains,
         "macro_average": average,
     }
+    if FLAGS.thresholds:
+        result["thresholds"] = sweep(
+            console, target, drafter, prompts, options, thresholds
+        )
     if FLAGS.json_out:
-        common.write_figures(FLAGS.json_out, _without_nan(result))
+        common.write_figures(FLAGS.json_out, result)
     if FLAGS.plot:
         plot_acceptance(FLAGS.plot, {FLAGS.draft: average["conditional_acceptance"]})
 
@@ -169,15 +225,6 @@ def _text(value) -> str:
     if isinstance(value, list):
         return " ".join(f"{each:.2f}" for each in value)
     return f"{value:.2f}"
-
-
-def _without_nan(value):
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _without_nan(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 if __name__ == "__main__":

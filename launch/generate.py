@@ -3,6 +3,7 @@
   python -m launch.generate --chat="Why is the sky blue?"
   python -m launch.generate --prompt="def fibonacci(n):" --draft=none
   python -m launch.generate --chat="Tell me a story." --temperature=0.8 --seed=3
+  python -m launch.generate --chat="Tell me a story." --draft=dspark --schedule=lagged
 
 The tokens are those of plain decoding: at temperature 0 always, at other temperatures
 with --coupling=gumbel for the same seed (with --coupling=rejection, in distribution).
@@ -14,10 +15,12 @@ import jax
 from absl import flags
 
 from jaxspark import generate, load_drafter
+from jaxspark.decoding.generate import check_block_length, round_capacity
 from launch import common
 
 common.define_model_flags()
 common.define_sampling_flags()
+common.define_schedule_flags()
 flags.DEFINE_string("prompt", None, "Text to continue as it is.")
 flags.DEFINE_string("chat", None, "A user message, put through the chat template.")
 flags.DEFINE_string("system", None, "A system message before --chat.")
@@ -68,9 +71,19 @@ def main() -> None:
     target = common.load_text_target()
     drafter = load_drafter(FLAGS.draft, target)
     printer = Printer(target.tokenizer, target.stop_ids)
+    ids = prompt_ids(target.tokenizer)
+    block_length = check_block_length(drafter, FLAGS.block_length)
+    schedule, calibration, capacity = common.chosen_schedule(
+        target,
+        drafter,
+        slots=1,
+        block_length=block_length,
+        capacity=round_capacity(len(ids) + FLAGS.max_new_tokens + block_length),
+        temperature=FLAGS.temperature,
+    )
     [completion] = generate(
         target,
-        [prompt_ids(target.tokenizer)],
+        [ids],
         drafter,
         max_new_tokens=FLAGS.max_new_tokens,
         temperature=FLAGS.temperature,
@@ -79,7 +92,10 @@ def main() -> None:
         min_p=FLAGS.min_p,
         seed=FLAGS.seed,
         coupling=FLAGS.coupling,
-        block_length=FLAGS.block_length,
+        block_length=block_length,
+        schedule=schedule,
+        calibration=calibration,
+        capacity=capacity,
         log_probs=FLAGS.log_probs,
         on_tokens=printer,
     )

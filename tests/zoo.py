@@ -8,6 +8,7 @@ from flax import nnx
 
 import configs.drafters
 import configs.targets
+from jaxspark.decoding import CostCurve, Costs
 from jaxspark.drafters import DSparkDrafter, Eagle3Drafter, NgramDrafter, hybrid
 from jaxspark.models import DenseDecoder
 
@@ -79,6 +80,14 @@ def _pruned(made, model):
         made.draft_ids[...] = every_other
         made.lm_head.weight[...] = model.head_VD[every_other]
     return made
+
+
+def costs(sizes, seconds, *, plain: float, length: int) -> Costs:
+    """Of rounds that draft so much, and of those without drafts."""
+    least = sizes[0]
+    return Costs(
+        (CostCurve(0, (least,), (plain,)), CostCurve(length, sizes, tuple(seconds)))
+    )
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:

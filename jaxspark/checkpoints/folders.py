@@ -96,6 +96,17 @@ def write_sums(folder: Path) -> None:
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
+def cover(folder: Path, name: str) -> None:
+    """Brings the line of one file in `SHA256SUMS` up to date, if there are sums."""
+    path = folder / SUMS
+    if path.exists():
+        entries = _LINE.findall(path.read_text(encoding="utf-8"))
+        digests = {file: digest for digest, file in entries}
+        digests[name] = sha256(folder / name)
+        lines = [f"{digests[file]}  {file}\n" for file in sorted(digests)]
+        path.write_text("".join(lines), encoding="utf-8")
+
+
 def verify(folder: Path) -> None:
     """Checks a folder against its `SHA256SUMS`, or its files against the Hub cache.
 

@@ -275,6 +275,22 @@ def load_drafter(
     return load_draft_checkpoint(source, model, dtype=dtype)
 
 
+def drafter_folder(source: str | Path) -> tuple[Path, bool]:
+    """Where a trained drafter lies, and whether prompt lookup is beside it.
+
+    Args:
+      source: as for `load_drafter`.
+
+    Raises:
+      CheckpointError: nothing there, or not a trained drafter.
+    """
+    name = str(source).removeprefix(_HYBRID)
+    if name in NAMED_DRAFTERS:
+        raise CheckpointError(f"{source}: is no trained drafter, it has no folder")
+    folder = resolve_folder(SHIPPED_DRAFTERS.get(name, name))
+    return folder, name != str(source)
+
+
 def load_draft_checkpoint(
     source: str | Path, target: DenseConfig | DenseDecoder, *, dtype: Any = jnp.float32
 ) -> deepspec.DraftModel:

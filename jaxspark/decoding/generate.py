@@ -1,17 +1,19 @@
 """`generate`: prompts in, completions out, over the compiled decode loop."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxspark.decoding.confidence import Calibration
+from jaxspark.decoding.costs import bucket_ladder
 from jaxspark.decoding.couplings import Coupling
 from jaxspark.decoding.round import DecodeOptions, decode, prefill
 from jaxspark.decoding.sampling import Sampling
-from jaxspark.decoding.schedule import Fixed, Scheduler
+from jaxspark.decoding.schedule import CostAware, Fixed, Scheduler
 from jaxspark.decoding.state import DecodeState, init_state
 from jaxspark.drafters import Drafter, PlainDrafter
 
@@ -31,6 +33,8 @@ class Completion:
       log_probs: the model's log-probability of each output token (before temperature
         and filters); None unless asked for.
       rounds: target passes it took.
+      drafted: rounds that drafted.
+      verified: drafts that were verified in them.
       reached: per draft position, rounds in which it was verified with all earlier
         drafts accepted.
       accepted: per draft position, rounds in which it was accepted; drafts accepted
@@ -42,6 +46,8 @@ class Completion:
     finish_reason: str
     log_probs: list[float] | None
     rounds: int
+    drafted: int
+    verified: int
     reached: list[int]
     accepted: list[int]
 
@@ -66,7 +72,10 @@ def generate(
     block_length: int | None = None,
     coupling: Coupling = "rejection",
     schedule: Scheduler = Fixed(),
+    calibration: Calibration | None = None,
     buckets: tuple[int, ...] | None = None,
+    draft_floor: int | Sequence[int] = 0,
+    draft_cap: int | Sequence[int] | None = None,
     capacity: int | None = None,
     log_probs: bool = False,
     on_tokens: Callable[[int, list[int]], None] | None = None,
@@ -85,16 +94,21 @@ def generate(
       top_k: keep the k most likely tokens; 0 keeps all.
       top_p: keep the smallest most likely set of this mass.
       min_p: keep tokens at least this likely relative to the best.
-      seed: of each request's randomness. One seed for all is spread by prompt index.
+      seed: of each request's randomness. One seed for all is spread by prompt index;
+        if you give one each, let them differ.
       stop_ids: tokens that end an output, one list for all or one per prompt; None
         takes the target's own.
-      block_length: drafts per round; None takes the drafter's most.
+      block_length: most drafts per round; None takes the drafter's most.
       coupling: "rejection" (accepts most) or "gumbel" (the same tokens as plain
         sampling with the same seeds).
-      schedule: chooses verification lengths.
+      schedule: chooses how much is drafted and what is verified, see `schedule`.
+      calibration: of the drafter's confidences; None takes them as they are.
       buckets: token counts to compile the target for, see `DecodeOptions`. None takes
         one that holds every draft and, for a drafter that may propose nothing, one with
-        a single token per slot.
+        a single token per slot; for schedules that choose, a ladder of which measured
+        costs keep what pays.
+      draft_floor: drafts verified in every round that drafts, for all or per prompt.
+      draft_cap: most drafts verified in a round; None: all.
       capacity: cache positions per slot; None takes what the requests need. One value
         for many calls lets them share compiled programs.
       log_probs: return the model's log-probability of every output token.
@@ -111,15 +125,16 @@ def generate(
     model = as_model(target)
     drafter.check_target(model.config)
     block_length = check_block_length(drafter, block_length)
+    ids = [_token_ids(target, index, prompt) for index, prompt in enumerate(prompts)]
+    limits = _limits(model, ids, max_new_tokens)
     options = DecodeOptions(
         block_length=block_length,
         coupling=coupling,
         schedule=schedule,
-        buckets=default_buckets(drafter, len(prompts), block_length, buckets),
+        calibration=calibration,
+        buckets=default_buckets(drafter, len(prompts), block_length, buckets, schedule),
     )
-    options.sizes(len(prompts))
-    ids = [_token_ids(target, index, prompt) for index, prompt in enumerate(prompts)]
-    limits = _limits(model, ids, max_new_tokens)
+    options.check(len(prompts))
     seeds = _seeds(seed, len(prompts))
     sampling = Sampling.of(
         len(prompts),
@@ -144,11 +159,62 @@ def generate(
         stop_ids=stop,
         capacity=capacity,
         log_probs=log_probs,
+        draft_floor=draft_floor,
+        draft_cap=draft_cap,
+    )
+    check_floors(options, state.schedule.floor_B.tolist())
+    options = costed(
+        options,
+        model,
+        drafter,
+        slots=len(ids),
+        capacity=capacity,
+        temperature=float(np.max(temperature)),
     )
     state = prefill(model, drafter, state, chunk=prefill_chunk(ids))
     state = _run(model, drafter, state, options, ids, on_tokens)
     ended = completions(target, state, dict(enumerate(ids)), log_probs=log_probs)
     return [ended[slot] for slot in range(len(ids))]
+
+
+def check_floors(options: DecodeOptions, floors: Sequence[int]) -> None:
+    """Raises `ValueError` if drafts that must be verified do not fit a round."""
+    slots, needed = len(floors), len(floors) + sum(floors)
+    largest = options.sizes(slots)[-1]
+    if needed > largest:
+        raise ValueError(
+            f"{slots} requests whose draft floors sum up to {sum(floors)} need rounds "
+            f"of {needed} tokens, the largest token bucket holds {largest}"
+        )
+    most = options.draft_lengths[-1]
+    if max(floors) > most:
+        raise ValueError(
+            f"a draft floor of {max(floors)} needs as many drafts, the schedule "
+            f"proposes no more than {most}"
+        )
+
+
+def costed(options: DecodeOptions, model, drafter: Drafter, **setting) -> DecodeOptions:
+    """The options, with measured costs if their schedule needs some and has none.
+
+    `setting` is that of `jaxspark.calibration.measure_costs`; measuring takes a while,
+    shows a progress bar, and is done once for each setting.
+    """
+    schedule = options.schedule
+    if not isinstance(schedule, CostAware) or schedule.costs is not None:
+        return options
+    # Costs are measured on the decode loop, which this module is part of.
+    from jaxspark.calibration.profile import known_costs
+
+    costs = known_costs(
+        model,
+        drafter,
+        block_length=options.block_length,
+        buckets=options.sizes(setting["slots"]),
+        coupling=options.coupling,
+        **setting,
+    )
+    return replace(options, schedule=replace(schedule, costs=costs), buckets=None)
 
 
 def round_capacity(needed: int) -> int:
@@ -162,12 +228,22 @@ def as_model(target):
 
 
 def default_buckets(
-    drafter: Drafter, slots: int, block_length: int, buckets: tuple[int, ...] | None
+    drafter: Drafter,
+    slots: int,
+    block_length: int,
+    buckets: tuple[int, ...] | None,
+    schedule: Scheduler = Fixed(),
 ) -> tuple[int, ...] | None:
-    """The given buckets; for a drafter that may propose nothing also one without it."""
-    if buckets is None and drafter.abstains:
+    """The given buckets, or what suits the drafter and the schedule."""
+    if buckets is not None or schedule.costs is not None:
+        return buckets
+    if not isinstance(schedule, Fixed):
+        return bucket_ladder(slots, block_length)
+    if schedule.length is not None:
+        block_length = min(schedule.length, block_length)
+    if drafter.abstains and block_length:
         return (slots, slots * (block_length + 1))
-    return buckets
+    return (slots * (block_length + 1),)
 
 
 def check_block_length(drafter: Drafter, block_length: int | None) -> int:
@@ -304,6 +380,8 @@ def completions(
             finish_reason="stop" if stopped else "length",
             log_probs=log_probs_BS[slot, span].tolist() if log_probs else None,
             rounds=int(counters.rounds_B[slot]),
+            drafted=int(counters.drafted_B[slot]),
+            verified=int(counters.verified_B[slot]),
             reached=counters.reached_BG[slot].tolist(),
             accepted=counters.accepted_BG[slot].tolist(),
         )

@@ -11,8 +11,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
+from jaxspark.decoding.confidence import Calibration
 from jaxspark.decoding.couplings import (
     COUPLINGS,
     Coupling,
@@ -21,8 +22,14 @@ from jaxspark.decoding.couplings import (
     emitted,
     verify,
 )
-from jaxspark.decoding.schedule import Fixed, Scheduler
-from jaxspark.decoding.state import Counters, DecodeState
+from jaxspark.decoding.outlook import Outlook
+from jaxspark.decoding.schedule import (
+    Fixed,
+    Scheduler,
+    expect_newcomers,
+    extend_survival,
+)
+from jaxspark.decoding.state import Counters, DecodeState, ScheduleState
 from jaxspark.drafters import Proposal
 from jaxspark.models import FlatTokens
 
@@ -32,38 +39,83 @@ class DecodeOptions:
     """What is fixed when a round is compiled.
 
     Attributes:
-      block_length: drafts proposed per round.
+      block_length: most drafts proposed per round and slot.
       coupling: "rejection" or "gumbel", see `couplings`.
-      schedule: chooses verification lengths.
-      buckets: token counts the target is compiled for, ascending; None compiles only
-        one, which holds every draft of every slot.
+      schedule: chooses how much is drafted and what is verified.
+      buckets: token counts the target is compiled for, ascending; None takes one that
+        holds every draft of every slot. A schedule that knows costs knows its own.
+      calibration: of the drafter's confidences; None takes them as they are.
     """
 
     block_length: int
     coupling: Coupling = "rejection"
     schedule: Scheduler = Fixed()
     buckets: tuple[int, ...] | None = None
+    calibration: Calibration | None = None
 
     def __post_init__(self):
         if self.coupling not in COUPLINGS:
             raise ValueError(
                 f"unknown coupling {self.coupling!r}; expected one of {COUPLINGS}"
             )
+        if self.coupling not in self.schedule.couplings:
+            raise ValueError(
+                f"the schedule {type(self.schedule).__name__} lets a draft decide "
+                "whether it is verified itself, which changes the distribution of the "
+                f"output under coupling {self.coupling!r}; use one of "
+                f"{self.schedule.couplings}, or the schedule Lagged"
+            )
+        if self.schedule.costs is not None and self.buckets is not None:
+            raise ValueError(
+                "the schedule knows the costs of token buckets of its own, leave out "
+                f"buckets {self.buckets}"
+            )
+        if self.calibration is not None:
+            self.calibration.check(self.block_length, self.coupling)
 
-    def sizes(self, slots: int) -> tuple[int, ...]:
-        """The token buckets for `slots` slots.
+    def check(self, slots: int) -> None:
+        """Raises `ValueError` if they do not do for so many slots."""
+        for length in self.draft_lengths:
+            self.sizes(slots, length)
+
+    @property
+    def draft_lengths(self) -> tuple[int, ...]:
+        """Numbers of drafts that rounds are compiled for, ascending.
 
         Raises:
-          ValueError: they are not ascending, or cannot hold every draft of every slot.
+          ValueError: the schedule knows the costs of other blocks.
         """
-        full = slots * (self.block_length + 1)
-        sizes = (full,) if self.buckets is None else self.buckets
+        lengths = self.schedule.draft_lengths(self.block_length)
+        if self.schedule.costs is not None and lengths[-1] != self.block_length:
+            raise ValueError(
+                f"the schedule knows the costs of draft lengths {lengths}, blocks have "
+                f"{self.block_length} drafts"
+            )
+        return lengths
+
+    def sizes(self, slots: int, draft_length: int | None = None) -> tuple[int, ...]:
+        """The token buckets for rounds of `slots` slots that draft so much.
+
+        Whole blocks by default.
+
+        Raises:
+          ValueError: they are not ascending, or cannot hold one token per slot.
+        """
+        draft_length = self.block_length if draft_length is None else draft_length
+        costs = self.schedule.costs
+        full = slots * (draft_length + 1)
+        if costs is not None:
+            sizes = costs.drafting(draft_length).sizes
+        elif self.buckets is None or not draft_length:
+            sizes = (full,)
+        else:
+            sizes = self.buckets
         if not sizes or any(a >= b for a, b in zip(sizes, sizes[1:])):
             raise ValueError(f"token buckets must be ascending, got {sizes}")
-        if sizes[-1] < full:
+        if sizes[-1] < slots:
             raise ValueError(
-                f"the largest token bucket {sizes[-1]} cannot hold {slots} slots of "
-                f"{self.block_length + 1} tokens; it must be at least {full}"
+                f"the largest token bucket {sizes[-1]} cannot hold one token of each "
+                f"of {slots} slots"
             )
         return sizes
 
@@ -81,47 +133,118 @@ def decode_round(
             f"options draft {options.block_length} tokens, the state was made for "
             f"blocks of {expected}"
         )
+    rounds = [
+        partial(_round, target, drafter, options, length)
+        for length in options.draft_lengths
+    ]
+    if len(rounds) == 1:
+        return rounds[0](state)
+    forecast = _forecast(state, options)
+    index = options.schedule.draft(forecast, state.schedule.idle_B)
+    return jax.lax.switch(index, rounds, state)
+
+
+def _round(target, drafter, options, draft_length: int, state: DecodeState):
+    """A round that drafts so many tokens for every slot."""
+    slots = len(state.lengths_B)
+    if draft_length:
+        with jax.named_scope("propose"):
+            proposal, draft_cache = _propose(
+                target, drafter, state, options.coupling, draft_length
+            )
+        state = replace(state, draft_cache=draft_cache)
+    else:
+        proposal = Proposal.empty(slots)
+    with jax.named_scope("schedule"):
+        lengths_B, schedule = schedule_round(state, proposal, options)
+    confidence_BG = state.confidence_BG.at[:, :draft_length].set(proposal.confidence_BG)
+    state = replace(state, schedule=schedule, confidence_BG=confidence_BG)
+    sizes = options.sizes(slots, draft_length)
+    return _verified(target, drafter, state, proposal, lengths_B, sizes, options)
+
+
+def _outlook(state: DecodeState, survival_BG) -> Outlook:
+    """Survival beside what may be verified before anything is proposed."""
+    room_B = jnp.maximum(state.limits_B - state.lengths_B - 1, 0)
+    most_B = jnp.minimum(state.schedule.cap_B, room_B)
+    return Outlook.of(
+        survival_BG,
+        floor_B=state.schedule.floor_B,
+        most_B=most_B,
+        live_B=~state.done_B,
+    )
+
+
+def _earlier(state: DecodeState, options: DecodeOptions) -> Float[Array, "n B G"]:
+    """Survival of the earlier rounds a schedule may look at; 1 before there was one."""
+    past_nBG = jnp.moveaxis(state.schedule.past_BnG, 1, 0)
+    return past_nBG[options.schedule.lag - 1 :]
+
+
+def _forecast(state: DecodeState, options: DecodeOptions) -> Outlook:
+    """What drafting promises: new slots are like the others, or they alone decide."""
+    known_B = state.schedule.seen_B & ~state.done_B
+    return _outlook(state, expect_newcomers(_earlier(state, options), known_B))
+
+
+def _propose(target, drafter, state: DecodeState, coupling: Coupling, length: int):
     draw = DraftSampler(
-        options.coupling,
+        coupling,
         state.sampling,
         state.lengths_B - 1,
         target.config.vocab_size,
     )
-    with jax.named_scope("propose"):
-        proposal, draft_cache = drafter.propose(
-            target,
-            state.draft_cache,
-            state.tokens_BS,
-            state.lengths_B,
-            draw,
-            options.block_length,
+    return drafter.propose(
+        target,
+        state.draft_cache,
+        state.tokens_BS,
+        state.lengths_B,
+        draw,
+        length,
+    )
+
+
+def schedule_round(
+    state: DecodeState, proposal: Proposal, options: DecodeOptions
+) -> tuple[Int[Array, " B"], ScheduleState]:
+    """Verification lengths of a proposal, and what scheduling remembers of it."""
+    schedule = state.schedule
+    slots, drafted = proposal.tokens_BG.shape
+    if not drafted:
+        schedule = replace(schedule, idle_B=schedule.idle_B + 1)
+        return proposal.lengths_B, schedule
+    if options.calibration is None:
+        survival_Bg = jnp.cumprod(jax.nn.sigmoid(proposal.confidence_BG), axis=1)
+    else:
+        survival_Bg = options.calibration.survival(
+            proposal.confidence_BG, state.sampling.temperature
         )
-    with jax.named_scope("schedule"):
-        lengths_B = _verify_lengths(state, proposal, options)
-    state = replace(state, draft_cache=draft_cache)
-    verdict, target_cache, draft_cache = _verify_in_bucket(
-        target, drafter, state, proposal, lengths_B, options
+    proposed_Bg = jnp.arange(drafted) < proposal.lengths_B[:, None]
+    survival_Bg = jnp.where(proposed_Bg, survival_Bg, 0.0)
+    now = _outlook(state, survival_Bg)
+    most_B = jnp.minimum(now.most_B, proposal.lengths_B)
+    now = replace(now, most_B=most_B, floor_B=jnp.minimum(now.floor_B, most_B))
+    earlier = _outlook(state, _earlier(state, options)).first(drafted)
+    largest = options.sizes(slots, drafted)[-1]
+    lengths_B = now.within(options.schedule(now, earlier), largest)
+
+    known_B = schedule.seen_B & ~state.done_B
+    past_nBG = jnp.moveaxis(schedule.past_BnG, 1, 0)
+    newest_B1G = extend_survival(survival_Bg, past_nBG, known_B)[:, None]
+    past_BnG = jnp.concatenate([newest_B1G, schedule.past_BnG[:, :-1]], axis=1)
+    # The first round stands for those before it.
+    past_BnG = jnp.where(schedule.seen_B[:, None, None], past_BnG, newest_B1G)
+    whole = drafted == state.confidence_BG.shape[1]
+    return lengths_B, replace(
+        schedule,
+        past_BnG=past_BnG,
+        seen_B=schedule.seen_B | ~state.done_B,
+        idle_B=jnp.zeros_like(schedule.idle_B) if whole else schedule.idle_B + 1,
     )
-    state = replace(
-        state,
-        target_cache=target_cache,
-        draft_cache=draft_cache,
-        confidence_BG=proposal.confidence_BG,
-    )
-    with jax.named_scope("commit"):
-        return commit(state, proposal, lengths_B, verdict)
 
 
-def _verify_lengths(state, proposal, options):
-    """Drafts worth verifying: scheduled, proposed, and within the slot's budget."""
-    room_B = state.limits_B - state.lengths_B - 1
-    lengths_B = options.schedule(proposal.confidence_BG)
-    lengths_B = jnp.minimum(jnp.minimum(lengths_B, proposal.lengths_B), room_B)
-    return jnp.where(state.done_B, 0, jnp.maximum(lengths_B, 0))
-
-
-def _verify_in_bucket(target, drafter, state, proposal, lengths_B, options):
-    """Packs anchors and drafts into the smallest bucket that holds them; verifies."""
+def _verified(target, drafter, state, proposal, lengths_B, sizes, options):
+    """Packs anchors and drafts into the smallest bucket that holds them; commits."""
     anchors_B = state.lengths_B - 1
     anchor_B1 = jnp.take_along_axis(state.tokens_BS, anchors_B[:, None], axis=1)
     rows_BQ = jnp.concatenate([anchor_B1, proposal.tokens_BG], axis=1)
@@ -151,10 +274,14 @@ def _verify_in_bucket(target, drafter, state, proposal, lengths_B, options):
 
         return run
 
-    sizes = options.sizes(len(counts_B))
     branches = [branch(size) for size in sizes]
     index = jnp.searchsorted(jnp.array(sizes), jnp.sum(counts_B))
-    return jax.lax.switch(index, branches, state.target_cache, state.draft_cache)
+    verdict, target_cache, draft_cache = jax.lax.switch(
+        index, branches, state.target_cache, state.draft_cache
+    )
+    state = replace(state, target_cache=target_cache, draft_cache=draft_cache)
+    with jax.named_scope("commit"):
+        return commit(state, proposal, lengths_B, verdict)
 
 
 def commit(
@@ -190,21 +317,24 @@ def commit(
         log_probs_BS=log_probs_BS,
         lengths_B=lengths_new_B,
         done_B=state.done_B | stopped_B | (lengths_new_B >= state.limits_B),
-        counters=_count(state, lengths_B, verdict.accepted_B),
+        counters=_count(state, proposal, lengths_B, verdict.accepted_B),
     )
 
 
-def _count(state, lengths_B, accepted_B) -> Counters:
+def _count(state, proposal, lengths_B, accepted_B) -> Counters:
     draft_G = jnp.arange(state.confidence_BG.shape[1])
     live_B1 = ~state.done_B[:, None]
     reached_BG = live_B1 & (draft_G < lengths_B[:, None])
     reached_BG &= draft_G <= accepted_B[:, None]
     accepted_BG = live_B1 & (draft_G < accepted_B[:, None])
     counters = state.counters
+    drafts = proposal.tokens_BG.shape[1] > 0
     return Counters(
         rounds_B=counters.rounds_B + ~state.done_B,
         reached_BG=counters.reached_BG + reached_BG,
         accepted_BG=counters.accepted_BG + accepted_BG,
+        drafted_B=counters.drafted_B + (~state.done_B if drafts else 0),
+        verified_B=counters.verified_B + jnp.where(state.done_B, 0, lengths_B),
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.decoding.sampling import Sampling
+from jaxspark.decoding.schedule import MEMORY
 
 
 @jax.tree_util.register_dataclass
@@ -21,17 +22,76 @@ class Counters:
       rounds_B: rounds the slot took part in.
       reached_BG: rounds in which draft j was verified and all before it accepted.
       accepted_BG: rounds in which draft j was accepted.
+      drafted_B: rounds for which it was drafted.
+      verified_B: drafts verified.
     """
 
     rounds_B: Int[Array, " B"]
     reached_BG: Int[Array, "B G"]
     accepted_BG: Int[Array, "B G"]
+    drafted_B: Int[Array, " B"]
+    verified_B: Int[Array, " B"]
 
     @classmethod
     def zeros(cls, slots: int, block_length: int) -> "Counters":
         """Nothing counted yet."""
-        shapes = ((slots,), (slots, block_length), (slots, block_length))
-        return cls(*(jnp.zeros(shape, jnp.int32) for shape in shapes))
+        one, each = (slots,), (slots, block_length)
+        return cls(
+            *(jnp.zeros(shape, jnp.int32) for shape in (one, each, each, one, one))
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ScheduleState:
+    """What scheduling knows of each slot; see `schedule`.
+
+    Attributes:
+      floor_B: drafts that are verified in every round that drafts.
+      cap_B: most drafts that are.
+      past_BnG: survival in its last rounds that drafted, the newest first; guessed for
+        what they did not draft, and 1 before there was one.
+      seen_B: whether there was one.
+      idle_B: rounds since its last whole block.
+    """
+
+    floor_B: Int[Array, " B"]
+    cap_B: Int[Array, " B"]
+    past_BnG: Float[Array, "B n G"]
+    seen_B: Bool[Array, " B"]
+    idle_B: Int[Array, " B"]
+
+    @classmethod
+    def start(
+        cls, slots: int, block_length: int, *, floor=0, cap=None
+    ) -> "ScheduleState":
+        """No history; floor and cap for all slots, or one for each.
+
+        Raises:
+          ValueError: they are not 0 <= floor <= cap <= block_length.
+        """
+        cap = block_length if cap is None else cap
+        bounds = {"draft_floor": np.asarray(floor), "draft_cap": np.asarray(cap)}
+        for name, bound in bounds.items():
+            whole = np.issubdtype(bound.dtype, np.integer)
+            if not whole or bound.shape not in ((), (slots,)):
+                raise ValueError(
+                    f"{name} must be a whole number or {slots} of them (one per "
+                    f"prompt), got {bound.tolist()}"
+                )
+        floor_B, cap_B = (np.broadcast_to(x, (slots,)) for x in bounds.values())
+        if np.any((floor_B < 0) | (floor_B > cap_B) | (cap_B > block_length)):
+            raise ValueError(
+                "drafts verified must satisfy 0 <= floor <= cap <= "
+                f"{block_length}, got floor {floor} and cap {cap}"
+            )
+        return cls(
+            floor_B=jnp.array(floor_B, jnp.int32),
+            cap_B=jnp.array(cap_B, jnp.int32),
+            past_BnG=jnp.ones((slots, MEMORY, block_length), jnp.float32),
+            seen_B=jnp.zeros((slots,), bool),
+            idle_B=jnp.zeros((slots,), jnp.int32),
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +112,8 @@ class DecodeState:
       sampling: per-slot sampling parameters.
       target_cache: the target's position-indexed caches.
       draft_cache: the drafter's.
-      confidence_BG: confidence logits of the last round.
+      confidence_BG: confidence logits of the last round that drafted.
+      schedule: what scheduling remembers.
       log_probs_BS: log-probabilities of output tokens; [B, 0] unless asked for.
       counters: statistics.
     """
@@ -66,6 +127,7 @@ class DecodeState:
     target_cache: Any
     draft_cache: Any
     confidence_BG: Float[Array, "B G"]
+    schedule: ScheduleState
     log_probs_BS: Float[Array, "B S"]
     counters: Counters
 
@@ -81,6 +143,8 @@ def init_state(
     stop_ids: Sequence[Sequence[int]] | None = None,
     capacity: int | None = None,
     log_probs: bool = False,
+    draft_floor: int | Sequence[int] = 0,
+    draft_cap: int | Sequence[int] | None = None,
 ) -> DecodeState:
     """A state whose slots hold `prompts`, not yet processed (see `prefill`).
 
@@ -94,6 +158,8 @@ def init_state(
       stop_ids: per slot, tokens that end it.
       capacity: S; at least the largest limit plus `block_length`, which is the default.
       log_probs: whether to keep log-probabilities.
+      draft_floor: drafts verified in every round that drafts, for all or per slot.
+      draft_cap: most drafts verified in a round; None: all.
 
     Raises:
       ValueError: an empty prompt, one that its limit or the capacity cannot hold, or
@@ -141,6 +207,9 @@ def init_state(
         target_cache=target.init_cache(slots, capacity),
         draft_cache=drafter.init_cache(slots, capacity),
         confidence_BG=jnp.zeros((slots, block_length), jnp.float32),
+        schedule=ScheduleState.start(
+            slots, block_length, floor=draft_floor, cap=draft_cap
+        ),
         log_probs_BS=jnp.zeros((slots, capacity if log_probs else 0), jnp.float32),
         counters=Counters.zeros(slots, block_length),
     )

@@ -6,7 +6,7 @@ the large one: every leaf of a `DecodeState` has the slot axis first.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 
@@ -15,13 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from jaxspark.decoding.confidence import Calibration
 from jaxspark.decoding.couplings import Coupling
 from jaxspark.decoding.generate import (
     Completion,
     as_model,
     check_block_length,
+    check_floors,
     check_prompt,
     completions,
+    costed,
     default_buckets,
     prefill_chunk,
     round_capacity,
@@ -35,7 +38,10 @@ from jaxspark.drafters import Drafter, PlainDrafter
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One prompt and how it is continued; see `generate` for the parameters."""
+    """One prompt and how it is continued; see `generate` for the parameters.
+
+    Without a seed it takes its place among the requests; `name` is for reports.
+    """
 
     prompt: Sequence[int]
     max_new_tokens: int
@@ -43,8 +49,11 @@ class Request:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    seed: int = 0
+    seed: int | None = None
     stop_ids: Sequence[int] | None = None
+    draft_floor: int = 0
+    draft_cap: int | None = None
+    name: str = ""
 
 
 def generate_stream(
@@ -57,13 +66,15 @@ def generate_stream(
     block_length: int | None = None,
     coupling: Coupling = "rejection",
     schedule: Scheduler = Fixed(),
+    calibration: Calibration | None = None,
     buckets: tuple[int, ...] | None = None,
     rounds_per_call: int = 8,
     newcomers: int | None = None,
 ) -> Iterator[tuple[int, Completion]]:
     """Yields (request index, completion) as requests end, in no fixed order.
 
-    The tokens of a request do not depend on the requests beside it.
+    The tokens of a request do not depend on the requests beside it, greedy or under the
+    gumbel coupling; under rejection sampling their distribution does not.
 
     Args:
       target: a loaded `Target`, or a bare model.
@@ -74,7 +85,8 @@ def generate_stream(
         the block length.
       block_length: drafts per round; None takes the drafter's most.
       coupling: "rejection" or "gumbel".
-      schedule: chooses verification lengths.
+      schedule: chooses how much is drafted and what is verified.
+      calibration: of the drafter's confidences.
       buckets: token counts to compile the target for, see `DecodeOptions`.
       rounds_per_call: rounds between looks at who is done.
       newcomers: requests prefilled together, a quarter of the slots by default.
@@ -90,14 +102,16 @@ def generate_stream(
         block_length=block_length,
         coupling=coupling,
         schedule=schedule,
-        buckets=default_buckets(drafter, slots, block_length, buckets),
+        calibration=calibration,
+        buckets=default_buckets(drafter, slots, block_length, buckets, schedule),
     )
-    options.sizes(slots)
+    options.check(slots)
+    options = costed(options, model, drafter, slots=slots, capacity=capacity)
     group = max(1, slots // 4) if newcomers is None else min(newcomers, slots)
     make = _StateMaker(target, model, drafter, block_length, capacity)
     waiting = enumerate(requests)
     # A request that does nothing fills empty slots; its slot is done from the start.
-    idle = Request(prompt=(0,), max_new_tokens=0)
+    idle = Request(prompt=(0,), max_new_tokens=0, seed=0)
     state = make([idle] * slots)
     running: dict[int, tuple[int, Request]] = {}
     while True:
@@ -108,6 +122,9 @@ def generate_stream(
                 break
             for index, request in arrived:
                 make.check(index, request)
+            arrived = [(index, _seeded(index, request)) for index, request in arrived]
+            for _, request in arrived:
+                check_floors(options, [request.draft_floor] * slots)
             places, free = free[: len(arrived)], free[len(arrived) :]
             running |= dict(zip(places, arrived))
             padding = group - len(arrived)
@@ -132,9 +149,12 @@ def _insert(
     state: DecodeState, fresh: DecodeState, slots_N: Int[Array, " N"]
 ) -> DecodeState:
     """Writes the slots of `fresh` into `state`; numbers past its end are skipped."""
-    return jax.tree.map(
+    merged = jax.tree.map(
         lambda old, new: old.at[slots_N].set(new, mode="drop"), state, fresh
     )
+    # How long nothing was drafted is known of all slots together.
+    idle_B = jnp.full_like(state.schedule.idle_B, jnp.max(state.schedule.idle_B))
+    return replace(merged, schedule=replace(merged.schedule, idle_B=idle_B))
 
 
 @dataclass(frozen=True)
@@ -154,6 +174,13 @@ class _StateMaker:
             raise ValueError(
                 f"request {index}: max_new_tokens must be positive, got "
                 f"{request.max_new_tokens}"
+            )
+        cap = self.block_length if request.draft_cap is None else request.draft_cap
+        if not 0 <= request.draft_floor <= cap <= self.block_length:
+            raise ValueError(
+                f"request {index}: drafts verified must satisfy 0 <= floor <= cap <= "
+                f"{self.block_length}, got floor {request.draft_floor} and cap "
+                f"{request.draft_cap}"
             )
         needed = len(request.prompt) + request.max_new_tokens + self.block_length
         if needed > self.capacity:
@@ -184,7 +211,16 @@ class _StateMaker:
             # One width for all states: padded with an id that no token has.
             stop_ids=[_padded(stops if s is None else s) for s in column("stop_ids")],
             capacity=self.capacity,
+            draft_floor=column("draft_floor"),
+            draft_cap=[
+                self.block_length if cap is None else cap for cap in column("draft_cap")
+            ],
         )
+
+
+def _seeded(index: int, request: Request) -> Request:
+    """The request with random numbers of its own."""
+    return request if request.seed is not None else replace(request, seed=index)
 
 
 def _padded(stop_ids: Sequence[int]) -> list[int]:

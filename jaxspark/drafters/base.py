@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.models import FlatTokens
@@ -40,6 +41,15 @@ class Proposal:
     log_q_BGW: Float[Array, "B G W"] | None = None
     ids_W: Int[Array, " W"] | None = None
     certain_B: Bool[Array, " B"] | None = None
+
+    @classmethod
+    def empty(cls, slots: int) -> "Proposal":
+        """Blocks of no drafts."""
+        return cls(
+            tokens_BG=jnp.zeros((slots, 0), jnp.int32),
+            lengths_B=jnp.zeros((slots,), jnp.int32),
+            confidence_BG=jnp.zeros((slots, 0), jnp.float32),
+        )
 
 
 class Draw(Protocol):

@@ -69,6 +69,8 @@ class History:
         place_BG = self.length_B[:, None] + jnp.arange(self.drafts_BG.shape[1])
         committed_BG = place_BG < lengths_B[:, None]
         committed_BG &= self.length_B[:, None] > 0
+        # Shorter proposals are padded with what is no token.
+        committed_BG &= self.drafts_BG >= 0
         last = tokens_BS.shape[1] - 1
         truth_BG = jnp.take_along_axis(tokens_BS, jnp.minimum(place_BG, last), axis=1)
         held_BG = jnp.cumprod(committed_BG & (truth_BG == self.drafts_BG), axis=1)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from jaxspark.drafters.base import Proposal
 
@@ -31,9 +30,4 @@ class PlainDrafter:
 
     def propose(self, target, cache, tokens_BS, lengths_B, draw, block_length):
         """An empty block."""
-        slots = lengths_B.shape[0]
-        return Proposal(
-            tokens_BG=jnp.zeros((slots, 0), jnp.int32),
-            lengths_B=jnp.zeros((slots,), jnp.int32),
-            confidence_BG=jnp.zeros((slots, 0), jnp.float32),
-        ), cache
+        return Proposal.empty(lengths_B.shape[0]), cache

@@ -10,8 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from jaxspark.decoding import Completion, Request, generate_stream
+from jaxspark.decoding import (
+    Calibration,
+    Completion,
+    Request,
+    generate_stream,
+)
 from jaxspark.decoding.couplings import Coupling
+from jaxspark.decoding.schedule import Fixed, Scheduler, Threshold
 from jaxspark.decoding.stream import capacity_for
 from jaxspark.drafters import Drafter
 from jaxspark.evaluation.looping import is_looping
@@ -25,6 +31,8 @@ class Acceptance:
       accepted_length: tokens per round.
       accepted_length_non_looping: the same without looping outputs; NaN if all loop.
       conditional_acceptance: by place in the block; NaN where nothing was verified.
+      acceptance_rate: accepted drafts per verified one; NaN where none was.
+      verified_length: drafts verified per round.
       outputs: prompts decoded.
       looping: how many of them loop.
       tokens: tokens written.
@@ -34,6 +42,8 @@ class Acceptance:
     accepted_length: float
     accepted_length_non_looping: float
     conditional_acceptance: list[float]
+    acceptance_rate: float
+    verified_length: float
     outputs: int
     looping: int
     tokens: int
@@ -45,14 +55,18 @@ class Acceptance:
         straight = [each for each in completions if not is_looping(each.tokens)]
         reached = [sum(column) for column in zip(*(c.reached for c in completions))]
         accepted = [sum(column) for column in zip(*(c.accepted for c in completions))]
+        rounds = sum(each.rounds for each in completions)
+        verified = sum(each.verified for each in completions)
         return cls(
             accepted_length=_length(completions),
             accepted_length_non_looping=_length(straight),
             conditional_acceptance=[_ratio(a, r) for a, r in zip(accepted, reached)],
+            acceptance_rate=_ratio(sum(accepted), verified),
+            verified_length=_ratio(verified, rounds),
             outputs=len(completions),
             looping=len(completions) - len(straight),
             tokens=sum(len(each.tokens) for each in completions),
-            rounds=sum(each.rounds for each in completions),
+            rounds=rounds,
         )
 
 
@@ -75,6 +89,8 @@ def measure_acceptance(
     max_new_tokens: int = 128,
     slots: int = 8,
     coupling: Coupling = "rejection",
+    schedule: Scheduler = Fixed(),
+    calibration: Calibration | None = None,
     seed: int = 0,
 ) -> dict[str, Acceptance]:
     """Decodes the prompts of every domain, many at a time.
@@ -86,8 +102,10 @@ def measure_acceptance(
       block_length: drafts per round; None takes the drafter's most.
       temperature: 0 is greedy.
       max_new_tokens: per prompt.
-      slots: prompts decoded together; changes nothing but speed.
+      slots: prompts decoded together; changes no distribution.
       coupling: "rejection" or "gumbel".
+      schedule: chooses what is verified.
+      calibration: of the drafter's confidences.
       seed: of sampling.
     """
     names = [name for name, prompts in domains.items() for _ in prompts]
@@ -111,6 +129,10 @@ def measure_acceptance(
         capacity=capacity_for(prompts, max_new_tokens, block),
         block_length=block,
         coupling=coupling,
+        schedule=schedule,
+        calibration=calibration,
+        # What a threshold admits does not depend on buckets; one compiles fastest.
+        buckets=(slots * (block + 1),) if isinstance(schedule, Threshold) else None,
     ):
         found[names[index]].append(completion)
     return {name: Acceptance.of(each) for name, each in found.items()}

@@ -10,27 +10,18 @@ counts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspark.decoding.generate import Completion, as_model, generate
-from jaxspark.decoding.sampling import Sampling, position_noise, warp
+from jaxspark.decoding import Completion, Request, Sampling, generate
+from jaxspark.decoding.generate import as_model
+from jaxspark.decoding.sampling import position_noise, warp
 from jaxspark.models import FlatTokens
 
 NEAR_TIE = 1e-4
-GREEDY = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One audited prompt and how it is sampled."""
-
-    prompt: tuple[int, ...]
-    temperature: float = GREEDY
-    seed: int = 0
-    name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +98,26 @@ def decode_requests(
     """Decodes requests together, one slot each; options are those of `generate`."""
     return generate(
         target,
-        [request.prompt for request in requests],
+        column(requests, "prompt"),
         drafter,
-        temperature=[request.temperature for request in requests],
-        seed=[request.seed for request in requests],
+        max_new_tokens=column(requests, "max_new_tokens"),
+        **sampling_of(requests),
         **options,
     )
+
+
+def column(requests: Sequence[Request], name: str) -> list:
+    """One attribute of all requests."""
+    return [getattr(request, name) for request in requests]
+
+
+def sampling_of(requests: Sequence[Request]) -> dict[str, Any]:
+    """Their sampling parameters."""
+    names = ("temperature", "top_k", "top_p", "min_p", "seed")
+    columns = {name: column(requests, name) for name in names}
+    # Where one is missing nothing is drawn, or it does not matter what.
+    columns["seed"] = [seed or 0 for seed in columns["seed"]]
+    return columns
 
 
 def audit(
@@ -170,7 +175,7 @@ def margin(
     width = -(-len(prefix) // 128) * 128
     ids_1T = np.zeros((1, width), np.int32)
     ids_1T[0, : len(prefix)] = prefix
-    sampling = Sampling.of(1, temperature=request.temperature, seed=request.seed)
+    sampling = Sampling.of(1, **sampling_of([request]))
     (first, second), (a, b) = jax.device_get(
         _two_best(model, jnp.asarray(ids_1T), jnp.int32(len(prefix)), sampling)
     )

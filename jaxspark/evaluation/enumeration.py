@@ -2,18 +2,22 @@
 
 Every random event of a round under `coupling="rejection"` is replaced by its
 probabilities: each possible draft block, each acceptance pattern, each correction. The
-same functions that decode real models supply them (`Drafter.propose`, the target's
-forward pass, `acceptance_probability`, `correction_weights`), so what is summed up is
-the decoder's own arithmetic. A round that emits fewer than G+1 tokens is completed with
-plain sampling. The result must be the target's distribution of the next G+1 tokens.
+same functions that decode real models supply them (`Drafter.propose`, `schedule_round`,
+the target's forward pass, `acceptance_probability`, `correction_weights`), so what is
+summed up is the decoder's own arithmetic. A round that emits fewer than G+1 tokens is
+completed with plain sampling. The result must be the target's distribution of the next
+G+1 tokens.
 """
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from jaxspark.decoding.couplings import (
     acceptance_probability,
@@ -21,9 +25,10 @@ from jaxspark.decoding.couplings import (
     log_q_of_drafts,
     q_at,
 )
+from jaxspark.decoding.round import DecodeOptions, schedule_round
 from jaxspark.decoding.sampling import Sampling, warp
 from jaxspark.decoding.schedule import Fixed, Scheduler
-from jaxspark.decoding.state import init_state
+from jaxspark.decoding.state import DecodeState, init_state
 from jaxspark.drafters import Proposal
 from jaxspark.models import FlatTokens
 
@@ -70,6 +75,8 @@ def round_distribution(
     sampling: Sampling,
     *,
     schedule: Scheduler = Fixed(),
+    earlier_G: Float[Array, " G"] | None = None,
+    beside: Sequence[int] | None = None,
     accept: Callable = acceptance_probability,
 ) -> np.ndarray:
     """Distribution of the next G+1 tokens when one round is speculative, [V, ..., V].
@@ -80,19 +87,27 @@ def round_distribution(
       prompt: committed tokens, the last is the anchor.
       table: `sequence_log_probs` of G+1 tokens after the prompt.
       sampling: parameters of one slot.
-      schedule: verification lengths from confidences.
+      schedule: chooses the verification length.
+      earlier_G: survival in earlier rounds of all slots; None if there were none.
+      beside: prompt of another request in the same round, whose drafts are enumerated
+        too: it competes for what is verified.
       accept: the acceptance rule; another one than the decoder's shows that the
         comparison can fail.
     """
     block_length, vocab = max(map(len, table)), len(table[()])
     joint = np.zeros((vocab,) * (block_length + 1))
-    for drafts, proposal in draft_blocks(
-        target, drafter, prompt, block_length, sampling
-    ):
-        chance = _draft_probability(proposal)
-        verified = int(
-            jnp.minimum(schedule(proposal.confidence_BG), proposal.lengths_B)[0]
-        )
+    prompts = [prompt] if beside is None else [prompt, beside]
+    lengths = _Scheduled(
+        target, drafter, prompts, block_length, sampling, schedule, earlier_G
+    )
+    mine, *others = (
+        list(draft_blocks(target, drafter, each, block_length, sampling))
+        for each in prompts
+    )
+    for (drafts, proposal), *rest in itertools.product(mine, *others):
+        proposals = [proposal, *(other for _, other in rest)]
+        chance = np.prod([_draft_probability(each) for each in proposals])
+        verified = lengths(proposals)
         log_p_1G = jnp.array([[table[drafts[:j]][x] for j, x in enumerate(drafts)]])
         accept_1G = np.asarray(accept(log_p_1G, log_q_of_drafts(proposal)), np.float64)
         for accepted in range(verified + 1):
@@ -142,6 +157,49 @@ def draft_blocks(
         if drafts not in seen and _draft_probability(proposal) > 0:
             seen.add(drafts)
             yield drafts, proposal
+
+
+class _Scheduled:
+    """How many drafts of the first slot a round verifies: the round's own decision."""
+
+    def __init__(
+        self, target, drafter, prompts, block_length, sampling, schedule, earlier_G
+    ):
+        self.options = DecodeOptions(block_length=block_length, schedule=schedule)
+        slots = len(prompts)
+        state = init_state(
+            target,
+            drafter,
+            prompts,
+            [len(each) + block_length + 1 for each in prompts],
+            jax.tree.map(lambda x: jnp.repeat(x, slots), sampling),
+            block_length=block_length,
+        )
+        remembered = state.schedule
+        if earlier_G is not None:
+            remembered = replace(
+                remembered,
+                past_BnG=jnp.broadcast_to(earlier_G, remembered.past_BnG.shape),
+                seen_B=jnp.ones((slots,), bool),
+            )
+        # Caches say nothing about it, and without them one program serves all drafters.
+        self.state = replace(
+            state, schedule=remembered, target_cache=(), draft_cache=()
+        )
+
+    def __call__(self, proposals: Sequence[Proposal]) -> int:
+        together = Proposal(
+            *(
+                jnp.concatenate([getattr(each, name) for each in proposals])
+                for name in ("tokens_BG", "lengths_B", "confidence_BG")
+            )
+        )
+        return int(_lengths(self.state, together, self.options)[0])
+
+
+@partial(jax.jit, static_argnames=("options",))
+def _lengths(state: DecodeState, proposal: Proposal, options: DecodeOptions):
+    return schedule_round(state, proposal, options)[0]
 
 
 def _draft_probability(proposal) -> float:

@@ -51,13 +51,13 @@ class Check:
     holds: bool
 
 
-def tiny_target(vocab_size: int, seed: int = 0) -> DenseDecoder:
-    """A random two-layer decoder whose distributions are far from uniform."""
+def tiny_target(vocab_size: int, seed: int = 0, layers: int = 2) -> DenseDecoder:
+    """A random decoder whose distributions are far from uniform."""
     config = DenseConfig(
         vocab_size=vocab_size,
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=8,
@@ -65,17 +65,19 @@ def tiny_target(vocab_size: int, seed: int = 0) -> DenseDecoder:
     return DenseDecoder(config, rngs=nnx.Rngs(seed))
 
 
-def tiny_drafters(target: DenseDecoder, seed: int = 1) -> dict[str, Drafter]:
+def tiny_drafters(
+    target: DenseDecoder, seed: int = 1, block_length: int = BLOCK_LENGTH
+) -> dict[str, Drafter]:
     """One drafter of every kind for a tiny target, random weights."""
-    vocab = target.config.vocab_size
+    vocab, layers = target.config.vocab_size, target.config.num_hidden_layers
 
     def dspark(head: str | None, draft_vocab_size: int | None = None):
         config = DSparkConfig(
             backbone=target.config,
-            block_size=BLOCK_LENGTH,
+            block_size=block_length,
             target_layer_ids=(-1, 0),
             mask_token_id=vocab - 1,
-            num_target_layers=2,
+            num_target_layers=layers,
             markov_rank=4 if head else 0,
             markov_head_type=head or "vanilla",
             enable_confidence_head=head is not None,
@@ -85,7 +87,7 @@ def tiny_drafters(target: DenseDecoder, seed: int = 1) -> dict[str, Drafter]:
         return DSparkDrafter(config, rngs=nnx.Rngs(seed))
 
     def lookup(longest: int) -> NgramDrafter:
-        return NgramDrafter(block_length=BLOCK_LENGTH, shortest=1, longest=longest)
+        return NgramDrafter(block_length=block_length, shortest=1, longest=longest)
 
     return {
         "ngram": lookup(4),
@@ -95,9 +97,9 @@ def tiny_drafters(target: DenseDecoder, seed: int = 1) -> dict[str, Drafter]:
         "eagle3": Eagle3Drafter(
             Eagle3Config(
                 backbone=replace(target.config, num_hidden_layers=1, qk_norm=True),
-                ttt_length=BLOCK_LENGTH,
-                target_layer_ids=(0, 1),
-                num_target_layers=2,
+                ttt_length=block_length,
+                target_layer_ids=tuple(range(layers)),
+                num_target_layers=layers,
             ),
             rngs=nnx.Rngs(seed),
         ),

@@ -7,14 +7,13 @@ share. With `full` every cell sees every prompt.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 
+from jaxspark.decoding import Fixed, Request
+from jaxspark.decoding.costs import draft_ladder
 from jaxspark.drafters import Drafter
-from jaxspark.evaluation.audit import (
-    AuditResult,
-    Request,
-    audit,
-    decode_requests,
-)
+from jaxspark.evaluation.audit import AuditResult, audit, decode_requests
+from jaxspark.evaluation.schedule_checks import made_up_costs, scheduler
 
 # Temperatures of the slots that fill up a batch beside the audited ones.
 COMPANIONS = (1.0, 0.7)
@@ -28,18 +27,21 @@ class Cell:
       drafter: its name.
       block_length: drafts per round.
       slots: requests decoded together.
+      schedule: its name, see `parse_schedule`.
       requests: indices of the audited requests.
     """
 
     drafter: str
     block_length: int
     slots: int
+    schedule: str
     requests: tuple[int, ...]
 
     @property
     def name(self) -> str:
         """A key for progress files."""
-        return f"{self.drafter} block {self.block_length} slots {self.slots}"
+        place = f"{self.drafter} block {self.block_length} slots {self.slots}"
+        return place if self.schedule == "fixed" else f"{place} {self.schedule}"
 
 
 def cells(
@@ -48,10 +50,15 @@ def cells(
     slots: Sequence[int],
     requests: int,
     *,
+    schedules: Sequence[str] = ("fixed",),
     full: bool = False,
     most: int | None = None,
 ) -> Iterator[Cell]:
-    """The grid, batch size by batch size; a cell keeps at most `most` requests."""
+    """The grid, batch size by batch size; a cell keeps at most `most` requests.
+
+    Schedules take turns over the cells.
+    """
+    turns = cycle(schedules)
     for s, count in enumerate(slots):
         for d, drafter in enumerate(drafters):
             for b, block_length in enumerate(block_lengths):
@@ -69,6 +76,7 @@ def cells(
                         drafter=drafter,
                         block_length=block_length,
                         slots=count,
+                        schedule=next(turns),
                         requests=chosen,
                     )
 
@@ -90,7 +98,6 @@ def run_cell(
     plain: Sequence[Sequence[int]],
     *,
     coupling: str,
-    max_new_tokens: int,
     capacity: int,
 ) -> AuditResult:
     """Decodes a cell's requests in batches and compares them with plain decoding.
@@ -101,6 +108,12 @@ def run_cell(
     result = AuditResult()
     audited = [requests[i] for i in cell.requests]
     expected = [plain[i] for i in cell.requests]
+    full = cell.slots * (cell.block_length + 1)
+    sizes = tuple(sorted({cell.slots, 2 * cell.slots, full}))
+    lengths = draft_ladder(cell.block_length)[1:]
+    costs = made_up_costs(sizes, cell.slots, draft_lengths=lengths)
+    schedule = scheduler(cell.schedule, costs)
+    own = schedule == Fixed() or schedule.costs is not None
     step = cell.slots - (len(COMPANIONS) if cell.slots > len(COMPANIONS) else 0)
     for begin in range(0, len(audited), step):
         chunk = audited[begin : begin + step]
@@ -110,7 +123,8 @@ def run_cell(
             batch,
             drafter,
             block_length=cell.block_length,
-            max_new_tokens=max_new_tokens,
+            schedule=schedule,
+            buckets=None if own else sizes,
             coupling=coupling,
             capacity=capacity,
         )

@@ -39,6 +39,7 @@ from jaxspark.drafters import (
     NgramDrafter,
     hybrid,
 )
+from jaxspark.evaluation.schedule_checks import made_up_costs, scheduler
 from jaxspark.models import DenseConfig, DenseDecoder, RopeConfig
 from tests.aot.hlo import new_arrays
 
@@ -82,6 +83,7 @@ class Case:
         "hybrid" of the latter, or "eagle3".
       dtype: of parameters, activations and caches.
       coupling: how drafts are verified.
+      schedule: what is verified, and whether a round drafts.
       layers: depth of the target, which is otherwise SmolLM2-135M.
       mistake: "" compiles the decode loop as it is; "not donated" without giving it the
         state; "transposed" compiles a loop that stores caches as [B, S, K, H].
@@ -90,6 +92,7 @@ class Case:
     drafter: str = "ngram"
     dtype: str = "float32"
     coupling: str = "rejection"
+    schedule: str = "fixed"
     layers: int = 2
     mistake: str = ""
 
@@ -174,11 +177,15 @@ def compile_decode(case: Case, device, lanes: int):
     target, drafter = models(case)
     state = abstract_state(target, drafter, lanes)
     full = SLOTS * (BLOCK + 1)
+    # As `generate` chooses them for a drafter that may propose nothing.
+    sizes = (SLOTS if case.drafter == "ngram" else full // 2, full)
+    costs = made_up_costs(sizes, SLOTS, draft_lengths=(1, BLOCK))
+    schedule = scheduler(case.schedule, costs)
     options = DecodeOptions(
         block_length=BLOCK,
         coupling=case.coupling,
-        # As `generate` chooses them for a drafter that may propose nothing.
-        buckets=(SLOTS if case.drafter == "ngram" else full // 2, full),
+        schedule=schedule,
+        buckets=sizes if schedule.costs is None else None,
     )
     program = decode
     if case.mistake == "not donated":

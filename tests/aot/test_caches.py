@@ -33,16 +33,18 @@ LOOPS = {
         {"drafter": "dspark pruned", "dtype": "bfloat16", "coupling": "gumbel"},
         {"drafter": "hybrid", "dtype": "float32"},
         {"drafter": "eagle3", "dtype": "float32"},
+        {"drafter": "hybrid", "dtype": "float32", "schedule": "lagged"},
     ],
     "tpu": [
         {"drafter": "ngram", "dtype": "float32"},
         {"drafter": "dspark", "dtype": "bfloat16", "coupling": "gumbel"},
         {"drafter": "hybrid", "dtype": "bfloat16"},
         {"drafter": "eagle3", "dtype": "float32"},
+        {"drafter": "dspark", "dtype": "bfloat16", "schedule": "lagged"},
     ],
     "h100": [
         {"drafter": "ngram", "dtype": "float32", "coupling": "gumbel"},
-        {"drafter": "dspark pruned", "dtype": "bfloat16"},
+        {"drafter": "dspark pruned", "dtype": "bfloat16", "schedule": "causal"},
     ],
 }
 MISTAKES = {

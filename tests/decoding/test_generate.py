@@ -160,7 +160,7 @@ def test_the_round_is_pure_inside_a_callers_own_jit(model, ngram):
         (dict(block_length=zoo.BLOCK + 1), "block length 9"),
         (dict(block_length=0), "block length 0"),
         (dict(coupling="hope"), "unknown coupling 'hope'"),
-        (dict(buckets=(4,)), "cannot hold 1 slots of 9"),
+        (dict(buckets=(0,)), "cannot hold one token of each of 1 slots"),
         (dict(buckets=(9, 9)), "ascending"),
         (dict(capacity=8), "capacity of 8"),
         (dict(seed=-1), "seed"),

@@ -1,5 +1,7 @@
 """The hybrid follows the source that has proved better, slot by slot."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,6 +98,15 @@ def test_a_source_that_fails_is_left(pair):
         )
         proposal, (context, history) = propose(drafter, model, [row], (context, failed))
     assert 1 < rounds < 50
+
+
+def test_what_a_shorter_proposal_did_not_say_is_not_counted():
+    tokens_BS = jnp.array([[1, 2, 3, 4, 5, 6]])
+    history = History.start(1, longest=4, block_length=3)
+    said = replace(history, drafts_BG=jnp.array([[3, -1, -1]]), length_B=jnp.array([2]))
+    after = said.updated(tokens_BS, jnp.array([4]))
+    tried, held = after.tried_BM - said.tried_BM, after.held_BM - said.held_BM
+    np.testing.assert_allclose((tried[0, 0], held[0, 0]), 1, atol=1e-5)
 
 
 def test_confidence_is_the_rate_of_the_match_length(pair):

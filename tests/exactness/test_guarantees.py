@@ -6,13 +6,13 @@ every drafter, block length, batch, bucket and schedule.
 
 import pytest
 
-from jaxspark.decoding import Fixed, generate
-from jaxspark.evaluation.audit import Request, audit, decode_requests, plain_outputs
+from jaxspark.decoding import Fixed, Request, generate
+from jaxspark.evaluation.audit import audit, decode_requests, plain_outputs
 from tests import zoo
 
 LENGTHS = (1, 2, 17, 40, 5)
 TEMPERATURES = (0.0, 1.0, 0.7, 0.0, 1.3)
-OPTIONS = {"max_new_tokens": 24, "capacity": 128}
+OPTIONS = {"capacity": 128}
 
 
 @pytest.fixture(scope="module", params=zoo.TARGETS)
@@ -22,7 +22,13 @@ def model(request):
 
 def requests(temperatures):
     return [
-        Request(prompt=tuple(prompt), temperature=temperature, seed=i, name=str(i))
+        Request(
+            prompt=tuple(prompt),
+            max_new_tokens=24,
+            temperature=temperature,
+            seed=i,
+            name=str(i),
+        )
         for i, (prompt, temperature) in enumerate(
             zip(zoo.prompts(*LENGTHS), temperatures)
         )

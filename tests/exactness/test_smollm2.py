@@ -3,14 +3,14 @@
 import pytest
 
 from jaxspark import load_drafter
-from jaxspark.evaluation.audit import Request, audit, decode_requests, plain_outputs
+from jaxspark.decoding import Request
+from jaxspark.evaluation.audit import audit, decode_requests, plain_outputs
 
 QUESTIONS = (
     "What is 17 times 3? Show each step.",
     "Write a Python function that reverses a list.",
     "Name three rivers and three mountains, then repeat the list.",
 )
-OPTIONS = {"max_new_tokens": 32, "capacity": 128}
 
 
 @pytest.mark.parametrize("draft", ["ngram", "dspark", "hybrid:dspark"])
@@ -21,16 +21,17 @@ def test_not_one_token_changes(smollm2, coupling, temperature, draft):
     requests = [
         Request(
             prompt=tuple(smollm2.tokenizer.chat([{"role": "user", "content": text}])),
+            max_new_tokens=32,
             temperature=temperature,
             seed=i,
             name=text,
         )
         for i, text in enumerate(QUESTIONS)
     ]
-    plain = plain_outputs(smollm2, requests, coupling=coupling, **OPTIONS)
+    plain = plain_outputs(smollm2, requests, coupling=coupling, capacity=128)
     drafter = load_drafter(draft, smollm2)
     seen = decode_requests(
-        smollm2, requests, drafter, block_length=3, coupling=coupling, **OPTIONS
+        smollm2, requests, drafter, block_length=3, coupling=coupling, capacity=128
     )
     result = audit(smollm2, requests, plain, seen)
     assert result.tokens > 60

@@ -1,0 +1,333 @@
+"""Cost profiles: what a round costs, measured on the device it will run on.
+
+Seconds per round as a function of the draft length and the token bucket. Measured on
+the decode loop itself, whole rounds with each bucket in turn, so that everything a
+round does is counted. Medians of alternating runs. A bucket that takes as long as a
+larger one is left out: matrix products have sizes they like, and costs then rise.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
+
+from jaxspark.decoding import (
+    CostCurve,
+    Costs,
+    DecodeOptions,
+    Fixed,
+    Sampling,
+    decode,
+    init_state,
+    prefill,
+)
+from jaxspark.decoding.costs import bucket_ladder, draft_ladder, within_ladder
+from jaxspark.decoding.couplings import Coupling
+from jaxspark.decoding.generate import as_model, check_block_length
+from jaxspark.drafters import Drafter
+from jaxspark.evaluation.timing import alternate, medians
+
+FORMAT = "jaxspark-cost-profile-2"
+_PERIOD = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a profile holds for.
+
+    Attributes:
+      device: kind of the devices, and how many.
+      target: kind, parameters and type of the target.
+      drafter: of the drafter.
+      slots: requests decoded together.
+      block_length: drafts per round.
+      capacity: cache positions of each request.
+      coupling: "rejection" or "gumbel".
+      sampled: whether requests sampled; greedy ones spare the work of sampling.
+    """
+
+    device: str
+    target: str
+    drafter: str
+    slots: int
+    block_length: int
+    capacity: int
+    coupling: str
+    sampled: bool
+
+    @classmethod
+    def of(cls, target, drafter, **options) -> "Setting":
+        """The setting on this machine's devices."""
+        devices = jax.devices()
+        return cls(
+            device=f"{len(devices)} x {_kind(devices[0])}",
+            target=_describe(as_model(target)),
+            drafter=_describe(drafter),
+            **options,
+        )
+
+
+def _kind(device) -> str:
+    """The device's name; JAX calls every processor "cpu"."""
+    if device.platform != "cpu":
+        return device.device_kind
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = {
+            each.partition(":")[2].strip() for each in lines if "model name" in each
+        }
+    except OSError:
+        names = set()
+    name = " and ".join(sorted(names)) or platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _describe(model) -> str:
+    leaves = jax.tree.leaves(model)
+    count = sum(leaf.size for leaf in leaves)
+    kinds = sorted({str(leaf.dtype) for leaf in leaves if leaf.size > 1})
+    return f"{type(model).__name__}, {count:,} parameters {'/'.join(kinds)}".strip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostProfile:
+    """Costs and the setting they were measured in."""
+
+    setting: Setting
+    costs: Costs
+
+    def check(self, setting: Setting) -> None:
+        """Raises `ValueError` if it was made for something else."""
+        for name, mine in asdict(self.setting).items():
+            theirs = getattr(setting, name)
+            if mine != theirs:
+                raise ValueError(
+                    f"the cost profile was made for another {name}: {mine!r}, this is "
+                    f"{theirs!r}; make one with launch.profile_cost"
+                )
+
+
+def save_profiles(path: str | Path, profiles: Iterable[CostProfile]) -> None:
+    """Writes profiles as JSON."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"format": FORMAT, "profiles": [asdict(each) for each in profiles]}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def load_profiles(path: str | Path) -> list[CostProfile]:
+    """Reads what `save_profiles` wrote.
+
+    Raises:
+      ValueError: the file is no list of cost profiles.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+        if content["format"] != FORMAT:
+            raise ValueError(f"format is {content['format']!r}, expected {FORMAT!r}")
+        return [_profile(entry) for entry in content["profiles"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: holds no cost profiles ({error!r})") from error
+
+
+def _profile(entry: dict) -> CostProfile:
+    curves = (
+        CostCurve(each["draft_length"], tuple(each["sizes"]), tuple(each["seconds"]))
+        for each in entry["costs"]["curves"]
+    )
+    return CostProfile(setting=Setting(**entry["setting"]), costs=Costs(tuple(curves)))
+
+
+def find_profile(profiles: Iterable[CostProfile], setting: Setting) -> CostProfile:
+    """The profile made for a setting.
+
+    Raises:
+      ValueError: there is none; says what the nearest was made for.
+    """
+    profiles = list(profiles)
+    if not profiles:
+        raise ValueError("no cost profiles given")
+
+    def differences(profile):
+        mine, theirs = asdict(profile.setting), asdict(setting)
+        return sum(mine[name] != theirs[name] for name in mine)
+
+    nearest = min(profiles, key=differences)
+    nearest.check(setting)
+    return nearest
+
+
+def measure_costs(
+    target,
+    drafter: Drafter,
+    *,
+    slots: int,
+    block_length: int | None = None,
+    buckets: tuple[int, ...] | None = None,
+    capacity: int = 512,
+    coupling: Coupling = "rejection",
+    temperature: float = 1.0,
+    rounds: int = 4,
+    repeats: int = 5,
+    on_run: Callable[[int, int], None] = lambda done, total: None,
+) -> CostProfile:
+    """Times rounds of every draft length, with every bucket, in turn.
+
+    Args:
+      target: a loaded `Target`, or a bare model.
+      drafter: what drafts.
+      slots: requests decoded together.
+      block_length: drafts per round; None takes the drafter's most.
+      buckets: token buckets; None takes a ladder up to every draft.
+      capacity: cache positions of each request; half of them are filled.
+      coupling: "rejection" or "gumbel".
+      temperature: of sampling.
+      rounds: rounds per timed run.
+      repeats: timed runs of each bucket.
+      on_run: called with runs done and runs in all.
+
+    Raises:
+      ValueError: the caches have no room for such rounds.
+    """
+    model = as_model(target)
+    block_length = check_block_length(drafter, block_length)
+    setting = Setting.of(
+        target,
+        drafter,
+        slots=slots,
+        block_length=block_length,
+        capacity=capacity,
+        coupling=coupling,
+        sampled=temperature > 0,
+    )
+    if buckets is None:
+        buckets = bucket_ladder(slots, block_length)
+    sizes = {
+        length: _holding(within_ladder(buckets, slots * (length + 1)), slots)
+        for length in draft_ladder(block_length)
+    }
+    if drafter.abstains:
+        # Text that repeats itself has something to copy, until a round adds to it.
+        rounds = 1
+    context = min(capacity // 2, capacity - (rounds + 1) * (block_length + 1))
+    if context < 2:
+        raise ValueError(
+            f"{rounds} rounds of {block_length} drafts need more cache positions than "
+            f"{capacity}"
+        )
+    random = np.random.default_rng(0)
+    prompts = random.integers(model.config.vocab_size, size=(slots, context))
+    if drafter.abstains:
+        prompts = prompts[:, np.arange(context) % max(min(_PERIOD, context // 2), 1)]
+    state = init_state(
+        model,
+        drafter,
+        prompts.tolist(),
+        # No slot may end while it is timed.
+        [capacity - block_length] * slots,
+        Sampling.of(slots, temperature=temperature, seed=range(slots)),
+        block_length=block_length,
+        capacity=capacity,
+    )
+    state = prefill(model, drafter, state, chunk=64)
+    holder, begun_B = [state], np.array(state.lengths_B)
+    total, done = sum(map(len, sizes.values())) * (repeats + 1), [0]
+
+    def contestant(length, size):
+        """Rounds that draft so much and fill a bucket with drafts of all slots."""
+        options = DecodeOptions(
+            block_length=block_length,
+            coupling=coupling,
+            schedule=Fixed(length),
+            buckets=sizes[length],
+        )
+        caps_B = (max(size - slots, 0) + np.arange(slots)) // slots
+
+        def run():
+            # Rows past the length are never read: the rounds of a run are undone.
+            state = replace(
+                holder[0],
+                lengths_B=jnp.array(begun_B),
+                schedule=replace(
+                    holder[0].schedule, cap_B=jnp.array(caps_B, jnp.int32)
+                ),
+            )
+            begin = perf_counter()
+            state = decode(model, drafter, state, jnp.int32(rounds), options=options)
+            holder[0] = jax.block_until_ready(state)
+            done[0] += 1
+            on_run(done[0], total)
+            return (perf_counter() - begin) / rounds
+
+        return run
+
+    contestants = {
+        f"{length} {size}": contestant(length, size)
+        for length in sizes
+        for size in sizes[length]
+    }
+    seconds = medians(alternate(contestants, repeats))
+    curves = (
+        worthwhile(length, each, [seconds[f"{length} {size}"] for size in each])
+        for length, each in sizes.items()
+    )
+    return CostProfile(setting=setting, costs=Costs(tuple(curves)))
+
+
+def _holding(sizes: tuple[int, ...], slots: int) -> tuple[int, ...]:
+    """Those that a round of all slots can use; the last one is checked elsewhere."""
+    return tuple(size for size in sizes if size >= slots) or sizes[-1:]
+
+
+def worthwhile(
+    length: int, sizes: Sequence[int], seconds: Sequence[float]
+) -> CostCurve:
+    """The curve of those buckets that take less time than every larger one."""
+    kept: list[tuple[int, float]] = []
+    for size, taken in reversed(list(zip(sizes, seconds))):
+        if not kept or taken < kept[0][1]:
+            kept.insert(0, (size, taken))
+    return CostCurve(length, *zip(*kept))
+
+
+_KNOWN: dict[tuple, Costs] = {}
+
+
+def known_costs(target, drafter: Drafter, **options) -> Costs:
+    """Costs measured now, under a progress bar, or earlier in this process.
+
+    `options` are those of `measure_costs`.
+    """
+    # Any temperature above 0 costs the same.
+    options["temperature"] = float(options.get("temperature", 1.0) > 0)
+    key = (_describe(as_model(target)), _describe(drafter), *sorted(options.items()))
+    if key not in _KNOWN:
+        _KNOWN[key] = measured_with_progress(target, drafter, **options).costs
+    return _KNOWN[key]
+
+
+def measured_with_progress(
+    target, drafter: Drafter, *, console: Console | None = None, **options
+) -> CostProfile:
+    """`measure_costs` under a progress bar."""
+    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        title = f"measuring what rounds of {options['slots']} cost"
+        task = progress.add_task(title, total=None)
+        return measure_costs(
+            target,
+            drafter,
+            **options,
+            on_run=lambda done, total: progress.update(
+                task, completed=done, total=total
+            ),
+        )

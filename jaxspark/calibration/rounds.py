@@ -1,0 +1,141 @@
+"""What real rounds said and did: confidences beside what was accepted.
+
+The raw material of calibration and of the simulator. A draft is judged when all before
+it were accepted and it was verified; behind a rejected draft nothing survives, behind
+the last verified one nothing is known.
+"""
+
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from jaxspark.decoding import DecodeOptions, Sampling, decode, init_state, prefill
+from jaxspark.decoding.couplings import Coupling
+from jaxspark.decoding.generate import as_model, check_block_length, prefill_chunk
+from jaxspark.decoding.stream import capacity_for
+from jaxspark.drafters import Drafter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """N rounds of some requests, in the order they happened.
+
+    Attributes:
+      request_N: which request.
+      confidence_NG: logits of P(draft j accepted | all before it accepted).
+      judged_N: drafts that were judged.
+      accepted_N: drafts accepted, all those judged or one fewer.
+    """
+
+    request_N: Int[np.ndarray, " N"]
+    confidence_NG: Float[np.ndarray, "N G"]
+    judged_N: Int[np.ndarray, " N"]
+    accepted_N: Int[np.ndarray, " N"]
+
+    def survived(self) -> tuple[Bool[np.ndarray, "N G"], Bool[np.ndarray, "N G"]]:
+        """Whether the first j + 1 drafts were all accepted, and whether that is known.
+
+        Returns:
+          survived_NG: the event that the survival probability forecasts.
+          known_NG: False for drafts behind the last verified one.
+        """
+        draft_G = np.arange(self.confidence_NG.shape[1])
+        survived_NG = draft_G < self.accepted_N[:, None]
+        rejected_N = self.accepted_N < self.judged_N
+        return survived_NG, rejected_N[:, None] | (draft_G < self.judged_N[:, None])
+
+    def save(self, path: str | Path) -> None:
+        """Writes a NumPy archive."""
+        with Path(path).open("wb") as file:
+            np.savez_compressed(file, **asdict(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Rounds":
+        """Reads one.
+
+        Raises:
+          ValueError: it is no such archive.
+        """
+        try:
+            with np.load(path) as arrays:
+                return cls(**{name: arrays[name] for name in cls.__dataclass_fields__})
+        except (KeyError, EOFError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path}: holds no recorded rounds ({error})") from error
+
+    def __len__(self) -> int:
+        return len(self.request_N)
+
+
+def record_rounds(
+    target,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    block_length: int | None = None,
+    temperature: float = 1.0,
+    coupling: Coupling = "rejection",
+    slots: int = 16,
+    seed: int = 0,
+    on_group: Callable[[int], None] = lambda prompts: None,
+) -> Rounds:
+    """Decodes prompts, verifying every draft, and records each round.
+
+    Args:
+      target: a loaded `Target`, or a bare model.
+      drafter: its confidences are recorded.
+      prompts: token ids.
+      max_new_tokens: output budget of each.
+      block_length: drafts per round; None takes the drafter's most.
+      temperature: of sampling.
+      coupling: "rejection" or "gumbel".
+      slots: prompts decoded together.
+      seed: of sampling.
+      on_group: called with the number of prompts done after every group.
+    """
+    model = as_model(target)
+    block_length = check_block_length(drafter, block_length)
+    options = DecodeOptions(block_length=block_length, coupling=coupling)
+    capacity = capacity_for(prompts, max_new_tokens, block_length)
+    rows: list[tuple] = []
+    for first in range(0, len(prompts), slots):
+        group = list(prompts[first : first + slots])
+        # One shape for all groups: the last one is filled up with finished slots.
+        padding = [[0]] * (slots - len(group))
+        stop_ids = list(getattr(target, "stop_ids", ()))
+        state = init_state(
+            model,
+            drafter,
+            [*group, *padding],
+            [len(p) + max_new_tokens for p in group] + [1] * len(padding),
+            Sampling.of(
+                slots,
+                temperature=temperature,
+                seed=(seed + first + np.arange(slots)) % 2**32,
+            ),
+            block_length=block_length,
+            stop_ids=[stop_ids] * slots,
+            capacity=capacity,
+        )
+        state = prefill(model, drafter, state, chunk=prefill_chunk(group))
+        while not np.all(state.done_B):
+            before = jax.device_get(state.counters)
+            state = decode(model, drafter, state, jnp.int32(1), options=options)
+            after, confidence_BG = jax.device_get((state.counters, state.confidence_BG))
+            judged_B = (after.reached_BG - before.reached_BG).sum(axis=1)
+            accepted_B = (after.accepted_BG - before.accepted_BG).sum(axis=1)
+            # Rounds cut short near a limit would count rejections only.
+            verified_B = after.verified_B - before.verified_B
+            keep = np.flatnonzero(verified_B == block_length)
+            rows.append(
+                (first + keep, confidence_BG[keep], judged_B[keep], accepted_B[keep])
+            )
+        on_group(first + len(group))
+    columns = [np.concatenate(column) for column in zip(*rows)]
+    return Rounds(**dict(zip(Rounds.__dataclass_fields__, columns)))

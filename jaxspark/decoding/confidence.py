@@ -1,0 +1,108 @@
+"""From confidence logits to survival probabilities.
+
+The confidence head says for each draft how likely it is accepted once all before it
+are. Calibrated, its product is the chance that a block survives up to that draft
+(paper sections 3.2.1 and 3.2.2):
+
+    a_j = sigmoid(c_1 / t_1 + b_1) ... sigmoid(c_j / t_j + b_j)
+
+Acceptance follows other laws at temperature 0 (all or nothing) than when sampling, and
+under another coupling, so temperatures t and biases b are kept by coupling and sampling
+temperature.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxspark.decoding.couplings import COUPLINGS, Coupling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Temperatures of a drafter's confidences under one coupling.
+
+    Attributes:
+      coupling: the one they were fitted under.
+      fitted_at: sampling temperatures they were fitted at, ascending; a request takes
+        those of the nearest.
+      temperatures: for each of them one temperature per draft.
+      biases: likewise what is added to a scaled logit; None for zeros.
+    """
+
+    coupling: Coupling
+    fitted_at: tuple[float, ...]
+    temperatures: tuple[tuple[float, ...], ...]
+    biases: tuple[tuple[float, ...], ...] | None = None
+
+    def __post_init__(self):
+        if self.coupling not in COUPLINGS:
+            raise ValueError(
+                f"unknown coupling {self.coupling!r}; expected one of {COUPLINGS}"
+            )
+        fitted = self.fitted_at
+        if not fitted or any(a >= b for a, b in zip(fitted, fitted[1:])):
+            raise ValueError(f"fitted_at must be ascending, got {fitted}")
+        if fitted[0] < 0:
+            raise ValueError(f"a sampling temperature is at least 0, got {fitted[0]}")
+        if len(self.temperatures) != len(fitted):
+            raise ValueError(
+                f"{len(fitted)} sampling temperatures, but confidence temperatures "
+                f"for {len(self.temperatures)}; give one row each"
+            )
+        if len({len(row) for row in self.temperatures}) != 1:
+            lengths = [len(row) for row in self.temperatures]
+            raise ValueError(f"rows of temperatures differ in length: {lengths}")
+        if not all(t > 0 for row in self.temperatures for t in row):
+            raise ValueError(f"temperatures must be positive, got {self.temperatures}")
+        if self.biases is not None:
+            shapes = [tuple(map(len, x)) for x in (self.temperatures, self.biases)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"rows of temperatures have {shapes[0]} numbers, rows of biases "
+                    f"{shapes[1]}; give one of each"
+                )
+
+    @property
+    def block_length(self) -> int:
+        """Drafts it has temperatures for."""
+        return len(self.temperatures[0])
+
+    @classmethod
+    def identity(cls, block_length: int, coupling: Coupling) -> "Calibration":
+        """Takes confidences as they are."""
+        row = (1.0,) * block_length
+        return cls(coupling=coupling, fitted_at=(1.0,), temperatures=(row,))
+
+    def check(self, block_length: int, coupling: Coupling) -> None:
+        """Raises `ValueError` if it is not for such rounds."""
+        if block_length > self.block_length:
+            raise ValueError(
+                f"the calibration has temperatures for {self.block_length} drafts, "
+                f"rounds draft {block_length}; calibrate at that block length"
+            )
+        if coupling != self.coupling:
+            raise ValueError(
+                f"the calibration was fitted under coupling {self.coupling!r}, rounds "
+                f"use {coupling!r}"
+            )
+
+    def survival(
+        self, confidence_BG: Float[Array, "B G"], temperature_B: Float[Array, " B"]
+    ) -> Float[Array, "B G"]:
+        """Chance that the first j + 1 drafts of each slot are all accepted.
+
+        Args:
+          confidence_BG: logits.
+          temperature_B: the sampling temperature of each slot.
+        """
+        G = confidence_BG.shape[1]
+        distance_BR = jnp.abs(temperature_B[:, None] - jnp.array(self.fitted_at))
+        row_B = jnp.argmin(distance_BR, axis=1)
+        scale_RG = jnp.array(self.temperatures, jnp.float32)[:, :G]
+        logits_BG = confidence_BG / scale_RG[row_B]
+        if self.biases is not None:
+            logits_BG += jnp.array(self.biases, jnp.float32)[row_B, :G]
+        return jnp.cumprod(jax.nn.sigmoid(logits_BG), axis=1)

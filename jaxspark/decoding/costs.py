@@ -1,0 +1,132 @@
+"""What rounds cost: seconds by draft length and token bucket.
+
+Measured by `jaxspark.calibration.profile`, or taken from a roofline.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxspark.decoding.outlook import Outlook
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """Seconds of rounds that draft so many tokens, by what they verify.
+
+    Attributes:
+      draft_length: drafts proposed for each slot; 0 for rounds without a drafter.
+      sizes: token buckets, ascending.
+      seconds: of a round with each bucket; never falling.
+    """
+
+    draft_length: int
+    sizes: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def __post_init__(self):
+        if self.draft_length < 0:
+            raise ValueError(f"a draft length is at least 0, got {self.draft_length}")
+        if not self.sizes or any(a >= b for a, b in zip(self.sizes, self.sizes[1:])):
+            raise ValueError(f"token buckets must be ascending, got {self.sizes}")
+        if len(self.seconds) != len(self.sizes):
+            raise ValueError(
+                f"{len(self.sizes)} token buckets, but seconds for "
+                f"{len(self.seconds)}; give one each"
+            )
+        if not all(0 < t < math.inf for t in self.seconds):
+            raise ValueError(f"seconds must be positive and finite, got {self.seconds}")
+        if any(a > b for a, b in zip(self.seconds, self.seconds[1:])):
+            raise ValueError(f"seconds must never fall, got {self.seconds}")
+
+    def holding(self, tokens: Int[Array, ""]) -> Int[Array, ""]:
+        """The smallest bucket with room for `tokens`, by index."""
+        index = jnp.searchsorted(jnp.array(self.sizes), tokens)
+        return jnp.minimum(index, len(self.sizes) - 1)
+
+    def between(self, tokens: Int[Array, "..."]) -> Float[Array, "..."]:
+        """Seconds, linear between buckets."""
+        sizes = jnp.array(self.sizes, jnp.float32)
+        return jnp.interp(tokens, sizes, jnp.array(self.seconds, jnp.float32))
+
+    def best_bucket(self, outlook: Outlook) -> tuple[Int[Array, ""], Float[Array, ""]]:
+        """The bucket that gains most tokens per second, by index.
+
+        Returns:
+          index: of the smallest one among equals.
+          rate: expected tokens per second with it; -1 if drafts that must be verified
+            fit none.
+        """
+        outlook = outlook.first(self.draft_length)
+        tau_N = outlook.expected_tokens()
+        sizes = jnp.array(self.sizes)
+        drafts = jnp.clip(sizes - outlook.anchors, 0, len(tau_N) - 1)
+        fits = sizes >= outlook.anchors + jnp.sum(outlook.floor_B)
+        rates = tau_N[drafts] / jnp.array(self.seconds, jnp.float32)
+        rates = jnp.where(fits, rates, -1.0)
+        index = jnp.argmax(rates)
+        return index, rates[index]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a round costs.
+
+    Attributes:
+      curves: of some draft lengths, ascending. Length 0, rounds without drafts, should
+        be one of them: what is not known is never chosen.
+    """
+
+    curves: tuple[CostCurve, ...]
+
+    def __post_init__(self):
+        lengths = self.draft_lengths
+        if not lengths or any(a >= b for a, b in zip(lengths, lengths[1:])):
+            raise ValueError(f"draft lengths must be ascending, got {lengths}")
+
+    @property
+    def draft_lengths(self) -> tuple[int, ...]:
+        """Draft lengths whose costs are known."""
+        return tuple(curve.draft_length for curve in self.curves)
+
+    def drafting(self, length: int) -> CostCurve:
+        """Costs of rounds that draft so many tokens, or the next more that is known.
+
+        Raises:
+          ValueError: only shorter ones are known.
+        """
+        for curve in self.curves:
+            if curve.draft_length >= length:
+                return curve
+        raise ValueError(
+            f"costs are known of draft lengths {self.draft_lengths}, not of {length}"
+        )
+
+
+def bucket_ladder(slots: int, draft_length: int) -> tuple[int, ...]:
+    """Token buckets from little more than one token per slot to every draft.
+
+    Finer where rounds are small; multiples of 8, which matrix units like, where they
+    are not. What a bucket wastes is spent on drafts, and every bucket is a program to
+    compile.
+    """
+    full = slots * (draft_length + 1)
+    steps = (4 / 3, 5 / 3, 2, 3, 4, 5, 6, 8, 12, 16)
+    sizes = (round(slots * step) for step in steps)
+    sizes = (size if size < 12 else -(-size // 8) * 8 for size in sizes)
+    return within_ladder((*sizes, full), full)
+
+
+def within_ladder(sizes: tuple[int, ...], full: int) -> tuple[int, ...]:
+    """Those of `sizes` that a round of at most `full` tokens can use."""
+    if max(sizes) < full:
+        return tuple(sorted(set(sizes)))
+    return tuple(sorted({min(size, full) for size in sizes}))
+
+
+def draft_ladder(block_length: int) -> tuple[int, ...]:
+    """Draft lengths worth a program: none, powers of two up to 2/3 of a block, all."""
+    powers = {2**n for n in range(8) if 3 * 2**n <= 2 * block_length}
+    return tuple(sorted({0, *powers, block_length}))

@@ -1,0 +1,215 @@
+"""Guarantees 1 and 3 under every schedule, token by token, on tiny models.
+
+Every drafter, schedule, coupling and set of buckets decodes each *mix* of requests -
+one alone, a batch, and a stream whose slots finish and are taken over by requests with
+other settings - and must give the tokens of plain decoding (`schedule_sampling` has
+guarantee 2).
+
+The targets are random, their vocabulary small: drafts are accepted now and then, so
+that rounds of all lengths occur. Costs are made up such that schedules hesitate.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from jaxspark.decoding import (
+    Completion,
+    CostCurve,
+    Costs,
+    Request,
+    Scheduler,
+    generate_stream,
+    parse_schedule,
+)
+from jaxspark.decoding.costs import within_ladder
+from jaxspark.decoding.couplings import COUPLINGS, Coupling
+from jaxspark.decoding.schedule import CostAware
+from jaxspark.drafters.hybrid import HybridDrafter
+from jaxspark.evaluation.audit import AuditResult, audit, plain_outputs
+from jaxspark.evaluation.sampling_checks import (
+    tiny_drafters,
+    tiny_target,
+)
+
+SLOTS, BLOCK_LENGTH, CAPACITY = 4, 4, 64
+VOCAB = 8
+SCHEDULES = (
+    "fixed", "fixed:1", "threshold:0.3", "causal", "lagged", "lagged:3", "free",
+)  # fmt: skip
+BUCKETS = {
+    "one": (SLOTS * (BLOCK_LENGTH + 1),),
+    "three": (6, 10, SLOTS * (BLOCK_LENGTH + 1)),
+    # Four anchors do not fit the first, all drafts no one.
+    "narrow": (3, 7, 13),
+}
+MIXES = ("alone", "batch", "stream")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleCell:
+    """One entry of the grid; decodes every mix of requests."""
+
+    drafter: str
+    schedule: str
+    coupling: Coupling
+    buckets: str
+
+    @property
+    def name(self) -> str:
+        """For reports."""
+        return f"{self.drafter} · {self.schedule} · {self.coupling} · {self.buckets}"
+
+
+@dataclass(kw_only=True)
+class ScheduleResult:
+    """What a cell showed.
+
+    Attributes:
+      audit: differences from plain decoding.
+      rounds, drafted, verified: rounds, those with drafts, and drafts verified; a grid
+        in which schedules never choose would prove nothing.
+    """
+
+    audit: AuditResult
+    rounds: int = 0
+    drafted: int = 0
+    verified: int = 0
+
+
+def grid(*, every: int = 1) -> list[ScheduleCell]:
+    """All cells, or one in `every`; an odd prime spreads them over all choices."""
+    return [
+        ScheduleCell(
+            drafter=drafter, schedule=schedule, coupling=coupling, buckets=buckets
+        )
+        for drafter in tiny_drafters(tiny_target(VOCAB, layers=1))
+        for schedule in SCHEDULES
+        for coupling in COUPLINGS
+        if coupling in parse_schedule(schedule).couplings
+        for buckets in BUCKETS
+    ][::every]
+
+
+def made_up_costs(
+    sizes: Sequence[int], slots: int = SLOTS, draft_lengths: Sequence[int] = (1, 4)
+) -> Costs:
+    """Rounds twice as long with all drafts as with none, in uneven steps."""
+    curves = [CostCurve(0, (slots,), (1.05,))]
+    for length in draft_lengths:
+        verified = np.array(within_ladder(tuple(sizes), slots * (length + 1)))
+        seconds = 0.93 + 0.02 * length + 0.25 * verified / slots
+        seconds = np.maximum.accumulate(seconds + np.arange(len(verified)) % 3 / 20)
+        curves.append(
+            CostCurve(length, tuple(verified.tolist()), tuple(seconds.tolist()))
+        )
+    return Costs(tuple(curves))
+
+
+def scheduler(name: str, costs: Costs) -> Scheduler:
+    """A schedule by name; those that weigh costs get them, and try again often."""
+    chosen = parse_schedule(name)
+    if isinstance(chosen, CostAware):
+        return replace(chosen, costs=costs, probe_share=0.1)
+    return chosen
+
+
+def hesitant(drafter):
+    """The drafter with confidences that spread over (0, 1)."""
+    model = drafter.model if isinstance(drafter, HybridDrafter) else drafter
+    head = getattr(model, "confidence_head", None)
+    if head is not None:
+        head.proj.weight[...] *= 4.0
+    return drafter
+
+
+class ScheduleAudit:
+    """Runs cells of the grid against plain decoding."""
+
+    def __init__(self, seed: int = 0):
+        # Compiling takes most of the time, and depth adds nothing here.
+        self.target = tiny_target(VOCAB, seed, layers=1)
+        drafters = tiny_drafters(self.target, seed + 1, BLOCK_LENGTH)
+        self.drafters = {name: hesitant(each) for name, each in drafters.items()}
+        random = np.random.default_rng(seed)
+        self.mixes = {mix: list(_requests(mix, random)) for mix in MIXES}
+        self.plain = {
+            (mix, coupling): plain_outputs(
+                self.target, requests, coupling=coupling, capacity=CAPACITY
+            )
+            for mix, requests in self.mixes.items()
+            for coupling in COUPLINGS
+        }
+
+    def run(self, cell: ScheduleCell) -> ScheduleResult:
+        """Decodes every mix and compares what the coupling promises."""
+        result = ScheduleResult(audit=AuditResult())
+        for mix, requests in self.mixes.items():
+            alone = [[request] for request in requests]
+            seen: list[Completion] = []
+            for group in alone if mix == "alone" else [requests]:
+                seen += self._decode(cell, group)
+            # Rejection sampling promises a distribution, greedy decoding its tokens.
+            exact = [
+                i
+                for i, request in enumerate(requests)
+                if cell.coupling == "gumbel" or request.temperature == 0
+            ]
+            plain = self.plain[mix, cell.coupling]
+            result.audit += audit(
+                self.target,
+                [requests[i] for i in exact],
+                [plain[i] for i in exact],
+                [seen[i] for i in exact],
+            )
+            result.rounds += sum(each.rounds for each in seen)
+            result.drafted += sum(each.drafted for each in seen)
+            result.verified += sum(each.verified for each in seen)
+        return result
+
+    def _decode(self, cell: ScheduleCell, requests) -> list[Completion]:
+        sizes = BUCKETS[cell.buckets]
+        # Every length with every set would be compiling most of the time.
+        lengths = (1, BLOCK_LENGTH) if cell.buckets == "three" else (BLOCK_LENGTH,)
+        costs = made_up_costs(sizes, draft_lengths=lengths)
+        schedule = scheduler(cell.schedule, costs)
+        done = dict(
+            generate_stream(
+                self.target,
+                requests,
+                self.drafters[cell.drafter],
+                slots=SLOTS,
+                capacity=CAPACITY,
+                block_length=BLOCK_LENGTH,
+                coupling=cell.coupling,
+                schedule=schedule,
+                buckets=sizes if schedule.costs is None else None,
+                rounds_per_call=2,
+                newcomers=2,
+            )
+        )
+        return [done[index] for index in range(len(requests))]
+
+
+def _requests(mix: str, random: np.random.Generator) -> Iterator[Request]:
+    """The requests of a mix; half of them greedy."""
+    for i in range({"alone": 2, "batch": SLOTS, "stream": 2 * SLOTS + 2}[mix]):
+        settings: dict[str, Any] = {}
+        if i % 2:
+            # Batches mix settings; in a stream a slot's next request has other ones.
+            settings = [
+                {"temperature": 1.0},
+                {"temperature": 0.7, "top_p": 0.8},
+                {"temperature": 1.3, "top_k": 4},
+                {"temperature": 1.0, "draft_floor": 1},
+                {"temperature": 1.0, "draft_cap": 2, "min_p": 0.1},
+            ][i // 2 % 5]
+        yield Request(
+            prompt=tuple(random.integers(VOCAB, size=random.integers(1, 20)).tolist()),
+            max_new_tokens=int(random.integers(5, 25)) if mix == "stream" else 16,
+            seed=100 + i,
+            name=f"{mix} {i}",
+            **settings,
+        )

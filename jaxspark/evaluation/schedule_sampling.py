@@ -1,0 +1,210 @@
+"""Guarantee 2 under schedules: two requests compete, neither's distribution may move.
+
+A schedule is dangerous where a draft decides, through the confidences behind it,
+whether it is verified itself (paper, appendix A). The costs here let it: either no
+draft is verified or nearly all, and what tips the scales is the second draft's
+confidence. One drafter gives away its first token by it. The same checks find a
+schedule that chooses by it to be biased.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxspark.decoding import (
+    CostCurve,
+    Costs,
+    DecodeOptions,
+    Sampling,
+    Scheduler,
+    decode,
+    init_state,
+    prefill,
+)
+from jaxspark.drafters import Proposal
+from jaxspark.evaluation.enumeration import (
+    round_distribution,
+    sequence_log_probs,
+    target_distribution,
+)
+from jaxspark.evaluation.sampling_checks import (
+    BLOCK_LENGTH,
+    PROMPT,
+    Check,
+    tiny_drafters,
+    tiny_target,
+)
+from jaxspark.evaluation.schedule_checks import SCHEDULES, hesitant, scheduler
+from jaxspark.evaluation.statistics import chi_square
+
+VOCAB = 3
+SLOTS = 2
+# Three drafts of two requests, or none; two first drafts of 0.8 alone do not pay, where
+# four tokens are drafted. Where only two are, they do: next time no more are drafted.
+COSTS = Costs(
+    (
+        CostCurve(0, (SLOTS,), (0.95,)),
+        CostCurve(1, (SLOTS, 4), (0.99, 1.68)),
+        CostCurve(BLOCK_LENGTH, (SLOTS, 5), (1.0, 2.0)),
+    )
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TelltaleDrafter:
+    """Drafts from a fixed distribution; sure of what follows token 0, of nothing else.
+
+    Attributes:
+      log_q_V: of every draft, whatever came before.
+    """
+
+    log_q_V: Float[Array, " V"]
+    block_length: ClassVar[int] = BLOCK_LENGTH
+    taps: ClassVar[tuple[int, ...]] = ()
+    abstains: ClassVar[bool] = False
+
+    def check_target(self, target):
+        """Any of as many tokens will do."""
+
+    def init_cache(self, slots, length):
+        """Nothing to remember."""
+        return ()
+
+    def observe(self, cache, taps_mDT, tokens):
+        """Nothing to remember."""
+        return cache
+
+    def propose(self, target, cache, tokens_BS, lengths_B, draw, block_length):
+        """Drafts one by one; the next one's confidence tells which."""
+        slots = len(lengths_B)
+        logits_BV = jnp.broadcast_to(self.log_q_V, (slots, len(self.log_q_V)))
+        drafts, log_q, chances = [], [], [jnp.full((slots,), 0.8)]
+        for j in range(block_length):
+            x_B, log_q_BV = draw(logits_BV, jnp.int32(j), None)
+            drafts.append(x_B)
+            log_q.append(log_q_BV)
+            chances.append(jnp.where(x_B == 0, 0.95, 1e-3))
+        chance_BG = jnp.stack(chances[:block_length], 1)
+        return Proposal(
+            tokens_BG=jnp.stack(drafts, 1),
+            lengths_B=jnp.full((slots,), block_length),
+            confidence_BG=jnp.log(chance_BG) - jnp.log1p(-chance_BG),
+            log_q_BGW=jnp.stack(log_q, 1),
+        ), cache
+
+
+def telltale() -> TelltaleDrafter:
+    """One for three tokens."""
+    return TelltaleDrafter(jnp.log(jnp.array([0.4, 0.35, 0.25])))
+
+
+def schedules_for_rejection() -> dict[str, Scheduler]:
+    """All that may be used with it, by name."""
+    made = {name: scheduler(name, COSTS) for name in SCHEDULES}
+    return {name: each for name, each in made.items() if "rejection" in each.couplings}
+
+
+def enumeration_checks(
+    drafters: Sequence[str] | None = None,
+    schedules: dict[str, Scheduler] | None = None,
+) -> list[Check]:
+    """A round's distribution under each schedule to 1e-6.
+
+    Once without history, once after rounds that promise little, once after such that
+    promise much.
+    """
+    target = tiny_target(VOCAB)
+    sampling = Sampling.of(1, temperature=0.8)
+    table = sequence_log_probs(target, PROMPT, BLOCK_LENGTH + 1, sampling)
+    expected = target_distribution(table)
+    tried = {"telltale": telltale()} | tiny_drafters(target)
+    checks = []
+    for name in tried if drafters is None else drafters:
+        drafter = hesitant(tried[name])
+        for label, schedule in (schedules or schedules_for_rejection()).items():
+            error = max(
+                np.abs(
+                    round_distribution(
+                        target,
+                        drafter,
+                        PROMPT,
+                        table,
+                        sampling,
+                        schedule=schedule,
+                        earlier_G=earlier,
+                        beside=PROMPT[1:],
+                    )
+                    - expected
+                ).max()
+                for earlier in (None, jnp.array([0.5, 0.1]), jnp.array([0.9, 0.8]))
+            )
+            checks.append(
+                Check(
+                    name=f"enumeration, {name}, {label}",
+                    figure=float(error),
+                    bound="<= 1e-6",
+                    holds=bool(error <= 1e-6),
+                )
+            )
+    return checks
+
+
+def frequency_checks(
+    samples: int, schedules: dict[str, Scheduler] | None = None
+) -> list[Check]:
+    """First two tokens of many pairs of requests: chi-square.
+
+    The whole compiled round with its own random numbers and history; many pairs at
+    once by `vmap`.
+    """
+    target = tiny_target(VOCAB)
+    exact = target_distribution(
+        sequence_log_probs(target, PROMPT, 2, Sampling.of(1, temperature=1.0))
+    )
+    checks = []
+    for label, schedule in (schedules or schedules_for_rejection()).items():
+        seeds = np.arange(samples // SLOTS * SLOTS, dtype=np.uint32)
+        tokens_N2 = _first_two(target, telltale(), seeds.reshape(-1, SLOTS), schedule)
+        counts = np.zeros((VOCAB, VOCAB), int)
+        np.add.at(counts, tuple(np.asarray(tokens_N2).T), 1)
+        p_value = chi_square(counts, exact)
+        checks.append(
+            Check(
+                name=f"first two tokens of {len(seeds)}, {label}: p-value",
+                figure=p_value,
+                bound="> 1e-3",
+                holds=p_value > 1e-3,
+            )
+        )
+    return checks
+
+
+@partial(jax.jit, static_argnames=("schedule",))
+def _first_two(target, drafter, seeds_NB, schedule: Scheduler):
+    """Two tokens after the prompt, of all requests."""
+    options = DecodeOptions(block_length=BLOCK_LENGTH, schedule=schedule)
+    begin = len(PROMPT)
+    state = init_state(
+        target,
+        drafter,
+        [PROMPT] * SLOTS,
+        [begin + 2 + BLOCK_LENGTH] * SLOTS,
+        Sampling.of(SLOTS, temperature=1.0),
+        block_length=BLOCK_LENGTH,
+    )
+    state = prefill(target, drafter, state, chunk=16)
+
+    def pair(seed_B):
+        sampling = replace(state.sampling, seed=seed_B)
+        started = replace(state, sampling=sampling)
+        ended = decode(target, drafter, started, jnp.int32(2), options=options)
+        return ended.tokens_BS[:, begin : begin + 2]
+
+    return jax.vmap(pair)(seeds_NB).reshape(-1, 2)

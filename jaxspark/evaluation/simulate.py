@@ -1,0 +1,305 @@
+"""Replays rounds of real or stated acceptance against a cost curve.
+
+Every slot walks through the rounds of a recorded request: what the drafter expected and
+how many of its drafts were right. A schedule, the same object that decodes, chooses
+what is verified; the round takes what its bucket costs; a slot gains the drafts that
+were both verified and right, and one token. Throughput is that of all slots, speed that
+of one user. A shorter verification would have moved the next round to another place of
+the text; the replay takes the next recorded round all the same.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxspark.calibration.rounds import Rounds
+from jaxspark.decoding import Calibration, Costs, Outlook, Scheduler
+from jaxspark.decoding.schedule import MEMORY, expect_newcomers, extend_survival
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """Rounds of many requests, each with whole blocks.
+
+    Attributes:
+      begin_R: first round of each request; its rounds follow each other.
+      count_R: how many it has.
+      survival_NG: forecast that the first j + 1 drafts are right.
+      right_N: drafts that were right, from the first.
+    """
+
+    begin_R: Int[np.ndarray, " R"]
+    count_R: Int[np.ndarray, " R"]
+    survival_NG: Float[np.ndarray, "N G"]
+    right_N: Int[np.ndarray, " N"]
+
+    @classmethod
+    def recorded(
+        cls,
+        rounds: Rounds,
+        calibration: Calibration | None = None,
+        temperature: float = 1.0,
+    ) -> "Trace":
+        """What was recorded, with confidences as they are or calibrated.
+
+        Args:
+          rounds: recorded rounds.
+          calibration: of their confidences.
+          temperature: that they were sampled at.
+
+        Raises:
+          ValueError: no round judged its whole block, or the calibration has
+            temperatures for fewer drafts.
+        """
+        block_length = rounds.confidence_NG.shape[1]
+        if calibration is None:
+            calibration = Calibration.identity(block_length, "rejection")
+        calibration.check(block_length, calibration.coupling)
+        _, known_NG = rounds.survived()
+        whole = np.flatnonzero(known_NG.all(axis=1))
+        if not len(whole):
+            raise ValueError(
+                "no recorded round verified its whole block; record rounds that do"
+            )
+        # Rounds of a request come together, in the order they happened.
+        whole = whole[np.argsort(rounds.request_N[whole], kind="stable")]
+        _, begin_R, count_R = np.unique(
+            rounds.request_N[whole], return_index=True, return_counts=True
+        )
+        temperature_N = jnp.full((len(whole),), temperature)
+        survival_NG = calibration.survival(
+            jnp.asarray(rounds.confidence_NG[whole]), temperature_N
+        )
+        return cls(
+            begin_R=begin_R,
+            count_R=count_R,
+            survival_NG=np.asarray(survival_NG),
+            right_N=rounds.accepted_N[whole],
+        )
+
+    @classmethod
+    def stated(
+        cls,
+        acceptance: Mapping[str, Sequence[float]],
+        *,
+        concentration: float,
+        requests: int = 300,
+        rounds: int = 200,
+        seed: int = 0,
+    ) -> "Trace":
+        """Rounds with given conditional acceptance, where none were recorded.
+
+        A draft's chance is drawn from a Beta distribution around its place's acceptance
+        and is what the drafter forecasts: a calibrated confidence, the sharper the
+        smaller the concentration.
+
+        Args:
+          acceptance: by domain, conditional acceptance of each place.
+          concentration: of the Beta distributions.
+          requests: of all domains in equal parts.
+          rounds: of each request.
+          seed: of the draws.
+        """
+        random = np.random.default_rng(seed)
+        means = np.array([list(each) for each in acceptance.values()])
+        mean_NG = np.repeat(np.resize(means, (requests, means.shape[1])), rounds, 0)
+        mean_NG = np.clip(mean_NG, 1e-6, 1 - 1e-6)
+        chance_NG = random.beta(concentration * mean_NG, concentration * (1 - mean_NG))
+        right_NG = random.random(chance_NG.shape) < chance_NG
+        return cls(
+            begin_R=np.arange(requests) * rounds,
+            count_R=np.full(requests, rounds),
+            survival_NG=np.cumprod(chance_NG, axis=1),
+            right_N=np.cumprod(right_NG, axis=1).sum(axis=1),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """Who asks.
+
+    Attributes:
+      slots: most requests decoded together.
+      rate: requests per second that arrive by chance (Poisson) and queue for a slot;
+        None for a closed loop, in which every slot is always taken.
+      tokens: mean length of an output (geometric).
+    """
+
+    slots: int
+    rate: float | None = None
+    tokens: int = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """What a simulation showed; nothing of it was measured.
+
+    Attributes:
+      throughput: tokens per second of all requests.
+      user_speed: tokens per second of one, while it is decoded.
+      accepted_length: tokens per request and round.
+      verified_length: tokens verified per request and round, the anchor included.
+      drafted: share of rounds with drafts.
+      busy: mean requests decoded together.
+    """
+
+    throughput: float
+    user_speed: float
+    accepted_length: float
+    verified_length: float
+    drafted: float
+    busy: float
+
+
+def simulate(
+    trace: Trace,
+    schedule: Scheduler,
+    costs: Costs,
+    load: Load,
+    *,
+    rounds: int = 400,
+    seed: int = 0,
+) -> Simulated:
+    """Plays some rounds.
+
+    Args:
+      trace: what drafts would be worth.
+      schedule: chooses what is verified.
+      costs: what rounds take, also those of a schedule that knows no costs; of a draft
+        length they do not know, as long as of the next.
+      load: who asks.
+      rounds: how many, after a tenth that is not counted.
+      seed: of arrivals, output lengths and who asks what.
+    """
+    random = np.random.default_rng(seed)
+    slots, G = load.slots, trace.survival_NG.shape[1]
+    lengths = schedule.draft_lengths(G)
+    curves = [costs.drafting(length) for length in lengths]
+    for curve in curves:
+        if curve.sizes[-1] < slots:
+            raise ValueError(
+                f"costs end at {curve.sizes[-1]} tokens, {slots} slots need as many"
+            )
+    place_B, end_B = np.zeros(slots, int), np.zeros(slots, int)
+    left_B = np.zeros(slots, int)
+    idle_B, fresh_B = np.zeros(slots, int), np.ones(slots, bool)
+    past_nBG = np.ones((MEMORY, slots, G))
+    waiting, clock, arrival = 0, 0.0, 0.0
+    sums = dict.fromkeys(
+        ("time", "tokens", "slots", "verified", "drafted", "busy"), 0.0
+    )
+    warm, played = rounds // 10, 0
+    while played < warm + rounds:
+        # Who comes.
+        if load.rate is None:
+            waiting = slots
+        else:
+            while arrival <= clock:
+                waiting += 1
+                arrival += random.exponential(1 / load.rate)
+        free = np.flatnonzero(left_B <= 0)[:waiting]
+        waiting -= len(free)
+        chosen = random.integers(len(trace.begin_R), size=len(free))
+        # Not all begin at the beginning, or a short replay would see nothing else.
+        offset = random.integers(trace.count_R[chosen])
+        place_B[free] = trace.begin_R[chosen] + offset
+        end_B[free] = trace.begin_R[chosen] + trace.count_R[chosen]
+        left_B[free] = random.geometric(1 / load.tokens, size=len(free))
+        past_nBG[:, free], fresh_B[free] = 1.0, True
+        live_B = left_B > 0
+        if not live_B.any():
+            clock = arrival
+            continue
+        # What is verified.
+        earlier_nBG = past_nBG[schedule.lag - 1 :]
+        pick = 0
+        if len(lengths) > 1:
+            known_B = live_B & ~fresh_B
+            pick = int(_draft(schedule, earlier_nBG, known_B, live_B, idle_B))
+        drafted, curve = lengths[pick], curves[pick]
+        lengths_B = np.zeros(slots, int)
+        if drafted:
+            survival_Bg = trace.survival_NG[place_B, :drafted]
+            lengths_B = _verify(
+                schedule, curve.sizes[-1], survival_Bg, earlier_nBG, live_B
+            )
+            newest_BG = extend_survival(
+                jnp.array(survival_Bg),
+                jnp.array(past_nBG),
+                jnp.array(live_B & ~fresh_B),
+            )
+            lengths_B, newest_BG = jax.device_get((lengths_B, newest_BG))
+            past_nBG = np.concatenate([newest_BG[None], past_nBG[:-1]])
+            past_nBG[:, fresh_B] = newest_BG[fresh_B]
+            fresh_B &= ~live_B
+        idle_B = np.zeros_like(idle_B) if drafted == G else idle_B + 1
+        # What comes of it.
+        gained_B = np.minimum(lengths_B, trace.right_N[place_B]) + 1
+        gained_B = np.where(live_B, np.minimum(gained_B, left_B), 0)
+        count = live_B.sum() + lengths_B.sum()
+        taken = curve.seconds[np.searchsorted(curve.sizes, count)]
+        clock += taken
+        left_B = left_B - gained_B
+        place_B = place_B + 1
+        over_B = place_B >= end_B
+        chosen = random.integers(len(trace.begin_R), size=slots)
+        place_B = np.where(over_B, trace.begin_R[chosen], place_B)
+        end_B = np.where(over_B, (trace.begin_R + trace.count_R)[chosen], end_B)
+        played += 1
+        if played > warm:
+            sums["time"] += taken
+            sums["tokens"] += gained_B.sum()
+            sums["slots"] += live_B.sum()
+            sums["verified"] += count
+            sums["drafted"] += drafted > 0
+            sums["busy"] += live_B.sum() * taken
+    return Simulated(
+        throughput=sums["tokens"] / sums["time"],
+        user_speed=sums["tokens"] / sums["busy"],
+        accepted_length=sums["tokens"] / sums["slots"],
+        verified_length=sums["verified"] / sums["slots"],
+        drafted=sums["drafted"] / rounds,
+        busy=sums["busy"] / sums["time"],
+    )
+
+
+@partial(jax.jit, static_argnames=("schedule",))
+def _draft(schedule: Scheduler, earlier_nBG, known_B, live_B, idle_B):
+    likely_nBG = expect_newcomers(earlier_nBG, known_B)
+    return schedule.draft(Outlook.of(likely_nBG, live_B=live_B), idle_B)
+
+
+@partial(jax.jit, static_argnames=("schedule", "largest"))
+def _verify(
+    schedule: Scheduler,
+    largest: int,
+    survival_Bg: Float[Array, "B g"],
+    earlier_nBG: Float[Array, "n B G"],
+    live_B: Bool[Array, " B"],
+) -> Int[Array, " B"]:
+    """Verification lengths, as a compiled round would choose them."""
+    now = Outlook.of(survival_Bg, live_B=live_B)
+    earlier = Outlook.of(earlier_nBG, live_B=live_B).first(survival_Bg.shape[1])
+    return now.within(schedule(now, earlier), largest)
+
+
+def speed_at(throughput: float, frontier: Sequence[Simulated]) -> float | None:
+    """A user's speed where a frontier has that throughput; None outside it.
+
+    Along a frontier throughput rises with the number of users and speed falls; of two
+    places with one throughput the faster counts.
+    """
+    best = None
+    for a, b in zip(frontier, frontier[1:]):
+        low, high = sorted((a, b), key=lambda each: each.throughput)
+        if low.throughput <= throughput <= high.throughput:
+            width = high.throughput - low.throughput
+            share = (throughput - low.throughput) / width if width else 0.0
+            speed = low.user_speed + share * (high.user_speed - low.user_speed)
+            best = speed if best is None else max(best, speed)
+    return best

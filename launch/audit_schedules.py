@@ -1,0 +1,124 @@
+"""`launch.audit --suite=schedules`: all guarantees under every schedule."""
+
+import itertools
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
+
+import jax
+from absl import flags
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
+from rich.table import Table
+
+from jaxspark.evaluation import schedule_checks, schedule_sampling
+from jaxspark.evaluation.sampling_checks import Check
+from launch.audit_report import AuditProgress, checked, found, total
+
+# --suite=quick runs one cell in so many.
+QUICK = 37
+# Compiled programs hold memory maps, of which a process may have but so many.
+AT_ONCE = 40
+FLAGS = flags.FLAGS
+
+
+def audit_schedules(console: Console, *, quick: bool = False) -> dict:
+    """All guarantees under every schedule, on tiny models.
+
+    Most of the time goes into compiling programs that run for a moment, so they are
+    compiled with few optimisations; the other suites have them all.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        return _audit_schedules(console, quick=quick)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+def _audit_schedules(console: Console, *, quick: bool) -> dict:
+    grid = schedule_checks.grid(every=QUICK if quick else 1)
+    progress_file = FLAGS.progress and f"{FLAGS.progress}.schedules"
+    finished = AuditProgress(progress_file, {"suite": "schedules", "quick": quick})
+    todo = [cell for cell in grid if cell.name not in finished.cells]
+
+    audit = schedule_checks.ScheduleAudit()
+
+    def run(cell):
+        begin = time.perf_counter()
+        result = audit.run(cell)
+        return cell, result, time.perf_counter() - begin
+
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    # Compiling takes most of the time and leaves the other threads alone.
+    with (
+        Progress(*columns, console=console) as progress,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        bar = progress.add_task("schedules", total=len(grid))
+        progress.advance(bar, len(grid) - len(todo))
+        for cells in itertools.batched(todo, AT_ONCE):
+            for future in as_completed([pool.submit(run, cell) for cell in cells]):
+                cell, result, seconds = future.result()
+                counts = {"rounds": result.rounds, "drafted": result.drafted}
+                entry = asdict(cell) | counts | {"verified": result.verified}
+                finished.add(
+                    {"cell": cell.name, **entry, **found(result.audit, seconds)}
+                )
+                for difference in result.audit.differences:
+                    progress.console.print(f"{cell.name}: {difference}")
+                progress.advance(bar)
+            jax.clear_caches()
+    entries = list(finished.cells.values())
+    table = Table(title="schedules · tiny models")
+    for column in ("schedule", "coupling", "cells", "outputs", "tokens", "drafted",
+                   "verified", "near-ties", "violations"):  # fmt: skip
+        table.add_column(column, justify="right")
+    groups: dict[tuple, list[dict]] = {}
+    for entry in entries:
+        groups.setdefault((entry["schedule"], entry["coupling"]), []).append(entry)
+    for names, group in groups.items():
+        drafted, rounds = total(group, "drafted"), total(group, "rounds")
+        table.add_row(
+            *names,
+            str(len(group)),
+            str(total(group, "outputs")),
+            str(total(group, "tokens")),
+            f"{100 * drafted / rounds:.0f} %",
+            f"{total(group, 'verified') / max(drafted, 1):.2f}",
+            str(total(group, "near_ties")),
+            str(total(group, "violations")),
+        )
+    console.print(table)
+    console.print(
+        f"{len(entries)} cells, {total(entries, 'tokens')} tokens audited: "
+        f"{total(entries, 'violations')} violations"
+    )
+    drafters = ["telltale", "hybrid-asks"] if quick else None
+    checks = [
+        *(_choice(names, group) for names, group in groups.items()),
+        *schedule_sampling.enumeration_checks(drafters),
+        *schedule_sampling.frequency_checks(20_000 if quick else FLAGS.samples),
+    ]
+    enumerated = checked(console, "schedules with rejection sampling", checks)
+    return {
+        "violations": total(entries, "violations") + enumerated["violations"],
+        "near_ties": total(entries, "near_ties"),
+        "tokens": total(entries, "tokens"),
+        "checks": enumerated["checks"],
+        "cells": entries,
+    }
+
+
+def _choice(names: tuple[str, str], group: list[dict]) -> Check:
+    """A schedule that never chose would prove nothing."""
+    drafted, rounds = total(group, "drafted"), total(group, "rounds")
+    verified = total(group, "verified") / max(drafted, 1)
+    weighs = names[0].startswith(("causal", "lagged", "free"))
+    return Check(
+        name=f"{' · '.join(names)}: rounds that draft, {verified:.2f} verified",
+        figure=drafted / rounds,
+        bound="in (0, 1)" if weighs else "= 1",
+        holds=(0 < drafted < rounds if weighs else drafted == rounds) and verified > 0,
+    )

@@ -1,0 +1,259 @@
+"""`launch.bench --suite=load`: throughput against the number of requests at once.
+
+For every concurrency: no speculation (without any drafter), blocks of every fixed
+length, and the schedule, in turn, on the same prompts, sampled. A run is some rounds
+with all slots busy; what scheduling remembers goes on from run to run, as it does in a
+server. The schedule's costs are measured first, its temperatures come with the drafter.
+"""
+
+import time
+from dataclasses import asdict, dataclass, field, replace
+from itertools import cycle, islice
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from jaxspark.calibration.files import load_calibration
+from jaxspark.calibration.profile import measured_with_progress
+from jaxspark.checkpoints import load_drafter
+from jaxspark.decoding import (
+    DecodeOptions,
+    DecodeState,
+    Lagged,
+    Sampling,
+    decode,
+    init_state,
+    prefill,
+)
+from jaxspark.decoding.state import Counters, ScheduleState
+from jaxspark.drafters import Drafter, PlainDrafter
+from jaxspark.evaluation.plots import plot_load
+from jaxspark.evaluation.prompts import load_prompts
+from jaxspark.evaluation.timing import alternate
+from launch import common
+
+flags.DEFINE_list(
+    "concurrency", ["1", "2", "4", "8", "16", "32", "64"], "Requests at once."
+)
+flags.DEFINE_list(
+    "fixed_lengths", ["1", "2", "3", "4", "5", "7"], "Fixed lengths, each drafted so."
+)
+flags.DEFINE_integer(
+    "load_prompts", 12, "Prompts that few requests at once take in turns."
+)
+flags.DEFINE_integer("load_block", 4, "Drafts the schedule chooses from.")
+flags.DEFINE_integer("load_tokens", 24, "Tokens per request and run.", lower_bound=4)
+flags.DEFINE_float("load_temperature", 1.0, "Of --suite=load.", lower_bound=0.0)
+FLAGS = flags.FLAGS
+
+
+@dataclass
+class Contestant:
+    """One way to decode a full house of requests, run again and again.
+
+    Attributes:
+      drafter, options: the way.
+      tokens, seconds, verified: of each run; verified counts drafts.
+      slot_rounds: rounds of all slots together.
+      schedule: what scheduling remembers from run to run, as in a server.
+    """
+
+    drafter: Drafter
+    options: DecodeOptions
+    tokens: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    verified: list[float] = field(default_factory=list)
+    slot_rounds: list[float] = field(default_factory=list)
+    schedule: ScheduleState | None = None
+
+    def run(self, houses: "list[House]") -> float:
+        """Decodes in every house; the requests gain `load_tokens` on the average."""
+        seed, totals = len(self.tokens), np.zeros(4)
+        for house in houses:
+            totals += self._visit(house, seed)
+        tokens, seconds, verified, slot_rounds = totals
+        self.tokens.append(tokens)
+        self.seconds.append(seconds)
+        self.verified.append(verified)
+        self.slot_rounds.append(slot_rounds)
+        return seconds / tokens
+
+    def _visit(self, house: "House", seed: int) -> tuple[float, ...]:
+        state = house.enter(self, seed)
+        slots = len(state.lengths_B)
+        start = int(jnp.sum(jax.block_until_ready(state.lengths_B)))
+        begin = time.perf_counter()
+        gained = 0
+        while gained < FLAGS.load_tokens * slots:
+            state = decode(
+                house.model, self.drafter, state, jnp.int32(8), options=self.options
+            )
+            gained = int(jnp.sum(state.lengths_B)) - start
+        seconds = time.perf_counter() - begin
+        self.schedule = jax.tree.map(jnp.copy, state.schedule)
+        counters = state.counters
+        verified, rounds = counters.verified_B.sum(), counters.rounds_B.sum()
+        house.leave(state)
+        return gained, seconds, int(verified), int(rounds)
+
+    def figures(self) -> dict[str, float]:
+        """Medians over the runs but the first, which compiled."""
+        rates = np.array(self.tokens[1:]) / np.array(self.seconds[1:])
+        return {
+            "tokens_per_second": float(np.median(rates)),
+            "verified_tokens_per_slot": 1
+            + sum(self.verified[1:]) / sum(self.slot_rounds[1:]),
+            "accepted_length": sum(self.tokens[1:]) / sum(self.slot_rounds[1:]),
+        }
+
+
+class House:
+    """Requests that are prefilled once and decoded from there every time.
+
+    All ways of decoding share the caches: rows past a request's length are never read,
+    and drafters that do not look at a context have none.
+    """
+
+    def __init__(self, model, drafter: Drafter, prompts):
+        # Nobody leaves: a request goes on past its answer's end, room for many tokens.
+        limits = [len(p) + 4 * FLAGS.load_tokens + 64 for p in prompts]
+        state = init_state(
+            model,
+            drafter,
+            prompts,
+            limits,
+            Sampling.of(len(prompts), temperature=FLAGS.load_temperature),
+            block_length=drafter.block_length,
+            capacity=FLAGS.capacity,
+        )
+        self.model, self.drafter = model, drafter
+        self.state = prefill(model, drafter, state, chunk=64)
+        self.lengths_B = np.array(self.state.lengths_B)
+
+    def enter(self, contestant: Contestant, run: int) -> DecodeState:
+        """The state after prefill, with random numbers of this run."""
+        slots, block_length = len(self.lengths_B), contestant.options.block_length
+        schedule = contestant.schedule
+        self.context = self.state.draft_cache
+        draft_cache = self.context
+        if contestant.drafter is not self.drafter:
+            draft_cache = contestant.drafter.init_cache(slots, FLAGS.capacity)
+        return replace(
+            self.state,
+            lengths_B=jnp.array(self.lengths_B),
+            done_B=jnp.zeros((slots,), bool),
+            sampling=Sampling.of(
+                slots,
+                temperature=FLAGS.load_temperature,
+                seed=1000 * run + np.arange(slots),
+            ),
+            draft_cache=draft_cache,
+            confidence_BG=jnp.zeros((slots, block_length)),
+            counters=Counters.zeros(slots, block_length),
+            schedule=schedule or ScheduleState.start(slots, block_length),
+        )
+
+    def leave(self, state: DecodeState) -> None:
+        """Takes the caches back."""
+        self.state = replace(state, draft_cache=state.draft_cache or self.context)
+
+
+def bench_load(console: Console) -> dict:
+    """Tokens per second by concurrency, and what was verified for them."""
+    target = common.load_text_target()
+    drafter = load_drafter(FLAGS.draft, target)
+    calibration = load_calibration(FLAGS.draft, "rejection")
+    calibration.check(FLAGS.load_block, "rejection")
+    domains = load_prompts(
+        FLAGS.prompts_dir,
+        target.tokenizer,
+        per_domain=FLAGS.prompts_per_domain,
+        max_tokens=FLAGS.capacity // 2,
+    )
+    prompts = [prompt for turn in zip(*domains.values()) for prompt in turn]
+    figures = {}
+    for slots in map(int, FLAGS.concurrency):
+        figures[str(slots)] = at_concurrency(
+            console, target.model, drafter, slots, prompts, calibration
+        )
+        # None of the programs is used again, and all hold memory.
+        jax.clear_caches()
+        report(console, figures)
+        if FLAGS.json_out:
+            common.write_figures(FLAGS.json_out, {"figures": figures})
+    if FLAGS.json_out:
+        plot_load(FLAGS.json_out.removesuffix(".json") + ".png", figures)
+    return figures
+
+
+def at_concurrency(console, model, drafter, slots, prompts, calibration) -> dict:
+    """All contestants with one number of requests.
+
+    Few requests are too few prompts to compare by: small houses come in numbers.
+    """
+    count = -(-min(FLAGS.load_prompts, len(prompts)) // slots)
+    everyone = cycle(prompts)
+    houses = [
+        House(model, drafter, list(islice(everyone, slots))) for _ in range(count)
+    ]
+    profile = measured_with_progress(
+        model,
+        drafter,
+        console=console,
+        slots=slots,
+        block_length=FLAGS.load_block,
+        capacity=FLAGS.capacity,
+        temperature=FLAGS.load_temperature,
+        repeats=FLAGS.repeats,
+    )
+    contestants = {
+        "none": Contestant(
+            PlainDrafter(), DecodeOptions(block_length=0, buckets=(slots,))
+        )
+    }
+    for length in map(int, FLAGS.fixed_lengths):
+        contestants[f"fixed {length}"] = Contestant(
+            drafter, DecodeOptions(block_length=length)
+        )
+    contestants["scheduled"] = Contestant(
+        drafter,
+        DecodeOptions(
+            block_length=FLAGS.load_block,
+            calibration=calibration,
+            schedule=Lagged(costs=profile.costs),
+        ),
+    )
+    with console.status(f"{slots} requests: decoding in turn"):
+        alternate(
+            {
+                name: lambda each=each: each.run(houses)
+                for name, each in contestants.items()
+            },
+            FLAGS.repeats,
+        )
+    return {name: each.figures() for name, each in contestants.items()} | {
+        "costs": asdict(profile.costs)
+    }
+
+
+def report(console: Console, figures: dict) -> None:
+    """The table so far."""
+    table = Table(title=f"{FLAGS.draft} · tokens/s by requests at once")
+    names = [name for name in next(iter(figures.values())) if name != "costs"]
+    for column in ("requests", *names, "against best", "verified per slot"):
+        table.add_column(column, justify="right")
+    for slots, each in figures.items():
+        rates = {name: each[name]["tokens_per_second"] for name in names}
+        best = max(rate for name, rate in rates.items() if name != "scheduled")
+        verified = each["scheduled"]["verified_tokens_per_slot"]
+        table.add_row(
+            slots,
+            *(f"{rate:.1f}" for rate in rates.values()),
+            f"{rates['scheduled'] / best:.2f}x",
+            f"{verified:.2f}",
+        )
+    console.print(table)

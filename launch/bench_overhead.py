@@ -1,0 +1,149 @@
+"""`launch.bench --suite=overhead`: what scheduling and packing cost.
+
+Two measurements at one number of slots. An ablation: rounds that verify every draft,
+once because a schedule with calibrated confidences and many buckets chose so, once
+compiled for nothing else. And the parts alone: decisions and packing, many times in a
+loop, against the time of such a round.
+"""
+
+import time
+from dataclasses import replace
+from functools import partial
+from itertools import cycle, islice
+from statistics import median
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from rich.console import Console
+
+from jaxspark.checkpoints import load_drafter
+from jaxspark.decoding import (
+    Calibration,
+    CostCurve,
+    Costs,
+    DecodeOptions,
+    Fixed,
+    Lagged,
+    Outlook,
+    decode,
+)
+from jaxspark.decoding.costs import bucket_ladder, draft_ladder, within_ladder
+from jaxspark.decoding.generate import check_block_length
+from jaxspark.decoding.schedule import MEMORY
+from jaxspark.evaluation.prompts import load_prompts
+from jaxspark.evaluation.timing import alternate, medians
+from jaxspark.models import FlatTokens
+from launch import common
+from launch.bench_load import Contestant, House
+
+flags.DEFINE_integer("overhead_slots", 64, "Slots of --suite=overhead.", lower_bound=1)
+FLAGS = flags.FLAGS
+ROUNDS, TIMES = 2, 200
+
+
+@partial(jax.jit, static_argnames=("schedule", "calibration", "sizes"))
+def _decide(schedule, calibration, sizes, confidence_BG, temperature_B, past_nBG):
+    """Survival, schedule and packing, `TIMES` times; the sum keeps all of it."""
+    slots, block_length = confidence_BG.shape
+    rows_BQ = jnp.zeros((slots, block_length + 1), jnp.int32)
+
+    def body(step, total):
+        survival_BG = calibration.survival(confidence_BG + 1e-6 * total, temperature_B)
+        # All inputs change from time to time, or the compiler would decide but once.
+        now, earlier = Outlook.of(survival_BG), Outlook.of(past_nBG + 1e-6 * total)
+        drafts = schedule.draft(earlier, jnp.zeros((slots,), jnp.int32))
+        lengths_B = now.within(schedule(now, earlier), sizes[-1])
+        tokens = FlatTokens.from_rows(
+            rows_BQ, jnp.full((slots,), step), lengths_B + 1, capacity=sizes[-1]
+        )
+        packed = tokens.positions_T + tokens.slots_T + tokens.ids_T
+        return total + jnp.sum(packed) % 7 + drafts
+
+    return jax.lax.fori_loop(0, TIMES, body, jnp.float32(0))
+
+
+def bench_overhead(console: Console) -> dict:
+    """Seconds of rounds with and without, and of the parts alone."""
+    target = common.load_text_target()
+    drafter = load_drafter(FLAGS.draft, target)
+    block_length = check_block_length(drafter, None)
+    slots = FLAGS.overhead_slots
+    sizes = bucket_ladder(slots, block_length)
+    domains = load_prompts(
+        FLAGS.prompts_dir,
+        target.tokenizer,
+        per_domain=FLAGS.prompts_per_domain,
+        max_tokens=FLAGS.capacity // 2,
+    )
+    prompts = [prompt for turn in zip(*domains.values()) for prompt in turn]
+    prompts = list(islice(cycle(prompts), slots))
+    house = House(target.model, drafter, prompts)
+    # Where tokens cost nothing, everything is verified.
+    curves = []
+    for length in draft_ladder(block_length):
+        fitting = within_ladder(sizes, slots * (length + 1))
+        curves.append(CostCurve(length, fitting, (1.0,) * len(fitting)))
+    free = Costs(tuple(curves))
+    calibration = Calibration.identity(block_length, "rejection")
+    scheduled = DecodeOptions(
+        block_length=block_length,
+        schedule=Lagged(costs=free),
+        calibration=calibration,
+    )
+    bare = replace(scheduled, schedule=Fixed(), buckets=sizes[-1:], calibration=None)
+
+    verified: set[int] = set()
+
+    def contestant(options):
+        way = Contestant(drafter, options)
+
+        def run():
+            state = jax.block_until_ready(house.enter(way, 0))
+            begin = time.perf_counter()
+            state = decode(
+                target.model, drafter, state, jnp.int32(ROUNDS), options=options
+            )
+            jax.block_until_ready(state)
+            verified.add(int(state.counters.verified_B.sum()))
+            house.leave(state)
+            return (time.perf_counter() - begin) / ROUNDS
+
+        return run
+
+    with console.status(f"{slots} slots, rounds with and without scheduling"):
+        contestants = {"scheduled": contestant(scheduled), "bare": contestant(bare)}
+        runs = alternate(contestants, FLAGS.repeats)
+    if len(verified) > 1:
+        raise ValueError(f"rounds verified different numbers of drafts: {verified}")
+    ratio = median(a / b for a, b in zip(runs["scheduled"], runs["bare"]))
+    key = jax.random.key(0)
+    inputs = (
+        jax.random.normal(key, (slots, block_length)),
+        jnp.ones((slots,)),
+        jax.random.uniform(key, (MEMORY, slots, block_length)),
+    )
+    alone = []
+    for _ in range(FLAGS.repeats + 1):
+        begin = time.perf_counter()
+        decided = _decide(scheduled.schedule, calibration, sizes, *inputs)
+        jax.block_until_ready(decided)
+        alone.append((time.perf_counter() - begin) / TIMES)
+    seconds = medians(runs)
+    figures = {
+        "slots": slots,
+        "round_seconds": seconds["scheduled"],
+        "round_seconds_without": seconds["bare"],
+        "overhead_of_rounds": ratio - 1,
+        "decision_and_packing_seconds": median(alone[1:]),
+        "share_of_round": median(alone[1:]) / seconds["bare"],
+    }
+    console.print(
+        f"{slots} slots, {sizes[-1]} tokens: a round takes "
+        f"{1e3 * figures['round_seconds']:.1f} ms scheduled, "
+        f"{1e3 * figures['round_seconds_without']:.1f} ms without "
+        f"({100 * figures['overhead_of_rounds']:+.2f} %, median of pairs); deciding "
+        f"and packing alone {1e3 * figures['decision_and_packing_seconds']:.3f} ms "
+        f"({100 * figures['share_of_round']:.2f} %)"
+    )
+    return figures

@@ -1,0 +1,367 @@
+"""Schedulers: what they choose, and that rejection sampling stays exact under them."""
+
+import itertools
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxspark.decoding import (
+    Causal,
+    CostCurve,
+    Costs,
+    DecodeOptions,
+    Fixed,
+    Free,
+    Lagged,
+    Outlook,
+    Sampling,
+    Threshold,
+)
+from jaxspark.decoding.costs import bucket_ladder
+from jaxspark.decoding.couplings import COUPLINGS
+from jaxspark.decoding.schedule import expect_newcomers, extend_survival
+from jaxspark.drafters import Proposal
+from jaxspark.evaluation.enumeration import round_distribution, target_distribution
+from tests import zoo
+
+
+def costs(*seconds, sizes=None, draft=0.0, length=2):
+    length = len(seconds) - 1 if sizes is None else length
+    sizes = tuple(range(1, len(seconds) + 1)) if sizes is None else sizes
+    seconds_drafting = tuple(each + draft for each in seconds)
+    return zoo.costs(sizes, seconds_drafting, plain=seconds[0], length=length)
+
+
+def choose(scheduler, survival, earlier=None, **options):
+    now = Outlook.of(jnp.array(survival, jnp.float32), **options)
+    earlier = survival if earlier is None else earlier
+    before = Outlook.of(jnp.array(earlier, jnp.float32), **options)
+    return np.asarray(scheduler(now, before)).tolist()
+
+
+# What they choose ------------------------------------------------------------------
+
+
+def test_admission_takes_the_likeliest_drafts_of_all_slots():
+    now = Outlook.of(jnp.array([[0.9, 0.5, 0.4], [0.8, 0.7, 0.1]]))
+    lengths = [now.admit(count).tolist() for count in range(7)]
+    assert lengths == [[0, 0], [1, 0], [1, 1], [1, 2], [2, 2], [3, 2], [3, 3]]
+
+
+def test_ties_go_to_the_earlier_draft():
+    now = Outlook.of(jnp.ones((3, 2)))
+    assert now.admit(3).tolist() == [1, 1, 1]
+    assert now.admit(4).tolist() == [2, 1, 1]
+
+
+def test_floors_come_first_and_caps_hold():
+    now = Outlook.of(
+        jnp.array([[0.1, 0.1], [0.9, 0.8], [0.9, 0.9]]),
+        floor_B=jnp.array([2, 0, 0]),
+        most_B=jnp.array([2, 2, 1]),
+    )
+    assert now.admit(2).tolist() == [2, 0, 0]
+    assert now.admit(4).tolist() == [2, 1, 1]
+    assert now.admit(6).tolist() == [2, 2, 1]
+
+
+def test_a_finished_slot_gets_nothing():
+    now = Outlook.of(jnp.ones((2, 2)), live_B=jnp.array([True, False]))
+    assert now.admit(4).tolist() == [2, 0] and int(now.anchors) == 1
+
+
+def test_threshold_cuts_where_survival_falls_below():
+    assert choose(Threshold(0.5), [[0.9, 0.5, 0.4], [0.4, 0.3, 0.2]]) == [2, 0]
+
+
+def test_causal_stops_at_the_first_draft_that_does_not_pay():
+    # The second draft does not pay, the third would make up for it.
+    table = costs(1.0, 1.1, 3.0, 3.0)
+    survival = [[0.9, 0.9, 0.9]]
+    assert choose(Causal(costs=table), survival) == [1]
+    assert choose(Free(costs=table), survival) == [1]
+    table = costs(1.0, 1.1, 2.0, 2.0)
+    assert choose(Causal(costs=table), survival) == [1]
+    assert choose(Free(costs=table), survival) == [3]
+
+
+def test_a_bucket_that_is_paid_for_is_filled():
+    table = costs(1.0, 1.2, sizes=(2, 5))
+    assert choose(Causal(costs=table), [[0.9, 0.1], [0.8, 0.1]]) == [2, 1]
+
+
+def test_lagged_takes_the_number_from_before_and_the_drafts_from_now():
+    table = costs(1.0, 1.3, 1.6, 2.9, sizes=(2, 3, 4, 6))
+    scheduler = Lagged(costs=table)
+    now = [[0.9, 0.8], [0.2, 0.1]]
+    assert choose(scheduler, now, earlier=[[0.01, 0.0], [0.02, 0.0]]) == [0, 0]
+    assert choose(scheduler, now, earlier=[[0.9, 0.0], [0.02, 0.0]]) == [1, 0]
+    assert choose(scheduler, now, earlier=[[1.0, 0.0], [1.0, 0.0]]) == [2, 0]
+
+
+def test_a_floor_forces_a_bucket_that_holds_it():
+    table = costs(1.0, 9.0, 10.0, sizes=(1, 2, 3))
+    for scheduler in (Causal(costs=table), Lagged(costs=table), Free(costs=table)):
+        assert choose(scheduler, [[0.1, 0.1]], floor_B=jnp.array([1])) == [1]
+
+
+@pytest.mark.parametrize("slots", [1, 3, 64])
+def test_the_ladder_of_buckets_goes_from_no_drafts_to_all(slots):
+    ladder = bucket_ladder(slots, 7)
+    assert slots <= ladder[0] < 2 * slots or slots == 1
+    assert ladder[-1] == 8 * slots
+    assert list(ladder) == sorted(set(ladder)) and len(ladder) <= 10
+
+
+def test_nothing_is_drafted_while_that_pays_more():
+    table = costs(1.0, 1.0, 1.0, draft=0.5)
+    good, bad = (Outlook.of(jnp.array([[a, a * a]])) for a in (0.9, 0.2))
+    zero = jnp.array([0])
+    for scheduler in (Causal(costs=table), Lagged(costs=table), Free(costs=table)):
+        assert scheduler.draft(good, zero) == 1 and scheduler.draft(bad, zero) == 0
+        # A block gains 1.24 tokens in 1.5 seconds, a plain round one each second: what
+        # is lost, 0.26, is half a percent of 52 rounds.
+        assert scheduler.draft(bad, jnp.array([51])) == 0
+        assert scheduler.draft(bad, jnp.array([53])) == 1
+
+
+LADDER = Costs(
+    (
+        CostCurve(0, (2,), (1.0,)),
+        CostCurve(1, (3, 4), (1.15, 1.25)),
+        CostCurve(3, (3, 4, 8), (1.45, 1.5, 1.6)),
+    )
+)
+
+
+@pytest.mark.parametrize("kind", [Causal, Lagged, Free])
+@pytest.mark.parametrize(
+    ("survival", "length"),
+    [((0.1, 0.0, 0.0), 0), ((0.6, 0.1, 0.0), 1), ((0.9, 0.8, 0.7), 3)],
+)
+def test_as_much_is_drafted_as_pays(kind, survival, length):
+    outlook = Outlook.of(jnp.array([survival, survival]))
+    pick = kind(costs=LADDER).draft(outlook, jnp.array([0, 0]))
+    assert LADDER.draft_lengths[int(pick)] == length
+
+
+def test_as_much_is_drafted_as_must_be_verified():
+    outlook = Outlook.of(jnp.full((2, 3), 0.1), floor_B=jnp.array([0, 2]))
+    # Nothing at all keeps the floor too: it binds rounds that draft.
+    assert Lagged(costs=LADDER).draft(outlook, jnp.array([0, 0])) == 0
+    only_drafts = replace(LADDER, curves=LADDER.curves[1:])
+    assert Lagged(costs=only_drafts).draft(outlook, jnp.array([0, 0])) == 1
+
+
+def test_a_whole_block_is_drafted_now_and_then():
+    outlook = Outlook.of(jnp.array([[0.6, 0.1, 0.0]] * 2))
+    schedule = Lagged(costs=LADDER)
+    # Four tokens, the best of both: 3.2 in 1.25 seconds, or in 1.5. So 0.25 is lost.
+    rounds = [int(schedule.draft(outlook, jnp.array([0, n]))) for n in range(60)]
+    first = rounds.index(2)
+    assert set(rounds[:first]) == {1} and set(rounds[first:]) == {2}
+    assert 39 <= first <= 41
+
+
+def test_survival_that_was_not_drafted_falls_as_it_last_did():
+    past = jnp.array([[[0.8, 0.4, 0.2], [0.4, 0.2, 0.1], [1.0, 1.0, 1.0]]] * 2)
+    known = jnp.array([True, True, False])
+    seen = extend_survival(jnp.array([[0.5], [0.2], [0.4]]), past, known)
+    expected = [[0.5, 0.25, 0.125], [0.2, 0.1, 0.05], [0.4, 0.2, 0.1]]
+    np.testing.assert_allclose(seen, expected, rtol=1e-6)
+    # The guess is remembered, and the next one is the same.
+    again = extend_survival(jnp.array([[0.9], [0.9], [0.9]]), seen[None], known)
+    np.testing.assert_allclose(again[0], [0.9, 0.45, 0.225], rtol=1e-6)
+    # One round in which nothing was proposed does not end it, and from nothing but
+    # such rounds nothing follows.
+    blank = jnp.zeros((1, 3, 3))
+    for before, tail in ((jnp.concatenate([past, blank]), 0.5), (blank, 1.0)):
+        after = extend_survival(jnp.array([[0.6]] * 3), before, known)
+        np.testing.assert_allclose(
+            after[0], [0.6, 0.6 * tail, 0.6 * tail**2], rtol=1e-6
+        )
+    nobody = extend_survival(jnp.array([[0.5]]), past[:, :1], jnp.array([False]))
+    np.testing.assert_allclose(nobody, [[0.5, 0.5, 0.5]])
+
+
+def test_newcomers_are_expected_to_be_like_the_others():
+    past = jnp.array([[[0.8, 0.4], [0.4, 0.2], [1.0, 1.0]]])
+    seen = expect_newcomers(past, jnp.array([True, True, False]))
+    np.testing.assert_allclose(seen[0], [[0.8, 0.4], [0.4, 0.2], [0.6, 0.3]], rtol=1e-6)
+    np.testing.assert_allclose(expect_newcomers(past, jnp.zeros(3, bool)), 1.0)
+
+
+# Exactness (paper, appendix A) ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stub:
+    """A drafter whose confidences are a table by the drafts before."""
+
+    q: np.ndarray
+    confidence: dict
+    block_length: int
+    taps: tuple = ()
+    config: SimpleNamespace = field(default_factory=SimpleNamespace)
+
+    def init_cache(self, slots, length):
+        return ()
+
+    def propose(self, target, cache, tokens_BS, lengths_B, draw, block_length):
+        drafts, log_q, chances = [], [], []
+        for j in range(block_length):
+            table = jnp.zeros((len(self.q),) * j)
+            for before in itertools.product(range(len(self.q)), repeat=j):
+                table = table.at[before].set(self.confidence[before])
+            chances.append(table[tuple(d[0] for d in drafts)])
+            x_B, log_q_BW = draw(jnp.log(jnp.array(self.q))[None], j, None)
+            drafts.append(x_B)
+            log_q.append(log_q_BW)
+        chances = jnp.array(chances)[None]
+        return Proposal(
+            tokens_BG=jnp.stack(drafts, 1),
+            lengths_B=jnp.array([block_length]),
+            confidence_BG=jnp.log(chances) - jnp.log1p(-chances),
+            log_q_BGW=jnp.stack(log_q, 1),
+        ), cache
+
+
+def distribution(p, q, confidence, schedule, **options):
+    """Next tokens after a round of a target that always says p."""
+    length = 1 + max(map(len, confidence))
+    prefixes = (
+        prefix
+        for n in range(length + 1)
+        for prefix in itertools.product(range(len(p)), repeat=n)
+    )
+    table = {prefix: np.log(p) for prefix in prefixes}
+    target = SimpleNamespace(
+        config=SimpleNamespace(vocab_size=len(p)), init_cache=lambda slots, length: ()
+    )
+    stub = Stub(np.array(q), confidence, length)
+    seen = round_distribution(
+        target, stub, [0], table, Sampling.of(1, temperature=1.0), schedule=schedule,
+        **options,
+    )  # fmt: skip
+    return seen, target_distribution(table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unlawful(Free):
+    """Chooses freely where it must not."""
+
+    couplings: ClassVar = COUPLINGS
+
+
+A, B = 0, 1
+APPENDIX = dict(p=(0.7, 0.3), q=(0.5, 0.5), confidence={(): 0.8, (A,): 0.9, (B,): 1e-9})
+APPENDIX_COSTS = costs(1.0, 1 / 0.5, 1 / 0.45)
+
+
+def test_choosing_by_what_was_drafted_is_biased():
+    seen, _ = distribution(**APPENDIX, schedule=Unlawful(costs=APPENDIX_COSTS))
+    np.testing.assert_allclose(seen.sum((1, 2)), (0.85, 0.15), atol=1e-6)
+
+
+@pytest.mark.parametrize("earlier", [None, [0.8, 0.72], [0.8, 0.0]])
+@pytest.mark.parametrize("kind", [Causal, Lagged])
+def test_causal_and_lagged_are_not_biased_there(kind, earlier):
+    earlier = None if earlier is None else jnp.array(earlier)
+    seen, true = distribution(
+        **APPENDIX, schedule=kind(costs=APPENDIX_COSTS), earlier_G=earlier
+    )
+    np.testing.assert_allclose(seen, true, atol=1e-6)
+
+
+def random_round(seed):
+    """Target, drafter, costs and an earlier survival, drawn anew."""
+    rng = np.random.default_rng(seed)
+    vocab, length = 2, 3
+    p, q = rng.dirichlet(np.ones(vocab), 2) * 0.96 + 0.02
+    confidence = {
+        before: float(rng.choice((0.05, 0.5, 0.95)))
+        for n in range(length)
+        for before in itertools.product(range(vocab), repeat=n)
+    }
+    steps = rng.exponential((1.0, 0.3, 0.3, 0.3)) + (0.5, 0, 0, 0)
+    table = costs(*np.cumsum(steps).tolist())
+    earlier = jnp.array(np.cumprod(rng.uniform(size=length)), jnp.float32)
+    return dict(p=p, q=q, confidence=confidence, earlier_G=earlier), table
+
+
+SEEDS = range(12)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_schedulers_for_rejection_are_exact_in_any_round(seed):
+    kwargs, table = random_round(seed)
+    schedules = (
+        Fixed(2), Threshold(0.3), Causal(costs=table), Lagged(costs=table),
+    )  # fmt: skip
+    for schedule in schedules:
+        seen, true = distribution(**kwargs, schedule=schedule)
+        np.testing.assert_allclose(seen, true, atol=1e-6, err_msg=str(schedule))
+
+
+def test_the_free_one_is_not():
+    errors = []
+    for seed in SEEDS:
+        kwargs, table = random_round(seed)
+        seen, true = distribution(**kwargs, schedule=Unlawful(costs=table))
+        errors.append(np.abs(seen - true).max())
+    assert max(errors) > 1e-3
+
+
+# Bad input --------------------------------------------------------------------------
+
+
+def test_the_free_schedule_is_refused_under_rejection():
+    schedule = Free(costs=costs(1.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match="changes the distribution of the output"):
+        DecodeOptions(block_length=2, schedule=schedule)
+    DecodeOptions(block_length=2, schedule=schedule, coupling="gumbel")
+
+
+def test_buckets_hold_one_token_of_each_slot():
+    with pytest.raises(ValueError, match="cannot hold one token of each of 4 slots"):
+        DecodeOptions(block_length=2, buckets=(2, 3)).sizes(4)
+
+
+def test_costs_are_of_the_buckets_that_are_compiled():
+    schedule = Lagged(costs=costs(1.0, 1.0, sizes=(4, 8), length=1))
+    assert DecodeOptions(block_length=1, schedule=schedule).sizes(4) == (4, 8)
+    with pytest.raises(ValueError, match=r"its own, leave out buckets \(4, 8\)"):
+        DecodeOptions(block_length=1, schedule=schedule, buckets=(4, 8))
+    # The bucket without drafts was made for four slots.
+    with pytest.raises(ValueError, match="bucket 4 cannot hold one token .* 6 slots"):
+        DecodeOptions(block_length=1, schedule=schedule).check(6)
+
+
+def test_costs_are_of_the_blocks_that_are_drafted():
+    schedule = Lagged(costs=costs(1.0, 1.0, sizes=(4, 8), length=1))
+    options = DecodeOptions(block_length=2, schedule=schedule)
+    with pytest.raises(ValueError, match=r"draft lengths \(0, 1\), blocks have 2"):
+        _ = options.draft_lengths
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: costs(1.0, 0.9), "never fall"),
+        (lambda: costs(0.0, 1.0), "must be positive"),
+        (lambda: costs(1.0, float("nan")), "positive and finite"),
+        (lambda: costs(1.0, sizes=(1, 2)), "2 token buckets, but seconds for 1"),
+        (lambda: costs(1.0, 1.0, sizes=(3, 2)), "ascending"),
+        (lambda: Lagged(lag=0), "lag must lie in 1..4, got 0"),
+        (lambda: Causal(probe_share=1.0), "probe_share"),
+        (lambda: Threshold(1.5), "survival threshold"),
+        (lambda: Fixed(-1), "at least 0, got -1"),
+    ],
+)
+def test_bad_values_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,205 @@
+"""Schedules inside the compiled round: counted, bounded, skipped and taken up again."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxspark.calibration.profile import CostProfile, Setting, find_profile
+from jaxspark.decoding import (
+    Calibration,
+    Causal,
+    CostCurve,
+    Costs,
+    DecodeOptions,
+    Fixed,
+    Lagged,
+    Threshold,
+    generate,
+    parse_schedule,
+)
+from tests import zoo
+
+PROMPTS = zoo.prompts(3, 17, 8)
+OPTIONS = {"max_new_tokens": 40, "temperature": 1.0, "coupling": "gumbel"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return zoo.target()
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    return [each.tokens for each in generate(model, PROMPTS, **OPTIONS)]
+
+
+def run(model, plain, schedule, drafter="dspark-gated", **options):
+    seen = generate(
+        model,
+        PROMPTS,
+        zoo.drafter(drafter, model),
+        block_length=4,
+        schedule=schedule,
+        **OPTIONS | options,
+    )
+    assert [each.tokens for each in seen] == plain
+    return seen
+
+
+def costs(draft_seconds, slope=1.0):
+    sizes = (3, 6, 15)
+    seconds = tuple(1 + draft_seconds + slope * (size - 3) for size in sizes)
+    return zoo.costs(sizes, seconds, plain=1.0, length=4)
+
+
+def test_dear_drafts_are_only_tried_now_and_then(model, plain):
+    seen = run(model, plain, Lagged(costs=costs(1.0), probe_share=0.1))
+    for each in seen:
+        assert each.rounds >= 39 and 1 <= each.drafted <= 0.2 * each.rounds
+
+
+@pytest.mark.parametrize("kind", [Lagged, Causal])
+def test_drafts_that_cost_nothing_are_all_verified(model, plain, kind):
+    seen = run(model, plain, kind(costs=costs(0.0, slope=0.0)))
+    assert all(each.drafted == each.rounds for each in seen)
+    assert sum(e.verified for e in seen) > 3 * sum(e.rounds for e in seen)
+
+
+@pytest.mark.parametrize("kind", [Lagged, Causal])
+def test_short_blocks_are_drafted_where_long_ones_are_dear(model, plain, kind):
+    lengths = {0: 5.0, 1: 1.0, 4: 9.0}
+    curves = (CostCurve(g, (3 * (g + 1),), (cost,)) for g, cost in lengths.items())
+    schedule = kind(costs=Costs(tuple(curves)), probe_share=0.4)
+    for each in run(model, plain, schedule):
+        assert each.drafted == each.rounds
+        # A whole block once in twenty rounds, the first of them at the beginning.
+        assert each.rounds < each.verified <= 1.6 * each.rounds
+        assert each.reached[0] > 10 > each.reached[1]
+
+
+def test_nothing_is_drafted_with_a_fixed_length_of_none(model, plain):
+    assert all(each.drafted == 0 for each in run(model, plain, Fixed(0)))
+
+
+def test_each_request_keeps_its_floor_and_cap(model, plain):
+    seen = run(model, plain, Threshold(1.0), draft_floor=[0, 2, 1], draft_cap=[4, 4, 1])
+    assert seen[0].verified == 0
+    # The last rounds have less room.
+    assert 2 * (seen[1].rounds - 3) <= seen[1].verified <= 2 * seen[1].rounds
+    assert seen[2].rounds - 3 <= seen[2].verified <= seen[2].rounds
+    seen = run(model, plain, Fixed(), draft_cap=2)
+    assert all(each.verified <= 2 * each.rounds for each in seen)
+
+
+@pytest.mark.parametrize(("floor", "cap"), [(3, 2), (-1, None), (0, 9)])
+def test_impossible_bounds_are_refused(model, floor, cap):
+    with pytest.raises(ValueError, match="0 <= floor <= cap <= 4"):
+        run(model, [], Fixed(), draft_floor=floor, draft_cap=cap)
+
+
+def test_floors_need_room_in_a_round(model):
+    with pytest.raises(ValueError, match="floors sum up to 9 need rounds of 12 tokens"):
+        run(model, [], Fixed(1), draft_floor=3)
+
+
+@pytest.mark.parametrize("floor", [[1, 2], 0.5, [None, 1, 1]], ids=str)
+def test_bounds_are_one_number_per_request(model, floor):
+    with pytest.raises(ValueError, match="draft_floor must be a whole number or 3"):
+        run(model, [], Fixed(), draft_floor=floor)
+
+
+def test_calibration_changes_what_is_verified(model, plain):
+    verified = []
+    for t in (0.01, 100.0):
+        calibration = Calibration(
+            coupling="gumbel", fitted_at=(1.0,), temperatures=((t,) * 4,)
+        )
+        # Sharp confidences are 0 or 1, flat ones a half at every place.
+        seen = run(model, plain, Threshold(0.45), calibration=calibration)
+        verified.append([each.verified / each.rounds for each in seen])
+    assert np.ptp(verified[1]) < 0.2 and verified[0] != verified[1]
+
+
+def test_biases_shift_confidences():
+    options = {"coupling": "gumbel", "fitted_at": (0.0, 1.0)}
+    rows = {"temperatures": ((1.0, 1.0), (2.0, 2.0))}
+    sure = Calibration(**options, **rows, biases=((0.0, 0.0), (50.0, 0.0)))
+    seen = sure.survival(jnp.zeros((2, 2)), jnp.array([0.1, 0.9]))
+    np.testing.assert_allclose(seen, [[0.5, 0.25], [1.0, 0.5]], rtol=1e-6)
+
+
+def calibration(length, coupling="rejection"):
+    return Calibration.identity(length, coupling)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibration": calibration(3)}, "temperatures for 3 drafts, rounds draft 4"),
+        ({"calibration": calibration(4, "gumbel")}, "fitted under coupling 'gumbel'"),
+    ],
+)
+def test_calibrations_of_other_rounds_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DecodeOptions(block_length=4, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fitted_at": (1.0, 0.0)}, "ascending"),
+        ({"fitted_at": (0.0, 1.0)}, "give one row each"),
+        ({"temperatures": ((1.0, -1.0),)}, "must be positive"),
+        ({"coupling": "none"}, "unknown coupling 'none'"),
+        ({"biases": ((0.0,),)}, r"have \(2,\) numbers, rows of biases \(1,\)"),
+    ],
+)
+def test_malformed_calibrations_are_refused(changes, message):
+    good = {"coupling": "gumbel", "fitted_at": (1.0,), "temperatures": ((1.0, 2.0),)}
+    with pytest.raises(ValueError, match=message):
+        Calibration(**good | changes)
+
+
+def test_costs_are_measured_where_there_are_none(model, plain, capsys):
+    run(model, plain, Lagged())
+    assert "measuring what rounds of 3 cost" in capsys.readouterr().out
+    # Once is enough.
+    run(model, plain, Causal())
+    assert "measuring" not in capsys.readouterr().out
+
+
+def test_a_round_without_costs_says_so():
+    with pytest.raises(ValueError, match="Lagged knows no costs"):
+        Lagged().known  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["device", "target", "slots", "capacity"])
+def test_profiles_hold_where_they_were_made(model, name):
+    drafter = zoo.drafter("dspark-gated", model)
+    options = dict(slots=3, block_length=4, coupling="rejection", sampled=True)
+    here = Setting.of(model, drafter, capacity=64, **options)
+    profile = CostProfile(setting=here, costs=costs(0.1))
+    same = Setting.of(model, drafter, capacity=64, **options)
+    assert find_profile([profile], same) is profile
+    other = {**vars(here), name: "other"}
+    with pytest.raises(ValueError, match=f"made for another {name}: .*, this is 'othe"):
+        find_profile([profile], Setting(**other))
+
+
+@pytest.mark.parametrize(
+    ("text", "schedule"),
+    [
+        ("fixed", Fixed()),
+        ("fixed:2", Fixed(2)),
+        ("threshold:0.5", Threshold(0.5)),
+        ("lagged:2", Lagged(lag=2)),
+    ],
+)
+def test_schedules_have_names(text, schedule):
+    assert parse_schedule(text) == schedule
+
+
+@pytest.mark.parametrize("text", ["", "fixed:x", "causal:1", "threshold", "lagged:0"])
+def test_names_of_no_schedule_are_refused(text):
+    with pytest.raises(ValueError, match="schedule"):
+        parse_schedule(text)

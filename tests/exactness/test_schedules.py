@@ -1,0 +1,63 @@
+"""The guarantees under every schedule (launch/audit.py --suite=schedules runs all)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax.numpy as jnp
+import pytest
+
+from jaxspark.decoding import Free, Outlook
+from jaxspark.decoding.couplings import COUPLINGS
+from jaxspark.evaluation import schedule_checks, schedule_sampling
+from launch import audit_schedules
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unlawful(Free):
+    """Lets a draft decide whether it is verified itself, with rejection sampling."""
+
+    couplings: ClassVar = COUPLINGS
+
+
+UNLAWFUL = {"unlawful": Unlawful(costs=schedule_sampling.COSTS)}
+
+
+@pytest.mark.parametrize("drafter", ["telltale", "hybrid-copies"])
+def test_rejection_sampling_is_exact_where_requests_compete(drafter):
+    checks = schedule_sampling.enumeration_checks([drafter])
+    assert len(checks) == 6 and all(check.holds for check in checks), checks
+
+
+def test_enumeration_finds_a_schedule_that_looks_ahead():
+    [check] = schedule_sampling.enumeration_checks(["telltale"], UNLAWFUL)
+    assert check.figure > 1e-3 and not check.holds
+
+
+def test_frequencies_find_it_too():
+    [check] = schedule_sampling.frequency_checks(20_000, UNLAWFUL)
+    assert check.figure < 1e-6 and not check.holds
+
+
+def test_frequencies_of_the_compiled_round_are_right():
+    lawful = schedule_sampling.schedules_for_rejection()
+    checks = schedule_sampling.frequency_checks(20_000, {"lagged": lawful["lagged"]})
+    assert all(check.holds for check in checks), checks
+
+
+def test_what_was_drafted_decides_how_much_is_drafted_next():
+    lagged = schedule_sampling.schedules_for_rejection()["lagged"]
+    for survival, length in (((0.8, 0.76), 2), ((0.8, 0.0008), 1), ((0.1, 0.0), 0)):
+        outlook = Outlook.of(jnp.array([survival] * 2))
+        pick = lagged.draft(outlook, jnp.zeros(2, int))
+        assert schedule_sampling.COSTS.draft_lengths[int(pick)] == length
+
+
+def test_the_grid_has_every_choice_and_its_part_most():
+    whole, part = (
+        schedule_checks.grid(),
+        schedule_checks.grid(every=audit_schedules.QUICK),
+    )
+    # Free is refused with rejection sampling.
+    assert len(whole) == 9 * (2 * 7 - 1) * 3 and len(set(whole)) == len(whole)
+    assert {cell.drafter for cell in part} == {cell.drafter for cell in whole}
+    assert len({cell.schedule for cell in part}) >= 5
