@@ -32,7 +32,7 @@ from jaxspark.decoding import (
 from jaxspark.decoding.state import Counters, ScheduleState
 from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.evaluation.plots import plot_load
-from jaxspark.evaluation.prompts import load_prompts
+from jaxspark.evaluation.prompts import in_turn, load_prompts
 from jaxspark.evaluation.timing import alternate
 from launch import common
 
@@ -174,7 +174,7 @@ def bench_load(console: Console) -> dict:
         per_domain=FLAGS.prompts_per_domain,
         max_tokens=FLAGS.capacity // 2,
     )
-    prompts = [prompt for turn in zip(*domains.values()) for prompt in turn]
+    prompts = in_turn(domains)
     figures = {}
     for slots in map(int, FLAGS.concurrency):
         figures[str(slots)] = at_concurrency(

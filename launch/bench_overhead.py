@@ -31,7 +31,7 @@ from jaxspark.decoding import (
 from jaxspark.decoding.costs import bucket_ladder, draft_ladder, within_ladder
 from jaxspark.decoding.generate import check_block_length
 from jaxspark.decoding.schedule import MEMORY
-from jaxspark.evaluation.prompts import load_prompts
+from jaxspark.evaluation.prompts import in_turn, load_prompts
 from jaxspark.evaluation.timing import alternate, medians
 from jaxspark.models import FlatTokens
 from launch import common
@@ -76,7 +76,7 @@ def bench_overhead(console: Console) -> dict:
         per_domain=FLAGS.prompts_per_domain,
         max_tokens=FLAGS.capacity // 2,
     )
-    prompts = [prompt for turn in zip(*domains.values()) for prompt in turn]
+    prompts = in_turn(domains)
     prompts = list(islice(cycle(prompts), slots))
     house = House(target.model, drafter, prompts)
     # Where tokens cost nothing, everything is verified.

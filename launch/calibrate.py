@@ -29,7 +29,7 @@ from jaxspark.checkpoints.load import drafter_folder
 from jaxspark.decoding import Calibration
 from jaxspark.decoding.generate import check_block_length
 from jaxspark.evaluation.plots import plot_reliability
-from jaxspark.evaluation.prompts import load_prompts
+from jaxspark.evaluation.prompts import in_turn, load_prompts
 from jaxspark.jsonlines import same_settings
 from jaxspark.training.data import Conversation, read_conversations
 from launch import common
@@ -152,7 +152,7 @@ def main() -> None:
         per_domain=FLAGS.test_prompts,
         max_tokens=FLAGS.max_prompt_tokens,
     )
-    test_prompts = [prompt for turn in zip(*domains.values()) for prompt in turn]
+    test_prompts = in_turn(domains)
     out = pathlib.Path(FLAGS.out)
     names = ("draft", "target", "dtype", "data", "fit_prompts", "prompts_dir",
              "test_prompts", "max_prompt_tokens", "max_new_tokens",

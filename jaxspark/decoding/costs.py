@@ -29,8 +29,7 @@ class CostCurve:
     def __post_init__(self):
         if self.draft_length < 0:
             raise ValueError(f"a draft length is at least 0, got {self.draft_length}")
-        if not self.sizes or any(a >= b for a, b in zip(self.sizes, self.sizes[1:])):
-            raise ValueError(f"token buckets must be ascending, got {self.sizes}")
+        check_buckets(self.sizes)
         if len(self.seconds) != len(self.sizes):
             raise ValueError(
                 f"{len(self.sizes)} token buckets, but seconds for "
@@ -105,6 +104,12 @@ class Costs:
         )
 
 
+def check_buckets(sizes: tuple[int, ...]) -> None:
+    """Raises `ValueError` unless token buckets ascend."""
+    if not sizes or any(a >= b for a, b in zip(sizes, sizes[1:])):
+        raise ValueError(f"token buckets must be ascending, got {sizes}")
+
+
 def bucket_ladder(slots: int, draft_length: int) -> tuple[int, ...]:
     """Token buckets from little more than one token per slot to every draft.
 
@@ -121,8 +126,6 @@ def bucket_ladder(slots: int, draft_length: int) -> tuple[int, ...]:
 
 def within_ladder(sizes: tuple[int, ...], full: int) -> tuple[int, ...]:
     """Those of `sizes` that a round of at most `full` tokens can use."""
-    if max(sizes) < full:
-        return tuple(sorted(set(sizes)))
     return tuple(sorted({min(size, full) for size in sizes}))
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxspark.decoding.confidence import Calibration
+from jaxspark.decoding.costs import check_buckets
 from jaxspark.decoding.couplings import (
     COUPLINGS,
     Coupling,
@@ -110,8 +111,7 @@ class DecodeOptions:
             sizes = (full,)
         else:
             sizes = self.buckets
-        if not sizes or any(a >= b for a, b in zip(sizes, sizes[1:])):
-            raise ValueError(f"token buckets must be ascending, got {sizes}")
+        check_buckets(sizes)
         if sizes[-1] < slots:
             raise ValueError(
                 f"the largest token bucket {sizes[-1]} cannot hold one token of each "

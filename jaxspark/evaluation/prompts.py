@@ -51,3 +51,8 @@ def _prompt_ids(path, line, text, tokenizer) -> list[int]:
         raise ValueError(
             f"{path}:{line}: expected an object with a list `turns`, got {text[:80]!r}"
         ) from error
+
+
+def in_turn(domains: dict[str, list[list[int]]]) -> list[list[int]]:
+    """The prompts of all domains in one list, one of each domain in turn."""
+    return [prompt for turn in zip(*domains.values()) for prompt in turn]
