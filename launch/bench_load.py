@@ -33,7 +33,6 @@ from jaxspark.decoding.state import Counters, ScheduleState
 from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.evaluation.plots import plot_load
 from jaxspark.evaluation.prompts import in_turn, load_prompts
-from jaxspark.evaluation.timing import alternate
 from launch import common
 
 flags.DEFINE_list(
@@ -57,33 +56,22 @@ class Contestant:
 
     Attributes:
       drafter, options: the way.
-      tokens, seconds, verified: of each run; verified counts drafts.
-      slot_rounds: rounds of all slots together.
+      runs: what `visit` returns, of all houses together, one by one.
       schedule: what scheduling remembers from run to run, as in a server.
     """
 
     drafter: Drafter
     options: DecodeOptions
-    tokens: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    verified: list[float] = field(default_factory=list)
-    slot_rounds: list[float] = field(default_factory=list)
+    runs: list[np.ndarray] = field(default_factory=list)
     schedule: ScheduleState | None = None
 
-    def run(self, houses: "list[House]") -> float:
-        """Decodes in every house; the requests gain `load_tokens` on the average."""
-        seed, totals = len(self.tokens), np.zeros(4)
-        for house in houses:
-            totals += self._visit(house, seed)
-        tokens, seconds, verified, slot_rounds = totals
-        self.tokens.append(tokens)
-        self.seconds.append(seconds)
-        self.verified.append(verified)
-        self.slot_rounds.append(slot_rounds)
-        return seconds / tokens
+    def visit(self, house: "House", run: int) -> np.ndarray:
+        """Decodes in a house; the requests gain `load_tokens` on the average.
 
-    def _visit(self, house: "House", seed: int) -> tuple[float, ...]:
-        state = house.enter(self, seed)
+        Returns:
+          Tokens, seconds, verified drafts and rounds of all slots together.
+        """
+        state = house.enter(self, run)
         slots = len(state.lengths_B)
         start = int(jnp.sum(jax.block_until_ready(state.lengths_B)))
         begin = time.perf_counter()
@@ -98,16 +86,15 @@ class Contestant:
         counters = state.counters
         verified, rounds = counters.verified_B.sum(), counters.rounds_B.sum()
         house.leave(state)
-        return gained, seconds, int(verified), int(rounds)
+        return np.array([gained, seconds, int(verified), int(rounds)])
 
     def figures(self) -> dict[str, float]:
-        """Medians over the runs but the first, which compiled."""
-        rates = np.array(self.tokens[1:]) / np.array(self.seconds[1:])
+        """The median rate of the runs but the first, which compiled; means."""
+        tokens, seconds, verified, rounds = np.array(self.runs[1:]).T
         return {
-            "tokens_per_second": float(np.median(rates)),
-            "verified_tokens_per_slot": 1
-            + sum(self.verified[1:]) / sum(self.slot_rounds[1:]),
-            "accepted_length": sum(self.tokens[1:]) / sum(self.slot_rounds[1:]),
+            "tokens_per_second": float(np.median(tokens / seconds)),
+            "verified_tokens_per_slot": 1 + float(verified.sum() / rounds.sum()),
+            "accepted_length": float(tokens.sum() / rounds.sum()),
         }
 
 
@@ -228,13 +215,15 @@ def at_concurrency(console, model, drafter, slots, prompts, calibration) -> dict
         ),
     )
     with console.status(f"{slots} requests: decoding in turn"):
-        alternate(
-            {
-                name: lambda each=each: each.run(houses)
-                for name, each in contestants.items()
-            },
-            FLAGS.repeats,
-        )
+        for run in range(FLAGS.repeats + 1):
+            totals = {name: np.zeros(4) for name in contestants}
+            # A visit takes a second or two, and machines change their pace: taking
+            # turns at every house keeps the contestants' conditions alike.
+            for house in houses:
+                for name, each in contestants.items():
+                    totals[name] += each.visit(house, run)
+            for name, each in contestants.items():
+                each.runs.append(totals[name])
     return {name: each.figures() for name, each in contestants.items()} | {
         "costs": asdict(profile.costs)
     }

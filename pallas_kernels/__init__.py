@@ -4,5 +4,13 @@
 """
 
 from pallas_kernels.cached_attention.api import cached_attention
+from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.index_scores.api import index_scores
+from pallas_kernels.sparse_attention.api import sparse_attention
 
-__all__ = ["cached_attention"]
+__all__ = [
+    "cached_attention",
+    "grouped_matmul",
+    "index_scores",
+    "sparse_attention",
+]

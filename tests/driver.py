@@ -29,7 +29,8 @@ class Session:
 
     def __init__(self, model, slots, length, *, taps=(), lanes=None):
         self.graphdef, self.params = nnx.split(model)
-        self.cache = model.init_cache(slots, length, lanes=lanes)
+        options = {} if lanes is None else {"lanes": lanes}
+        self.cache = model.init_cache(slots, length, **options)
         self.lengths_B = np.zeros(slots, np.int32)
         self.taps = tuple(taps)
 

@@ -67,10 +67,10 @@ def load_module[M: nnx.Module](build: Callable[[], M], tensors: Tensors) -> M:
     graph, state = nnx.split(nnx.eval_shape(build))
     flat = nnx.to_flat_state(state)
     places = {".".join(map(str, path)): variable for path, variable in flat}
-    _compare({name: tuple(v.shape) for name, v in places.items()}, tensors)
+    compare({name: tuple(v.shape) for name, v in places.items()}, tensors)
 
     def read(name: str) -> jax.Array:
-        return _array(name, tensors, places[name].dtype)
+        return checked(name, tensors, places[name].dtype)
 
     # NumPy casts and dequantizes outside the interpreter lock; a few threads suffice.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -95,7 +95,7 @@ def check_depth(tensors: Tensors, layers: int) -> None:
         )
 
 
-def _compare(expected: Mapping[str, tuple[int, ...]], tensors: Tensors) -> None:
+def compare(expected: Mapping[str, tuple[int, ...]], tensors: Tensors) -> None:
     """Names and shapes must be the same, neither more nor fewer."""
     seen = tensors.shapes
     missing = [f"{name} {expected[name]}" for name in expected if name not in seen]
@@ -124,7 +124,7 @@ def _some(items: list[str]) -> str:
     return f"{shown}; and {hidden} more" if hidden > 0 else shown
 
 
-def _array(name: str, tensors: Tensors, dtype) -> jax.Array:
+def checked(name: str, tensors: Tensors, dtype) -> jax.Array:
     """One tensor, cast to `dtype` and checked."""
     dtype = np.dtype(dtype)
     array = tensors.read(name)

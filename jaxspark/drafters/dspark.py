@@ -25,7 +25,7 @@ from jaxspark.drafters.base import Draw, Proposal, anchors
 from jaxspark.drafters.heads import HEAD_TYPES, ConfidenceHead, MarkovHead
 from jaxspark.models import DenseConfig, FlatTokens, LayerCache
 from jaxspark.models.dense import DecoderLayer
-from jaxspark.models.layers.linear import Linear, row_product
+from jaxspark.models.layers.linear import Buffer, Linear, row_product
 from jaxspark.models.layers.norm import RMSNorm
 from jaxspark.models.layers.rope import Rotation
 
@@ -120,10 +120,6 @@ def check_same_target(
                 f"the drafter was made for another target: {name} is {mine}, "
                 f"the target's is {theirs}"
             )
-
-
-class Buffer(nnx.Variable):
-    """An array that belongs to a model but is not trained."""
 
 
 class DSparkDrafter(nnx.Module):

@@ -78,8 +78,8 @@ class MarkovHead(nnx.Module):
 class ConfidenceHead(nnx.Module):
     """Logit of P(x_{j+1} accepted | earlier accepted) from [h_j; W1[x_j]] or h_j."""
 
-    def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
-        self.proj = Linear(width, 1, bias=True, dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, *, bias: bool = True, dtype, rngs: nnx.Rngs):
+        self.proj = Linear(width, 1, bias=bias, dtype=dtype, rngs=rngs)
 
     def __call__(self, features_IB: Float[Array, "I B"]) -> Float[Array, " B"]:
         """One logit per slot."""

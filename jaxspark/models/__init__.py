@@ -2,7 +2,16 @@
 
 from jaxspark.models.batch import FlatTokens
 from jaxspark.models.cache import LayerCache
+from jaxspark.models.deepseek_v4 import DeepSeekV4, DeepSeekV4Config
 from jaxspark.models.dense import DenseConfig, DenseDecoder
 from jaxspark.models.layers.rope import RopeConfig
 
-__all__ = ["DenseConfig", "DenseDecoder", "FlatTokens", "LayerCache", "RopeConfig"]
+__all__ = [
+    "DeepSeekV4",
+    "DeepSeekV4Config",
+    "DenseConfig",
+    "DenseDecoder",
+    "FlatTokens",
+    "LayerCache",
+    "RopeConfig",
+]

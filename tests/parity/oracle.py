@@ -7,6 +7,7 @@ the network. Each line of standard input is a JSON request, each answer a JSON l
   save:    optional folder, gets config.json and model.safetensors
   tokens:  optional list of token id lists
   hidden:  also return all hidden states (default false)
+  chosen:  also return what every indexer chose, chosen_<i>_<layer> [T, X] (-1: none)
   text:    optional list of strings to tokenize ("gguf" only)
   out:     an .npz path for logits_<i> [T, V], hidden_<i> [L+1, T, D], ids_<i> [T]
 
@@ -24,6 +25,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from v4_weights import random_weights as v4_weights  # noqa: E402
 from weights import random_weights  # noqa: E402
 
 EXACT = {"dtype": torch.float32, "attn_implementation": "eager"}
@@ -43,8 +45,10 @@ def build(request):
     config = transformers.AutoConfig.for_model(**request["config"])
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    weights = random_weights(request["config"], request["seed"])
-    expected = set(dict(model.named_parameters()))
+    v4 = request["config"]["model_type"] == "deepseek_v4"
+    weights = (v4_weights if v4 else random_weights)(request["config"], request["seed"])
+    buffers = set(dict(model.named_buffers())) & set(model.state_dict())
+    expected = set(dict(model.named_parameters())) | buffers
     if expected != set(weights):
         raise ValueError(f"tensor names differ: {sorted(expected ^ set(weights))}")
     model.load_state_dict(
@@ -66,11 +70,14 @@ def answer(request, models):
     if "save" in request:
         model.save_pretrained(request["save"], safe_serialization=True)
     arrays = {}
+    chosen = record_choices(model) if request.get("chosen", False) else {}
     for index, ids in enumerate(request.get("tokens", [])):
         with torch.no_grad():
             result = model(
                 torch.tensor([ids]), output_hidden_states=request.get("hidden", False)
             )
+        for layer, choice in chosen.items():
+            arrays[f"chosen_{index}_{layer}"] = choice[0].numpy()
         arrays[f"logits_{index}"] = result.logits[0].numpy()
         if request.get("hidden", False):
             states = torch.stack([state[0] for state in result.hidden_states])
@@ -84,6 +91,20 @@ def answer(request, models):
     if "out" in request:
         np.savez(request["out"], **arrays)
     return {}
+
+
+def record_choices(model):
+    """A dict that gets each indexer's last output, by layer."""
+    chosen = {}
+    for layer, block in enumerate(model.model.layers):
+        indexer = getattr(block.self_attn.compressor, "indexer", None)
+        if indexer is not None:
+            indexer.register_forward_hook(
+                lambda module, inputs, output, layer=layer: chosen.update(
+                    {layer: output}
+                )
+            )
+    return chosen
 
 
 def main():

@@ -35,6 +35,10 @@ def row_product(
     return jax.lax.optimization_barrier(y_OT).T
 
 
+class Buffer(nnx.Variable):
+    """An array that belongs to a model but is not trained."""
+
+
 class Linear(nnx.Module):
     """y_OT = W_OI x_IT (+ b_O); `weight` and `bias` as in the checkpoint."""
 

@@ -1,6 +1,7 @@
 """Gated MLP: W_down (silu(W_gate x) * W_up x) (Shazeer 2020, "SwiGLU")."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -8,12 +9,22 @@ from jaxspark.models.layers.linear import Linear
 
 
 class GatedMLP(nnx.Module):
-    """SwiGLU feed-forward, width D, hidden width F."""
+    """SwiGLU feed-forward, width D, hidden width F; `limit` clamps what is gated."""
 
-    def __init__(self, width: int, hidden: int, *, bias: bool, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        bias: bool,
+        limit: float | None = None,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
         self.gate_proj = Linear(width, hidden, bias=bias, dtype=dtype, rngs=rngs)
         self.up_proj = Linear(width, hidden, bias=bias, dtype=dtype, rngs=rngs)
         self.down_proj = Linear(hidden, width, bias=bias, dtype=dtype, rngs=rngs)
+        self.limit = limit
 
     def __call__(self, x_DT: Float[Array, "D T"]) -> Float[Array, "D T"]:
         """Maps every column."""
@@ -21,4 +32,16 @@ class GatedMLP(nnx.Module):
 
     def hidden(self, x_DT: Float[Array, "D T"]) -> Float[Array, "F T"]:
         """The gated hidden units."""
-        return jax.nn.silu(self.gate_proj(x_DT)) * self.up_proj(x_DT)
+        gate_FT, up_FT = self.gate_proj(x_DT), self.up_proj(x_DT)
+        if self.limit is None:
+            return jax.nn.silu(gate_FT) * up_FT
+        return clamped_swiglu(gate_FT, up_FT, self.limit)
+
+
+def clamped_swiglu(
+    gate: Float[Array, "..."], up: Float[Array, "..."], limit: float
+) -> Float[Array, "..."]:
+    """silu(min(gate, limit)) * clip(up, -limit, limit), in float32 and rounded once."""
+    gate32, up32 = gate.astype(jnp.float32), up.astype(jnp.float32)
+    clamped = jax.nn.silu(jnp.minimum(gate32, limit)) * jnp.clip(up32, -limit, limit)
+    return clamped.astype(gate.dtype)

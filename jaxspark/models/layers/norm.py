@@ -6,6 +6,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 
+def normalise(x_DT: Float[Array, "... D T"], eps: float) -> Float[Array, "... D T"]:
+    """x_D / sqrt(mean_D(x^2) + eps) in float32."""
+    x_DT = x_DT.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x_DT), axis=-2, keepdims=True)
+    return x_DT * jax.lax.rsqrt(mean_square + eps)
+
+
 class RMSNorm(nnx.Module):
     """x_D / sqrt(mean_D(x^2) + eps) * w_D over the feature axis of `[..., D, T]`."""
 
@@ -14,8 +21,15 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x_DT: Float[Array, "... D T"]) -> Float[Array, "... D T"]:
+        """Norms every column; rounded before the weight, as Llama does."""
+        x = normalise(x_DT, self.eps).astype(x_DT.dtype)
+        return self.weight[...][:, None] * x
+
+
+class Float32RMSNorm(RMSNorm):
+    """The same, weight included in float32 and rounded once, as DeepSeek does."""
+
+    def __call__(self, x_DT: Float[Array, "... D T"]) -> Float[Array, "... D T"]:
         """Norms every column."""
-        x = x_DT.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x), axis=-2, keepdims=True)
-        x = x * jax.lax.rsqrt(mean_square + self.eps)
-        return self.weight[...][:, None] * x.astype(x_DT.dtype)
+        weight_D = self.weight[...].astype(jnp.float32)
+        return (weight_D[:, None] * normalise(x_DT, self.eps)).astype(x_DT.dtype)

@@ -117,3 +117,38 @@ class Rotation:
         cos, sin = self.cos_hT, self.sin_hT
         turned = jnp.concatenate([x * cos - y * sin, y * cos + x * sin], axis=1)
         return turned.astype(x_NHT.dtype)
+
+
+@dataclass(frozen=True)
+class TrailingRotation:
+    """Turns the last 2h of a head's H channels, in pairs of neighbours (DeepSeek-V4).
+
+    The channels before them carry no position.
+    """
+
+    cos_hT: Float[Array, "h T"]
+    sin_hT: Float[Array, "h T"]
+
+    @classmethod
+    def at(cls, config: RopeConfig, width: int, positions_T: Int[Array, " T"]):
+        """Angles of `width` turning channels for absolute `positions_T`, in float32."""
+        turns = Rotation.at(config, width, positions_T)
+        return cls(turns.cos_hT, turns.sin_hT)
+
+    @property
+    def inverse(self) -> "TrailingRotation":
+        """The rotation back."""
+        return TrailingRotation(self.cos_hT, -self.sin_hT)
+
+    def __call__(self, x_NHT: Float[Array, "N H T"]) -> Float[Array, "N H T"]:
+        """Turns each head's last pairs."""
+        N, H, T = x_NHT.shape
+        turning = 2 * self.cos_hT.shape[0]
+        pairs_Nh2T = x_NHT[:, H - turning :].astype(jnp.float32).reshape(N, -1, 2, T)
+        x_NhT, y_NhT = pairs_Nh2T[:, :, 0], pairs_Nh2T[:, :, 1]
+        cos, sin = self.cos_hT, self.sin_hT
+        turned_Nh2T = jnp.stack(
+            [x_NhT * cos - y_NhT * sin, y_NhT * cos + x_NhT * sin], axis=2
+        )
+        turned_NrT = turned_Nh2T.reshape(N, turning, T).astype(x_NHT.dtype)
+        return jnp.concatenate([x_NHT[:, : H - turning], turned_NrT], axis=1)

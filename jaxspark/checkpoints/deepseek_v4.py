@@ -1,0 +1,298 @@
+"""DeepSeek-V4 checkpoints: where every tensor of a file lies in the model.
+
+Two layouts are known. *Released*: DeepSeek's own names (`layers.3.attn.wq_a.weight`),
+one tensor per expert and matrix. *Transformers*: the names of its modules
+(`model.layers.3.self_attn.q_a_proj.weight`), the experts of a layer in one tensor; what
+transformers saves mixes both, and is read too.
+
+The model stacks its layers, so one parameter takes the tensors of many layers and
+experts. Tensors are read one after the other and put into the parameter where it lies,
+on the device or spread over many, so the host holds one tensor at a time.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxspark.checkpoints.tree import Tensors, checked, compare
+from jaxspark.models.deepseek_v4 import DeepSeekV4, DeepSeekV4Config, stacks
+
+# Names inside a layer: ours, transformers' (None: the same), the released ones.
+_LAYER = (
+    ("attn_hc.fn", None, "hc_attn_fn"),
+    ("attn_hc.base", None, "hc_attn_base"),
+    ("attn_hc.scale", None, "hc_attn_scale"),
+    ("ffn_hc.fn", None, "hc_ffn_fn"),
+    ("ffn_hc.base", None, "hc_ffn_base"),
+    ("ffn_hc.scale", None, "hc_ffn_scale"),
+    ("input_layernorm.weight", None, "attn_norm.weight"),
+    ("post_attention_layernorm.weight", None, "ffn_norm.weight"),
+    ("self_attn.sinks", None, "attn.attn_sink"),
+    ("self_attn.q_a_proj.weight", None, "attn.wq_a.weight"),
+    ("self_attn.q_a_norm.weight", None, "attn.q_norm.weight"),
+    ("self_attn.q_b_proj.weight", None, "attn.wq_b.weight"),
+    ("self_attn.kv_proj.weight", None, "attn.wkv.weight"),
+    ("self_attn.kv_norm.weight", None, "attn.kv_norm.weight"),
+    ("self_attn.o_a_proj.weight", None, "attn.wo_a.weight"),
+    ("self_attn.o_b_proj.weight", None, "attn.wo_b.weight"),
+    ("self_attn.compressor.kv_proj.weight", None, "attn.compressor.wkv.weight"),
+    ("self_attn.compressor.gate_proj.weight", None, "attn.compressor.wgate.weight"),
+    ("self_attn.compressor.position_bias", None, "attn.compressor.ape"),
+    ("self_attn.compressor.kv_norm.weight", None, "attn.compressor.norm.weight"),
+    (
+        "self_attn.indexer.q_b_proj.weight",
+        "self_attn.compressor.indexer.q_b_proj.weight",
+        "attn.indexer.wq_b.weight",
+    ),
+    (
+        "self_attn.indexer.weights_proj.weight",
+        "self_attn.compressor.indexer.scorer.weights_proj.weight",
+        "attn.indexer.weights_proj.weight",
+    ),
+    (
+        "self_attn.indexer.compressor.kv_proj.weight",
+        "self_attn.compressor.indexer.kv_proj.weight",
+        "attn.indexer.compressor.wkv.weight",
+    ),
+    (
+        "self_attn.indexer.compressor.gate_proj.weight",
+        "self_attn.compressor.indexer.gate_proj.weight",
+        "attn.indexer.compressor.wgate.weight",
+    ),
+    (
+        "self_attn.indexer.compressor.position_bias",
+        "self_attn.compressor.indexer.position_bias",
+        "attn.indexer.compressor.ape",
+    ),
+    (
+        "self_attn.indexer.compressor.kv_norm.weight",
+        "self_attn.compressor.indexer.kv_norm.weight",
+        "attn.indexer.compressor.norm.weight",
+    ),
+    ("mlp.gate.weight", None, "ffn.gate.weight"),
+    ("mlp.gate.e_score_correction_bias", None, "ffn.gate.bias"),
+    ("mlp.gate.tid2eid", None, "ffn.gate.tid2eid"),
+    ("mlp.shared_experts.gate_proj.weight", None, "ffn.shared_experts.w1.weight"),
+    ("mlp.shared_experts.up_proj.weight", None, "ffn.shared_experts.w3.weight"),
+    ("mlp.shared_experts.down_proj.weight", None, "ffn.shared_experts.w2.weight"),
+)
+_RELEASED = {ours: released for ours, _, released in _LAYER}
+_TRANSFORMERS = {ours: theirs or ours for ours, theirs, _ in _LAYER}
+_TOP = {
+    "embed_tokens.weight": "embed.weight",
+    "norm.weight": "norm.weight",
+    "lm_head.weight": "head.weight",
+    "hc_head.hc_fn": "hc_head_fn",
+    "hc_head.hc_base": "hc_head_base",
+    "hc_head.hc_scale": "hc_head_scale",
+}
+_GATE_UP, _DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a checkpoint, and where it begins in a parameter.
+
+    Attributes:
+      name: of the tensor.
+      shape: of the tensor.
+      start: its first element's place; the tensor takes leading axes of length 1.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+
+
+Plan = dict[str, list[Piece]]
+
+
+def target_plan(
+    config: DeepSeekV4Config, shapes: Mapping[str, tuple[int, ...]], *, released: bool
+) -> Plan:
+    """The tensors that every parameter of a target is made of, by its path.
+
+    Args:
+      config: of the model.
+      shapes: of its parameters, by path.
+      released: whether names are the released ones, else transformers'.
+    """
+    period = config.plan[1]
+    firsts = stacks(config)
+    found = {}
+    for path, shape in shapes.items():
+        if not path.startswith("layers."):
+            found[path] = [_top_piece(path, shape, released)]
+            continue
+        _, stack, inner = path.split(".", 2)
+        first, count = firsts[int(stack)]
+        found[path] = [
+            piece
+            for place in range(count)
+            for piece in _layer_pieces(
+                inner, shape[1:], first + place * period, place, released
+            )
+        ]
+    return found
+
+
+def draft_plan(shapes: Mapping[str, tuple[int, ...]]) -> Plan:
+    """The same of a drafter inside a released checkpoint, `mtp.0.` and so on.
+
+    Inputs belong to the first stage, heads and the last norm to the last one.
+    """
+    stages = shapes["stages.self_attn.sinks"][0]
+    found = {}
+    for path, shape in shapes.items():
+        if path.startswith("stages."):
+            inner = path.removeprefix("stages.")
+            found[path] = [
+                Piece(f"mtp.{place}.{piece.name}", piece.shape, piece.start)
+                for place in range(stages)
+                for piece in _released_pieces(inner, shape[1:], place)
+            ]
+        else:
+            first = path.startswith(("main_", "e_proj", "h_proj", "enorm", "hnorm"))
+            name = path.replace("hc_head.hc_", "hc_head_")
+            stage = 0 if first else stages - 1
+            found[path] = [Piece(f"mtp.{stage}.{name}", shape, (0,) * len(shape))]
+    return found
+
+
+def _top_piece(path, shape, released) -> Piece:
+    if released:
+        name = _TOP[path]
+    else:
+        name = path if path.startswith("lm_head.") else f"model.{path}"
+    return Piece(name, shape, (0,) * len(shape))
+
+
+def _layer_pieces(inner, shape, layer, place, released):
+    """The tensors of one layer's part of a stacked parameter."""
+    if released:
+        return [
+            Piece(f"layers.{layer}.{piece.name}", piece.shape, piece.start)
+            for piece in _released_pieces(inner, shape, place)
+        ]
+    name = _TRANSFORMERS.get(inner, inner)
+    return [Piece(f"model.layers.{layer}.{name}", shape, (place, *(0,) * len(shape)))]
+
+
+def _released_pieces(inner, shape, place):
+    """The same under names without the layer's prefix."""
+    if inner not in (_GATE_UP, _DOWN):
+        return [Piece(_RELEASED[inner], shape, (place, *(0,) * len(shape)))]
+    experts, rows, columns = shape
+    parts = [("w2", 0)] if inner == _DOWN else [("w1", 0), ("w3", rows // 2)]
+    return [
+        Piece(
+            f"ffn.experts.{expert}.{part}.weight",
+            (rows // len(parts), columns),
+            (place, expert, begin, 0),
+        )
+        for expert in range(experts)
+        for part, begin in parts
+    ]
+
+
+def normalised(tensors: Tensors) -> Tensors:
+    """Under released names or transformers', whichever the file mostly has.
+
+    What transformers saves has released names behind "model.", and some of its own.
+    Tensors of draft stages (`mtp.`) are not the model's and left out.
+    """
+    names = [name for name in tensors.shapes if not name.startswith("mtp.")]
+    if any(".self_attn." in name for name in names):
+        return tensors.renamed({name: name for name in names})
+    own = {f"model.{ours}": theirs for ours, theirs in _TOP.items()}
+
+    def released(name):
+        name = own.get(name, name).removeprefix("model.")
+        return name.replace(".attn.norm.", ".attn.kv_norm.")
+
+    return tensors.renamed({released(name): name for name in names})
+
+
+def load_deepseek_v4(
+    config: DeepSeekV4Config,
+    tensors: Tensors,
+    *,
+    dtype,
+    sharding: Callable[[str], jax.sharding.Sharding] | None = None,
+) -> DeepSeekV4:
+    """Builds a model and fills it, tensor by tensor.
+
+    Args:
+      config: of the model.
+      tensors: a checkpoint in either layout, dequantized on reading.
+      dtype: of the large matrices, norms and the embedding.
+      sharding: of each parameter, by its path; None leaves all on one device.
+
+    Raises:
+      CheckpointError: tensors missing, extra, of another shape or type, or not finite;
+        before anything is read where it can be known.
+    """
+    tensors = normalised(tensors)
+    released = not any(".self_attn." in name for name in tensors.shapes)
+    return fill(
+        lambda: DeepSeekV4(config, dtype=dtype, rngs=nnx.Rngs(0)),
+        lambda shapes: target_plan(config, shapes, released=released),
+        tensors,
+        sharding,
+    )
+
+
+def fill[M: nnx.Module](
+    build: Callable[[], M],
+    plan_of: Callable[[Mapping[str, tuple[int, ...]]], Plan],
+    tensors: Tensors,
+    sharding: Callable[[str], jax.sharding.Sharding] | None,
+) -> M:
+    """Builds a module and fills its parameters piece by piece; only traces `build`."""
+    graph, state = nnx.split(nnx.eval_shape(build))
+    flat = nnx.to_flat_state(state)
+    shapes = {".".join(map(str, path)): tuple(v.shape) for path, v in flat}
+    plan = plan_of(shapes)
+    compare({piece.name: piece.shape for ps in plan.values() for piece in ps}, tensors)
+    filled = []
+    for path, variable in flat:
+        name = ".".join(map(str, path))
+        where = None if sharding is None else sharding(name)
+        array = jnp.zeros(variable.shape, variable.dtype, device=where)
+        for piece in plan[name]:
+            part = checked(piece.name, tensors, variable.dtype)
+            array = _put(array, part, jnp.array(piece.start, jnp.int32))
+        filled.append((path, variable.replace(array)))
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(array, part, start):
+    """A parameter with one tensor in its place; the old one's memory is used again."""
+    part = part.reshape((1,) * (array.ndim - part.ndim) + part.shape)
+    return jax.lax.dynamic_update_slice(array, part.astype(array.dtype), tuple(start))
+
+
+def tensors_of(
+    module: nnx.Module, plan_of: Callable[[Mapping[str, tuple[int, ...]]], Plan]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """A module's tensors by a layout's names, one after the other."""
+    state = nnx.split(module)[1]
+    arrays = {
+        ".".join(map(str, path)): variable.get_value()
+        for path, variable in nnx.to_flat_state(state)
+    }
+    plan = plan_of({path: array.shape for path, array in arrays.items()})
+    for path, parts in plan.items():
+        for piece in parts:
+            lead = len(piece.start) - len(piece.shape)
+            where = piece.start[:lead] + tuple(
+                slice(begin, begin + size)
+                for begin, size in zip(piece.start[lead:], piece.shape)
+            )
+            yield piece.name, np.asarray(arrays[path][where])

@@ -1,0 +1,234 @@
+"""DSpark as DeepSeek-V4's checkpoints carry it (`mtp.*`; arXiv 2607.05147, section 4).
+
+    c_s = norm(W_main [h_s^(t1); ...; h_s^(tm)])     means over the target's streams
+    block = stages([x_a, noise, ..., noise])         G rows at positions a, a+1, ...
+    q_j = softmax(head(norm(h_j)) + W2 W1[x_j])      left to right; x_{j+1} ~ q_j
+    k_j = w [h_j; W1[x_j]]                           confidence, h_j before the norm
+
+A stage is a layer of the target's kind (hyper-connections, experts) with a window and
+no compressed entries. Its keys of context rows come from c_s, the same for all stages,
+and stay in a ring; a block sees the last W of them and all of its own rows. Nothing of
+a block is kept.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxspark.drafters.base import Draw, Proposal, anchors
+from jaxspark.drafters.dspark import check_taps
+from jaxspark.drafters.heads import ConfidenceHead, MarkovHead
+from jaxspark.models.batch import FlatTokens
+from jaxspark.models.deepseek_v4 import (
+    DeepSeekV4Config,
+    DeepSeekV4Layer,
+    Pass,
+    member,
+    stacked,
+)
+from jaxspark.models.layers.hyper_connections import HyperHead
+from jaxspark.models.layers.linear import Linear, row_product
+from jaxspark.models.layers.norm import Float32RMSNorm
+from jaxspark.models.rows import Rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSeekV4DSparkConfig:
+    """The drafter inside a DeepSeek-V4 checkpoint, under its configuration's names.
+
+    Attributes:
+      target: architecture of the target, which the stages share.
+      dspark_block_size: G, most tokens drafted at once.
+      dspark_target_layer_ids: taps, ascending 0-based target layers.
+      dspark_noise_token_id: token that fills the block after the anchor.
+      dspark_markov_rank: R of the sequential head.
+      n_mtp_layers: stages.
+    """
+
+    target: DeepSeekV4Config
+    dspark_block_size: int
+    dspark_target_layer_ids: tuple[int, ...]
+    dspark_noise_token_id: int
+    dspark_markov_rank: int
+    n_mtp_layers: int = 3
+
+    def __post_init__(self):
+        if self.dspark_block_size < 1 or self.n_mtp_layers < 1:
+            raise ValueError(
+                "a drafter has at least one stage and one row, got "
+                f"n_mtp_layers {self.n_mtp_layers} and dspark_block_size "
+                f"{self.dspark_block_size}"
+            )
+        depth = self.target.num_hidden_layers
+        check_taps(self.dspark_target_layer_ids, depth, lowest=0)
+        if not 0 <= self.dspark_noise_token_id < self.target.vocab_size:
+            raise ValueError(
+                f"dspark_noise_token_id {self.dspark_noise_token_id} lies outside the "
+                f"vocabulary of {self.target.vocab_size}"
+            )
+
+
+class DeepSeekV4DSpark(nnx.Module):
+    """Parameters of the drafter; inside a stage, the names are the target's."""
+
+    abstains: ClassVar[bool] = False
+
+    def __init__(
+        self, config: DeepSeekV4DSparkConfig, *, dtype=jnp.float32, rngs: nnx.Rngs
+    ):
+        self.config = config
+        c, R = config.target, config.dspark_markov_rank
+        D, options = c.hidden_size, {"dtype": dtype, "rngs": rngs}
+        norm = partial(Float32RMSNorm, D, eps=c.rms_norm_eps, dtype=dtype)
+        self.main_proj = Linear(len(self.taps) * D, D, **options)
+        self.main_norm = norm()
+        self.stages = stacked(
+            partial(DeepSeekV4Layer, c, 0, False, dtype=dtype),
+            config.n_mtp_layers,
+            rngs,
+        )
+        self.hc_head = HyperHead(c, rngs=rngs)
+        self.norm = norm()
+        self.markov_head = MarkovHead(
+            "vanilla",
+            vocab=c.vocab_size,
+            draft_vocab=c.vocab_size,
+            width=D,
+            rank=R,
+            **options,
+        )
+        self.confidence_head = ConfidenceHead(D + R, bias=False, **options)
+
+    @property
+    def block_length(self) -> int:
+        """Most tokens it can propose at once."""
+        return self.config.dspark_block_size
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Target layers that `observe` needs."""
+        return self.config.dspark_target_layer_ids
+
+    @property
+    def dtype(self):
+        """Type of activations and caches."""
+        return self.main_proj.weight.dtype
+
+    def check_target(self, target: DeepSeekV4Config) -> None:
+        """Raises `ValueError` if it was made for another target."""
+        if target != self.config.target:
+            raise ValueError(
+                "the drafter was made for another target: its configuration is "
+                f"{self.config.target}, the target's is {target}"
+            )
+
+    def init_cache(self, slots: int, length: int) -> Rows:
+        """Empty rings of context keys, one per stage."""
+        c = self.config.target
+        return Rows.ring(
+            self.config.n_mtp_layers,
+            slots,
+            length,
+            c.head_dim,
+            self.dtype,
+            lookback=c.sliding_window,
+        )
+
+    def observe(
+        self, cache: Rows, taps_mDT: Float[Array, "m D T"], tokens: FlatTokens
+    ) -> Rows:
+        """Writes every stage's keys of the context features c_s."""
+        run = Pass.of(self.config.target, tokens)
+        features_XT = taps_mDT.astype(self.dtype).reshape(-1, taps_mDT.shape[-1])
+        context_DT = self.main_norm(self.main_proj(features_XT))
+        for place in range(self.config.n_mtp_layers):
+            stage = member(self.stages, jnp.int32(place))
+            keys_TH = stage.self_attn.keys(context_DT, run.plain)
+            cache = cache.append(jnp.int32(place), keys_TH, tokens, run.view)
+        return cache
+
+    def backbone(
+        self,
+        target,
+        cache: Rows,
+        anchors_B: Int[Array, " B"],
+        positions_B: Int[Array, " B"],
+        block_length: int,
+    ) -> Float[Array, "D B G"]:
+        """Collapsed hidden states of a block's rows, before the last norm."""
+        B, G = len(anchors_B), block_length
+        noise_BQ = jnp.full((B, G - 1), self.config.dspark_noise_token_id, jnp.int32)
+        tokens = FlatTokens.from_rows(
+            jnp.concatenate([anchors_B[:, None], noise_BQ], axis=1),
+            positions_B,
+            jnp.full((B,), G),
+        )
+        run = Pass.of(self.config.target, tokens)
+        window = self.config.target.sliding_window
+        # All rows see the last W context rows, as far as there are some, and the block.
+        oldest_B = jnp.maximum(window - positions_B, 0)
+        spans_B2 = jnp.stack([oldest_B, jnp.full((B,), window + G)], axis=1)
+        spans_BG2 = jnp.broadcast_to(spans_B2[:, None], (B, G, 2))
+
+        def attend(stage, place, h_DT):
+            attention = stage.self_attn
+            before_BWH = cache.before(place, positions_B, window)
+            block_BGH = run.view.spread(attention.keys(h_DT, run.plain), 0)
+            latent_RT = attention.q_a_norm(attention.q_a_proj(h_DT))
+            recent_BRH = jnp.concatenate([before_BWH, block_BGH], axis=1)
+            o_DT = attention.attend(
+                latent_RT, recent_BRH, spans_BG2, {}, run.view, run.plain
+            )
+            return o_DT, None
+
+        x_DT = target.embed(tokens.ids_T).astype(self.dtype)
+        x_MDT = jnp.broadcast_to(x_DT, (self.config.target.hc_mult, *x_DT.shape))
+        for place in map(jnp.int32, range(self.config.n_mtp_layers)):
+            stage = member(self.stages, place)
+            x_MDT, _ = stage.around(partial(attend, stage, place), x_MDT, place, tokens)
+        return self.hc_head(x_MDT).reshape(-1, B, G)
+
+    def propose(
+        self,
+        target,
+        cache: Rows,
+        tokens_BS: Int[Array, "B S"],
+        lengths_B: Int[Array, " B"],
+        draw: Draw,
+        block_length: int,
+    ) -> tuple[Proposal, Rows]:
+        """Drafts a block: stages once, then the heads row by row."""
+        anchors_B, positions_B = anchors(tokens_BS, lengths_B)
+        hidden_DBG = self.backbone(target, cache, anchors_B, positions_B, block_length)
+        D, B, G = hidden_DBG.shape
+        normed_DT = self.norm(hidden_DBG.reshape(D, B * G))
+        base_BGV = row_product(target.head_VD, normed_DT).reshape(B, G, -1)
+
+        def row(previous_B, inputs):
+            j, hidden_DB, base_BV = inputs
+            embedded_RB = self.markov_head.embed(previous_B)
+            features_IB = jnp.concatenate([hidden_DB, embedded_RB])
+            logits_BV = base_BV + self.markov_head.bias(embedded_RB)
+            token_B, log_q_BV = draw(logits_BV, j, None)
+            return token_B, (token_B, log_q_BV, self.confidence_head(features_IB))
+
+        rows = (
+            jnp.arange(G),
+            jnp.moveaxis(hidden_DBG, 2, 0),
+            jnp.moveaxis(base_BGV, 1, 0),
+        )
+        _, outputs = jax.lax.scan(row, anchors_B, rows)
+        tokens_BG, log_q_BGV, confidence_BG = (
+            jnp.moveaxis(each, 0, 1) for each in outputs
+        )
+        return Proposal(
+            tokens_BG=tokens_BG,
+            lengths_B=jnp.full_like(lengths_B, G),
+            confidence_BG=confidence_BG,
+            log_q_BGW=log_q_BGV,
+        ), cache

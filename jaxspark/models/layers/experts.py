@@ -1,0 +1,149 @@
+"""DeepSeekMoE with V4's router (sections 2.1, 4.2.1).
+
+    s = sqrt(softplus(W_gate x))                          float32
+    chosen: the X best of s + bias, or, in the first layers, a table row of the token id
+    y = shared(x) + scale * sum_chosen (s_e / sum s) expert_e(x)
+
+The bias evens out loads and takes part in choosing only. Experts and the shared expert
+clamp what they gate: silu(min(gate, L)) * clip(up, -L, L). No token is ever dropped:
+assignments are sorted by expert, and each expert multiplies the rows it got.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxspark.models.layers.linear import Buffer, product
+from jaxspark.models.layers.mlp import GatedMLP, clamped_swiglu
+from pallas_kernels import grouped_matmul
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Routing:
+    """Where T tokens go.
+
+    Attributes:
+      experts_TX: the chosen experts of each token.
+      weights_TX: of their outputs, in float32.
+      scores_TE: router scores of all experts, in float32.
+    """
+
+    experts_TX: Int[Array, "T X"]
+    weights_TX: Float[Array, "T X"]
+    scores_TE: Float[Array, "T E"]
+
+
+class Router(nnx.Module):
+    """Chooses X of E experts; hashed: by token id, from a frozen table."""
+
+    def __init__(self, config, *, hashed: bool, dtype, rngs: nnx.Rngs):
+        E, D = config.n_routed_experts, config.hidden_size
+        self.weight = nnx.Param(
+            config.initializer_range * jax.random.normal(rngs.params(), (E, D), dtype)
+        )
+        self.top_k, self.scale = (
+            config.num_experts_per_tok,
+            config.routed_scaling_factor,
+        )
+        table = (config.vocab_size, self.top_k)
+        self.tid2eid = Buffer(_spread_ids(*table, E)) if hashed else None
+        self.e_score_correction_bias = (
+            None if hashed else Buffer(jnp.zeros((E,), jnp.float32))
+        )
+
+    def __call__(self, x_DT: Float[Array, "D T"], ids_T: Int[Array, " T"]) -> Routing:
+        """Routes every column."""
+        weight_ED = self.weight[...].astype(jnp.float32)
+        logits_ET = product(weight_ED, x_DT.astype(jnp.float32))
+        scores_TE = jnp.sqrt(jax.nn.softplus(logits_ET.T))
+        if self.tid2eid is not None:
+            experts_TX = self.tid2eid[...][ids_T]
+        else:
+            biased_TE = scores_TE + self.e_score_correction_bias[...]
+            _, experts_TX = jax.lax.top_k(biased_TE, self.top_k)
+        weights_TX = jnp.take_along_axis(scores_TE, experts_TX, axis=1)
+        total_T1 = jnp.sum(weights_TX, axis=1, keepdims=True) + 1e-20
+        return Routing(experts_TX, self.scale * weights_TX / total_T1, scores_TE)
+
+
+class Experts(nnx.Module):
+    """E gated MLPs; their matrices may be those of many layers, [L, E, ...]."""
+
+    def __init__(self, config, *, dtype, rngs: nnx.Rngs):
+        E, D, F = (
+            config.n_routed_experts,
+            config.hidden_size,
+            config.moe_intermediate_size,
+        )
+        normal = jax.random.normal
+        self.gate_up_proj = nnx.Param(
+            D**-0.5 * normal(rngs.params(), (E, 2 * F, D), dtype)
+        )
+        self.down_proj = nnx.Param(F**-0.5 * normal(rngs.params(), (E, D, F), dtype))
+        self.count, self.limit = E, config.swiglu_limit
+
+    def __call__(
+        self,
+        x_TD: Float[Array, "T D"],
+        routing: Routing,
+        slots_T: Int[Array, " T"],
+        layer: Int[Array, ""],
+    ) -> Float[Array, "T D"]:
+        """The weighted sum of each token's experts; 0 for padding (slot -1)."""
+        T, X = routing.experts_TX.shape
+        # Padding goes to no expert: it comes last and costs nothing.
+        expert_A = jnp.where(slots_T[:, None] < 0, self.count, routing.experts_TX)
+        expert_A = expert_A.ravel()
+        order_A = jnp.argsort(expert_A, stable=True)
+        sizes_E = jnp.sum(expert_A[:, None] == jnp.arange(self.count), axis=0)
+        first = layer * self.count
+
+        def multiply(rows, weight):
+            w_GOI = weight[...].reshape(-1, *weight.shape[-2:])
+            return grouped_matmul(rows, w_GOI, sizes_E, first=first)
+
+        hidden_A2F = multiply(x_TD[order_A // X], self.gate_up_proj)
+        gate_AF, up_AF = jnp.split(hidden_A2F, 2, axis=1)
+        out_AD = multiply(clamped_swiglu(gate_AF, up_AF, self.limit), self.down_proj)
+        place_A = jnp.argsort(order_A)
+        out_TXD = out_AD[place_A].reshape(T, X, -1).astype(jnp.float32)
+        y_TD = jnp.sum(routing.weights_TX[..., None] * out_TXD, axis=1)
+        return y_TD.astype(x_TD.dtype)
+
+
+class MixtureOfExperts(nnx.Module):
+    """Routed experts beside one shared expert."""
+
+    def __init__(self, config, *, hashed: bool, dtype, rngs: nnx.Rngs):
+        options = {"dtype": dtype, "rngs": rngs}
+        self.gate = Router(config, hashed=hashed, **options)
+        self.experts = Experts(config, **options)
+        self.shared_experts = GatedMLP(
+            config.hidden_size,
+            config.n_shared_experts * config.moe_intermediate_size,
+            bias=False,
+            limit=config.swiglu_limit,
+            **options,
+        )
+
+    def __call__(
+        self,
+        x_DT: Float[Array, "D T"],
+        ids_T: Int[Array, " T"],
+        slots_T: Int[Array, " T"],
+        layer: Int[Array, ""],
+    ) -> tuple[Float[Array, "D T"], Routing]:
+        """Maps every column, and says where it went."""
+        routing = self.gate(x_DT, ids_T)
+        with jax.named_scope("experts"):
+            routed_TD = self.experts(x_DT.T, routing, slots_T, layer)
+        return routed_TD.T + self.shared_experts(x_DT), routing
+
+
+def _spread_ids(vocab: int, top_k: int, experts: int) -> Int[Array, "V X"]:
+    """A table that gives neighbouring ids different experts, all equally often."""
+    return (jnp.arange(vocab)[:, None] * top_k + jnp.arange(top_k)) % experts

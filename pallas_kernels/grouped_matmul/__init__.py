@@ -1,0 +1,1 @@
+"""See `api.grouped_matmul`; `ref` states the maths."""

@@ -1,0 +1,98 @@
+"""Grouped products in XLA: a loop over tiles of rows, each of one group.
+
+A tile is a few consecutive rows of one group, so the loop runs about
+sum_g ceil(size_g / tile) times: its cost follows the rows, not the groups (a masked
+product over all groups, which XLA makes of `lax.ragged_dot`, costs groups x rows).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def grouped_matmul_xla(
+    x_AI: Float[Array, "A I"],
+    w_GOI: Float[Array, "G O I"],
+    sizes_E: Int[Array, " E"],
+    first: int | Int[Array, ""],
+) -> Float[Array, "A O"]:
+    """See `api.grouped_matmul`."""
+    return _product(x_AI, w_GOI, sizes_E, jnp.asarray(first, jnp.int32))
+
+
+@jax.custom_vjp
+def _product(x_AI, w_GOI, sizes_E, first):
+    return _rows(x_AI, w_GOI, sizes_E, first, "OI,tI->tO")
+
+
+def _rows(x_AI, w_GOI, sizes_E, first, equation):
+    """Every row times its group's matrix, or, by `equation`, its transpose."""
+    rows, tile = x_AI.shape[0], _tile(x_AI, sizes_E)
+    width = w_GOI.shape[1 if equation.endswith("O") else 2]
+
+    def body(index, y_AO):
+        group, start, end = _find(index, sizes_E, tile)
+        x_tI = jax.lax.dynamic_slice_in_dim(padded_AI, start, tile)
+        w_OI = jax.lax.dynamic_index_in_dim(w_GOI, first + group, keepdims=False)
+        y_tO = _einsum(equation, w_OI, x_tI).astype(x_AI.dtype)
+        # Rows past the group's end are zeros until their own group's tile comes.
+        y_tO = jnp.where((start + jnp.arange(tile) < end)[:, None], y_tO, 0)
+        return jax.lax.dynamic_update_slice_in_dim(y_AO, y_tO, start, 0)
+
+    padded_AI = jnp.pad(x_AI, ((0, tile), (0, 0)))
+    y_AO = jnp.zeros((rows + tile, width), x_AI.dtype)
+    return jax.lax.fori_loop(0, _tiles(sizes_E, tile)[-1], body, y_AO)[:rows]
+
+
+def _forward(x_AI, w_GOI, sizes_E, first):
+    return _product(x_AI, w_GOI, sizes_E, first), (x_AI, w_GOI, sizes_E, first)
+
+
+def _backward(saved, dy_AO):
+    x_AI, w_GOI, sizes_E, first = saved
+    tile = _tile(x_AI, sizes_E)
+    x_padded, dy_padded = (jnp.pad(r, ((0, tile), (0, 0))) for r in (x_AI, dy_AO))
+
+    def body(index, dw_GOI):
+        group, start, end = _find(index, sizes_E, tile)
+        x_tI = jax.lax.dynamic_slice_in_dim(x_padded, start, tile)
+        dy_tO = jax.lax.dynamic_slice_in_dim(dy_padded, start, tile)
+        dy_tO = jnp.where((start + jnp.arange(tile) < end)[:, None], dy_tO, 0)
+        part_OI = _einsum("tO,tI->OI", dy_tO, x_tI).astype(dw_GOI.dtype)
+        return dw_GOI.at[first + group].add(part_OI)
+
+    dw_GOI = jax.lax.fori_loop(
+        0, _tiles(sizes_E, tile)[-1], body, jnp.zeros_like(w_GOI)
+    )
+    return _rows(dy_AO, w_GOI, sizes_E, first, "OI,tO->tI"), dw_GOI, None, None
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _tile(x_AI, sizes_E) -> int:
+    """Rows per tile: about what a group has, a power of two within 8..128."""
+    mean = -(-x_AI.shape[0] // sizes_E.shape[0])
+    return min(128, max(8, 1 << (mean - 1).bit_length()))
+
+
+def _tiles(sizes_E, tile):
+    """Tiles up to and including each group."""
+    return jnp.cumsum(-(-sizes_E // tile))
+
+
+def _find(index, sizes_E, tile):
+    """Group of a tile, its first row and the end of the group's rows."""
+    ends_E, tiles_E = jnp.cumsum(sizes_E), _tiles(sizes_E, tile)
+    group = jnp.searchsorted(tiles_E, index, side="right", method="compare_all")
+    before = tiles_E[group] - -(-sizes_E[group] // tile)
+    start = ends_E[group] - sizes_E[group] + (index - before) * tile
+    return group, start, ends_E[group]
+
+
+def _einsum(equation, *operands):
+    exact = operands[0].dtype == jnp.float32
+    precision = jax.lax.Precision.HIGHEST if exact else None
+    return jnp.einsum(
+        equation, *operands, precision=precision, preferred_element_type=jnp.float32
+    )

@@ -1,0 +1,1 @@
+"""See `api.index_scores`; `ref` states the maths."""

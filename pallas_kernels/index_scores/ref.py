@@ -1,0 +1,43 @@
+"""The XLA reference, and the specification, of `index_scores`."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Entries scored at once: the scores of single heads are never all in memory.
+CHUNK = 4096
+
+
+def index_scores_xla(
+    q_BQNH: Float[Array, "B Q N H"],
+    k_BCH: Float[Array, "B C H"],
+    weights_BQN: Float[Array, "B Q N"],
+) -> Float[Array, "B Q C"]:
+    """See `api.index_scores`."""
+
+    def score(k_BcH):
+        dots_BQNc = jnp.einsum(
+            "BQNH,BCH->BQNC",
+            q_BQNH,
+            k_BcH,
+            precision=jax.lax.Precision.HIGHEST if exact else None,
+            preferred_element_type=jnp.float32,
+        )
+        return jnp.einsum(
+            "BQN,BQNC->BQC",
+            weights_BQN,
+            jax.nn.relu(dots_BQNc),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+
+    exact = q_BQNH.dtype == jnp.float32
+    entries = k_BCH.shape[1]
+    chunks = -(-entries // CHUNK)
+    if chunks == 1:
+        return score(k_BCH)
+    missing = chunks * CHUNK - entries
+    padded_BCH = jnp.pad(k_BCH, ((0, 0), (0, missing), (0, 0)))
+    k_nBcH = jnp.moveaxis(padded_BCH.reshape(len(k_BCH), chunks, CHUNK, -1), 1, 0)
+    scores_nBQc = jax.lax.map(score, k_nBcH)
+    scores_BQnc = jnp.moveaxis(scores_nBQc, 0, 2)
+    return scores_BQnc.reshape(*scores_BQnc.shape[:2], -1)[..., :entries]

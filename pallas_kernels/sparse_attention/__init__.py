@@ -1,0 +1,1 @@
+"""See `api.sparse_attention`; `ref` states the maths."""

@@ -1,0 +1,62 @@
+"""Attention over recent rows and some compressed entries, one softmax for both."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import resolve
+from pallas_kernels.sparse_attention.ref import sparse_attention_xla
+
+IMPLEMENTATIONS = {"xla": sparse_attention_xla}
+
+
+def sparse_attention(
+    q_BQNH: Float[Array, "B Q N H"],
+    recent_BRH: Float[Array, "B R H"],
+    spans_BQ2: Int[Array, "B Q 2"],
+    sinks_N: Float[Array, " N"],
+    entries_BCH: Float[Array, "B C H"] | None = None,
+    *,
+    limits_BQ: Int[Array, "B Q"] | None = None,
+    chosen_BQX: Int[Array, "B Q X"] | None = None,
+    window: int,
+    scale: float,
+    implementation: str | None = None,
+) -> Float[Array, "B Q N H"]:
+    """Attention of N heads over keys that are values too (DeepSeek-V4, section 2.3).
+
+    One softmax runs over a query's recent rows, its compressed entries, and a sink per
+    head that takes weight and gives nothing.
+
+    Args:
+      q_BQNH: queries.
+      recent_BRH: rows before and of this pass, oldest first.
+      spans_BQ2: of them a query sees rows from .. to - 1, at most `window` + Q of them,
+        and q's span begins no more than `window` + Q before that of q + 1.
+      sinks_N: logit of each head's sink.
+      entries_BCH: compressed entries; None for layers without.
+      limits_BQ: a query sees entries below its limit.
+      chosen_BQX: or it sees those named here, each once; -1 names none.
+      window: W, how many rows before its own one a query may see.
+      scale: of the scores.
+      implementation: "xla", which None also means.
+
+    Returns:
+      Attention output in the type of the queries.
+
+    Raises:
+      ValueError: unknown implementation; entries with both or neither of `limits_BQ`
+        and `chosen_BQX`.
+    """
+    if entries_BCH is not None and (limits_BQ is None) == (chosen_BQX is None):
+        raise ValueError("compressed entries need either limits_BQ or chosen_BQX")
+    attend = resolve("sparse_attention", IMPLEMENTATIONS, implementation)
+    return attend(
+        q_BQNH,
+        recent_BRH,
+        spans_BQ2,
+        sinks_N,
+        entries_BCH,
+        limits_BQ,
+        chosen_BQX,
+        window,
+        scale,
+    )
