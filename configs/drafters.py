@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from jaxspark.drafters import DSparkConfig, Eagle3Config
-from jaxspark.models import DenseConfig
+from jaxspark.drafters import DeepSeekV4DSparkConfig, DSparkConfig, Eagle3Config
+from jaxspark.models import DeepSeekV4Config, DenseConfig
 
 
 def taps(target: DenseConfig, count: int = 5) -> tuple[int, ...]:
@@ -71,4 +71,20 @@ def _backbone(target: DenseConfig, depth: int) -> DenseConfig:
         attention_bias=False,
         mlp_bias=False,
         tie_word_embeddings=False,
+    )
+
+
+def deepseek_v4_dspark(
+    target: DeepSeekV4Config, *, block_size: int = 5, stages: int = 3
+) -> DeepSeekV4DSparkConfig:
+    """The drafter inside DeepSeek-V4's checkpoints, in their proportions."""
+    depth = target.num_hidden_layers
+    return DeepSeekV4DSparkConfig(
+        target=target,
+        dspark_block_size=block_size,
+        dspark_target_layer_ids=tuple(range(max(depth - 3, 0), depth)),
+        dspark_noise_token_id=min(128799, target.vocab_size - 1),
+        # 256 for width 4096, 512 for width 7168.
+        dspark_markov_rank=1 << (target.hidden_size // 14).bit_length() - 1,
+        n_mtp_layers=stages,
     )

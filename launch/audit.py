@@ -8,6 +8,8 @@
   python -m launch.audit --suite=all         schedules, sampling, and a part of greedy
                                              and gumbel with schedules
   python -m launch.audit --suite=quick       a share of schedules, two minutes
+  python -m launch.audit --suite=deepseek_v4 everything for DeepSeek-V4 and its
+                                             drafters, random weights
 
 Prints violations and near-ties (the two best choices within 1e-4 in float32, where
 rounding decides); exits 1 if there is a violation. In bfloat16 the rate of differences
@@ -24,13 +26,17 @@ from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 import configs.drafters
+import configs.targets
 from jaxspark import load_drafter
+from jaxspark.checkpoints import Target
 from jaxspark.decoding import Request, parse_schedule
 from jaxspark.decoding.generate import round_capacity
-from jaxspark.drafters import DSparkDrafter
+from jaxspark.drafters import DeepSeekV4DSpark, DSparkDrafter, MTPDrafter
 from jaxspark.evaluation import sampling_checks, suites
 from jaxspark.evaluation.audit import AuditResult, plain_outputs
 from jaxspark.evaluation.prompts import load_prompts
+from jaxspark.evaluation.tiny_models import Family
+from jaxspark.models import DeepSeekV4
 from launch import common
 from launch.audit_report import AuditProgress, checked, found, total
 from launch.audit_schedules import audit_schedules
@@ -39,7 +45,7 @@ common.define_model_flags(draft=None)
 flags.DEFINE_enum(
     "suite",
     "greedy",
-    ["greedy", "sampling", "gumbel", "schedules", "all", "quick"],
+    ["greedy", "sampling", "gumbel", "schedules", "all", "quick", "deepseek_v4"],
     "What to audit.",
 )
 flags.DEFINE_string(
@@ -68,13 +74,21 @@ flags.DEFINE_string("json_out", None, "File for the figures.")
 FLAGS = flags.FLAGS
 
 MAX_PROMPT_TOKENS = 384
-# The part of the greedy and gumbel suites that --suite=all runs, unless flags say else.
-SHORT = {
-    "drafters": ["ngram", "hybrid:dspark"],
-    "block_lengths": ["4"],
-    "schedules": ["lagged", "threshold:0.3", "causal", "free"],
-    "prompts_per_domain": 4,
-    "max_new_tokens": 48,
+# The part of the greedy and gumbel suites that larger ones run, unless flags say else.
+PARTS: dict[str, dict] = {
+    "all": {
+        "drafters": ["ngram", "hybrid:dspark"],
+        "block_lengths": ["4"],
+        "schedules": ["lagged", "threshold:0.3", "causal", "free"],
+        "prompts_per_domain": 4,
+        "max_new_tokens": 48,
+    },
+    "deepseek_v4": {
+        "drafters": ["ngram", "deepseek_v4_dspark", "mtp"],
+        "block_lengths": ["1", "3", "5"],
+        "schedules": ["fixed", "lagged", "causal", "threshold:0.3", "free"],
+        "max_new_tokens": 64,
+    },
 }
 
 
@@ -82,6 +96,12 @@ def audited_drafter(name: str, target):
     """A drafter by name; random weights propose badly, the harder test of exactness."""
     kind, _, head = name.partition("-")
     options = {"depth": 1, "block_size": 8}
+    random = {"dtype": target.model.dtype, "rngs": nnx.Rngs(7)}
+    if name == "mtp":
+        return MTPDrafter(target.model.config, block_length=5, **random)
+    if name == "deepseek_v4_dspark":
+        config = configs.drafters.deepseek_v4_dspark(target.model.config)
+        return DeepSeekV4DSpark(config, **random)
     if kind == "dspark" and head:
         # One head on the full vocabulary, the others on pruned ones.
         vocab = target.model.config.vocab_size
@@ -97,7 +117,22 @@ def audited_drafter(name: str, target):
         config = configs.drafters.dflash(target.model.config, **options)
     else:
         return load_drafter(name, target)
-    return DSparkDrafter(config, dtype=target.model.dtype, rngs=nnx.Rngs(7))
+    return DSparkDrafter(config, **random)
+
+
+class Bytes:
+    """The tokenizer of models that have none: a text's bytes."""
+
+    def chat(self, messages) -> list[int]:
+        """All texts, one after the other."""
+        return list("".join(m["content"] for m in messages).encode())
+
+
+def random_v4() -> Target:
+    """DeepSeek-V4 in small, with random weights and peaked distributions."""
+    model = DeepSeekV4(configs.targets.deepseek_v4_tiny(256), rngs=nnx.Rngs(0))
+    model.embed_tokens.weight[...] *= 30.0
+    return Target(model=model, tokenizer=Bytes(), stop_ids=(), name="deepseek_v4_tiny")
 
 
 def audit_tokens(console: Console, target, suite: str) -> dict:
@@ -252,28 +287,32 @@ def _summary(console, settings, entries) -> dict:
     return figures
 
 
-def audit_sampling(console: Console) -> dict:
+def audit_sampling(console: Console, family: Family) -> dict:
     """Guarantee 2 on tiny models: enumeration, chi-square, acceptance formulas."""
-    return checked(console, "sampling", sampling_checks.run(samples=FLAGS.samples))
+    checks = sampling_checks.run(samples=FLAGS.samples, family=family)
+    return checked(console, f"sampling · {family}", checks)
 
 
 def main() -> int:
     """Runs the suites; 1 if any shows a violation."""
     console = Console()
-    chosen = [FLAGS.suite]
-    if FLAGS.suite == "all":
+    chosen, target, family = [FLAGS.suite], None, "dense"
+    if FLAGS.suite in PARTS:
         chosen = ["schedules", "sampling", "greedy", "gumbel"]
-        for name, value in SHORT.items():
+        for name, value in PARTS[FLAGS.suite].items():
             if FLAGS[name].using_default_value:
                 setattr(FLAGS, name, value)
+    if FLAGS.suite == "deepseek_v4":
+        target, family = random_v4(), "deepseek_v4"
     figures = {}
-    target = None
     begin = time.perf_counter()
     for suite in chosen:
         if suite == "sampling":
-            figures[suite] = audit_sampling(console)
+            figures[suite] = audit_sampling(console, family)
         elif suite in ("schedules", "quick"):
-            figures[suite] = audit_schedules(console, quick=suite == "quick")
+            figures[suite] = audit_schedules(
+                console, quick=suite == "quick", family=family
+            )
         else:
             target = target or common.load_text_target()
             figures[suite] = audit_tokens(console, target, suite)

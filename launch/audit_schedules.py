@@ -14,6 +14,7 @@ from rich.table import Table
 
 from jaxspark.evaluation import schedule_checks, schedule_sampling
 from jaxspark.evaluation.sampling_checks import Check
+from jaxspark.evaluation.tiny_models import Family
 from launch.audit_report import AuditProgress, checked, found, total
 
 # --suite=quick runs one cell in so many.
@@ -23,7 +24,9 @@ AT_ONCE = 40
 FLAGS = flags.FLAGS
 
 
-def audit_schedules(console: Console, *, quick: bool = False) -> dict:
+def audit_schedules(
+    console: Console, *, quick: bool = False, family: Family = "dense"
+) -> dict:
     """All guarantees under every schedule, on tiny models.
 
     Most of the time goes into compiling programs that run for a moment, so they are
@@ -32,18 +35,19 @@ def audit_schedules(console: Console, *, quick: bool = False) -> dict:
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     try:
-        return _audit_schedules(console, quick=quick)
+        return _audit_schedules(console, quick=quick, family=family)
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
 
 
-def _audit_schedules(console: Console, *, quick: bool) -> dict:
-    grid = schedule_checks.grid(every=QUICK if quick else 1)
+def _audit_schedules(console: Console, *, quick: bool, family: Family) -> dict:
+    grid = schedule_checks.grid(every=QUICK if quick else 1, family=family)
     progress_file = FLAGS.progress and f"{FLAGS.progress}.schedules"
-    finished = AuditProgress(progress_file, {"suite": "schedules", "quick": quick})
+    settings = {"suite": "schedules", "quick": quick, "family": family}
+    finished = AuditProgress(progress_file, settings)
     todo = [cell for cell in grid if cell.name not in finished.cells]
 
-    audit = schedule_checks.ScheduleAudit()
+    audit = schedule_checks.ScheduleAudit(family=family)
 
     def run(cell):
         begin = time.perf_counter()
@@ -71,7 +75,7 @@ def _audit_schedules(console: Console, *, quick: bool) -> dict:
                 progress.advance(bar)
             jax.clear_caches()
     entries = list(finished.cells.values())
-    table = Table(title="schedules · tiny models")
+    table = Table(title=f"schedules · tiny models · {family}")
     for column in ("schedule", "coupling", "cells", "outputs", "tokens", "drafted",
                    "verified", "near-ties", "violations"):  # fmt: skip
         table.add_column(column, justify="right")
@@ -96,10 +100,11 @@ def _audit_schedules(console: Console, *, quick: bool) -> dict:
         f"{total(entries, 'violations')} violations"
     )
     drafters = ["telltale", "hybrid-asks"] if quick else None
+    samples = 20_000 if quick else FLAGS.samples
     checks = [
         *(_choice(names, group) for names, group in groups.items()),
-        *schedule_sampling.enumeration_checks(drafters),
-        *schedule_sampling.frequency_checks(20_000 if quick else FLAGS.samples),
+        *schedule_sampling.enumeration_checks(drafters, family=family),
+        *schedule_sampling.frequency_checks(samples, family=family),
     ]
     enumerated = checked(console, "schedules with rejection sampling", checks)
     return {

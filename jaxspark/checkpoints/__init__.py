@@ -4,6 +4,7 @@ Everything raises `CheckpointError`, before any long work, naming what was seen 
 was expected. No code from a checkpoint is ever executed.
 """
 
+from jaxspark.checkpoints.deepseek_v4_folder import save_deepseek_v4
 from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.load import (
     BUILT_IN,
@@ -25,6 +26,7 @@ __all__ = [
     "load_draft_checkpoint",
     "load_drafter",
     "load_target",
+    "save_deepseek_v4",
     "save_draft_checkpoint",
     "save_target",
 ]

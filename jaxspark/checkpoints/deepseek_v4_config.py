@@ -15,7 +15,7 @@ from jaxspark.checkpoints.fields import Fields
 from jaxspark.models.deepseek_v4 import DeepSeekV4Config
 from jaxspark.models.layers.rope import RopeConfig
 
-MODEL_TYPE = "deepseek_v4"
+MODEL_TYPE, ARCHITECTURE = "deepseek_v4", "DeepseekV4ForCausalLM"
 CSA, HCA = "compressed_sparse_attention", "heavily_compressed_attention"
 _SIZES = (
     "vocab_size",
@@ -49,6 +49,12 @@ _FIXED = {
 }
 
 
+def is_v4(config: Mapping[str, Any]) -> bool:
+    """Whether a parsed `config.json` says that it is of such a model."""
+    architectures = config.get("architectures") or ()
+    return config.get("model_type") == MODEL_TYPE or ARCHITECTURE in architectures
+
+
 def v4_config_from_hf(
     config: Mapping[str, Any], *, where: str = "config.json"
 ) -> DeepSeekV4Config:
@@ -68,10 +74,11 @@ def v4_config_from_hf(
     csa = rates.integer(CSA, fields.integer("compress_rate_csa", 4))
     hca = rates.integer(HCA, fields.integer("compress_rate_hca", 128))
     plain, compressed = _ropes(fields)
+    values: dict[str, Any] = {key: fields.integer(key) for key in _SIZES}
+    values |= {key: fields.number(key) for key in _NUMBERS}
     try:
         return DeepSeekV4Config(
-            **{key: fields.integer(key) for key in _SIZES},
-            **{key: fields.number(key) for key in _NUMBERS},
+            **values,
             qk_rope_head_dim=_turning(fields),
             compress_ratios=_ratios(fields, {CSA: csa, HCA: hca}),
             num_hash_layers=_hash_layers(fields),
@@ -167,7 +174,7 @@ def v4_config_to_hf(
             "beta_slow": rope.beta_slow,
         }
     result = {
-        "architectures": ["DeepseekV4ForCausalLM"],
+        "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
         "torch_dtype": jnp.dtype(dtype).name,
         **{key: getattr(config, key) for key in (*_SIZES, *_NUMBERS)},

@@ -92,28 +92,23 @@ def stored(
             yield name, np.asarray(array).astype(plain)
 
 
-def dequantized(tensors: Tensors, types: Mapping[str, np.dtype]) -> Tensors:
+def dequantized(tensors: Tensors) -> Tensors:
     """The same tensors without scales: matrices are float32 when they are read.
-
-    Args:
-      tensors: as the files hold them.
-      types: of each tensor.
 
     Raises:
       CheckpointError: a scale is missing, has no matrix or the wrong shape; names both.
     """
     shapes, scaled = {}, {}
     for name, shape in tensors.shapes.items():
-        if types[name] == blocks.SCALE:
+        kind = tensors.types.get(name)
+        if kind == "F8_E8M0":
             continue
-        fp4 = types[name] == np.int8
-        if fp4 or types[name] == blocks.FP8:
-            scaled[name] = _scale_of(name, shape, fp4, tensors)
-            shape = (shape[0], 2 * shape[1]) if fp4 else shape
-        shapes[name] = shape
+        if kind in ("I8", "F8_E4M3"):
+            scaled[name] = _scale_of(name, shape, kind == "I8", tensors)
+        shapes[name] = (shape[0], 2 * shape[1]) if kind == "I8" else shape
     used = set(scaled.values())
-    for name in tensors.shapes:
-        if types[name] == blocks.SCALE and name not in used:
+    for name, kind in tensors.types.items():
+        if kind == "F8_E8M0" and name not in used:
             raise CheckpointError(f"{tensors.where}: {name} scales no matrix")
 
     def read(name: str) -> np.ndarray:

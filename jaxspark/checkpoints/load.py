@@ -1,6 +1,7 @@
 """Loading and saving targets and drafters, whatever they are stored as."""
 
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxspark.checkpoints import deepspec, folders, hub
+from jaxspark.checkpoints.deepseek_v4 import load_deepseek_v4
+from jaxspark.checkpoints.deepseek_v4_config import (
+    is_v4,
+    v4_config_from_hf,
+    v4_config_to_hf,
+)
+from jaxspark.checkpoints.deepseek_v4_folder import (
+    SHARD_BYTES,
+    v4_drafter_from_folder,
+    v4_tensors,
+)
+from jaxspark.checkpoints.deepseek_v4_released import dequantized
 from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.fields import read_json, write_json
 from jaxspark.checkpoints.gguf_file import (
@@ -38,9 +51,12 @@ from jaxspark.drafters import (
     PlainDrafter,
     hybrid,
 )
-from jaxspark.models import DenseConfig, DenseDecoder
-
-_SHARD_BYTES = 5 * 10**9
+from jaxspark.models import (
+    DeepSeekV4,
+    DeepSeekV4Config,
+    DenseConfig,
+    DenseDecoder,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +97,14 @@ class Target:
       name: for messages and summaries.
     """
 
-    model: DenseDecoder
+    model: DenseDecoder | DeepSeekV4
     tokenizer: Tokenizer | None
     stop_ids: tuple[int, ...]
     name: str
 
 
 def load_target(source: str | Path, *, dtype: Any = jnp.float32) -> Target:
-    """Loads a Llama or Qwen3 model.
+    """Loads a Llama, Qwen3 or DeepSeek-V4 model.
 
     Args:
       source: a folder of safetensors, a `.gguf` file, the name of a built-in model
@@ -167,7 +183,11 @@ def _target_from_gguf(
 def _target_from_folder(folder: Path, dtype: Any, name: str) -> Target:
     config_path = folder / "config.json"
     raw = read_json(config_path)
-    config = dense_config_from_hf(raw, where=str(config_path))
+    config: DenseConfig | DeepSeekV4Config
+    if is_v4(raw):
+        config = v4_config_from_hf(raw, where=str(config_path))
+    else:
+        config = dense_config_from_hf(raw, where=str(config_path))
     generation = folder / "generation_config.json"
     settings = read_json(generation) if generation.exists() else {}
     tokenizer = load_tokenizer(folder)
@@ -176,15 +196,23 @@ def _target_from_folder(folder: Path, dtype: Any, name: str) -> Target:
     stop_ids = stop_ids_from_hf(settings, raw, where=str(folder))
     if not stop_ids and tokenizer is not None:
         stop_ids = tokenizer.stop_ids
+    tensors = open_safetensors(folder)
+    model: DenseDecoder | DeepSeekV4
+    if isinstance(config, DeepSeekV4Config):
+        model = load_deepseek_v4(config, dequantized(tensors), dtype=dtype)
+    else:
+        model = _decoder(config, _without_prefix(tensors), dtype)
     return Target(
-        model=_decoder(config, _without_prefix(open_safetensors(folder)), dtype),
+        model=model,
         tokenizer=tokenizer,
         stop_ids=stop_ids,
         name=name,
     )
 
 
-def _check_tokenizer(tokenizer: Tokenizer, config: DenseConfig, where: str) -> None:
+def _check_tokenizer(
+    tokenizer: Tokenizer, config: DenseConfig | DeepSeekV4Config, where: str
+) -> None:
     # Models often pad their vocabulary, so fewer tokens than rows are fine.
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
@@ -219,13 +247,14 @@ def save_target(
     target: Target,
     *,
     overwrite: bool = False,
-    shard_bytes: int = _SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a Hugging Face folder with checksums, whole or not at all.
 
     Args:
       folder: where; must be new or empty unless `overwrite`.
-      target: what to write; a GGUF target is written dequantized.
+      target: what to write; a GGUF target is written dequantized, DeepSeek-V4 under
+        its released names and not quantized (see `save_deepseek_v4`).
       overwrite: whether to replace a checkpoint that is there.
       shard_bytes: weights are split into files of at most this size.
 
@@ -233,25 +262,29 @@ def save_target(
       CheckpointError: the folder is taken; the previous content stays.
     """
     model = target.model
-    config = dense_config_to_hf(
-        model.config, dtype=model.dtype, stop_ids=target.stop_ids
-    )
-    arrays = {
-        name if name.startswith("lm_head.") else f"model.{name}": array
-        for name, array in named_parameters(model).items()
-    }
+    settings = {"dtype": model.dtype, "stop_ids": target.stop_ids}
+    arrays: Iterable
+    if isinstance(model, DeepSeekV4):
+        config = v4_config_to_hf(model.config, **settings)
+        arrays = v4_tensors(model)
+    else:
+        config = dense_config_to_hf(model.config, **settings)
+        arrays = (
+            (name if name.startswith("lm_head.") else f"model.{name}", array)
+            for name, array in named_parameters(model).items()
+        )
     with folders.new_folder(Path(folder), overwrite=overwrite) as new:
         write_json(new / "config.json", config)
         if target.stop_ids:
-            settings = {"eos_token_id": list(target.stop_ids)}
-            write_json(new / "generation_config.json", settings)
+            generation = {"eos_token_id": list(target.stop_ids)}
+            write_json(new / "generation_config.json", generation)
         if target.tokenizer is not None:
             save_tokenizer(new, target.tokenizer)
         write_safetensors(new, arrays, shard_bytes=shard_bytes)
 
 
 def load_drafter(
-    source: str | Path, target: Target | DenseDecoder, *, dtype: Any = None
+    source: str | Path, target: Target | DenseDecoder | DeepSeekV4, *, dtype: Any = None
 ) -> Drafter:
     """A drafter for `target`.
 
@@ -259,6 +292,7 @@ def load_drafter(
       source: "ngram" (prompt lookup), "none" (plain decoding), "dspark" (the trained
         drafter for SmolLM2-135M-Instruct that comes with jaxspark), a DeepSpec folder,
         the Hub id of one, or "hybrid:" and one of these three (prompt lookup beside).
+        For DeepSeek-V4 the folder or Hub id of a checkpoint with draft stages.
       target: what it shall draft for.
       dtype: of a checkpoint's parameters; None takes the target's.
 
@@ -272,6 +306,8 @@ def load_drafter(
         return hybrid(NgramDrafter(block_length=second.block_length), second)
     model = target.model if isinstance(target, Target) else target
     dtype = model.dtype if dtype is None else dtype
+    if isinstance(model, DeepSeekV4):
+        return v4_drafter_from_folder(resolve_folder(source), model.config, dtype=dtype)
     return load_draft_checkpoint(source, model, dtype=dtype)
 
 
@@ -329,7 +365,7 @@ def save_draft_checkpoint(
     target_model: DenseDecoder | None = None,
     *,
     overwrite: bool = False,
-    shard_bytes: int = _SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES,
     pruned_head: bool = True,
 ) -> None:
     """Writes a drafter in DeepSpec's format with checksums, whole or not at all.
@@ -357,4 +393,4 @@ def save_draft_checkpoint(
         arrays = deepspec.tensors_from_drafter(
             drafter, target_model, pruned_head=pruned_head
         )
-        write_safetensors(new, arrays, shard_bytes=shard_bytes)
+        write_safetensors(new, arrays.items(), shard_bytes=shard_bytes)

@@ -4,10 +4,12 @@ The `safetensors` library checks a file's structure (header, offsets without gap
 overlaps, length); here the files of a folder are checked against the index.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -18,6 +20,11 @@ from jaxspark.checkpoints.tree import Tensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Types by safetensors' names that its NumPy interface does not know.
+EIGHT_BITS = {
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+}
 
 
 def open_safetensors(folder: Path) -> Tensors:
@@ -48,13 +55,12 @@ def open_safetensors(folder: Path) -> Tensors:
             owners[name] = file_name
     if index is not None:
         _check_index(index, owners, files)
+    slices = {name: files[file].get_slice(name) for name, file in owners.items()}
     return Tensors(
         where=str(folder),
-        shapes={
-            name: tuple(files[file_name].get_slice(name).get_shape())
-            for name, file_name in owners.items()
-        },
-        read=lambda name: _read(folder, files[owners[name]], name),
+        shapes={name: tuple(part.get_shape()) for name, part in slices.items()},
+        types={name: part.get_dtype() for name, part in slices.items()},
+        read=lambda name: _read(folder / owners[name], files[owners[name]], name),
     )
 
 
@@ -69,14 +75,33 @@ def _open(path: Path):
         ) from error
 
 
-def _read(folder: Path, file, name: str) -> np.ndarray:
+def _read(path: Path, file, name: str) -> np.ndarray:
+    kind = file.get_slice(name).get_dtype()
+    if kind in EIGHT_BITS:
+        return _read_raw(path, name, EIGHT_BITS[kind])
     try:
         return file.get_tensor(name)
     except Exception as error:  # The library raises several kinds for unknown types.
-        kind = file.get_slice(name).get_dtype()
         raise CheckpointError(
-            f"{folder}: tensor {name} of type {kind} cannot be read ({error})"
+            f"{path}: tensor {name} of type {kind} cannot be read ({error})"
         ) from error
+
+
+def _read_raw(path: Path, name: str, dtype) -> np.ndarray:
+    """A tensor of a type that the library checks but does not give to NumPy."""
+    start, header = _header(path)
+    begin, end = header[name]["data_offsets"]
+    with path.open("rb") as file:
+        file.seek(start + begin)
+        data = np.frombuffer(file.read(end - begin), dtype)
+    return data.reshape(header[name]["shape"])
+
+
+def _header(path: Path) -> tuple[int, dict]:
+    """Where the data begin, and what lies where."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return 8 + size, json.loads(file.read(size))
 
 
 def _shards(index: Fields) -> list[str]:
@@ -118,31 +143,48 @@ def _bits(part) -> int:
 
 
 def write_safetensors(
-    folder: Path, arrays: Mapping[str, jax.Array | np.ndarray], *, shard_bytes: int
+    folder: Path,
+    arrays: Iterable[tuple[str, jax.Array | np.ndarray]],
+    *,
+    shard_bytes: int,
 ) -> None:
-    """Writes arrays as one file, or as indexed shards of at most `shard_bytes`."""
-    shards: list[list[str]] = [[]]
-    room = shard_bytes
-    for name, array in arrays.items():
-        if shards[-1] and array.nbytes > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= array.nbytes
-    # transformers refuses files that do not say which framework wrote them.
-    metadata = {"format": "pt"}
+    """Writes named arrays as one file, or as indexed shards of at most `shard_bytes`.
+
+    They are taken one after the other, so no more than a shard is on the host.
+    """
+    shards: list[list[str]] = []
+    pending: dict[str, np.ndarray] = {}
+    total = size = 0
+
+    def flush():
+        # transformers refuses files that do not say which framework wrote them.
+        save_file(pending, folder / _part(len(shards)), metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, array in arrays:
+        host = np.asarray(array, order="C")
+        if pending and size + host.nbytes > shard_bytes:
+            flush()
+            size = 0
+        pending[name] = host
+        size += host.nbytes
+        total += host.nbytes
+    flush()
     if len(shards) == 1:
-        host = {name: np.asarray(array) for name, array in arrays.items()}
-        save_file(host, folder / SINGLE, metadata=metadata)
+        (folder / _part(0)).rename(folder / SINGLE)
         return
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        host = {name: np.asarray(arrays[name]) for name in names}
-        save_file(host, folder / file_name, metadata=metadata)
+    for number, names in enumerate(shards):
+        file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / _part(number)).rename(folder / file_name)
         weight_map |= dict.fromkeys(names, file_name)
-    total = sum(array.nbytes for array in arrays.values())
     write_json(
         folder / INDEX,
         {"metadata": {"total_size": total}, "weight_map": weight_map},
     )
+
+
+def _part(number: int) -> str:
+    """A shard's name while their number is unknown."""
+    return f"part-{number}.safetensors"

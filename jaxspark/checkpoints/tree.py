@@ -8,7 +8,7 @@ is read, then tensors are read one by one, cast, and put in place.
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
@@ -28,11 +28,13 @@ class Tensors:
       where: the folder or file, for errors.
       shapes: shape of every tensor by name.
       read: the array of a name, in its stored float type or dequantized to float32.
+      types: how safetensors calls each tensor's type; empty for other files.
     """
 
     where: str
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
+    types: Mapping[str, str] = field(default_factory=dict)
 
     def renamed(self, names: Mapping[str, str]) -> "Tensors":
         """The tensors that `names` (new to old) lists, under their new names."""
@@ -40,6 +42,9 @@ class Tensors:
             where=self.where,
             shapes={new: self.shapes[old] for new, old in names.items()},
             read=lambda new: self.read(names[new]),
+            types={
+                new: self.types[old] for new, old in names.items() if old in self.types
+            },
         )
 
 

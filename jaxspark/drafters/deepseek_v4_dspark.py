@@ -190,7 +190,9 @@ class DeepSeekV4DSpark(nnx.Module):
         x_MDT = jnp.broadcast_to(x_DT, (self.config.target.hc_mult, *x_DT.shape))
         for place in map(jnp.int32, range(self.config.n_mtp_layers)):
             stage = member(self.stages, place)
-            x_MDT, _ = stage.around(partial(attend, stage, place), x_MDT, place, tokens)
+            x_MDT, _, _ = stage.around(
+                partial(attend, stage, place), x_MDT, place, tokens
+            )
         return self.hc_head(x_MDT).reshape(-1, B, G)
 
     def propose(

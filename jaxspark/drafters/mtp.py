@@ -116,6 +116,30 @@ class MTPDrafter(nnx.Module):
         h_MDT = jax.vmap(lambda h_DT: self.h_proj(self.hnorm(h_DT)))(streams_MDT)
         return e_DT + h_MDT
 
+    def of_whole(
+        self,
+        target,
+        streams_MDT: Float[Array, "M D T"],
+        next_T: Int[Array, " T"],
+        tokens: FlatTokens,
+    ) -> Float[Array, "T V"]:
+        """Logits of the token after the next one, for texts that begin with this pass.
+
+        Args:
+          target: whose embedding and head it uses.
+          streams_MDT: after the target's last layer.
+          next_T: the token after each one; anything for a text's last.
+          tokens: the texts.
+        """
+        run, stage = Pass.of(self.config, tokens), member(self.stages, jnp.int32(0))
+
+        def attend(h_DT):
+            return stage.self_attn.of_whole(h_DT, tokens, run.view, run.plain)
+
+        x_MDT = self.pair(target.embed(next_T).astype(self.dtype), streams_MDT)
+        x_MDT, _, _ = stage.around(attend, x_MDT, jnp.int32(0), tokens)
+        return row_product(target.head_VD, self.norm(self.hc_head(x_MDT)))
+
     def observe(
         self, cache: MTPCache, taps_mDT: Float[Array, "m D T"], tokens: FlatTokens
     ) -> MTPCache:

@@ -29,10 +29,7 @@ from jaxspark.decoding.couplings import COUPLINGS, Coupling
 from jaxspark.decoding.schedule import CostAware
 from jaxspark.drafters.hybrid import HybridDrafter
 from jaxspark.evaluation.audit import AuditResult, audit, plain_outputs
-from jaxspark.evaluation.sampling_checks import (
-    tiny_drafters,
-    tiny_target,
-)
+from jaxspark.evaluation.tiny_models import Family, tiny_models
 
 SLOTS, BLOCK_LENGTH, CAPACITY = 4, 4, 64
 VOCAB = 8
@@ -79,13 +76,13 @@ class ScheduleResult:
     verified: int = 0
 
 
-def grid(*, every: int = 1) -> list[ScheduleCell]:
+def grid(*, every: int = 1, family: Family = "dense") -> list[ScheduleCell]:
     """All cells, or one in `every`; an odd prime spreads them over all choices."""
     return [
         ScheduleCell(
             drafter=drafter, schedule=schedule, coupling=coupling, buckets=buckets
         )
-        for drafter in tiny_drafters(tiny_target(VOCAB, layers=1))
+        for drafter in tiny_models(family, VOCAB, layers=1)[1]
         for schedule in SCHEDULES
         for coupling in COUPLINGS
         if coupling in parse_schedule(schedule).couplings
@@ -128,10 +125,11 @@ def hesitant(drafter):
 class ScheduleAudit:
     """Runs cells of the grid against plain decoding."""
 
-    def __init__(self, seed: int = 0):
+    def __init__(self, seed: int = 0, family: Family = "dense"):
         # Compiling takes most of the time, and depth adds nothing here.
-        self.target = tiny_target(VOCAB, seed, layers=1)
-        drafters = tiny_drafters(self.target, seed + 1, BLOCK_LENGTH)
+        self.target, drafters = tiny_models(
+            family, VOCAB, seed=seed, layers=1, block_length=BLOCK_LENGTH
+        )
         self.drafters = {name: hesitant(each) for name, each in drafters.items()}
         random = np.random.default_rng(seed)
         self.mixes = {mix: list(_requests(mix, random)) for mix in MIXES}

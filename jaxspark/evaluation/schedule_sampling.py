@@ -33,15 +33,10 @@ from jaxspark.evaluation.enumeration import (
     sequence_log_probs,
     target_distribution,
 )
-from jaxspark.evaluation.sampling_checks import (
-    BLOCK_LENGTH,
-    PROMPT,
-    Check,
-    tiny_drafters,
-    tiny_target,
-)
+from jaxspark.evaluation.sampling_checks import PROMPT, Check
 from jaxspark.evaluation.schedule_checks import SCHEDULES, hesitant, scheduler
 from jaxspark.evaluation.statistics import chi_square
+from jaxspark.evaluation.tiny_models import BLOCK_LENGTH, Family, tiny_models
 
 VOCAB = 3
 SLOTS = 2
@@ -114,17 +109,18 @@ def schedules_for_rejection() -> dict[str, Scheduler]:
 def enumeration_checks(
     drafters: Sequence[str] | None = None,
     schedules: dict[str, Scheduler] | None = None,
+    family: Family = "dense",
 ) -> list[Check]:
     """A round's distribution under each schedule to 1e-6.
 
     Once without history, once after rounds that promise little, once after such that
     promise much.
     """
-    target = tiny_target(VOCAB)
+    target, own = tiny_models(family, VOCAB)
     sampling = Sampling.of(1, temperature=0.8)
     table = sequence_log_probs(target, PROMPT, BLOCK_LENGTH + 1, sampling)
     expected = target_distribution(table)
-    tried = {"telltale": telltale()} | tiny_drafters(target)
+    tried = {"telltale": telltale()} | own
     checks = []
     for name in tried if drafters is None else drafters:
         drafter = hesitant(tried[name])
@@ -157,14 +153,16 @@ def enumeration_checks(
 
 
 def frequency_checks(
-    samples: int, schedules: dict[str, Scheduler] | None = None
+    samples: int,
+    schedules: dict[str, Scheduler] | None = None,
+    family: Family = "dense",
 ) -> list[Check]:
     """First two tokens of many pairs of requests: chi-square.
 
     The whole compiled round with its own random numbers and history; many pairs at
     once by `vmap`.
     """
-    target = tiny_target(VOCAB)
+    target, _ = tiny_models(family, VOCAB)
     exact = target_distribution(
         sequence_log_probs(target, PROMPT, 2, Sampling.of(1, temperature=1.0))
     )

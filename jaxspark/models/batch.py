@@ -81,7 +81,8 @@ class FlatTokens:
         row_T = self.positions_T - self.starts_B[jnp.minimum(slot_T, self.slots - 1)]
         padding = self.slots_T.shape[0]
         index_BQ = jnp.full((self.slots, self.rows), padding, jnp.int32)
-        index_BQ = index_BQ.at[slot_T, row_T].set(jnp.arange(padding), mode="drop")
+        place_T = jnp.arange(padding, dtype=jnp.int32)
+        index_BQ = index_BQ.at[slot_T, row_T].set(place_T, mode="drop")
         return SlotView(index_BQ, slot_T, row_T)
 
 

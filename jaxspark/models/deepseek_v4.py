@@ -6,9 +6,9 @@
 
 Layers repeat a pattern: Flash has three of their own, then HCA and CSA twenty times.
 The repeated ones run in a loop over stacked parameters, so a deep model compiles as
-fast as a shallow one. Caches are stacked alike and carried through the loop, where every layer
-reads and writes its own rows in place; experts are never sliced, each product picks its
-matrices out of all layers' (see `grouped_matmul`).
+fast as a shallow one. Caches are stacked alike and carried through the loop, where
+every layer reads and writes its own rows in place; experts are never sliced, each
+product picks its matrices out of all layers' (see `grouped_matmul`).
 
 Inside a layer, parameter names are those of Hugging Face's checkpoints.
 """
@@ -29,6 +29,7 @@ from jaxspark.models.layers.linear import Embedding, Linear, row_product
 from jaxspark.models.layers.norm import Float32RMSNorm
 from jaxspark.models.layers.rope import RopeConfig, TrailingRotation
 from jaxspark.models.layers.sparse_attention import SparseAttention, SparseCache
+from pallas_kernels.precision import widened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,10 +178,15 @@ class DeepSeekV4Layer(nnx.Module):
         def attend(h_DT):
             return self.self_attn(h_DT, cache, layer, run.tokens, run.view, rotation)
 
-        return self.around(attend, x_MDT, layer, run.tokens)
+        x_MDT, cache, _ = self.around(attend, x_MDT, layer, run.tokens)
+        return x_MDT, cache
 
     def around(self, attend, x_MDT, layer, tokens):
-        """The layer around a function that attends; passes on its second result."""
+        """The layer around a function that attends.
+
+        Returns:
+          The streams, the second result of `attend`, and where experts were chosen.
+        """
         with jax.named_scope("attention"):
             h_DT, post_MT, comb_MMT = self.attn_hc(x_MDT)
             h_DT, result = attend(self.input_layernorm(h_DT))
@@ -188,8 +194,8 @@ class DeepSeekV4Layer(nnx.Module):
         with jax.named_scope("moe"):
             h_DT, post_MT, comb_MMT = self.ffn_hc(x_MDT)
             h_DT = self.post_attention_layernorm(h_DT)
-            h_DT, _ = self.mlp(h_DT, tokens.ids_T, tokens.slots_T, layer)
-            return mix(h_DT, x_MDT, post_MT, comb_MMT), result
+            h_DT, routing = self.mlp(h_DT, tokens.ids_T, tokens.slots_T, layer)
+            return mix(h_DT, x_MDT, post_MT, comb_MMT), result, routing
 
 
 class DeepSeekV4(nnx.Module):
@@ -332,6 +338,6 @@ def _tapped(taps_mDT, taps, layer, x_MDT):
     """The taps, with the mean of the streams where `layer` is asked for."""
     if not taps:
         return taps_mDT
-    mean_DT = x_MDT.astype(jnp.float32).mean(0).astype(taps_mDT.dtype)
+    mean_DT = widened(x_MDT).mean(0).astype(taps_mDT.dtype)
     asked_m = jnp.array(taps) == layer
     return jnp.where(asked_m[:, None, None], mean_DT, taps_mDT)

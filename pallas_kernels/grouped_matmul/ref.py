@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.precision import precision, wide_type
+
 
 def grouped_matmul_xla(
     x_AI: Float[Array, "A I"],
@@ -17,7 +19,8 @@ def grouped_matmul_xla(
     first: int | Int[Array, ""],
 ) -> Float[Array, "A O"]:
     """See `api.grouped_matmul`."""
-    return _product(x_AI, w_GOI, sizes_E, jnp.asarray(first, jnp.int32))
+    arrays = map(jnp.asarray, (x_AI, w_GOI, sizes_E))
+    return _product(*arrays, jnp.asarray(first, jnp.int32))
 
 
 @jax.custom_vjp
@@ -91,8 +94,10 @@ def _find(index, sizes_E, tile):
 
 
 def _einsum(equation, *operands):
-    exact = operands[0].dtype == jnp.float32
-    precision = jax.lax.Precision.HIGHEST if exact else None
+    dtype = operands[0].dtype
     return jnp.einsum(
-        equation, *operands, precision=precision, preferred_element_type=jnp.float32
+        equation,
+        *operands,
+        precision=precision(dtype),
+        preferred_element_type=wide_type(dtype),
     )

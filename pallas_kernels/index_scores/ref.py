@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.precision import precision, wide_type
+
 # Entries scored at once: the scores of single heads are never all in memory.
 CHUNK = 4096
 
@@ -20,8 +22,8 @@ def index_scores_xla(
             "BQNH,BCH->BQNC",
             q_BQNH,
             k_BcH,
-            precision=jax.lax.Precision.HIGHEST if exact else None,
-            preferred_element_type=jnp.float32,
+            precision=precision(q_BQNH.dtype),
+            preferred_element_type=wide_type(q_BQNH.dtype),
         )
         return jnp.einsum(
             "BQN,BQNC->BQC",
@@ -30,7 +32,6 @@ def index_scores_xla(
             precision=jax.lax.Precision.HIGHEST,
         )
 
-    exact = q_BQNH.dtype == jnp.float32
     entries = k_BCH.shape[1]
     chunks = -(-entries // CHUNK)
     if chunks == 1:

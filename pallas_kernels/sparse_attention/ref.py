@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.precision import precision, wide_type, widened
+
 
 def sparse_attention_xla(
     q_BQNH: Float[Array, "B Q N H"],
@@ -88,15 +90,15 @@ def _scores(q_BQNH, keys, seen_BQS, scale):
         f"BQNH,{shape}->BQNS",
         q_BQNH,
         keys,
-        precision=_precision(keys),
-        preferred_element_type=jnp.float32,
+        precision=precision(keys.dtype),
+        preferred_element_type=wide_type(keys.dtype),
     )
     return jnp.where(seen_BQS[:, :, None], scores_BQNS, -jnp.inf)
 
 
 def _weighted(parts, values, sinks_N):
     """softmax over all parts and the sink, times values; the sink has none."""
-    sinks_N1 = sinks_N.astype(jnp.float32)[:, None]
+    sinks_N1 = widened(sinks_N)[:, None]
     highest = sinks_N1
     for scores_BQNS in parts:
         highest = jnp.maximum(highest, scores_BQNS.max(-1, keepdims=True))
@@ -110,11 +112,7 @@ def _weighted(parts, values, sinks_N):
             f"BQNS,{shape}->BQNH",
             weights_BQNS.astype(rows.dtype),
             rows,
-            precision=_precision(rows),
-            preferred_element_type=jnp.float32,
+            precision=precision(rows.dtype),
+            preferred_element_type=wide_type(rows.dtype),
         )
     return output / total
-
-
-def _precision(keys):
-    return jax.lax.Precision.HIGHEST if keys.dtype == jnp.float32 else None

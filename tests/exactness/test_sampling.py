@@ -13,6 +13,7 @@ from jaxspark.evaluation.enumeration import (
     target_distribution,
 )
 from jaxspark.evaluation.statistics import chi_square
+from jaxspark.evaluation.tiny_models import tiny_models
 
 DRAFTERS = (
     "ngram",
@@ -49,8 +50,8 @@ def test_a_round_is_exact_by_enumeration(name):
     ids=str,
 )
 def test_a_round_is_exact_under_any_length_and_warp(settings, length):
-    target = sampling_checks.tiny_target(3)
-    drafter = sampling_checks.tiny_drafters(target)["dspark-rnn"]
+    target, drafters = tiny_models("dense", 3)
+    drafter = drafters["dspark-rnn"]
     sampling, prompt = Sampling.of(1, **settings), sampling_checks.PROMPT
     table = sequence_log_probs(target, prompt, 3, sampling)
     seen = round_distribution(

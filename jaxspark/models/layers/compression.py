@@ -21,6 +21,7 @@ from jaxspark.models.layers.linear import Linear, product
 from jaxspark.models.layers.norm import Float32RMSNorm
 from jaxspark.models.layers.rope import TrailingRotation
 from jaxspark.models.rows import Rows
+from pallas_kernels.precision import widened
 
 
 class Compressor(nnx.Module):
@@ -72,46 +73,59 @@ class Compressor(nnx.Module):
         """Remembers the tokens' rows and writes the entries that they complete."""
         rows_TX = self.rows(x_DT, tokens.positions_T)
         before_BKX = raw.before(layer, tokens.starts_B, self.lookback)
-        around_BRX = jnp.concatenate([before_BKX, view.spread(rows_TX, 0)], axis=1)
+        entry_BC, new_BCH = self.pool(before_BKX, rows_TX, tokens, view)
         raw = raw.append(layer, rows_TX, tokens, view)
-
-        # A pass of Q positions ends at most ceil(Q / m) windows.
-        count = -(-tokens.rows // self.ratio)
-        first_B = tokens.starts_B // self.ratio
-        entry_BC = first_B[:, None] + jnp.arange(count)
         ends_B = tokens.starts_B + jnp.sum(view.index_BQ < x_DT.shape[1], axis=1)
         complete_BC = self.ratio * (entry_BC + 1) <= ends_B[:, None]
-        new_CH = self.pool(around_BRX, entry_BC, tokens.starts_B)
-        slot_BC = jnp.broadcast_to(jnp.arange(len(first_B))[:, None], entry_BC.shape)
+        slot_BC = jnp.broadcast_to(jnp.arange(len(ends_B))[:, None], entry_BC.shape)
         entries = entries.put(
             layer,
             slot_BC.ravel(),
             entry_BC.ravel(),
-            new_CH,
+            new_BCH.reshape(-1, self.width),
             (complete_BC & (entry_BC < entries.length)).ravel(),
         )
         return raw, entries
+
+    def of_whole(
+        self, x_DT: Float[Array, "D T"], tokens: FlatTokens, view: SlotView
+    ) -> Float[Array, "B C H"]:
+        """Entries of texts that begin with this pass, without any cache.
+
+        Those past a text's end are anything.
+        """
+        rows_TX = self.rows(x_DT, tokens.positions_T)
+        size = (len(view.index_BQ), self.lookback, rows_TX.shape[1])
+        return self.pool(jnp.zeros(size, rows_TX.dtype), rows_TX, tokens, view)[1]
 
     def rows(
         self, x_DT: Float[Array, "D T"], positions_T: Int[Array, " T"]
     ) -> Float[Array, "T X"]:
         """Values, then logits with their position's bias, of all series."""
-        x_DT = x_DT.astype(jnp.float32)
-        value_XT = product(self.kv_proj.weight[...].astype(jnp.float32), x_DT)
-        logit_XT = product(self.gate_proj.weight[...].astype(jnp.float32), x_DT)
+        x_DT = widened(x_DT)
+        value_XT = product(widened(self.kv_proj.weight[...]), x_DT)
+        logit_XT = product(widened(self.gate_proj.weight[...]), x_DT)
         bias_TX = self.position_bias[...][positions_T % self.ratio]
         return jnp.concatenate([value_XT.T, logit_XT.T + bias_TX], axis=1)
 
     def pool(
         self,
-        around_BRX: Float[Array, "B R X"],
-        entry_BC: Int[Array, "B C"],
-        starts_B: Int[Array, " B"],
-    ) -> Float[Array, "BC H"]:
-        """Entries of all slots, from rows that begin `lookback` before `starts_B`."""
+        before_BKX: Float[Array, "B K X"],
+        rows_TX: Float[Array, "T X"],
+        tokens: FlatTokens,
+        view: SlotView,
+    ) -> tuple[Int[Array, "B C"], Float[Array, "B C H"]]:
+        """The entries that may end in this pass, from its rows and those before it.
+
+        A pass of Q positions ends at most ceil(Q / m) windows. Whether it does end them
+        is the caller's question.
+        """
         m, H = self.ratio, self.width
+        around_BRX = jnp.concatenate([before_BKX, view.spread(rows_TX, 0)], axis=1)
+        count = -(-tokens.rows // m)
+        entry_BC = (tokens.starts_B // m)[:, None] + jnp.arange(count)
         first_BC = m * (entry_BC + 1 - self.series)
-        offset_BC = first_BC - starts_B[:, None] + self.lookback
+        offset_BC = first_BC - tokens.starts_B[:, None] + self.lookback
         offset_BCp = offset_BC[..., None] + jnp.arange(self.series * m)
         # Rows past the pass belong to windows that are not complete.
         row_BCp = jnp.minimum(offset_BCp, around_BRX.shape[1] - 1)
@@ -126,7 +140,8 @@ class Compressor(nnx.Module):
         weights_BCpH = jax.nn.softmax(logits, axis=2)
         pooled_CH = jnp.sum(weights_BCpH * values, axis=2).reshape(-1, H)
         rotation = TrailingRotation.at(self.rope, self.turning, m * entry_BC.ravel())
-        return rotation(self.kv_norm(pooled_CH.T)[None])[0].T
+        new_CH = rotation(self.kv_norm(pooled_CH.T)[None])[0].T
+        return entry_BC, new_CH.reshape(*entry_BC.shape, H)
 
     def _overlapping(self, rows_BCpX):
         """The first series of the earlier window, the second of the later one."""

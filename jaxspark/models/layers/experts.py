@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from jaxspark.models.layers.linear import Buffer, product
 from jaxspark.models.layers.mlp import GatedMLP, clamped_swiglu
 from pallas_kernels import grouped_matmul
+from pallas_kernels.precision import widened
 
 
 @jax.tree_util.register_dataclass
@@ -45,22 +46,18 @@ class Router(nnx.Module):
         self.weight = nnx.Param(
             config.initializer_range * jax.random.normal(rngs.params(), (E, D), dtype)
         )
-        self.top_k, self.scale = (
-            config.num_experts_per_tok,
-            config.routed_scaling_factor,
-        )
-        table = (config.vocab_size, self.top_k)
-        self.tid2eid = Buffer(_spread_ids(*table, E)) if hashed else None
-        self.e_score_correction_bias = (
-            None if hashed else Buffer(jnp.zeros((E,), jnp.float32))
-        )
+        self.hashed, self.top_k = hashed, config.num_experts_per_tok
+        self.scale = config.routed_scaling_factor
+        if hashed:
+            self.tid2eid = Buffer(_spread_ids(config.vocab_size, self.top_k, E))
+        else:
+            self.e_score_correction_bias = Buffer(jnp.zeros((E,), jnp.float32))
 
     def __call__(self, x_DT: Float[Array, "D T"], ids_T: Int[Array, " T"]) -> Routing:
         """Routes every column."""
-        weight_ED = self.weight[...].astype(jnp.float32)
-        logits_ET = product(weight_ED, x_DT.astype(jnp.float32))
+        logits_ET = product(widened(self.weight[...]), widened(x_DT))
         scores_TE = jnp.sqrt(jax.nn.softplus(logits_ET.T))
-        if self.tid2eid is not None:
+        if self.hashed:
             experts_TX = self.tid2eid[...][ids_T]
         else:
             biased_TE = scores_TE + self.e_score_correction_bias[...]
@@ -110,7 +107,7 @@ class Experts(nnx.Module):
         gate_AF, up_AF = jnp.split(hidden_A2F, 2, axis=1)
         out_AD = multiply(clamped_swiglu(gate_AF, up_AF, self.limit), self.down_proj)
         place_A = jnp.argsort(order_A)
-        out_TXD = out_AD[place_A].reshape(T, X, -1).astype(jnp.float32)
+        out_TXD = widened(out_AD[place_A]).reshape(T, X, -1)
         y_TD = jnp.sum(routing.weights_TX[..., None] * out_TXD, axis=1)
         return y_TD.astype(x_TD.dtype)
 

@@ -66,8 +66,7 @@ def project(
     fn_XY: Float[Array, "X MD"], x_MDT: Float[Array, "M D T"], eps: float
 ) -> Float[Array, "X T"]:
     """fn times the normed concatenation of all streams."""
-    flat_YT = x_MDT.reshape(-1, x_MDT.shape[-1]).astype(jnp.float32)
-    return product(fn_XY, normalise(flat_YT, eps))
+    return product(fn_XY, normalise(x_MDT.reshape(-1, x_MDT.shape[-1]), eps))
 
 
 def sinkhorn(

@@ -17,6 +17,7 @@ from jaxspark.models.layers.compression import Compressor
 from jaxspark.models.layers.linear import Linear, product
 from jaxspark.models.layers.rope import TrailingRotation
 from pallas_kernels import index_scores
+from pallas_kernels.precision import wide_type
 
 
 class Indexer(nnx.Module):
@@ -43,8 +44,9 @@ class Indexer(nnx.Module):
         """Scores of all entries, whether complete or not, in float32."""
         q_NHT = self.q_b_proj(latent_RT).reshape(self.heads, self.width, -1)
         q_TNH = jnp.moveaxis(rotation(q_NHT), -1, 0)
-        scale = (self.width * self.heads) ** -0.5
-        weight_NT = scale * product(self.weights_proj.weight[...], x_DT, jnp.float32)
+        wide = wide_type(x_DT.dtype)
+        weight_NT = product(self.weights_proj.weight[...], x_DT, wide)
+        weight_NT *= (self.width * self.heads) ** -0.5
         with jax.named_scope("index_scores"):
             return index_scores(
                 view.spread(q_TNH, 0).astype(keys_BCH.dtype),

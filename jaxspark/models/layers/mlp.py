@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxspark.models.layers.linear import Linear
+from pallas_kernels.precision import widened
 
 
 class GatedMLP(nnx.Module):
@@ -42,6 +43,5 @@ def clamped_swiglu(
     gate: Float[Array, "..."], up: Float[Array, "..."], limit: float
 ) -> Float[Array, "..."]:
     """silu(min(gate, limit)) * clip(up, -limit, limit), in float32 and rounded once."""
-    gate32, up32 = gate.astype(jnp.float32), up.astype(jnp.float32)
-    clamped = jax.nn.silu(jnp.minimum(gate32, limit)) * jnp.clip(up32, -limit, limit)
-    return clamped.astype(gate.dtype)
+    wide_gate, wide_up = widened(gate), jnp.clip(widened(up), -limit, limit)
+    return (jax.nn.silu(jnp.minimum(wide_gate, limit)) * wide_up).astype(gate.dtype)

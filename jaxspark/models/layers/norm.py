@@ -5,10 +5,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pallas_kernels.precision import widened
+
 
 def normalise(x_DT: Float[Array, "... D T"], eps: float) -> Float[Array, "... D T"]:
     """x_D / sqrt(mean_D(x^2) + eps) in float32."""
-    x_DT = x_DT.astype(jnp.float32)
+    x_DT = widened(x_DT)
     mean_square = jnp.mean(jnp.square(x_DT), axis=-2, keepdims=True)
     return x_DT * jax.lax.rsqrt(mean_square + eps)
 
@@ -31,5 +33,5 @@ class Float32RMSNorm(RMSNorm):
 
     def __call__(self, x_DT: Float[Array, "... D T"]) -> Float[Array, "... D T"]:
         """Norms every column."""
-        weight_D = self.weight[...].astype(jnp.float32)
+        weight_D = widened(self.weight[...])
         return (weight_D[:, None] * normalise(x_DT, self.eps)).astype(x_DT.dtype)

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.precision import widened
+
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -113,7 +115,7 @@ class Rotation:
 
     def __call__(self, x_NHT: Float[Array, "N H T"]) -> Float[Array, "N H T"]:
         """Turns each head's (first half, second half) pairs."""
-        x, y = jnp.split(x_NHT.astype(jnp.float32), 2, axis=1)
+        x, y = jnp.split(widened(x_NHT), 2, axis=1)
         cos, sin = self.cos_hT, self.sin_hT
         turned = jnp.concatenate([x * cos - y * sin, y * cos + x * sin], axis=1)
         return turned.astype(x_NHT.dtype)
@@ -144,7 +146,7 @@ class TrailingRotation:
         """Turns each head's last pairs."""
         N, H, T = x_NHT.shape
         turning = 2 * self.cos_hT.shape[0]
-        pairs_Nh2T = x_NHT[:, H - turning :].astype(jnp.float32).reshape(N, -1, 2, T)
+        pairs_Nh2T = widened(x_NHT[:, H - turning :]).reshape(N, -1, 2, T)
         x_NhT, y_NhT = pairs_Nh2T[:, :, 0], pairs_Nh2T[:, :, 1]
         cos, sin = self.cos_hT, self.sin_hT
         turned_Nh2T = jnp.stack(

@@ -46,6 +46,24 @@ class SparseCache:
     index_keys: Rows | None = None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Looked:
+    """What attention over whole texts looked at, see `sparse_attention`.
+
+    Attributes:
+      latent_RT: of the queries.
+      recent_BRH, spans_BQ2, seen: rows and entries.
+      scores_BQC: of the indexer; None for layers without one.
+    """
+
+    latent_RT: Float[Array, "R T"]
+    recent_BRH: Float[Array, "B R H"]
+    spans_BQ2: Int[Array, "B Q 2"]
+    seen: dict
+    scores_BQC: Float[Array, "B Q C"] | None
+
+
 class SparseAttention(nnx.Module):
     """Attention of N heads of width H over shared keys; `ratio` 0 has no entries."""
 
@@ -118,11 +136,7 @@ class SparseAttention(nnx.Module):
         window = cache.window.append(layer, rows_TH, tokens, view)
         cache = dataclasses.replace(cache, window=window)
 
-        row_Q = jnp.arange(tokens.rows)
-        oldest_BQ = jnp.maximum(row_Q, lookback - tokens.starts_B[:, None])
-        newest_BQ = jnp.broadcast_to(row_Q + self.window, oldest_BQ.shape)
-        spans_BQ2 = jnp.stack([oldest_BQ, newest_BQ], axis=-1)
-
+        spans_BQ2 = self._spans(tokens)
         latent_RT = self.q_a_norm(self.q_a_proj(x_DT))
         cache, seen = self.compressed(
             x_DT, latent_RT, cache, layer, tokens, view, rotation
@@ -130,11 +144,57 @@ class SparseAttention(nnx.Module):
         o_DT = self.attend(latent_RT, recent_BRH, spans_BQ2, seen, view, rotation)
         return o_DT, cache
 
+    def of_whole(
+        self,
+        x_DT: Float[Array, "D T"],
+        tokens: FlatTokens,
+        view: SlotView,
+        rotation: TrailingRotation,
+    ) -> tuple[Float[Array, "D T"], "Looked"]:
+        """The same for texts that begin with this pass, without any cache.
+
+        The indexer learns from what attention does and not the other way round, so no
+        gradient flows from it into its inputs.
+
+        Returns:
+          The output, and what was looked at, for the indexer's loss.
+        """
+        rows_TH = self.keys(x_DT, rotation)
+        lookback = self.window - 1
+        before_BWH = jnp.zeros((tokens.slots, lookback, self.head_dim), rows_TH.dtype)
+        recent_BRH = jnp.concatenate([before_BWH, view.spread(rows_TH, 0)], axis=1)
+        spans_BQ2 = self._spans(tokens)
+        latent_RT = self.q_a_norm(self.q_a_proj(x_DT))
+        seen, scores_BQC = {}, None
+        if self.compressor is not None:
+            entries_BCH = self.compressor.of_whole(x_DT, tokens, view)
+            seen["entries_BCH"] = entries_BCH.astype(x_DT.dtype)
+            positions_BQ = tokens.starts_B[:, None] + jnp.arange(tokens.rows)
+            limits_BQ = self.compressor.limits(positions_BQ)
+            if self.indexer is None:
+                seen["limits_BQ"] = limits_BQ
+            else:
+                stop = jax.lax.stop_gradient
+                keys_BCH = self.indexer.compressor.of_whole(stop(x_DT), tokens, view)
+                scores_BQC = self.indexer.scores(
+                    stop(x_DT), stop(latent_RT), keys_BCH, view, rotation
+                )
+                seen["chosen_BQX"] = self.indexer.choose(stop(scores_BQC), limits_BQ)
+        o_DT = self.attend(latent_RT, recent_BRH, spans_BQ2, seen, view, rotation)
+        return o_DT, Looked(latent_RT, recent_BRH, spans_BQ2, seen, scores_BQC)
+
     def keys(
         self, x_DT: Float[Array, "D T"], rotation: TrailingRotation
     ) -> Float[Array, "T H"]:
         """The shared keys, which are the values too."""
         return rotation(self.kv_norm(self.kv_proj(x_DT))[None])[0].T
+
+    def _spans(self, tokens: FlatTokens) -> Int[Array, "B Q 2"]:
+        """Rows each query sees, of those W - 1 before the pass and of its own."""
+        row_Q = jnp.arange(tokens.rows)
+        oldest_BQ = jnp.maximum(row_Q, self.window - 1 - tokens.starts_B[:, None])
+        newest_BQ = jnp.broadcast_to(row_Q + self.window, oldest_BQ.shape)
+        return jnp.stack([oldest_BQ, newest_BQ], axis=-1)
 
     def compressed(
         self, x_DT, latent_RT, cache, layer, tokens, view, rotation
@@ -162,6 +222,14 @@ class SparseAttention(nnx.Module):
             chosen_BQX = self.indexer.choose(scores_BQC, limits_BQ)
         return cache, seen | {"chosen_BQX": chosen_BQX}
 
+    def queries(
+        self, latent_RT: Float[Array, "R T"], rotation: TrailingRotation
+    ) -> Float[Array, "T N H"]:
+        """Queries, normed per head and rotated."""
+        q_NHT = self.q_b_proj(latent_RT).reshape(self.heads, self.head_dim, -1)
+        q_NHT = rotation(normalise(q_NHT, self.eps).astype(latent_RT.dtype))
+        return jnp.moveaxis(q_NHT, -1, 0)
+
     def attend(
         self,
         latent_RT: Float[Array, "R T"],
@@ -172,17 +240,15 @@ class SparseAttention(nnx.Module):
         rotation: TrailingRotation,
     ) -> Float[Array, "D T"]:
         """Queries from their latent, attention, and the grouped output projection."""
-        N, H, T = self.heads, self.head_dim, latent_RT.shape[1]
-        q_NHT = self.q_b_proj(latent_RT).reshape(N, H, T)
-        q_NHT = rotation(normalise(q_NHT, self.eps).astype(latent_RT.dtype))
+        T = latent_RT.shape[1]
         with jax.named_scope("sparse_attention"):
             o_BQNH = sparse_attention(
-                view.spread(jnp.moveaxis(q_NHT, -1, 0), 0),
+                view.spread(self.queries(latent_RT, rotation), 0),
                 recent_BRH,
                 spans_BQ2,
                 self.sinks[...],
                 window=self.window,
-                scale=H**-0.5,
+                scale=self.head_dim**-0.5,
                 **seen,
             )
         o_NHT = rotation.inverse(jnp.moveaxis(view.collect(o_BQNH), 0, -1))

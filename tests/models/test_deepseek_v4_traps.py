@@ -1,0 +1,379 @@
+"""The traps of DeepSeek-V4 implementations, one test each, in the reference's order."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs.drafters import deepseek_v4_dspark
+from configs.targets import deepseek_v4_flash, deepseek_v4_pro, deepseek_v4_tiny
+from jaxspark.checkpoints.deepseek_v4 import load_deepseek_v4
+from jaxspark.checkpoints.deepseek_v4_config import v4_config_from_hf, v4_config_to_hf
+from jaxspark.checkpoints.tree import Tensors
+from jaxspark.decoding.generate import check_block_length
+from jaxspark.drafters import DeepSeekV4DSpark
+from jaxspark.models import DeepSeekV4, FlatTokens
+from jaxspark.models.layers.compression import Compressor
+from jaxspark.models.layers.experts import Experts, Router
+from jaxspark.models.layers.hyper_connections import mix, sinkhorn
+from jaxspark.models.layers.indexer import Indexer
+from jaxspark.models.layers.mlp import GatedMLP
+from jaxspark.models.layers.rope import TrailingRotation
+from pallas_kernels import index_scores, sparse_attention
+from tests.driver import Session
+from tests.parity.v4_cases import lengths, random_config
+from tests.parity.v4_weights import random_weights
+
+VOCAB = 61
+TINY = deepseek_v4_tiny(VOCAB)
+RANDOM = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(RANDOM.normal(size=shape), jnp.float32)
+
+
+def model_of(*ratios, **changes):
+    """A model of a few layers with lively embeddings."""
+    config = replace(TINY, compress_ratios=ratios, **changes)
+    model = DeepSeekV4(config, rngs=nnx.Rngs(0))
+    model.embed_tokens.weight[...] *= 30.0
+    return model
+
+
+def logits(model, row):
+    return Session(model, 1, 160).feed([row])[0][0]
+
+
+def ids(count, seed=0):
+    return np.random.default_rng(seed).integers(0, VOCAB, count)
+
+
+def test_01_streams_are_mixed_by_the_transposed_matrix():
+    x_MDT = normal(3, 4, 2)
+    comb_MMT = jnp.zeros((3, 3, 2)).at[0, 1].set(1.0)
+    mixed = mix(jnp.zeros((4, 2)), x_MDT, jnp.zeros((3, 2)), comb_MMT)
+    np.testing.assert_allclose(mixed[1], x_MDT[0])
+    assert not np.any(mixed[0]) and not np.any(mixed[2])
+
+
+def test_02_sinkhorn_begins_with_softmax_and_ends_on_columns():
+    logits_MMT, eps = np.asarray(normal(4, 4, 3)), 1e-6
+    expected = np.exp(logits_MMT - logits_MMT.max(1, keepdims=True))
+    expected = expected / expected.sum(1, keepdims=True) + eps
+    for step in range(2 * 20 - 1):
+        axis = step % 2  # columns (over j) first and last
+        expected = expected / (expected.sum(axis, keepdims=True) + eps)
+    seen = sinkhorn(jnp.asarray(logits_MMT), 20, eps)
+    np.testing.assert_allclose(seen, expected, rtol=1e-5)
+    np.testing.assert_allclose(seen.sum(0), 1, atol=2e-6)
+
+
+@pytest.mark.parametrize("preset", [deepseek_v4_flash, deepseek_v4_pro])
+def test_03_yarn_does_not_scale_cos_and_sin(preset):
+    config = preset()
+    turn = TrailingRotation.at(config.compress_rope, 64, jnp.array([0, 5, 99999]))
+    np.testing.assert_allclose(turn.cos_hT**2 + turn.sin_hT**2, 1, rtol=1e-5)
+    # The ramp between kept and stretched frequencies runs over pairs 15 to 25.
+    plain = 160000.0 ** (-np.arange(32) / 32)
+    ratio = config.compress_rope.frequencies(64)[0] / plain
+    np.testing.assert_allclose(ratio[:16], 1, rtol=1e-4)
+    np.testing.assert_allclose(ratio[25:], 1 / 16, rtol=1e-4)
+    assert 1 / 16 < ratio[20] < 1
+
+
+@pytest.mark.parametrize("ratio", [0, 4, 32])
+def test_04_layers_with_entries_turn_by_a_rope_of_their_own(ratio):
+    """Each of the two ropes matters to its layers, and to no others."""
+    row = ids(3)  # no entry is complete
+    plain = logits(model_of(ratio), row)
+    for name, matters in (("rope", ratio == 0), ("compress_rope", ratio > 0)):
+        changed = replace(getattr(TINY, name), rope_theta=100.0)
+        other = logits(model_of(ratio, **{name: changed}), row)
+        assert (np.abs(plain - other).max() > 1e-3) == matters
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_05_entries_turn_by_the_first_position_of_their_window(overlap):
+    """Of constant values every entry is the same but for its angle, m i."""
+    config, m = TINY, 4
+    part = Compressor(
+        config, 32, m, overlap=overlap, dtype=jnp.float32, rngs=nnx.Rngs(0)
+    )
+    tokens = FlatTokens.from_rows(
+        jnp.zeros((1, 16), jnp.int32), jnp.zeros(1, jnp.int32), jnp.array([16])
+    )
+    x_DT = jnp.broadcast_to(normal(config.hidden_size, 1), (config.hidden_size, 16))
+    if overlap:  # the same values in both series
+        half = part.kv_proj.weight[...][:32]
+        part.kv_proj.weight[...] = jnp.concatenate([half, half])
+    raw, entries = part.init_raw(1, 1, 16), part.init_entries(1, 1, 16, jnp.float32)
+    _, entries = part(x_DT, raw, entries, jnp.int32(0), tokens, tokens.view())
+    plain_H1 = part.kv_norm(part.kv_proj(x_DT[:, :1])[:32])
+    turn = TrailingRotation.at(config.compress_rope, 16, m * jnp.arange(4))
+    expected_HC = turn(jnp.broadcast_to(plain_H1, (32, 4))[None])[0]
+    np.testing.assert_allclose(entries.rows_LBSH[0, 0], expected_HC.T, atol=1e-5)
+
+
+def test_06_what_is_read_depends_on_distances_alone():
+    """Keys are values, so outputs are turned back; else positions would show."""
+    model, end = model_of(0, num_hash_layers=0), ids(40, 1)
+    early = logits(model, np.concatenate([ids(2), end]))[-1]
+    late = logits(model, np.concatenate([ids(77, 2), end]))[-1]
+    np.testing.assert_allclose(early, late, atol=1e-3)
+
+
+def test_07_the_shared_expert_is_clamped_too():
+    part = GatedMLP(8, 16, bias=False, limit=2.0, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x_DT = 1000.0 * normal(8, 20)
+    gate, up = part.gate_proj(x_DT), part.up_proj(x_DT)
+    expected = jax.nn.silu(jnp.minimum(gate, 2.0)) * jnp.clip(up, -2.0, 2.0)
+    np.testing.assert_allclose(part.hidden(x_DT), expected, rtol=1e-5)
+    assert np.abs(part.hidden(x_DT)).max() <= 2 * float(jax.nn.silu(2.0)) + 1e-5
+    tiny = DeepSeekV4(TINY, rngs=nnx.Rngs(0)).layers[0].mlp
+    assert tiny.shared_experts.limit == tiny.experts.limit == TINY.swiglu_limit
+
+
+@pytest.mark.parametrize("ratio", [0, 4, 32])
+def test_08_no_query_sees_the_future(ratio):
+    row = ids(70)
+    model = model_of(ratio)
+    plain = logits(model, row)
+    for place in (31, 32, 63, 66):
+        changed = row.copy()
+        changed[place] = (changed[place] + 1) % VOCAB
+        seen = logits(model, changed)
+        np.testing.assert_allclose(seen[:place], plain[:place], atol=1e-4)
+        assert np.abs(seen[place] - plain[place]).max() > 1e-2
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_09_the_router_survives_extreme_scores(hashed):
+    """softplus neither overflows nor makes 0 / 0 of scores that all vanish."""
+    part = Router(TINY, hashed=hashed, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    for factor in (-1e4, 1e4):
+        part.weight[...] = jnp.full(part.weight.shape, factor, jnp.bfloat16)
+        routing = part(jnp.ones((TINY.hidden_size, 3), jnp.bfloat16), jnp.arange(3))
+        assert routing.scores_TE.dtype == jnp.float32
+        assert np.isfinite(routing.weights_TX).all()
+    part.weight[...] = normal(*part.weight.shape).astype(jnp.bfloat16)
+    routing = part(normal(TINY.hidden_size, 3), jnp.arange(3))
+    np.testing.assert_allclose(
+        routing.weights_TX.sum(1), TINY.routed_scaling_factor, rtol=1e-5
+    )
+
+
+def test_09_the_bias_chooses_and_does_not_weigh():
+    part = Router(TINY, hashed=False, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x_DT = normal(TINY.hidden_size, 4)
+    part.e_score_correction_bias[...] = jnp.zeros(16).at[jnp.array([3, 7])].set(100.0)
+    routing = part(x_DT, jnp.zeros(4, jnp.int32))
+    assert np.sort(routing.experts_TX, axis=1).tolist() == [[3, 7]] * 4
+    scores_TX = np.take_along_axis(routing.scores_TE, routing.experts_TX, axis=1)
+    expected = 1.5 * scores_TX / scores_TX.sum(1, keepdims=True)
+    np.testing.assert_allclose(routing.weights_TX, expected, rtol=1e-5)
+
+
+def test_10_routing_tables_stay_integers():
+    config = random_config(5) | {"num_hash_layers": 1}
+    weights = random_weights(config, 5)
+    shapes = {name: value.shape for name, value in weights.items()}
+    tensors = Tensors(where="made", shapes=shapes, read=weights.__getitem__)
+    model = load_deepseek_v4(v4_config_from_hf(config), tensors, dtype=jnp.bfloat16)
+    table = model.layers[0].mlp.gate.tid2eid[...][0]
+    assert table.dtype == jnp.int32
+    np.testing.assert_array_equal(table, weights["model.layers.0.mlp.gate.tid2eid"])
+
+
+def test_11_index_scores_are_weighted_sums_of_relus():
+    q, k, w = normal(1, 2, 3, 8), normal(1, 5, 8), normal(1, 2, 3)
+    dots = np.einsum("bqnh,bch->bqnc", q, k)
+    expected = (np.maximum(dots, 0) * np.asarray(w)[..., None]).sum(2)
+    np.testing.assert_allclose(index_scores(q, k, w), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_12_queries_have_a_norm_per_head_without_weight():
+    model, row = model_of(0, 4), ids(30)
+    plain = logits(model, row)
+    for stack in model.layers:
+        stack.self_attn.q_b_proj.weight[...] *= 7.0
+    np.testing.assert_allclose(logits(model, row), plain, atol=1e-3)
+
+
+def test_13_the_last_channels_turn_in_neighbouring_pairs():
+    turn = TrailingRotation.at(TINY.rope, 8, jnp.array([3]))
+    x_NHT = normal(1, 20, 1)
+    seen = np.asarray(turn(x_NHT))[0, :, 0]
+    x = np.asarray(x_NHT)[0, :, 0]
+    np.testing.assert_array_equal(seen[:12], x[:12])
+    for pair in range(4):
+        angle = 3 * 10000.0 ** (-2 * pair / 8)
+        a, b = x[12 + 2 * pair], x[13 + 2 * pair]
+        expected = (
+            a * np.cos(angle) - b * np.sin(angle),
+            b * np.cos(angle) + a * np.sin(angle),
+        )
+        np.testing.assert_allclose(seen[12 + 2 * pair :][:2], expected, rtol=1e-4)
+
+
+def test_14_padding_is_not_compressed():
+    """Entries of a slot know its true length, whatever else the pass carries."""
+    model, row = model_of(4, 32), ids(66)
+    alone = Session(model, 1, 96).feed([row], chunk=16)[0][0]
+    beside = Session(model, 2, 96).feed([row, ids(50, 1)], chunk=16, capacity=48)[0][0]
+    np.testing.assert_allclose(alone, beside, atol=1e-3)
+
+
+def test_15_sinks_take_weight_and_give_nothing():
+    q, rows = normal(1, 1, 2, 8), normal(1, 4, 8)
+    spans = jnp.array([[[0, 4]]])
+
+    def attend(sink):
+        sinks = jnp.full((2,), sink)
+        return sparse_attention(q, rows, spans, sinks, window=4, scale=1.0)
+
+    scores = np.einsum("bqnh,brh->bqnr", q, rows)
+    weights = np.exp(scores)
+    for sink in (-np.inf, 0.5):
+        total = weights.sum(-1, keepdims=True) + np.exp(sink)
+        expected = np.einsum("bqnr,brh->bqnh", weights / total, rows)
+        np.testing.assert_allclose(attend(sink), expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(attend(1e4)).max() == 0
+    nothing = sparse_attention(
+        q, rows, jnp.array([[[2, 2]]]), jnp.zeros(2), window=4, scale=1.0
+    )
+    assert np.abs(nothing).max() == 0  # and no NaN
+
+
+def proposals(drafter, model, *, counts=(20,), change=None):
+    """What it drafts, after so many context rows; `change` alters one of them."""
+    slots, D = len(counts), TINY.hidden_size
+    taps = np.random.default_rng(1).normal(size=(3, D, slots * 20)).astype(np.float32)
+    if change is not None:
+        taps[:, :, change] += 3.0
+    ids_BQ, starts_B = jnp.zeros((slots, 20), jnp.int32), jnp.zeros(slots, jnp.int32)
+    tokens = FlatTokens.from_rows(ids_BQ, starts_B, jnp.array(counts))
+    cache = drafter.observe(drafter.init_cache(slots, 64), jnp.asarray(taps), tokens)
+
+    def draw(logits_BV, j, ids_W):
+        return jnp.argmax(logits_BV, -1).astype(jnp.int32), logits_BV
+
+    answer = jnp.tile(jnp.arange(64, dtype=jnp.int32) % VOCAB, (slots, 1))
+    return drafter.propose(model, cache, answer, jnp.array(counts) + 1, draw, 5)[0]
+
+
+@pytest.fixture(scope="module")
+def drafting():
+    model = model_of(0, 4, 32, 4)
+    return DeepSeekV4DSpark(deepseek_v4_dspark(model.config), rngs=nnx.Rngs(1)), model
+
+
+def test_16_the_drafter_sees_every_context_row_of_its_window(drafting):
+    """The last 16 rows, the newest included, and none before them."""
+    drafter, model = drafting
+    plain = proposals(drafter, model).log_q_BGW
+    for row in range(20):
+        seen = proposals(drafter, model, change=row).log_q_BGW
+        assert (np.abs(seen - plain).max() > 1e-4) == (row >= 4), row
+
+
+def test_16_a_block_sees_itself_and_begins_after_its_context(drafting):
+    """The first row changes with the noise behind it; rows know their places."""
+    drafter, model = drafting
+    hidden = drafter.backbone(
+        model, drafter.init_cache(1, 64), jnp.array([5]), jnp.array([0]), 5
+    )
+    other = DeepSeekV4DSpark(
+        replace(drafter.config, dspark_noise_token_id=3), rngs=nnx.Rngs(1)
+    )
+    changed = other.backbone(
+        model, other.init_cache(1, 64), jnp.array([5]), jnp.array([0]), 5
+    )
+    assert np.abs(hidden[:, 0, 0] - changed[:, 0, 0]).max() > 1e-4
+    assert np.abs(hidden[:, 0, 1] - hidden[:, 0, 2]).max() > 1e-4
+
+
+def test_16_confidence_looks_before_the_norm(drafting):
+    drafter, model = drafting
+    plain = proposals(drafter, model)
+    drafter.norm.weight[...] *= 2.0
+    try:
+        seen = proposals(drafter, model)
+    finally:
+        drafter.norm.weight[...] /= 2.0
+    # The first row's confidence knows neither the norm nor any draft.
+    np.testing.assert_allclose(seen.confidence_BG[:, 0], plain.confidence_BG[:, 0])
+    assert np.abs(seen.log_q_BGW - plain.log_q_BGW).max() > 1e-3
+
+
+def test_16_a_drafter_has_three_stages(drafting):
+    assert drafting[0].stages.self_attn.sinks.shape[0] == 3
+
+
+def test_17_tests_are_long_enough_to_choose():
+    """Every parity case has queries with more entries than the indexer may choose."""
+    for seed in range(20):
+        config = random_config(seed)
+        assert max(lengths(config)) // 4 > config["index_topk"]
+        assert max(lengths(config)) > max(config["sliding_window"], 2 * 128)
+    row = ids(100)
+    model = model_of(4)
+    plain = logits(model, row)
+    model.layers[0].self_attn.indexer.weights_proj.weight[...] *= -1.0
+    assert np.abs(logits(model, row)[-1] - plain[-1]).max() > 1e-3
+
+
+def test_18_the_window_includes_the_query_itself():
+    row, model = ids(40), model_of(0, num_hash_layers=0)
+    plain = logits(model, row)[-1]
+    for distance, matters in ((0, True), (15, True), (16, False)):
+        changed = row.copy()
+        changed[39 - distance] = (changed[39 - distance] + 1) % VOCAB
+        far = np.abs(logits(model, changed)[-1] - plain).max()
+        assert (far > 1e-4) == matters, distance
+
+
+def test_19_compression_of_draft_layers_is_not_the_targets():
+    """Released files list 44 or 46 ratios for 43 layers."""
+    config = deepseek_v4_flash()
+    raw = v4_config_to_hf(config, dtype=jnp.bfloat16)
+    for tail in ([], [0], [0, 0, 0]):
+        longer = raw | {"compress_ratios": [*config.compress_ratios, *tail]}
+        assert v4_config_from_hf(longer) == config
+
+
+def test_20_a_block_is_no_longer_than_the_drafter_was_made_for(drafting):
+    assert check_block_length(drafting[0], None) == 5
+    with pytest.raises(ValueError, match="5"):
+        check_block_length(drafting[0], 7)
+
+
+def test_21_ties_go_to_the_earliest_entry():
+    """Zeros are common, since ReLU makes them; a longer text must choose alike."""
+    part = Indexer(TINY, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    scores = jnp.zeros((1, 2, 30)).at[0, :, 17].set(1.0)
+    chosen = part.choose(scores, jnp.array([[30, 5]]))
+    assert chosen[0, 0].tolist() == [17, 0, 1, 2, 3, 4, 5, 6]
+    assert chosen[0, 1].tolist() == [0, 1, 2, 3, 4, -1, -1, -1]
+
+
+def test_experts_compute_what_a_loop_over_tokens_does():
+    part = Experts(TINY, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    router = Router(TINY, hashed=False, dtype=jnp.float32, rngs=nnx.Rngs(1))
+    x_DT = normal(TINY.hidden_size, 9)
+    routing = router(x_DT, jnp.zeros(9, jnp.int32))
+    slots = jnp.array([0] * 7 + [-1, -1])
+    seen = part(x_DT.T, routing, slots, jnp.int32(0))
+    for token in range(7):
+        total = 0.0
+        for expert, weight in zip(
+            routing.experts_TX[token], routing.weights_TX[token], strict=True
+        ):
+            gate, up = jnp.split(part.gate_up_proj[...][expert] @ x_DT[:, token], 2)
+            hidden = jax.nn.silu(jnp.minimum(gate, 10)) * jnp.clip(up, -10, 10)
+            total += weight * (part.down_proj[...][expert] @ hidden)
+        np.testing.assert_allclose(seen[token], total, rtol=1e-3, atol=1e-4)
+    assert not np.any(seen[7:])

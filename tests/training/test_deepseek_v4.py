@@ -1,0 +1,284 @@
+"""Training DeepSeek-V4: gradients, documents apart, losses, loads that even out."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.test_util import check_grads
+
+from configs.targets import deepseek_v4_tiny
+from jaxspark.drafters import MTPDrafter
+from jaxspark.models import DeepSeekV4, FlatTokens
+from jaxspark.models.deepseek_v4 import DeepSeekV4Layer, Pass
+from jaxspark.models.layers.compression import Compressor
+from jaxspark.models.layers.experts import MixtureOfExperts, Routing
+from jaxspark.models.layers.hyper_connections import HyperConnection, HyperHead, mix
+from jaxspark.models.layers.indexer import Indexer
+from jaxspark.models.layers.sparse_attention import SparseAttention
+from jaxspark.training.deepseek_v4 import (
+    balanced,
+    forward,
+    imbalance,
+    index_loss,
+    load_and_balance,
+    pretraining_loss,
+)
+from tests.driver import Session
+
+VOCAB = 29
+SMALL = replace(
+    deepseek_v4_tiny(VOCAB),
+    hidden_size=12,
+    moe_intermediate_size=6,
+    num_attention_heads=2,
+    head_dim=8,
+    qk_rope_head_dim=4,
+    q_lora_rank=6,
+    o_lora_rank=4,
+    n_routed_experts=4,
+    index_n_heads=3,
+    index_head_dim=4,
+    index_topk=2,
+    sliding_window=4,
+    hca_ratio=8,
+    hc_sinkhorn_iters=3,
+    compress_ratios=(0, 4, 8),
+)
+
+
+def texts(*lengths, seed=0):
+    """One text per slot, padded to the longest."""
+    random = np.random.default_rng(seed)
+    ids_BQ = random.integers(0, VOCAB, (len(lengths), max(lengths)))
+    zeros = jnp.zeros(len(lengths), jnp.int32)
+    return FlatTokens.from_rows(jnp.asarray(ids_BQ), zeros, jnp.array(lengths))
+
+
+def lively(module, seed=0):
+    """All parameters random and in float64, nothing at a neutral value."""
+    random = np.random.default_rng(seed)
+
+    def draw(x):
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            return x
+        return jnp.asarray(0.7 * random.normal(size=x.shape), jnp.float64)
+
+    return jax.tree.map(draw, module)
+
+
+def blocks():
+    """Every block as a function of parameters and input, by name."""
+    rngs, c = nnx.Rngs(0), SMALL
+    options = {"dtype": jnp.float64, "rngs": rngs}
+    tokens = texts(13, 9)
+    T, D, M = len(tokens.ids_T), c.hidden_size, c.hc_mult
+    run = Pass.of(c, tokens)
+    zero = jnp.int32(0)
+
+    def hyper(part, x):
+        h_DT, post, comb = part(x.reshape(M, D, T))
+        return mix(jnp.tanh(h_DT), x.reshape(M, D, T), post, comb)
+
+    def scores(part, x):
+        keys = part.compressor.of_whole(x[:D], tokens, run.view)
+        return part.scores(x[:D], x[D : D + c.q_lora_rank], keys, run.view, run.plain)
+
+    def compress(part, x):
+        return part.of_whole(x[:D], tokens, run.view)
+
+    def attend(part, x):
+        return part.of_whole(x[:D], tokens, run.view, run.compressed)[0]
+
+    def layer(part, x):
+        def attend(h):
+            return part.self_attn.of_whole(h, tokens, run.view, run.plain)
+
+        return part.around(attend, x.reshape(M, D, T), zero, tokens)[0]
+
+    def experts(part, x):
+        return part(x[:D], tokens.ids_T, tokens.slots_T, zero)[0]
+
+    compressor = partial(Compressor, c, c.head_dim, **options)
+    attention = partial(SparseAttention, c, **options)
+    return {
+        "hyper-connection": (HyperConnection(c, rngs=rngs), hyper),
+        "hyper head": (HyperHead(c, rngs=rngs), lambda p, x: p(x.reshape(M, D, T))),
+        "compression, overlapping": (compressor(4, overlap=True), compress),
+        "compression": (compressor(8, overlap=False), compress),
+        "indexer": (Indexer(c, **options), scores),
+        "window attention": (attention(0), attend),
+        "CSA": (attention(4), attend),
+        "HCA": (attention(8), attend),
+        "experts": (MixtureOfExperts(c, hashed=False, **options), experts),
+        "hashed experts": (MixtureOfExperts(c, hashed=True, **options), experts),
+        "layer": (DeepSeekV4Layer(c, 0, False, **options), layer),
+    }
+
+
+@pytest.mark.parametrize("name", [
+    "hyper-connection", "hyper head", "compression, overlapping", "compression",
+    "indexer", "window attention", "CSA", "HCA", "experts", "hashed experts", "layer",
+])  # fmt: skip
+def test_gradients_equal_finite_differences(name):
+    """In float64, along random directions of all parameters and of the input."""
+    with jax.enable_x64(True):
+        module, function = blocks()[name]
+        graph, state = nnx.split(lively(module))
+        leaves, tree = jax.tree.flatten(state)
+        moving = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+        x = jnp.asarray(np.random.default_rng(1).normal(size=(SMALL.hc_mult * 12, 26)))
+        weight = None
+
+        def loss(parts, x):
+            nonlocal weight
+            parts = iter(parts)
+            filled = [next(parts) if m else leaf for m, leaf in zip(moving, leaves)]
+            out = function(nnx.merge(graph, jax.tree.unflatten(tree, filled)), x)
+            if weight is None:
+                weight = np.random.default_rng(2).normal(size=out.shape)
+            return jnp.sum(jnp.where(jnp.isfinite(out), out, 0.0) * weight)
+
+        parts = [leaf for m, leaf in zip(moving, leaves) if m]
+        check_grads(loss, (parts, x), 1, ["rev"], atol=1e-5, rtol=1e-5, eps=1e-6)
+
+
+def test_the_training_forward_is_the_models():
+    """Whole texts without caches give the logits of prefill with caches."""
+    model = DeepSeekV4(SMALL, rngs=nnx.Rngs(0))
+    model.embed_tokens.weight[...] *= 30.0
+    tokens = texts(37, 20, 5)
+    x_MDT, _ = jax.jit(forward)(model, tokens)
+    seen = tokens.view().spread(model.logits(model.hc_head(x_MDT)), 0.0)
+    rows = [np.asarray(tokens.ids_T[tokens.slots_T == slot]) for slot in range(3)]
+    expected = Session(model, 3, 48).feed(rows)[0]
+    for slot, theirs in enumerate(expected):
+        np.testing.assert_allclose(seen[slot, : len(theirs)], theirs, atol=1e-4)
+
+
+def test_documents_do_not_see_each_other():
+    model = DeepSeekV4(SMALL, rngs=nnx.Rngs(0))
+    model.embed_tokens.weight[...] *= 30.0
+    one, other = texts(20, 20, seed=1), texts(20, 20, seed=2)
+    ids_T = jnp.where(one.slots_T == 0, one.ids_T, other.ids_T)
+    mixed = replace(one, ids_T=ids_T)
+    first, second = (jax.jit(forward)(model, each)[0] for each in (one, mixed))
+    mine = np.asarray(one.slots_T) == 0
+    np.testing.assert_allclose(first[:, :, mine], second[:, :, mine], atol=1e-5)
+    assert np.abs(first[:, :, ~mine] - second[:, :, ~mine]).max() > 1e-2
+
+
+def test_the_indexers_loss_reaches_the_indexer_alone():
+    model = DeepSeekV4(SMALL, rngs=nnx.Rngs(0))
+    model.embed_tokens.weight[...] *= 30.0
+    tokens = texts(30, 22)
+
+    def loss(model, dense):
+        return sum(
+            r.index_L.sum() for r in forward(model, tokens, dense_index=dense)[1]
+        )
+
+    for dense in (True, False):
+        grads = jax.grad(loss, allow_int=True)(model, dense)
+        for path, value in nnx.to_flat_state(nnx.split(grads)[1]):
+            array = value.get_value()
+            if array.dtype == jax.dtypes.float0:
+                continue
+            moved = float(jnp.abs(array).max()) > 0
+            assert moved == ("indexer" in path), path
+        assert loss(model, dense) > 0
+
+
+def test_an_indexer_that_says_what_attention_does_has_no_loss():
+    """Scores equal to the log of attention's mass on entries: divergence 0."""
+    with jax.enable_x64(True):
+        attention = lively(
+            SparseAttention(SMALL, 4, dtype=jnp.float64, rngs=nnx.Rngs(0))
+        )
+        tokens = texts(24)
+        run = Pass.of(SMALL, tokens)
+        x_DT = jnp.asarray(np.random.default_rng(0).normal(size=(12, 24)))
+        _, looked = attention.of_whole(x_DT, tokens, run.view, run.compressed)
+        q = run.view.spread(attention.queries(looked.latent_RT, run.compressed), 0)
+        entries = looked.seen["entries_BCH"]
+        scale = SMALL.head_dim**-0.5
+        dots = scale * np.einsum("bqnh,bch->bqnc", q, entries)
+        near = scale * np.einsum("bqnh,brh->bqnr", q, looked.recent_BRH)
+        row = np.arange(near.shape[-1])
+        seen = (row >= looked.spans_BQ2[..., :1]) & (row < looked.spans_BQ2[..., 1:])
+        open_ = np.arange(entries.shape[1]) < (np.arange(24)[:, None] + 1) // 4
+        total = (np.exp(near) * seen[:, :, None]).sum(-1)
+        total += np.exp(np.asarray(attention.sinks[...]))
+        total += (np.exp(dots) * open_[:, None]).sum(-1)
+        mass = (np.exp(dots) / total[..., None]).sum(2)
+        perfect = replace(looked, scores_BQC=jnp.asarray(np.log(mass)))
+        loss = partial(index_loss, attention, view=run.view, rotation=run.compressed)
+        assert abs(loss(perfect, dense=True)) < 1e-9
+        assert loss(looked, dense=True) > 1e-3
+
+
+def test_balance_is_one_when_even_and_grows_with_skew():
+    tokens = texts(8, 8)
+
+    def routing(experts_TX, scores_TE):
+        weights = jnp.ones(experts_TX.shape)
+        return Routing(experts_TX, weights, scores_TE)
+
+    even = jnp.stack([jnp.arange(16) % 4, (jnp.arange(16) + 1) % 4], axis=1)
+    load_E, balance = load_and_balance(routing(even, jnp.ones((16, 4))), tokens)
+    assert load_E.tolist() == [8.0] * 4
+    np.testing.assert_allclose(balance, 1.0, rtol=1e-6)
+    skewed = jnp.tile(jnp.array([0, 1]), (16, 1))
+    scores = jnp.tile(jnp.array([9.0, 9.0, 1.0, 1.0]), (16, 1))
+    load_E, balance = load_and_balance(routing(skewed, scores), tokens)
+    assert load_E.tolist() == [16.0, 16.0, 0.0, 0.0]
+    np.testing.assert_allclose(balance, 2 * 0.9, rtol=1e-6)
+
+
+def test_a_short_run_learns_and_evens_out_loads():
+    """Loss falls, and the most loaded expert gets below 1.5 times the mean."""
+    config = replace(deepseek_v4_tiny(VOCAB), compress_ratios=(0, 4, 32))
+    model = DeepSeekV4(config, rngs=nnx.Rngs(0))
+    mtp = MTPDrafter(config, rngs=nnx.Rngs(1))
+    skew = jnp.linspace(0.05, -0.05, config.n_routed_experts)
+    for stack in model.layers[1:]:
+        stack.mlp.gate.e_score_correction_bias[...] += skew
+    optimizer = optax.adam(3e-3)
+    graph, params, rest = nnx.split((model, mtp), nnx.Param, ...)
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, rest, state, tokens):
+        def loss(params):
+            model, mtp = nnx.merge(graph, params, rest)
+            return pretraining_loss(model, tokens, mtp)
+
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, state = optimizer.update(grads, state)
+        model, mtp = nnx.merge(graph, optax.apply_updates(params, updates), rest)
+        model = balanced(model, metrics.reports, speed=2e-3)
+        _, params, rest = nnx.split((model, mtp), nnx.Param, ...)
+        return params, rest, state, metrics
+
+    random = np.random.default_rng(0)
+    seen = []
+    for _ in range(60):
+        # Texts that count up by a step of their own.
+        first, by = random.integers(0, VOCAB, (2, 8, 1))
+        ids_BQ = (first + (1 + by % 5) * np.arange(48)) % VOCAB
+        tokens = FlatTokens.from_rows(
+            jnp.asarray(ids_BQ), jnp.zeros(8, jnp.int32), jnp.full(8, 48)
+        )
+        params, rest, state, metrics = step(params, rest, state, tokens)
+        loads = float(imbalance(metrics.reports[1:]))
+        seen.append((float(metrics.cross_entropy), float(metrics.mtp), loads))
+    start, end = np.mean(seen[:5], axis=0), np.mean(seen[-5:], axis=0)
+    print(f"cross entropy, MTP, max/mean load: {start} -> {end}")
+    assert end[0] < 0.6 * start[0]
+    assert end[1] < 0.9 * start[1]
+    assert start[2] > 3
+    assert end[2] < 1.5
