@@ -12,9 +12,7 @@ those of `configs.targets`.
 import inspect
 import math
 
-import jax.numpy as jnp
 from absl import flags
-from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
@@ -45,13 +43,11 @@ FLAGS = flags.FLAGS
 
 def released_files(config: DeepSeekV4Config) -> dict[str, dict[str, int]]:
     """Tensors, bytes and parameters of the released layout, by what it holds."""
-    options = {"dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}
-    target = target_plan(
-        config, parameter_shapes(lambda: DeepSeekV4(config, **options)), released=True
-    )
-    mtp = draft_plan(parameter_shapes(lambda: MTPDrafter(config, **options)))
-    dspark = configs.drafters.deepseek_v4_dspark(config)
-    stages = draft_plan(parameter_shapes(lambda: DeepSeekV4DSpark(dspark, **options)))
+    drafter = configs.drafters.deepseek_v4_dspark(config)
+    shapes = parameter_shapes(DeepSeekV4, config)
+    target = target_plan(config, shapes, released=True)
+    mtp = draft_plan(parameter_shapes(MTPDrafter, config))
+    stages = draft_plan(parameter_shapes(DeepSeekV4DSpark, drafter))
     found = {}
     for name, plan in (
         ("backbone", target),

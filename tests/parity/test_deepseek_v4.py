@@ -3,43 +3,63 @@
 import numpy as np
 import pytest
 
-from jaxspark.checkpoints.deepseek_v4 import load_deepseek_v4
-from jaxspark.checkpoints.deepseek_v4_config import v4_config_from_hf
-from jaxspark.checkpoints.tree import Tensors
+from jaxspark.checkpoints import load_target, save_deepseek_v4
 from tests.driver import Session
 from tests.parity.test_dense import difference, fresh_seed
-from tests.parity.v4_cases import lengths, random_config
-from tests.parity.v4_weights import random_weights
+from tests.parity.v4_cases import BASE, lengths, random_config
+from tests.parity.v4_model import chosen_entries, made
 
 pytestmark = pytest.mark.oracle
 TOLERANCE = 3e-4
 
 
-def made(config, seed):
-    """Our model with the weights of a seed."""
-    weights = random_weights(config, seed)
-    shapes = {name: value.shape for name, value in weights.items()}
-    tensors = Tensors(where="random", shapes=shapes, read=weights.__getitem__)
-    return load_deepseek_v4(v4_config_from_hf(config), tensors, dtype="float32")
-
-
-def a_case(seed):
-    """A random configuration and a sequence for each interesting length."""
+@pytest.mark.parametrize("attempt", range(3))
+def test_random_models_equal_transformers(attempt, oracle, record_property):
+    """Prefill, chunked prefill and decode, at lengths around every boundary."""
+    seed = fresh_seed()
     config = random_config(seed)
     random = np.random.RandomState(seed)
     tokens = [random.randint(0, 61, length).tolist() for length in lengths(config)]
-    return config, tokens
-
-
-@pytest.mark.parametrize("attempt", range(3))
-def test_random_models_equal_transformers(attempt, oracle, record_property):
-    seed = fresh_seed()
-    config, tokens = a_case(seed)
-    reference = oracle.ask({"config": config, "seed": seed, "tokens": tokens})
+    request = {"config": config, "seed": seed, "tokens": tokens, "chosen": True}
+    reference = oracle.ask(request)
     assert 2 < np.abs(reference["logits_0"]).max() < 60, seed
     model = made(config, seed)
     for chunk in (None, 1, 7, 64):
         logits, _ = Session(model, len(tokens), 304).feed(tokens, chunk=chunk)
         worst = difference(logits, reference)
         record_property(f"chunk_{chunk}", float(worst))
+        print(f"chunk {chunk}: {worst:.1e}")
         assert worst <= TOLERANCE, (chunk, f"{seed=}", config)
+
+    longest = len(tokens) - 1
+    mine = chosen_entries(model, tokens[longest])
+    theirs = {
+        int(name.rsplit("_", 1)[1]): value
+        for name, value in reference.items()
+        if name.startswith(f"chosen_{longest}_")
+    }
+    assert mine.keys() == theirs.keys()
+    for layer, chosen_TX in theirs.items():
+        for query, (ours, expected) in enumerate(zip(mine[layer], chosen_TX)):
+            assert set(ours) - {-1} == set(expected) - {-1}, (seed, layer, query)
+
+
+def test_what_transformers_saves_is_read(oracle, tmp_path):
+    """It mixes released names with its own."""
+    seed = fresh_seed()
+    tokens = [np.random.RandomState(seed).randint(0, 61, 40).tolist()]
+    request = {"config": BASE, "seed": seed, "tokens": tokens}
+    reference = oracle.ask(request | {"save": str(tmp_path)})
+    model = load_target(str(tmp_path)).model
+    logits, _ = Session(model, 1, 64).feed(tokens)
+    assert difference(logits, reference) <= TOLERANCE, seed
+
+
+def test_what_is_saved_is_read_by_transformers(oracle, tmp_path):
+    seed = fresh_seed()
+    tokens = [np.random.RandomState(seed).randint(0, 61, 40).tolist()]
+    reference = oracle.ask({"config": BASE, "seed": seed, "tokens": tokens})
+    folder = tmp_path / "model"
+    save_deepseek_v4(folder, made(BASE, seed), quantized=False)
+    seen = oracle.ask({"folder": str(folder), "tokens": tokens})
+    assert difference([seen["logits_0"]], reference) <= 1e-4

@@ -7,8 +7,10 @@ from jaxspark.checkpoints import load_target
 from tests.driver import Session
 from tests.parity import golden
 from tests.parity.cases import CASES
+from tests.parity.v4_cases import V4_SEEDS, random_config
+from tests.parity.v4_model import made
 
-TOLERANCE = 2e-4
+TOLERANCE, V4_TOLERANCE = 2e-4, 3e-4
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -23,6 +25,19 @@ def test_random_models_equal_golden(name, checkpoint, record_property):
             worst = np.abs(logits_TV - arrays[f"logits_{i}"]).max()
             record_property(f"chunk_{chunk}_{i}", float(worst))
             assert worst <= TOLERANCE, (chunk, i)
+
+
+@pytest.mark.parametrize("seed", V4_SEEDS)
+def test_deepseek_v4_equals_golden(seed, record_property):
+    header, arrays = golden.load(golden.FOLDER / f"deepseek_v4_{seed}.npz")
+    assert header["config"] == random_config(seed), "stale: run make_golden"
+    model, tokens = made(header["config"], header["seed"]), header["tokens"]
+    for chunk in (None, 5):
+        logits, _ = Session(model, len(tokens), 144).feed(tokens, chunk=chunk)
+        for i, logits_TV in enumerate(logits):
+            worst = np.abs(logits_TV - arrays[f"logits_{i}"]).max()
+            record_property(f"chunk_{chunk}_{i}", float(worst))
+            assert worst <= V4_TOLERANCE, (chunk, i)
 
 
 def test_old_spelling_of_rope_means_the_same(checkpoint):

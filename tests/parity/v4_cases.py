@@ -50,6 +50,10 @@ BASE = {
 }
 
 
+# Of the golden files.
+V4_SEEDS, V4_LENGTHS = (1, 2, 3), (140, 33, 5)
+
+
 def lengths(config):
     """Around every boundary: compression, window, index top-k, HCA."""
     window, picks = config["sliding_window"], 4 * config["index_topk"]

@@ -1,0 +1,64 @@
+"""The guarantees on DeepSeek-V4, with its own drafters, prompt lookup and a hybrid.
+
+Small ones of `launch.audit --suite=deepseek_v4`, random weights.
+"""
+
+import pytest
+
+from jaxspark.decoding import Request
+from jaxspark.evaluation import sampling_checks
+from jaxspark.evaluation.audit import audit, decode_requests, plain_outputs
+from jaxspark.evaluation.tiny_models import tiny_models
+from tests import zoo
+
+NAMES = ("ngram", "deepseek_v4_dspark", "mtp", "hybrid")
+OPTIONS = {"capacity": 128}
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A target, and drafters of blocks of 4."""
+    return tiny_models("deepseek_v4", zoo.VOCAB, block_length=4)
+
+
+def requests(temperatures):
+    """Prompts below and above every boundary, long enough answers to cross some."""
+    prompts = zoo.prompts(1, 2, 17, 40, 5)
+    return [
+        Request(
+            prompt=tuple(prompt),
+            max_new_tokens=24,
+            temperature=temperature,
+            seed=i,
+            name=str(i),
+        )
+        for i, (prompt, temperature) in enumerate(zip(prompts, temperatures))
+    ]
+
+
+@pytest.fixture(scope="module", params=["greedy", "gumbel"])
+def asked(request, models):
+    """Requests, how they are coupled, and what plain decoding says."""
+    greedy = request.param == "greedy"
+    each = requests([0.0] * 5 if greedy else [0.0, 1.0, 0.7, 0.0, 1.3])
+    coupling = "rejection" if greedy else "gumbel"
+    plain = plain_outputs(models[0], each, coupling=coupling, **OPTIONS)
+    assert len({token for tokens in plain for token in tokens}) > 20
+    return each, coupling, plain
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_not_one_token_changes(models, asked, name):
+    each, coupling, plain = asked
+    target, drafters = models
+    seen = decode_requests(target, each, drafters[name], coupling=coupling, **OPTIONS)
+    result = audit(target, each, plain, seen)
+    assert result.tokens >= 24 * len(each)
+    assert not result.violations, "\n".join(map(str, result.violations))
+    assert len(result.near_ties) <= 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_round_has_the_targets_distribution(name):
+    [check] = sampling_checks.enumeration_checks([name], family="deepseek_v4")
+    assert check.holds, check
