@@ -147,10 +147,9 @@ class MTPDrafter(nnx.Module):
         taps_mDT = taps_mDT.astype(self.dtype)
         view, zero, T = tokens.view(), jnp.int32(0), taps_mDT.shape[-1]
         rows_TX = taps_mDT[1:].reshape(-1, T).T
-        newest_B1X = cache.streams.before(zero, tokens.starts_B, 1)
+        newest_B1X, streams = cache.streams.advance(zero, 1, rows_TX, tokens, view)
         around_BQX = jnp.concatenate([newest_B1X, view.spread(rows_TX, 0)], axis=1)
         previous_TX = view.collect(around_BQX[:, :-1])
-        streams = cache.streams.append(zero, rows_TX, tokens, view)
         # The pair before the first token of a slot does not exist.
         before = FlatTokens(
             ids_T=tokens.ids_T,

@@ -48,6 +48,8 @@ class Rows:
 
     def layer(self, layer: Int[Array, ""]) -> Float[Array, "B S H"]:
         """All rows of one layer."""
+        if len(self.rows_LBSH) == 1:  # nothing to choose, nothing to move
+            return self.rows_LBSH[0]
         return jax.lax.dynamic_index_in_dim(self.rows_LBSH, layer, keepdims=False)
 
     def take(
@@ -87,6 +89,22 @@ class Rows:
         """
         positions_BX = starts_B[:, None] + jnp.arange(-count, 0)
         return self.take(layer, positions_BX % self.length)
+
+    def advance(
+        self,
+        layer: Int[Array, ""],
+        count: int,
+        new_TH: Float[Array, "T H"],
+        tokens: FlatTokens,
+        view: SlotView,
+    ) -> tuple[Float[Array, "B count H"], "Rows"]:
+        """Of a ring, the rows before this pass, and the ring with the pass's own.
+
+        The barrier has them read before anything is written: else XLA copies the table.
+        """
+        before_BKH = self.before(layer, tokens.starts_B, count)
+        before_BKH, table = jax.lax.optimization_barrier((before_BKH, self.rows_LBSH))
+        return before_BKH, Rows(table).append(layer, new_TH, tokens, view)
 
     def append(
         self,

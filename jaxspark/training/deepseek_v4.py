@@ -143,7 +143,7 @@ def index_loss(
     assert scores_BQC is not None and attention.compressor is not None
     ratio = attention.compressor.ratio
     looked, attention = jax.lax.stop_gradient((looked, attention))
-    entries_BCH, chosen_BQX = looked.seen["entries_BCH"], looked.seen["chosen_BQX"]
+    [entries_BCH], chosen_BQX = looked.seen["entries_LBCH"], looked.seen["chosen_BQX"]
     real_BQ = view.index_BQ < looked.latent_RT.shape[1]
     rows = jnp.arange(looked.recent_BRH.shape[1])
     recent_BQR = (rows >= looked.spans_BQ2[..., :1]) & (

@@ -13,8 +13,9 @@ def sparse_attention(
     recent_BRH: Float[Array, "B R H"],
     spans_BQ2: Int[Array, "B Q 2"],
     sinks_N: Float[Array, " N"],
-    entries_BCH: Float[Array, "B C H"] | None = None,
+    entries_LBCH: Float[Array, "L B C H"] | None = None,
     *,
+    layer: int | Int[Array, ""] = 0,
     limits_BQ: Int[Array, "B Q"] | None = None,
     chosen_BQX: Int[Array, "B Q X"] | None = None,
     window: int,
@@ -32,7 +33,8 @@ def sparse_attention(
       spans_BQ2: of them a query sees rows from .. to - 1, at most `window` + Q of them,
         and q's span begins no more than `window` + Q before that of q + 1.
       sinks_N: logit of each head's sink.
-      entries_BCH: compressed entries; None for layers without.
+      entries_LBCH: compressed entries of many layers; None for layers without.
+      layer: whose are meant.
       limits_BQ: a query sees entries below its limit.
       chosen_BQX: or it sees those named here, each once; -1 names none.
       window: W, how many rows before its own one a query may see.
@@ -46,7 +48,7 @@ def sparse_attention(
       ValueError: unknown implementation; entries with both or neither of `limits_BQ`
         and `chosen_BQX`.
     """
-    if entries_BCH is not None and (limits_BQ is None) == (chosen_BQX is None):
+    if entries_LBCH is not None and (limits_BQ is None) == (chosen_BQX is None):
         raise ValueError("compressed entries need either limits_BQ or chosen_BQX")
     attend = resolve("sparse_attention", IMPLEMENTATIONS, implementation)
     return attend(
@@ -54,7 +56,8 @@ def sparse_attention(
         recent_BRH,
         spans_BQ2,
         sinks_N,
-        entries_BCH,
+        entries_LBCH,
+        layer,
         limits_BQ,
         chosen_BQX,
         window,

@@ -17,7 +17,8 @@ def sparse_attention_xla(
     recent_BRH: Float[Array, "B R H"],
     spans_BQ2: Int[Array, "B Q 2"],
     sinks_N: Float[Array, " N"],
-    entries_BCH: Float[Array, "B C H"] | None,
+    entries_LBCH: Float[Array, "L B C H"] | None,
+    layer: int | Int[Array, ""],
     limits_BQ: Int[Array, "B Q"] | None,
     chosen_BQX: Int[Array, "B Q X"] | None,
     window: int,
@@ -30,8 +31,8 @@ def sparse_attention_xla(
         seen_Bqr = (row_r >= spans_Bq2[..., :1]) & (row_r < spans_Bq2[..., 1:])
         parts = [_scores(q_BqNH, recent_BrH, seen_Bqr, scale)]
         values = [recent_BrH]
-        if entries_BCH is not None:
-            keys, seen = _entries(entries_BCH, limits_Bq, chosen_BqX)
+        if entries_LBCH is not None:
+            keys, seen = _entries(entries_LBCH, layer, limits_Bq, chosen_BqX)
             parts.append(_scores(q_BqNH, keys, seen, scale))
             values.append(keys)
         return _weighted(parts, values, sinks_N).astype(q_BqNH.dtype)
@@ -65,18 +66,21 @@ def sparse_attention_xla(
     return o_BQNH.reshape(len(q_BQNH), -1, *q_BQNH.shape[2:])[:, :rows]
 
 
-def _entries(entries_BCH, limits_BQ, chosen_BQX):
+def _entries(entries_LBCH, layer, limits_BQ, chosen_BQX):
     """Keys [B, C, H] that queries share or [B, Q, X, H], and which each sees."""
-    slots, count, _ = entries_BCH.shape
+    layers, slots, count, width = entries_LBCH.shape
+    slot_B11 = jnp.arange(slots)[:, None, None]
+    if chosen_BQX is not None and chosen_BQX[0].size < count:
+        # Out of all layers' entries: a layer's own would first be copied.
+        row_BQX = (layer * slots + slot_B11) * count + jnp.maximum(chosen_BQX, 0)
+        return entries_LBCH.reshape(-1, width)[row_BQX], chosen_BQX >= 0
+    if layers == 1:
+        entries_BCH = entries_LBCH[0]
+    else:
+        entries_BCH = jax.lax.dynamic_index_in_dim(entries_LBCH, layer, keepdims=False)
     if chosen_BQX is None:
         return entries_BCH, jnp.arange(count) < limits_BQ[..., None]
-    _, rows, picks = chosen_BQX.shape
-    if rows * picks < count:
-        keys_BQXH = jax.vmap(lambda table_CH, chosen_QX: table_CH[chosen_QX])(
-            entries_BCH, jnp.maximum(chosen_BQX, 0)
-        )
-        return keys_BQXH, chosen_BQX >= 0
-    slot_B11 = jnp.arange(slots)[:, None, None]
+    rows = chosen_BQX.shape[1]
     row_Q1 = jnp.arange(rows)[:, None]
     place_BQX = jnp.where(chosen_BQX < 0, count, chosen_BQX)
     seen_BQC = jnp.zeros((slots, rows, count), bool)

@@ -48,7 +48,15 @@ def test_chosen_entries(rows, picks):
     for b, t in np.ndindex(B, rows):
         seen[b, t, chosen[b, t][chosen[b, t] >= 0]] = True
     mine = jax.jit(sparse_attention, static_argnames=("window", "scale"))(
-        q, recent, spans, sinks, entries, chosen_BQX=chosen, window=WINDOW, scale=0.3
+        q,
+        recent,
+        spans,
+        sinks,
+        np.stack([entries + 1, entries]),
+        layer=1,
+        chosen_BQX=chosen,
+        window=WINDOW,
+        scale=0.3,
     )
     expected = plain(q, recent, entries, sinks, spans, seen)
     np.testing.assert_allclose(mine, expected, atol=2e-6)
@@ -59,7 +67,14 @@ def test_entries_below_a_limit(rows):
     q, recent, entries, sinks, spans, _, limits = made(rows, 1)
     seen = np.arange(C) < limits[..., None]
     mine = sparse_attention(
-        q, recent, spans, sinks, entries, limits_BQ=limits, window=WINDOW, scale=0.3
+        q,
+        recent,
+        spans,
+        sinks,
+        entries[None],
+        limits_BQ=limits,
+        window=WINDOW,
+        scale=0.3,
     )
     expected = plain(q, recent, entries, sinks, spans, seen)
     np.testing.assert_allclose(mine, expected, atol=2e-6)
@@ -70,7 +85,7 @@ def test_entries_need_to_be_named():
     for both in ({}, {"limits_BQ": limits, "chosen_BQX": chosen}):
         with pytest.raises(ValueError, match="either"):
             sparse_attention(
-                q, recent, spans, sinks, entries, **both, window=WINDOW, scale=1.0
+                q, recent, spans, sinks, entries[None], **both, window=WINDOW, scale=1
             )
 
 

@@ -22,7 +22,7 @@ def test_random_models_equal_transformers(attempt, oracle, record_property):
     tokens = [random.randint(0, 61, length).tolist() for length in lengths(config)]
     request = {"config": config, "seed": seed, "tokens": tokens, "chosen": True}
     reference = oracle.ask(request)
-    assert 2 < np.abs(reference["logits_0"]).max() < 60, seed
+    assert 1 < np.abs(reference["logits_0"]).max() < 60, seed
     model = made(config, seed)
     for chunk in (None, 1, 7, 64):
         logits, _ = Session(model, len(tokens), 304).feed(tokens, chunk=chunk)

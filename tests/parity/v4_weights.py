@@ -92,10 +92,10 @@ def random_weights(config, seed):
         elif last == "position_bias":
             value = random.standard_normal(shape)
         else:
-            gain = 2.0 if "embed" in name or "lm_head" in name else 1.0
+            gain = 2.0 if "embed" in name else 1.0
             gain = 4.0 if "mlp.gate.weight" in name else gain
             # Experts strong enough that some of what they gate is clamped.
-            gain = 6.0 if name.endswith(("gate_up_proj", "up_proj.weight")) else gain
+            gain = 2.0 if name.endswith(("gate_up_proj", "up_proj.weight")) else gain
             value = gain * shape[-1] ** -0.5 * random.standard_normal(shape)
         weights[name] = value.astype(np.float32)
     return weights

@@ -204,7 +204,7 @@ def test_an_indexer_that_says_what_attention_does_has_no_loss():
         x_DT = jnp.asarray(np.random.default_rng(0).normal(size=(12, 24)))
         _, looked = attention.of_whole(x_DT, tokens, run.view, run.compressed)
         q = run.view.spread(attention.queries(looked.latent_RT, run.compressed), 0)
-        entries = looked.seen["entries_BCH"]
+        [entries] = looked.seen["entries_LBCH"]
         scale = SMALL.head_dim**-0.5
         dots = scale * np.einsum("bqnh,bch->bqnc", q, entries)
         near = scale * np.einsum("bqnh,brh->bqnr", q, looked.recent_BRH)

@@ -72,9 +72,8 @@ class Compressor(nnx.Module):
     ) -> tuple[Rows, Rows]:
         """Remembers the tokens' rows and writes the entries that they complete."""
         rows_TX = self.rows(x_DT, tokens.positions_T)
-        before_BKX = raw.before(layer, tokens.starts_B, self.lookback)
+        before_BKX, raw = raw.advance(layer, self.lookback, rows_TX, tokens, view)
         entry_BC, new_BCH = self.pool(before_BKX, rows_TX, tokens, view)
-        raw = raw.append(layer, rows_TX, tokens, view)
         ends_B = tokens.starts_B + jnp.sum(view.index_BQ < x_DT.shape[1], axis=1)
         complete_BC = self.ratio * (entry_BC + 1) <= ends_B[:, None]
         slot_BC = jnp.broadcast_to(jnp.arange(len(ends_B))[:, None], entry_BC.shape)

@@ -130,10 +130,10 @@ class SparseAttention(nnx.Module):
     ) -> tuple[Float[Array, "D T"], SparseCache]:
         """Each token attends to its slot's window and entries; writes all caches."""
         rows_TH = self.keys(x_DT, rotation)
-        lookback = self.window - 1
-        before_BWH = cache.window.before(layer, tokens.starts_B, lookback)
+        before_BWH, window = cache.window.advance(
+            layer, self.window - 1, rows_TH, tokens, view
+        )
         recent_BRH = jnp.concatenate([before_BWH, view.spread(rows_TH, 0)], axis=1)
-        window = cache.window.append(layer, rows_TH, tokens, view)
         cache = dataclasses.replace(cache, window=window)
 
         spans_BQ2 = self._spans(tokens)
@@ -168,7 +168,7 @@ class SparseAttention(nnx.Module):
         seen, scores_BQC = {}, None
         if self.compressor is not None:
             entries_BCH = self.compressor.of_whole(x_DT, tokens, view)
-            seen["entries_BCH"] = entries_BCH.astype(x_DT.dtype)
+            seen["entries_LBCH"] = entries_BCH[None].astype(x_DT.dtype)
             positions_BQ = tokens.starts_B[:, None] + jnp.arange(tokens.rows)
             limits_BQ = self.compressor.limits(positions_BQ)
             if self.indexer is None:
@@ -208,7 +208,7 @@ class SparseAttention(nnx.Module):
         cache = dataclasses.replace(cache, raw=raw, entries=entries)
         positions_BQ = tokens.starts_B[:, None] + jnp.arange(tokens.rows)
         limits_BQ = self.compressor.limits(positions_BQ)
-        seen = {"entries_BCH": entries.layer(layer)}
+        seen = {"entries_LBCH": entries.rows_LBSH, "layer": layer}
         if self.indexer is None:
             return cache, seen | {"limits_BQ": limits_BQ}
         with jax.named_scope("index"):
