@@ -127,6 +127,10 @@ class Bytes:
         """All texts, one after the other."""
         return list("".join(m["content"] for m in messages).encode())
 
+    def decode(self, ids) -> str:
+        """The text of bytes, as far as they make one."""
+        return bytes(ids).decode(errors="replace")
+
 
 def random_v4() -> Target:
     """DeepSeek-V4 in small, with random weights and peaked distributions."""
