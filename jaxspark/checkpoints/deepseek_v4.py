@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxspark.checkpoints.tree import Tensors, checked, compare
+from jaxspark.checkpoints.tree import Tensors, checked, compare, named_parameters
 from jaxspark.models.deepseek_v4 import DeepSeekV4, DeepSeekV4Config, stacks
 
 # Names inside a layer: ours, transformers' (None: the same), the released ones.
@@ -282,11 +282,7 @@ def tensors_of(
     module: nnx.Module, plan_of: Callable[[Mapping[str, tuple[int, ...]]], Plan]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """A module's tensors by a layout's names, one after the other."""
-    state = nnx.split(module)[1]
-    arrays = {
-        ".".join(map(str, path)): variable.get_value()
-        for path, variable in nnx.to_flat_state(state)
-    }
+    arrays = named_parameters(module)
     plan = plan_of({path: array.shape for path, array in arrays.items()})
     for path, parts in plan.items():
         for piece in parts:

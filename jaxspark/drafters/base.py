@@ -111,3 +111,19 @@ def anchors(
         tokens_BS, positions_B
     )
     return ids_B, positions_B
+
+
+def pairs_before(tokens: FlatTokens) -> FlatTokens:
+    """The tokens at the positions before their own, where the pairs they complete lie.
+
+    For drafters whose context rows are pairs of a feature and the token after it. The
+    feature before a slot's first token does not exist, nor its pair: it is padding.
+    """
+    return FlatTokens(
+        ids_T=tokens.ids_T,
+        positions_T=jnp.maximum(tokens.positions_T - 1, 0),
+        slots_T=jnp.where(tokens.positions_T > 0, tokens.slots_T, -1),
+        starts_B=jnp.maximum(tokens.starts_B - 1, 0),
+        limits_T=tokens.limits_T,
+        rows=tokens.rows,
+    )

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxspark.drafters.base import Draw, Proposal, anchors
+from jaxspark.drafters.base import Draw, Proposal, anchors, pairs_before
 from jaxspark.drafters.dspark import (
     Buffer,
     check_draft_vocab,
@@ -180,15 +180,7 @@ class Eagle3Drafter(nnx.Module):
         table = cache.features_BSD.reshape(-1, width)
         rows_TD = pad_heads(self.features(taps_mDT[1:]).T, width)
         table = jax.lax.optimization_barrier(table.at[row_T].set(rows_TD, mode="drop"))
-        # The feature before the first token of a slot does not exist; nor its pair.
-        before = FlatTokens(
-            ids_T=tokens.ids_T,
-            positions_T=jnp.maximum(tokens.positions_T - 1, 0),
-            slots_T=jnp.where(tokens.positions_T > 0, tokens.slots_T, -1),
-            starts_B=jnp.maximum(tokens.starts_B - 1, 0),
-            limits_T=tokens.limits_T,
-            rows=tokens.rows,
-        )
+        before = pairs_before(tokens)
         D = taps_mDT.shape[1]
         feature_DT = table[jnp.clip(row_T - 1, 0, B * S - 1), :D].T
         layer = self.layers[0]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxspark.drafters.base import Draw, Proposal, anchors
+from jaxspark.drafters.base import Draw, Proposal, anchors, pairs_before
 from jaxspark.models.batch import FlatTokens
 from jaxspark.models.deepseek_v4 import (
     DeepSeekV4Config,
@@ -150,15 +150,7 @@ class MTPDrafter(nnx.Module):
         newest_B1X, streams = cache.streams.advance(zero, 1, rows_TX, tokens, view)
         around_BQX = jnp.concatenate([newest_B1X, view.spread(rows_TX, 0)], axis=1)
         previous_TX = view.collect(around_BQX[:, :-1])
-        # The pair before the first token of a slot does not exist.
-        before = FlatTokens(
-            ids_T=tokens.ids_T,
-            positions_T=jnp.maximum(tokens.positions_T - 1, 0),
-            slots_T=jnp.where(tokens.positions_T > 0, tokens.slots_T, -1),
-            starts_B=jnp.maximum(tokens.starts_B - 1, 0),
-            limits_T=tokens.limits_T,
-            rows=tokens.rows,
-        )
+        before = pairs_before(tokens)
         x_MDT = self.pair(taps_mDT[0], previous_TX.T.reshape(taps_mDT[1:].shape))
         run, stage = Pass.of(self.config, before), member(self.stages, zero)
         h_DT, _, _ = stage.attn_hc(x_MDT)

@@ -101,6 +101,11 @@ class SlotView:
     slot_T: Int[Array, " T"]
     row_T: Int[Array, " T"]
 
+    @property
+    def counts_B(self) -> Int[Array, " B"]:
+        """Tokens of each slot."""
+        return jnp.sum(self.index_BQ < len(self.slot_T), axis=1)
+
     def spread(self, x_T: Shaped[Array, "T ..."], fill) -> Shaped[Array, "B Q ..."]:
         """Flat to padded; absent rows read `fill`."""
         return x_T.at[self.index_BQ].get(mode="fill", fill_value=fill)

@@ -117,8 +117,8 @@ class Rows:
         keep_T = tokens.slots_T >= 0
         if tokens.rows > self.length:
             # The older rows of a long pass would only be overwritten by its newer ones.
-            counts_B = jnp.sum(view.index_BQ < len(keep_T), axis=1)
-            keep_T &= view.row_T >= (counts_B[tokens.slots_T] - self.length)
+            counts_T = view.counts_B[tokens.slots_T]
+            keep_T &= view.row_T >= counts_T - self.length
         places_T = tokens.positions_T % self.length
         return self.put(layer, tokens.slots_T, places_T, new_TH, keep_T)
 

@@ -139,9 +139,8 @@ def index_loss(
     dense: bool,
 ) -> Float[Array, ""]:
     """Divergence of the indexer from what its layer attends to, in nats per query."""
-    scores_BQC = looked.scores_BQC
-    assert scores_BQC is not None and attention.compressor is not None
-    ratio = attention.compressor.ratio
+    scores_BQC, compressor = looked.scores_BQC, attention.compressor
+    assert scores_BQC is not None and compressor is not None
     looked, attention = jax.lax.stop_gradient((looked, attention))
     [entries_BCH], chosen_BQX = looked.seen["entries_LBCH"], looked.seen["chosen_BQX"]
     real_BQ = view.index_BQ < looked.latent_RT.shape[1]
@@ -150,7 +149,7 @@ def index_loss(
         rows < looked.spans_BQ2[..., 1:]
     )
     row_Q = jnp.arange(real_BQ.shape[1])
-    limits_Q1 = (row_Q[:, None] + 1) // ratio
+    limits_Q1 = compressor.limits(row_Q)[:, None]
     open_BQC = jnp.broadcast_to(
         jnp.arange(entries_BCH.shape[1]) < limits_Q1, scores_BQC.shape
     )

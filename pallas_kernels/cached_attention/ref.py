@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.precision import precision
+
 
 def cached_attention_xla(
     q_BKMH: Float[Array, "B K M H"],
@@ -13,13 +15,12 @@ def cached_attention_xla(
     scale: float,
 ) -> Float[Array, "B K M H"]:
     """softmax(scale q k^T over positions < limit) v, scores and softmax in float32."""
-    exact = q_BKMH.dtype == jnp.float32
-    precision = jax.lax.Precision.HIGHEST if exact else None
+    exact = precision(q_BKMH.dtype)
     scores_BKMS = scale * jnp.einsum(
         "BKMH,BKSH->BKMS",
         q_BKMH,
         k_BKSH,
-        precision=precision,
+        precision=exact,
         preferred_element_type=jnp.float32,
     )
     positions_S = jnp.arange(k_BKSH.shape[2])
@@ -28,4 +29,4 @@ def cached_attention_xla(
     floor = jnp.finfo(jnp.float32).min
     scores_BKMS = jnp.where(seen_BMS[:, None], scores_BKMS, floor)
     weights_BKMS = jax.nn.softmax(scores_BKMS, axis=-1).astype(v_BKSH.dtype)
-    return jnp.einsum("BKMS,BKSH->BKMH", weights_BKMS, v_BKSH, precision=precision)
+    return jnp.einsum("BKMS,BKSH->BKMH", weights_BKMS, v_BKSH, precision=exact)

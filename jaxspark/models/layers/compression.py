@@ -74,7 +74,7 @@ class Compressor(nnx.Module):
         rows_TX = self.rows(x_DT, tokens.positions_T)
         before_BKX, raw = raw.advance(layer, self.lookback, rows_TX, tokens, view)
         entry_BC, new_BCH = self.pool(before_BKX, rows_TX, tokens, view)
-        ends_B = tokens.starts_B + jnp.sum(view.index_BQ < x_DT.shape[1], axis=1)
+        ends_B = tokens.starts_B + view.counts_B
         complete_BC = self.ratio * (entry_BC + 1) <= ends_B[:, None]
         slot_BC = jnp.broadcast_to(jnp.arange(len(ends_B))[:, None], entry_BC.shape)
         entries = entries.put(

@@ -91,19 +91,10 @@ class SparseAttention(nnx.Module):
         self.heads, self.head_dim, self.groups, self.eps = N, H, groups, eps
         self.window = config.sliding_window
 
-    def init_cache(
-        self,
-        layers: int,
-        slots: int,
-        length: int,
-        dtype,
-        *,
-        lookback: int | None = None,
-    ) -> SparseCache:
+    def init_cache(self, layers: int, slots: int, length: int, dtype) -> SparseCache:
         """Empty caches of `layers` such layers for sequences of `length` positions."""
         size = (layers, slots, length)
-        lookback = self.window - 1 if lookback is None else lookback
-        window = Rows.ring(*size, self.head_dim, dtype, lookback=lookback)
+        window = Rows.ring(*size, self.head_dim, dtype, lookback=self.window - 1)
         if self.compressor is None:
             return SparseCache(window)
         raw = self.compressor.init_raw(*size)
