@@ -87,7 +87,8 @@ PARTS: dict[str, dict] = {
         "drafters": ["ngram", "deepseek_v4_dspark", "mtp"],
         "block_lengths": ["1", "3", "5"],
         "schedules": ["fixed", "lagged", "causal", "threshold:0.3", "free"],
-        "max_new_tokens": 64,
+        "prompts_per_domain": 6,
+        "max_new_tokens": 48,
     },
 }
 

@@ -34,6 +34,11 @@ def define_model_flags(*, draft: str | None = "ngram") -> None:
         "Hugging Face Hub id.",
     )
     flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Type of weights and caches.")
+    flags.DEFINE_bool(
+        "keep_quantized",
+        False,
+        "Leave the FP8 and FP4 matrices of a DeepSeek-V4 folder so in memory.",
+    )
     if draft is not None:
         flags.DEFINE_string(
             "draft",
@@ -137,7 +142,11 @@ def load_text_target():
     Raises:
       ValueError: it has none.
     """
-    target = load_target(flags.FLAGS.target, dtype=DTYPES[flags.FLAGS.dtype])
+    target = load_target(
+        flags.FLAGS.target,
+        dtype=DTYPES[flags.FLAGS.dtype],
+        keep_quantized=flags.FLAGS.keep_quantized,
+    )
     if target.tokenizer is None:
         raise ValueError(
             f"{flags.FLAGS.target} has no tokenizer, which text prompts need"

@@ -19,8 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.tree import Tensors, checked, compare, named_parameters
 from jaxspark.models.deepseek_v4 import DeepSeekV4, DeepSeekV4Config, stacks
+from jaxspark.quantization import blocks
+from pallas_kernels.quantized import Quantized, dense
 
 # Names inside a layer: ours, transformers' (None: the same), the released ones.
 _LAYER = (
@@ -224,26 +227,33 @@ def load_deepseek_v4(
     *,
     dtype,
     sharding: Callable[[str], jax.sharding.Sharding] | None = None,
+    keep_quantized: bool = False,
 ) -> DeepSeekV4:
     """Builds a model and fills it, tensor by tensor.
 
     Args:
       config: of the model.
-      tensors: a checkpoint in either layout, dequantized on reading.
+      tensors: a checkpoint in either layout, see `dequantized`.
       dtype: of the large matrices, norms and the embedding.
       sharding: of each parameter, by its path; None leaves all on one device.
+      keep_quantized: whether matrices stay in the blocks they are stored in.
 
     Raises:
       CheckpointError: tensors missing, extra, of another shape or type, or not finite;
         before anything is read where it can be known.
     """
+    if keep_quantized and not tensors.blocks:
+        raise CheckpointError(
+            f"{tensors.where}: nothing is quantized here that could stay so in memory"
+        )
     tensors = normalised(tensors)
     released = not any(".self_attn." in name for name in tensors.shapes)
     return fill(
         lambda: DeepSeekV4(config, dtype=dtype, rngs=nnx.Rngs(0)),
         lambda shapes: target_plan(config, shapes, released=released),
         tensors,
-        sharding,
+        sharding=sharding,
+        keep_quantized=keep_quantized,
     )
 
 
@@ -251,7 +261,9 @@ def fill[M: nnx.Module](
     build: Callable[[], M],
     plan_of: Callable[[Mapping[str, tuple[int, ...]]], Plan],
     tensors: Tensors,
-    sharding: Callable[[str], jax.sharding.Sharding] | None,
+    *,
+    sharding: Callable[[str], jax.sharding.Sharding] | None = None,
+    keep_quantized: bool = False,
 ) -> M:
     """Builds a module and fills its parameters piece by piece; only traces `build`."""
     graph, state = nnx.split(nnx.eval_shape(build))
@@ -263,19 +275,65 @@ def fill[M: nnx.Module](
     for path, variable in flat:
         name = ".".join(map(str, path))
         where = None if sharding is None else sharding(name)
-        array = jnp.zeros(variable.shape, variable.dtype, device=where)
-        for piece in plan[name]:
-            part = checked(piece.name, tensors, variable.dtype)
-            array = _put(array, part, jnp.array(piece.start, jnp.int32))
-        filled.append((path, variable.replace(array)))
+        fits = keep_quantized and _fits_blocks(plan[name], tensors)
+        assemble = _in_blocks if fits else _plain
+        filled.append(
+            (path, variable.replace(assemble(variable, plan[name], tensors, where)))
+        )
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-@partial(jax.jit, donate_argnums=0)
-def _put(array, part, start):
+def _plain(variable, pieces, tensors, where) -> jax.Array:
+    """A parameter of its tensors, in its own type."""
+    array = jnp.zeros(variable.shape, variable.dtype, device=where)
+    for piece in pieces:
+        part = checked(piece.name, tensors, variable.dtype)
+        array = _put(array, part, piece.start, where)
+    return array
+
+
+def _in_blocks(variable, pieces, tensors, where) -> Quantized:
+    """A parameter of its tensors as they are stored; `where` of both its arrays."""
+    size, packing, dtype = _blocks_of(pieces[0], tensors)
+    *lead, rows, columns = variable.shape
+    counts = -(-rows // size[0]), -(-columns // size[1])
+    elements = jnp.zeros((*lead, rows, columns // packing), dtype, device=where)
+    scales = jnp.zeros((*lead, *counts), jnp.uint8, device=where)
+    for piece in pieces:
+        part, scale = tensors.blocks[piece.name]()
+        *before, row, column = piece.start
+        elements = _put(elements, part, (*before, row, column // packing), where)
+        first = (*before, row // size[0], column // size[1])
+        scales = _put(scales, scale.view(np.uint8), first, where)
+    return Quantized(elements, scales, variable.dtype)
+
+
+def _blocks_of(piece, tensors):
+    """Rows and columns of a block, elements in a byte and their type."""
+    if tensors.types[piece.name] == "I8":
+        return (1, blocks.FP4_BLOCK), 2, jnp.int8
+    return (blocks.FP8_BLOCK, blocks.FP8_BLOCK), 1, blocks.FP8
+
+
+def _fits_blocks(pieces, tensors) -> bool:
+    """Whether all tensors of a parameter are in blocks that no other one begins in."""
+    return all(piece.name in tensors.blocks for piece in pieces) and all(
+        row % size[0] == 0 and column % size[1] == 0
+        for piece in pieces
+        for (row, column), size in [(piece.start[-2:], _blocks_of(piece, tensors)[0])]
+    )
+
+
+def _put(array, part, start, where):
     """A parameter with one tensor in its place; the old one's memory is used again."""
     part = part.reshape((1,) * (array.ndim - part.ndim) + part.shape)
-    return jax.lax.dynamic_update_slice(array, part.astype(array.dtype), tuple(start))
+    return _updated(array, part, jnp.array(start, jnp.int32), where)
+
+
+@partial(jax.jit, donate_argnums=0, static_argnames="where")
+def _updated(array, part, start, where):
+    array = jax.lax.dynamic_update_slice(array, part.astype(array.dtype), tuple(start))
+    return array if where is None else jax.lax.with_sharding_constraint(array, where)
 
 
 def tensors_of(
@@ -287,8 +345,9 @@ def tensors_of(
     for path, parts in plan.items():
         for piece in parts:
             lead = len(piece.start) - len(piece.shape)
-            where = piece.start[:lead] + tuple(
+            inside = tuple(
                 slice(begin, begin + size)
                 for begin, size in zip(piece.start[lead:], piece.shape)
             )
-            yield piece.name, np.asarray(arrays[path][where])
+            tensor = dense(arrays[path][piece.start[:lead]])
+            yield piece.name, np.asarray(tensor[inside])

@@ -19,8 +19,10 @@ from jaxspark.checkpoints.deepseek_v4_released import dequantized, stored
 from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.fields import Fields, read_json, write_json
 from jaxspark.checkpoints.safetensors_files import open_safetensors, write_safetensors
+from jaxspark.checkpoints.tree import named_parameters
 from jaxspark.drafters import DeepSeekV4DSpark, DeepSeekV4DSparkConfig, MTPDrafter
-from jaxspark.models import DeepSeekV4, DeepSeekV4Config
+from jaxspark.models import DeepSeekV4
+from pallas_kernels.quantized import Quantized
 
 SHARD_BYTES = 5 * 10**9
 _DSPARK = (
@@ -42,32 +44,35 @@ _QUANTIZED = {
 
 
 def v4_drafter_from_folder(
-    folder: Path, target: DeepSeekV4Config, *, dtype: Any
+    folder: Path, target: DeepSeekV4, *, dtype: Any
 ) -> DeepSeekV4DSpark | MTPDrafter:
     """The draft stages of a released folder: DSpark's if its configuration names them.
+
+    They stay quantized in memory if the target's matrices do.
 
     Raises:
       CheckpointError: there are none, they are damaged, or another target's.
     """
     path = folder / "config.json"
     raw = read_json(path)
-    if v4_config_from_hf(raw, where=str(path)) != target:
+    if v4_config_from_hf(raw, where=str(path)) != target.config:
         raise CheckpointError(f"{path}: describes another model than the target")
     tensors = dequantized(open_safetensors(folder))
     names = {name: name for name in tensors.shapes if name.startswith("mtp.")}
     if not names:
         raise CheckpointError(f"{folder}: has no draft stages, tensors named mtp.")
     if "dspark_block_size" in raw:
-        config = _dspark_config(Fields(raw, str(path)), target, names)
+        config = _dspark_config(Fields(raw, str(path)), target.config, names)
 
         def build():
             return DeepSeekV4DSpark(config, dtype=dtype, rngs=nnx.Rngs(0))
     else:
 
         def build():
-            return MTPDrafter(target, dtype=dtype, rngs=nnx.Rngs(0))
+            return MTPDrafter(target.config, dtype=dtype, rngs=nnx.Rngs(0))
 
-    return fill(build, draft_plan, tensors.renamed(names), None)
+    kept = any(isinstance(w, Quantized) for w in named_parameters(target).values())
+    return fill(build, draft_plan, tensors.renamed(names), keep_quantized=kept)
 
 
 def _dspark_config(fields: Fields, target, names) -> DeepSeekV4DSparkConfig:

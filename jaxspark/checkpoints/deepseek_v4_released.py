@@ -9,6 +9,7 @@ it in `x.scale`.
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.tree import Tensors
 from jaxspark.quantization import blocks
+from pallas_kernels.quantized import LARGEST_SCALE
 
 _FP4 = re.compile(r"\.ffn\.experts\.\d+\.w[123]\.weight$")
 _FP8 = re.compile(
@@ -95,6 +97,8 @@ def stored(
 def dequantized(tensors: Tensors) -> Tensors:
     """The same tensors without scales: matrices are float32 when they are read.
 
+    What the files hold of a matrix is read by `blocks`.
+
     Raises:
       CheckpointError: a scale is missing, has no matrix or the wrong shape; names both.
     """
@@ -111,18 +115,31 @@ def dequantized(tensors: Tensors) -> Tensors:
         if kind == "F8_E8M0" and name not in used:
             raise CheckpointError(f"{tensors.where}: {name} scales no matrix")
 
-    def read(name: str) -> np.ndarray:
-        array = tensors.read(name)
-        if name not in scaled:
-            return array
-        scales = tensors.read(scaled[name])
-        if (scales.view(np.uint8) == 255).any():
-            raise CheckpointError(f"{tensors.where}: {scaled[name]} holds NaN")
-        fp4 = array.dtype == np.int8
-        dequantize = blocks.dequantize_fp4 if fp4 else blocks.dequantize_fp8
-        return dequantize(array, scales)
+    def in_blocks(name: str) -> tuple[np.ndarray, np.ndarray]:
+        elements, scales = tensors.read(name), tensors.read(scaled[name])
+        if (scales.view(np.uint8) > LARGEST_SCALE).any():
+            raise CheckpointError(
+                f"{tensors.where}: {scaled[name]} holds NaN or more than 2^126"
+            )
+        if elements.dtype == blocks.FP8 and np.isnan(elements).any():
+            raise CheckpointError(f"{tensors.where}: {name} holds NaN")
+        return elements, scales
 
-    return Tensors(where=tensors.where, shapes=shapes, read=read)
+    def read(name: str) -> np.ndarray:
+        if name not in scaled:
+            return tensors.read(name)
+        elements, scales = in_blocks(name)
+        fp4 = elements.dtype == np.int8
+        dequantize = blocks.dequantize_fp4 if fp4 else blocks.dequantize_fp8
+        return dequantize(elements, scales)
+
+    return Tensors(
+        where=tensors.where,
+        shapes=shapes,
+        read=read,
+        types={name: tensors.types[name] for name in shapes if name in tensors.types},
+        blocks={name: partial(in_blocks, name) for name in scaled},
+    )
 
 
 def _scale_of(name, shape, fp4, tensors) -> str:

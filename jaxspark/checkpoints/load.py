@@ -103,26 +103,35 @@ class Target:
     name: str
 
 
-def load_target(source: str | Path, *, dtype: Any = jnp.float32) -> Target:
+def load_target(
+    source: str | Path, *, dtype: Any = jnp.float32, keep_quantized: bool = False
+) -> Target:
     """Loads a Llama, Qwen3 or DeepSeek-V4 model.
 
     Args:
       source: a folder of safetensors, a `.gguf` file, the name of a built-in model
         ("smollm2-135m-instruct"), or a Hub id ("organisation/name").
       dtype: type of parameters, activations and caches: float32 or bfloat16.
+      keep_quantized: whether the FP8 and FP4 matrices of a released DeepSeek-V4 folder
+        stay so in memory and are dequantized to `dtype` in each product.
 
     Raises:
       CheckpointError: nothing there, damaged, unsupported; says what was expected.
     """
     check_dtype(dtype)
+    path = Path(source)
+    if keep_quantized and (str(source) in BUILT_IN or path.is_file()):
+        raise CheckpointError(
+            f"{source}: only the matrices of DeepSeek-V4 folders may stay quantized"
+        )
     if str(source) in BUILT_IN:
         packaged = BUILT_IN[str(source)]
         path = _packaged_file(packaged)
         return _target_from_gguf(path, dtype, str(source), sha256=packaged.sha256)
-    path = Path(source)
     if path.is_file():
         return _target_from_gguf(path, dtype)
-    return _target_from_folder(resolve_folder(source), dtype, str(source))
+    folder = resolve_folder(source)
+    return _target_from_folder(folder, dtype, str(source), keep_quantized)
 
 
 def check_dtype(dtype: Any) -> None:
@@ -180,7 +189,9 @@ def _target_from_gguf(
     )
 
 
-def _target_from_folder(folder: Path, dtype: Any, name: str) -> Target:
+def _target_from_folder(
+    folder: Path, dtype: Any, name: str, keep_quantized: bool
+) -> Target:
     config_path = folder / "config.json"
     raw = read_json(config_path)
     config: DenseConfig | DeepSeekV4Config
@@ -199,7 +210,13 @@ def _target_from_folder(folder: Path, dtype: Any, name: str) -> Target:
     tensors = open_safetensors(folder)
     model: DenseDecoder | DeepSeekV4
     if isinstance(config, DeepSeekV4Config):
-        model = load_deepseek_v4(config, dequantized(tensors), dtype=dtype)
+        model = load_deepseek_v4(
+            config, dequantized(tensors), dtype=dtype, keep_quantized=keep_quantized
+        )
+    elif keep_quantized:
+        raise CheckpointError(
+            f"{folder}: only the matrices of DeepSeek-V4 folders may stay quantized"
+        )
     else:
         model = _decoder(config, _without_prefix(tensors), dtype)
     return Target(
@@ -292,7 +309,8 @@ def load_drafter(
       source: "ngram" (prompt lookup), "none" (plain decoding), "dspark" (the trained
         drafter for SmolLM2-135M-Instruct that comes with jaxspark), a DeepSpec folder,
         the Hub id of one, or "hybrid:" and one of these three (prompt lookup beside).
-        For DeepSeek-V4 the folder or Hub id of a checkpoint with draft stages.
+        For DeepSeek-V4 the folder or Hub id of a checkpoint with draft stages, which
+        stay quantized in memory if the target's matrices do.
       target: what it shall draft for.
       dtype: of a checkpoint's parameters; None takes the target's.
 
@@ -307,7 +325,7 @@ def load_drafter(
     model = target.model if isinstance(target, Target) else target
     dtype = model.dtype if dtype is None else dtype
     if isinstance(model, DeepSeekV4):
-        return v4_drafter_from_folder(resolve_folder(source), model.config, dtype=dtype)
+        return v4_drafter_from_folder(resolve_folder(source), model, dtype=dtype)
     return load_draft_checkpoint(source, model, dtype=dtype)
 
 

@@ -29,22 +29,29 @@ class Tensors:
       shapes: shape of every tensor by name.
       read: the array of a name, in its stored float type or dequantized to float32.
       types: how safetensors calls each tensor's type; empty for other files.
+      blocks: reads the elements and scales of a tensor that is stored in blocks.
     """
 
     where: str
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
     types: Mapping[str, str] = field(default_factory=dict)
+    blocks: Mapping[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = field(
+        default_factory=dict
+    )
 
     def renamed(self, names: Mapping[str, str]) -> "Tensors":
         """The tensors that `names` (new to old) lists, under their new names."""
+
+        def under_new[T](values: Mapping[str, T]) -> dict[str, T]:
+            return {new: values[old] for new, old in names.items() if old in values}
+
         return Tensors(
             where=self.where,
             shapes={new: self.shapes[old] for new, old in names.items()},
             read=lambda new: self.read(names[new]),
-            types={
-                new: self.types[old] for new, old in names.items() if old in self.types
-            },
+            types=under_new(self.types),
+            blocks=under_new(self.blocks),
         )
 
 

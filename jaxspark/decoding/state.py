@@ -162,8 +162,9 @@ def init_state(
       draft_cap: most drafts verified in a round; None: all.
 
     Raises:
-      ValueError: an empty prompt, one that its limit or the capacity cannot hold, or
-        not one limit, stop list and sampling parameter per prompt.
+      ValueError: an empty prompt, one that its limit or the capacity cannot hold, more
+        drafts per round than the target's caches can forget, or not one limit, stop
+        list and sampling parameter per prompt.
     """
     slots = len(prompts)
     stop_ids = [()] * slots if stop_ids is None else stop_ids
@@ -175,6 +176,12 @@ def init_state(
     for name, count in counts.items():
         if not slots or count != slots:
             raise ValueError(f"{slots} prompts, but {name} for {count}; give one each")
+    most = getattr(target, "max_rewind", block_length)
+    if block_length > most:
+        raise ValueError(
+            f"block length {block_length}: this target's caches can forget at most "
+            f"{most} rejected drafts"
+        )
     needed = max(limits) + block_length
     capacity = needed if capacity is None else capacity
     if capacity < needed:

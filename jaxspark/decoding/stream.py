@@ -2,7 +2,8 @@
 
 A slot whose request ends is refilled while the others go on (Yu et al. 2022, "Orca").
 Newcomers are prefilled in a small state of their own, whose slots are then written into
-the large one: every leaf of a `DecodeState` has the slot axis first.
+the large one: every leaf of a `DecodeState` has the slot axis first, but for tables of
+`Rows`, which know their own.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +35,7 @@ from jaxspark.decoding.sampling import Sampling
 from jaxspark.decoding.schedule import Fixed, Scheduler
 from jaxspark.decoding.state import DecodeState, init_state
 from jaxspark.drafters import Drafter, PlainDrafter
+from jaxspark.models.rows import Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +151,14 @@ def _insert(
     state: DecodeState, fresh: DecodeState, slots_N: Int[Array, " N"]
 ) -> DecodeState:
     """Writes the slots of `fresh` into `state`; numbers past its end are skipped."""
+
+    def merge(old, new):
+        if isinstance(old, Rows):
+            return old.with_slots(slots_N, new)
+        return old.at[slots_N].set(new, mode="drop")
+
     merged = jax.tree.map(
-        lambda old, new: old.at[slots_N].set(new, mode="drop"), state, fresh
+        merge, state, fresh, is_leaf=lambda node: isinstance(node, Rows)
     )
     # How long nothing was drafted is known of all slots together.
     idle_B = jnp.full_like(state.schedule.idle_B, jnp.max(state.schedule.idle_B))

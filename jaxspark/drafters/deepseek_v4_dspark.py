@@ -6,9 +6,9 @@
     k_j = w [h_j; W1[x_j]]                           confidence, h_j before the norm
 
 A stage is a layer of the target's kind (hyper-connections, experts) with a window and
-no compressed entries. Its keys of context rows come from c_s, the same for all stages,
-and stay in a ring; a block sees the last W of them and all of its own rows. Nothing of
-a block is kept.
+no compressed entries. All stages share c_s, and each makes its own keys of it, which
+stay in a ring; a block sees the last W of them and all of its own rows. Nothing of a
+block is kept.
 """
 
 from dataclasses import dataclass
@@ -63,6 +63,11 @@ class DeepSeekV4DSparkConfig:
                 "a drafter has at least one stage and one row, got "
                 f"n_mtp_layers {self.n_mtp_layers} and dspark_block_size "
                 f"{self.dspark_block_size}"
+            )
+        if self.dspark_block_size > self.target.sliding_window:
+            raise ValueError(
+                f"dspark_block_size {self.dspark_block_size} is longer than the window "
+                f"of {self.target.sliding_window}, which all its rows look through"
             )
         depth = self.target.num_hidden_layers
         check_taps(self.dspark_target_layer_ids, depth, lowest=0)

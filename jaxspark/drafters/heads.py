@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxspark.models.layers.linear import Embedding, Linear, row_product
+from jaxspark.models.layers.linear import Embedding, Linear, product, row_product
+from pallas_kernels.precision import wide_type
 
 HEAD_TYPES = ("vanilla", "gated", "rnn")
 
@@ -82,5 +83,8 @@ class ConfidenceHead(nnx.Module):
         self.proj = Linear(width, 1, bias=bias, dtype=dtype, rngs=rngs)
 
     def __call__(self, features_IB: Float[Array, "I B"]) -> Float[Array, " B"]:
-        """One logit per slot."""
-        return self.proj(features_IB)[0].astype(jnp.float32)
+        """One logit per slot, in float32 all along."""
+        wide = wide_type(features_IB.dtype)
+        logit_B = product(self.proj.matrix, features_IB, wide)[0]
+        bias = self.proj.bias
+        return logit_B if bias is None else logit_B + bias[...]

@@ -27,6 +27,7 @@ from jaxspark.models.deepseek_v4 import (
     member,
     stacked,
 )
+from jaxspark.models.layers.experts import Routing
 from jaxspark.models.layers.hyper_connections import HyperHead
 from jaxspark.models.layers.linear import Linear, row_product
 from jaxspark.models.layers.norm import Float32RMSNorm
@@ -122,7 +123,7 @@ class MTPDrafter(nnx.Module):
         streams_MDT: Float[Array, "M D T"],
         next_T: Int[Array, " T"],
         tokens: FlatTokens,
-    ) -> Float[Array, "T V"]:
+    ) -> tuple[Float[Array, "T V"], Routing]:
         """Logits of the token after the next one, for texts that begin with this pass.
 
         Args:
@@ -130,6 +131,9 @@ class MTPDrafter(nnx.Module):
           streams_MDT: after the target's last layer.
           next_T: the token after each one; anything for a text's last.
           tokens: the texts.
+
+        Returns:
+          The logits, and where its experts were chosen.
         """
         run, stage = Pass.of(self.config, tokens), member(self.stages, jnp.int32(0))
 
@@ -137,8 +141,9 @@ class MTPDrafter(nnx.Module):
             return stage.self_attn.of_whole(h_DT, tokens, run.view, run.plain)
 
         x_MDT = self.pair(target.embed(next_T).astype(self.dtype), streams_MDT)
-        x_MDT, _, _ = stage.around(attend, x_MDT, jnp.int32(0), tokens)
-        return row_product(target.head_VD, self.norm(self.hc_head(x_MDT)))
+        x_MDT, _, routing = stage.around(attend, x_MDT, jnp.int32(0), tokens)
+        logits_TV = row_product(target.head_VD, self.norm(self.hc_head(x_MDT)))
+        return logits_TV, routing
 
     def observe(
         self, cache: MTPCache, taps_mDT: Float[Array, "m D T"], tokens: FlatTokens

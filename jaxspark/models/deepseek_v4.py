@@ -29,6 +29,7 @@ from jaxspark.models.layers.linear import Embedding, Linear, row_product
 from jaxspark.models.layers.norm import Float32RMSNorm
 from jaxspark.models.layers.rope import RopeConfig, TrailingRotation
 from jaxspark.models.layers.sparse_attention import SparseAttention, SparseCache
+from jaxspark.models.rows import REWIND
 from pallas_kernels.precision import widened
 
 
@@ -103,6 +104,13 @@ class DeepSeekV4Config:
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name in ("rope", "compress_rope"):
+            scale = getattr(self, name).frequencies(self.qk_rope_head_dim)[1]
+            if scale != 1:
+                raise ValueError(
+                    f"{name} scales cos and sin by {scale:.4g}, but outputs are turned "
+                    "back by the same angles; set its attention_factor to 1"
+                )
 
     @property
     def num_hidden_layers(self) -> int:
@@ -115,7 +123,7 @@ class DeepSeekV4Config:
 
     @property
     def plan(self) -> tuple[int, int]:
-        """Layers before the repeated pattern, and layers in it, as few as possible."""
+        """Layers before the repeated pattern, and of one repetition: the least sum."""
         kinds = [self.kind(layer) for layer in range(self.num_hidden_layers)]
         depth = len(kinds)
         plans = [
@@ -172,7 +180,7 @@ class DeepSeekV4Layer(nnx.Module):
         layer: Int[Array, ""],
         run: Pass,
     ) -> tuple[Float[Array, "M D T"], SparseCache]:
-        """One layer on flat tokens; `layer` is its place in cache and experts."""
+        """One layer on flat tokens; `layer` is its place in its stack."""
         rotation = run.compressed if self.ratio else run.plain
 
         def attend(h_DT):
@@ -227,9 +235,14 @@ class DeepSeekV4(nnx.Module):
         return self.embed_tokens.weight.dtype
 
     @property
+    def max_rewind(self) -> int:
+        """Most drafts of a round: positions that a slot may be set back by."""
+        return REWIND
+
+    @property
     def head_VD(self) -> Float[Array, "V D"]:
         """The LM head's matrix."""
-        return self.lm_head.weight[...]
+        return self.lm_head.matrix
 
     def init_cache(self, slots: int, length: int) -> tuple[SparseCache, ...]:
         """Empty caches of all stacks, for sequences of up to `length` positions."""
@@ -258,7 +271,7 @@ class DeepSeekV4(nnx.Module):
 
         Args:
           tokens: what to process; each token sees its slot's earlier positions and
-            itself, whatever its limit.
+            itself (`limits_T` is for attention that is not causal, and not read here).
           cache: of `init_cache`, holding all earlier positions.
           taps: layers whose outputs to return, 0-based, as means over the streams; -1
             is the embedding, and from `num_hidden_layers` on the single streams after

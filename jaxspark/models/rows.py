@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.models.batch import FlatTokens, SlotView
 
-# Most positions by which a slot may be set back.
+# Most positions by which a slot may be set back: drafts of a round.
 REWIND = 64
 
 
@@ -38,8 +38,13 @@ class Rows:
     def ring(
         cls, layers: int, slots: int, length: int, width: int, dtype, *, lookback: int
     ) -> "Rows":
-        """An empty ring for `length` positions that are looked back at so far."""
-        return cls.zeros(layers, slots, min(length, lookback + REWIND), width, dtype)
+        """An empty ring for up to `length` positions.
+
+        No query reads further back than `lookback` positions before its pass.
+        """
+        size = min(length, lookback + REWIND)
+        # TPUs tile rows by sixteens: another size would be copied for every view.
+        return cls.zeros(layers, slots, -(-size // 16) * 16, width, dtype)
 
     @property
     def length(self) -> int:
@@ -121,6 +126,11 @@ class Rows:
             keep_T &= view.row_T >= counts_T - self.length
         places_T = tokens.positions_T % self.length
         return self.put(layer, tokens.slots_T, places_T, new_TH, keep_T)
+
+    def with_slots(self, slots_N: Int[Array, " N"], fresh: "Rows") -> "Rows":
+        """With N slots taken from `fresh`; numbers past the last slot are skipped."""
+        rows_LBSH = self.rows_LBSH.at[:, slots_N].set(fresh.rows_LBSH, mode="drop")
+        return Rows(rows_LBSH)
 
     def _table(self):
         """All rows on one axis: a scatter over it is done in place everywhere."""

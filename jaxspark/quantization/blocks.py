@@ -1,23 +1,20 @@
-"""Block-scaled FP8 and FP4, as DeepSeek-V4's released weights are stored.
+"""Block-scaled FP8 and FP4 on the host, as DeepSeek-V4's released files hold them.
 
-A number is element * 2^(byte - 127), where a block of elements shares the byte (UE8M0:
-an exponent and nothing else; 255 is NaN).
-
-    FP8   E4M3, one scale for 128 x 128 elements
-    FP4   E2M1, two in a byte, the earlier one low; one scale for 32 along a row
-
-Scales are rounded up, so no element overflows: 2^ceil(log2(max / largest)).
+The format is that of `pallas_kernels.quantized`, where matrices stay so on the device;
+the scale byte 255 is NaN. Scales are rounded up, so no element overflows:
+2^ceil(log2(max / largest)).
 """
 
 import ml_dtypes
 import numpy as np
+
+from pallas_kernels.quantized import FP4_BLOCK, FP8_BLOCK
 
 FP8, FP4, SCALE = (
     ml_dtypes.float8_e4m3fn,
     ml_dtypes.float4_e2m1fn,
     ml_dtypes.float8_e8m0fnu,
 )
-FP8_BLOCK, FP4_BLOCK = 128, 32
 _FP8_MAX, _FP4_MAX = 448.0, 6.0
 _BIAS = 127
 # Elements by their four bits: the sign, two bits of exponent, one of mantissa.

@@ -6,11 +6,12 @@ Texts are the slots of one pass: they do not see each other, and each is compres
 its own. There are no caches. The repeated layers run in a loop that recomputes them on
 the way back.
 
-*Balance*, per text (V3 report, equations 17-20): sum_e f_e P_e, where f_e is the share
-of assignments an expert got times E, and P_e its mean share of scores. *Indexer*: the
-divergence of the indexer's softmax from the layer's own attention over the same
-entries, of its softmax over window, entries and sink, heads summed; gradients reach the
-indexer alone. What evens out loads is a bias outside the loss, see `balanced`.
+*Balance*, per text (V3 report, equations 17-20), summed over layers that choose: sum_e
+f_e P_e, where f_e is the share of assignments an expert got times E, and P_e its mean
+share of scores. *Indexer*: KL(p || indexer), where p is the layer's own attention (one
+softmax over window, entries and sink), summed over heads, kept for the entries and
+normalised again; gradients reach the indexer alone. What evens out loads is a bias
+outside the loss, see `balanced`.
 """
 
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from jaxspark.models.deepseek_v4 import DeepSeekV4Layer, Pass
 from jaxspark.models.layers.experts import Routing
 from jaxspark.models.layers.rope import TrailingRotation
 from jaxspark.models.layers.sparse_attention import Looked, SparseAttention
+from pallas_kernels.precision import precision, wide_type
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +39,7 @@ class Report:
 
     Attributes:
       load_LE: tokens that each expert got.
-      balance_L: the balance loss, 1 if all is even.
+      balance_L: the balance loss, 1 if all is even; 0 where experts are hashed.
       index_L: the indexer's loss in nats, 0 without one.
     """
 
@@ -98,6 +100,8 @@ def _layer(run: Pass, dense_index: bool, layer: DeepSeekV4Layer, x_MDT):
 
     x_MDT, looked, routing = layer.around(attend, x_MDT, jnp.int32(0), run.tokens)
     load_E, balance = load_and_balance(routing, run.tokens)
+    if layer.mlp.gate.hashed:
+        balance = jnp.zeros(())
     index = jnp.zeros(())
     if looked.scores_BQC is not None:
         index = index_loss(
@@ -160,7 +164,13 @@ def index_loss(
     q_BQNH = view.spread(attention.queries(looked.latent_RT, rotation), 0)
 
     def logits(keys_BSH, seen_BQS):
-        dots_BQNS = jnp.einsum("BQNH,BSH->BQNS", q_BQNH, keys_BSH)
+        dots_BQNS = jnp.einsum(
+            "BQNH,BSH->BQNS",
+            q_BQNH,
+            keys_BSH,
+            precision=precision(keys_BSH.dtype),
+            preferred_element_type=wide_type(keys_BSH.dtype),
+        )
         scaled_BQNS = attention.head_dim**-0.5 * dots_BQNS
         return jnp.where(seen_BQS[:, :, None], scaled_BQNS, -jnp.inf)
 
@@ -188,8 +198,9 @@ class Metrics:
     Attributes:
       cross_entropy: nats per token.
       mtp: the same of multi-token prediction, 0 without.
-      balance, index: means over layers.
+      balance, index: sums over layers, those of multi-token prediction included.
       reports: of every stack.
+      mtp_report: of multi-token prediction's stage, None without.
     """
 
     cross_entropy: Float[Array, ""]
@@ -197,6 +208,7 @@ class Metrics:
     balance: Float[Array, ""]
     index: Float[Array, ""]
     reports: tuple[Report, ...]
+    mtp_report: Report | None
 
 
 def pretraining_loss(
@@ -221,21 +233,24 @@ def pretraining_loss(
     next_T, known_T = _following(tokens, view, 1)
     logits_TV = model.logits(model.hc_head(x_MDT))
     entropy = _cross_entropy(logits_TV, next_T, known_T)
-    extra = jnp.zeros(())
+    extra, mtp_report = jnp.zeros(()), None
     if mtp is not None:
         later_T, known_T = _following(tokens, view, 2)
-        logits_TV = mtp.of_whole(model, x_MDT, next_T, tokens)
+        logits_TV, routing = mtp.of_whole(model, x_MDT, next_T, tokens)
         extra = _cross_entropy(logits_TV, later_T, known_T)
-    balance = jnp.mean(jnp.concatenate([r.balance_L for r in reports]))
-    # The sum over layers: each indexer has a loss of its own.
-    index = jnp.sum(jnp.concatenate([r.index_L for r in reports]))
+        load_E, balance = load_and_balance(routing, tokens)
+        mtp_report = Report(load_E[None], balance[None], jnp.zeros(1))
+    everyone = reports if mtp_report is None else (*reports, mtp_report)
+    # Sums over layers: each has a router, and perhaps an indexer, of its own.
+    balance = jnp.sum(jnp.concatenate([report.balance_L for report in everyone]))
+    index = jnp.sum(jnp.concatenate([report.index_L for report in everyone]))
     loss = entropy + weights.balance * balance + weights.index * index
     loss += weights.mtp * extra
-    return loss, Metrics(entropy, extra, balance, index, reports)
+    return loss, Metrics(entropy, extra, balance, index, reports, mtp_report)
 
 
 def _following(tokens, view, distance) -> tuple[Int[Array, " T"], Bool[Array, " T"]]:
-    """The token so far behind each one, and whether its text has one."""
+    """The token `distance` positions later, and whether its text has one."""
     ids_BQ = view.spread(tokens.ids_T, -1)
     later_BQ = jnp.pad(
         ids_BQ[:, distance:], ((0, 0), (0, distance)), constant_values=-1
@@ -251,24 +266,25 @@ def _cross_entropy(logits_TV, labels_T, known_T):
     return jnp.sum(jnp.where(known_T, each_T, 0.0)) / jnp.maximum(jnp.sum(known_T), 1)
 
 
-def balanced(
-    model: DeepSeekV4, reports: tuple[Report, ...], *, speed: float = 1e-3
-) -> DeepSeekV4:
+def balanced[M: (DeepSeekV4, MTPDrafter)](
+    model: M, reports: tuple[Report, ...], *, speed: float = 1e-3
+) -> M:
     """The model with biases moved against loads (report, section 4.2.2).
 
     Experts with more than the mean load get `speed` less, those with less get it more;
     hashed layers have no bias. To be called after the optimizer's step, not in it.
 
     Args:
-      model: the target.
-      reports: of the step, as `forward` gives them.
+      model: the target, or its multi-token prediction.
+      reports: of the step: `Metrics.reports`, or `Metrics.mtp_report` alone.
       speed: of the bias, per step.
     """
     graph, state = nnx.split(model)
     flat = []
     for path, variable in nnx.to_flat_state(state):
         if path[-1] == "e_score_correction_bias":
-            load_LE = reports[int(str(path[1]))].load_LE
+            stack = int(str(path[1])) if path[0] == "layers" else 0
+            load_LE = reports[stack].load_LE
             mean_L1 = load_LE.mean(axis=1, keepdims=True)
             moved = variable.get_value() + speed * jnp.sign(mean_L1 - load_LE)
             variable = variable.replace(moved)

@@ -1,17 +1,25 @@
 """Products of rows, sorted by group, with their group's matrix."""
 
+from importlib.util import find_spec
+
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import resolve
+from pallas_kernels.grouped_matmul import mosaic_tpu
 from pallas_kernels.grouped_matmul.ref import grouped_matmul_xla
+from pallas_kernels.quantized import Quantized
 
-IMPLEMENTATIONS = {"xla": grouped_matmul_xla}
+IMPLEMENTATIONS = {
+    "xla": grouped_matmul_xla,
+    "mosaic_tpu": mosaic_tpu.grouped_matmul_mosaic_tpu,
+}
 
 
 def grouped_matmul(
     x_AI: Float[Array, "A I"],
-    w_GOI: Float[Array, "G O I"],
+    w_GOI: Float[Array, "G O I"] | Quantized,
     sizes_E: Int[Array, " E"],
     *,
     first: int | Int[Array, ""] = 0,
@@ -26,10 +34,12 @@ def grouped_matmul(
 
     Args:
       x_AI: rows, sorted by group.
-      w_GOI: one output-major matrix per group.
+      w_GOI: one output-major matrix per group; of quantized ones only those of groups
+        that have rows are dequantized.
       sizes_E: rows of each of E groups, from `first` on; their sum is at most A.
       first: the group of the first rows.
-      implementation: "xla", which None also means.
+      implementation: "xla", or "mosaic_tpu", tokamax's kernel for plain matrices from
+        128 x 128 on; None takes that on TPUs where it can, else "xla".
 
     Returns:
       One row of outputs per row, in the type of `x_AI`; 0 where no group is.
@@ -41,6 +51,10 @@ def grouped_matmul(
         raise ValueError(
             f"rows of width {x_AI.shape[-1]} do not fit matrices of {w_GOI.shape[1:]}"
         )
+    x_AI, w_GOI, sizes_E = jax.tree.map(jnp.asarray, (x_AI, w_GOI, sizes_E))
+    if implementation is None and jax.default_backend() == "tpu":
+        if mosaic_tpu.supports(w_GOI) and find_spec("tokamax") is not None:
+            implementation = "mosaic_tpu"
     multiply = resolve("grouped_matmul", IMPLEMENTATIONS, implementation)
     with jax.named_scope("grouped_matmul"):
-        return multiply(x_AI, w_GOI, sizes_E, first)
+        return multiply(x_AI, w_GOI, sizes_E, jnp.asarray(first, jnp.int32))

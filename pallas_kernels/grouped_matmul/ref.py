@@ -5,26 +5,24 @@ sum_g ceil(size_g / tile) times: its cost follows the rows, not the groups (a ma
 product over all groups, which XLA makes of `lax.ragged_dot`, costs groups x rows).
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.precision import precision, wide_type
-
-
-def grouped_matmul_xla(
-    x_AI: Float[Array, "A I"],
-    w_GOI: Float[Array, "G O I"],
-    sizes_E: Int[Array, " E"],
-    first: int | Int[Array, ""],
-) -> Float[Array, "A O"]:
-    """See `api.grouped_matmul`."""
-    arrays = map(jnp.asarray, (x_AI, w_GOI, sizes_E))
-    return _product(*arrays, jnp.asarray(first, jnp.int32))
+from pallas_kernels.quantized import Quantized, dense
 
 
 @jax.custom_vjp
-def _product(x_AI, w_GOI, sizes_E, first):
+def grouped_matmul_xla(
+    x_AI: Float[Array, "A I"],
+    w_GOI: Float[Array, "G O I"] | Quantized,
+    sizes_E: Int[Array, " E"],
+    first: Int[Array, ""],
+) -> Float[Array, "A O"]:
+    """See `api.grouped_matmul`."""
     return _rows(x_AI, w_GOI, sizes_E, first, "OI,tI->tO")
 
 
@@ -36,7 +34,7 @@ def _rows(x_AI, w_GOI, sizes_E, first, equation):
     def body(index, y_AO):
         group, start, end = _find(index, sizes_E, tile)
         x_tI = jax.lax.dynamic_slice_in_dim(padded_AI, start, tile)
-        w_OI = jax.lax.dynamic_index_in_dim(w_GOI, first + group, keepdims=False)
+        w_OI = dense(jax.tree.map(partial(_pick, first + group), w_GOI))
         y_tO = _einsum(equation, w_OI, x_tI).astype(x_AI.dtype)
         # Rows past the group's end are zeros until their own group's tile comes.
         y_tO = jnp.where((start + jnp.arange(tile) < end)[:, None], y_tO, 0)
@@ -48,11 +46,16 @@ def _rows(x_AI, w_GOI, sizes_E, first, equation):
 
 
 def _forward(x_AI, w_GOI, sizes_E, first):
-    return _product(x_AI, w_GOI, sizes_E, first), (x_AI, w_GOI, sizes_E, first)
+    y_AO = grouped_matmul_xla(x_AI, w_GOI, sizes_E, first)
+    return y_AO, (x_AI, w_GOI, sizes_E, first)
 
 
-def _backward(saved, dy_AO):
+def backward(saved, dy_AO):
+    """Gradients of rows and matrices, of what `_forward` saved."""
     x_AI, w_GOI, sizes_E, first = saved
+    dx_AI = _rows(dy_AO, w_GOI, sizes_E, first, "OI,tO->tI")
+    if isinstance(w_GOI, Quantized):
+        return dx_AI, None, None, None
     tile = _tile(x_AI, sizes_E)
     x_padded, dy_padded = (jnp.pad(r, ((0, tile), (0, 0))) for r in (x_AI, dy_AO))
 
@@ -61,16 +64,19 @@ def _backward(saved, dy_AO):
         x_tI = jax.lax.dynamic_slice_in_dim(x_padded, start, tile)
         dy_tO = jax.lax.dynamic_slice_in_dim(dy_padded, start, tile)
         dy_tO = jnp.where((start + jnp.arange(tile) < end)[:, None], dy_tO, 0)
-        part_OI = _einsum("tO,tI->OI", dy_tO, x_tI).astype(dw_GOI.dtype)
-        return dw_GOI.at[first + group].add(part_OI)
+        return dw_GOI.at[first + group].add(_einsum("tO,tI->OI", dy_tO, x_tI))
 
-    dw_GOI = jax.lax.fori_loop(
-        0, _tiles(sizes_E, tile)[-1], body, jnp.zeros_like(w_GOI)
-    )
-    return _rows(dy_AO, w_GOI, sizes_E, first, "OI,tO->tI"), dw_GOI, None, None
+    # A sum in bfloat16 would stop growing after some hundred tiles.
+    dw_GOI = jnp.zeros(w_GOI.shape, wide_type(w_GOI.dtype))
+    dw_GOI = jax.lax.fori_loop(0, _tiles(sizes_E, tile)[-1], body, dw_GOI)
+    return dx_AI, dw_GOI.astype(w_GOI.dtype), None, None
 
 
-_product.defvjp(_forward, _backward)
+grouped_matmul_xla.defvjp(_forward, backward)
+
+
+def _pick(group, leaf_GX):
+    return jax.lax.dynamic_index_in_dim(leaf_GX, group, keepdims=False)
 
 
 def _tile(x_AI, sizes_E) -> int:

@@ -30,14 +30,14 @@ def sparse_attention(
     Args:
       q_BQNH: queries.
       recent_BRH: rows before and of this pass, oldest first.
-      spans_BQ2: of them a query sees rows from .. to - 1, at most `window` + Q of them,
-        and q's span begins no more than `window` + Q before that of q + 1.
+      spans_BQ2: of them a query sees rows from .. to - 1. Where Q exceeds `window`, row
+        q's span lies within s .. s + R - Q + `window`, s = `window` * (q // `window`).
       sinks_N: logit of each head's sink.
       entries_LBCH: compressed entries of many layers; None for layers without.
       layer: whose are meant.
       limits_BQ: a query sees entries below its limit.
       chosen_BQX: or it sees those named here, each once; -1 names none.
-      window: W, how many rows before its own one a query may see.
+      window: W; queries go in blocks of as many.
       scale: of the scores.
       implementation: "xla", which None also means.
 

@@ -6,24 +6,13 @@ the buffers they came in, and all other memory of the program is smaller.
 """
 
 import json
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.aot
+from tests.aot.compilers import answers
 
-ROOT = Path(__file__).parents[2]
-COMPILERS = Path(os.environ.get("JAXSPARK_AOT", ROOT / ".venv-aot"))
-NEEDS = {
-    "cpu": [],
-    "tpu": ["libtpu"],
-    "h100": ["jax_cuda13_plugin", "nvidia/cu13/bin/ptxas", "nvidia/cu13/nvvm"],
-}
-INSTALL = {"tpu": "make aot-tpu", "h100": "make aot"}
+pytestmark = pytest.mark.aot
 
 # Few programs, chosen so that drafters, types and couplings all meet; with two layers
 # one cache is written while the other is in use.
@@ -65,30 +54,8 @@ def cases(table):
 @cache
 def reports(platform: str) -> list[dict]:
     """Reports on all loops and mistakes of a platform, compiled by one process."""
-    missing = [name for name in NEEDS[platform] if not (COMPILERS / name).exists()]
-    if missing:
-        pytest.skip(
-            f"no compiler for {platform}: {', '.join(missing)} not in {COMPILERS} "
-            f"({INSTALL[platform]} installs it)"
-        )
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": f"{ROOT}:{COMPILERS}" if NEEDS[platform] else str(ROOT),
-        # No TPU is asked for or locked.
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
     asked = map(json.dumps, LOOPS[platform] + MISTAKES[platform])
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.aot.compile_round", platform, *asked],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return answers(platform, "compile_round", platform, *asked)
 
 
 def report_on(platform, case):

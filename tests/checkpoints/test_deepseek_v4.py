@@ -1,8 +1,13 @@
 """DeepSeek-V4 folders: round trips, released storage, damage, other names."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +26,16 @@ from jaxspark.checkpoints import (
     save_deepseek_v4,
     save_target,
 )
+from jaxspark.checkpoints.deepseek_v4 import load_deepseek_v4
 from jaxspark.checkpoints.deepseek_v4_released import dequantized
 from jaxspark.checkpoints.safetensors_files import EIGHT_BITS, open_safetensors
+from jaxspark.checkpoints.tree import named_parameters
+from jaxspark.decoding import Request
 from jaxspark.drafters import DeepSeekV4DSpark, MTPDrafter
+from jaxspark.evaluation.audit import audit, decode_requests, plain_outputs
 from jaxspark.models import DeepSeekV4
 from jaxspark.quantization import blocks
+from pallas_kernels.quantized import Quantized, dense
 from tests.driver import Session
 
 VOCAB = 61
@@ -128,6 +138,129 @@ def test_quantized_agrees_to_the_rounding_of_its_storage(model, quantized):
         else:
             assert far.max() <= 2**-4 * 2 * largest + 1e-6, name
     assert 0 < np.abs(logits(loaded) - logits(model)).max()
+
+
+def test_matrices_may_stay_quantized_in_memory(quantized, tmp_path):
+    """As the files hold them, to the bit; the model's numbers are the same."""
+    plain = load_target(str(quantized)).model
+    kept = load_target(str(quantized), keep_quantized=True).model
+    theirs = named_parameters(plain)
+    blocked = set()
+    for name, mine in named_parameters(kept).items():
+        assert mine.dtype == theirs[name].dtype, name
+        np.testing.assert_array_equal(dense(mine), theirs[name], name)
+        if isinstance(mine, Quantized):
+            blocked.add(name.split(".", 2)[2])
+            least = mine.elements.nbytes + mine.scales.nbytes
+            assert least <= (0.28 if mine.packed else 0.51) * theirs[name].nbytes
+    assert {name.split(".")[-1] for name in blocked} == {
+        "weight",
+        "gate_up_proj",
+        "down_proj",
+    }
+    assert {name.split(".")[-2] for name in blocked} == {
+        *("q_a_proj", "q_b_proj", "kv_proj", "o_a_proj", "o_b_proj"),
+        *("gate_proj", "up_proj", "down_proj", "experts"),
+    }
+    assert not any("compressor" in name for name in blocked)
+    np.testing.assert_allclose(logits(kept), logits(plain), rtol=0, atol=1e-5)
+
+    save_deepseek_v4(tmp_path / "again", kept, shard_bytes=2_000_000)
+    again = dequantized(open_safetensors(tmp_path / "again"))
+    first = dequantized(open_safetensors(quantized))
+    for name in again.shapes:
+        np.testing.assert_array_equal(again.read(name), first.read(name), name)
+
+
+def test_quantized_speculation_gives_the_tokens_of_quantized_decoding(quantized):
+    target = load_target(str(quantized), keep_quantized=True)
+    stages = load_drafter(str(quantized), target)
+    assert isinstance(named_parameters(stages)["main_proj.weight"], Quantized)
+    requests = [Request(prompt=(3, 1, 4, 1, 5), max_new_tokens=24, temperature=0.0)]
+    expected = plain_outputs(target.model, requests, capacity=64)
+    seen = decode_requests(target.model, requests, stages, capacity=64)
+    result = audit(target.model, requests, expected, seen)
+    assert not result.violations and not result.near_ties
+
+
+def test_what_is_not_quantized_cannot_stay_so(model, tmp_path):
+    save_deepseek_v4(tmp_path / "plain", model, quantized=False)
+    with pytest.raises(CheckpointError, match="nothing is quantized here"):
+        load_target(str(tmp_path / "plain"), keep_quantized=True)
+    with pytest.raises(CheckpointError, match="only the matrices of DeepSeek-V4"):
+        load_target("smollm2-135m-instruct", keep_quantized=True)
+
+
+def test_the_host_holds_one_tensor_at_a_time(quantized):
+    tensors = dequantized(open_safetensors(quantized))
+    alive, most = set(), []
+
+    def watched(array):
+        array = np.array(array)
+        alive.add(key := len(most))
+        most.append(len(alive))
+        weakref.finalize(array, alive.discard, key)
+        return array
+
+    config = load_target(str(quantized)).model.config
+    kept = {name: name for name in tensors.shapes if not name.startswith("mtp.")}
+    watching = replace(
+        tensors.renamed(kept), read=lambda name: watched(tensors.read(name))
+    )
+    load_deepseek_v4(config, watching, dtype=jnp.float32)
+    assert len(most) == len(kept)
+    # The one being read, the one being put into its parameter, one not yet collected.
+    assert max(most) <= 3
+
+
+SHARDED = """
+import sys
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jaxspark import load_target
+from jaxspark.checkpoints.deepseek_v4 import load_deepseek_v4
+from jaxspark.checkpoints.deepseek_v4_released import dequantized
+from jaxspark.checkpoints.safetensors_files import open_safetensors
+from jaxspark.checkpoints.tree import named_parameters
+
+mesh = Mesh(np.array(jax.devices()), ("expert",))
+
+def sharding(path):
+    return NamedSharding(mesh, P(None, "expert") if "mlp.experts" in path else P())
+
+folder = Path(sys.argv[1])
+plain = load_target(folder).model
+for keep in (False, True):
+    whole = named_parameters(load_target(folder, keep_quantized=keep).model)
+    spread = load_deepseek_v4(
+        plain.config,
+        dequantized(open_safetensors(folder)),
+        dtype=jnp.float32,
+        sharding=sharding,
+        keep_quantized=keep,
+    )
+    for path, w in named_parameters(spread).items():
+        for mine, theirs in zip(jax.tree.leaves(w), jax.tree.leaves(whole[path])):
+            assert mine.sharding.is_equivalent_to(sharding(path), mine.ndim), path
+            [part] = {shard.data.shape[1:2] for shard in mine.addressable_shards}
+            if "mlp.experts" in path:
+                assert part == (mine.shape[1] // 4,), path
+            np.testing.assert_array_equal(mine, theirs)
+print("the same on", len(jax.devices()), "devices")
+"""
+
+
+def test_weights_are_loaded_onto_many_devices(quantized):
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED, str(quantized)],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "the same on 4 devices"
 
 
 def test_the_drafter_of_a_folder_is_loaded_beside_its_target(

@@ -5,7 +5,7 @@ Small ones of `launch.audit --suite=deepseek_v4`, random weights.
 
 import pytest
 
-from jaxspark.decoding import Request
+from jaxspark.decoding import Request, generate_stream
 from jaxspark.evaluation import sampling_checks
 from jaxspark.evaluation.audit import audit, decode_requests, plain_outputs
 from jaxspark.evaluation.tiny_models import tiny_models
@@ -56,6 +56,17 @@ def test_not_one_token_changes(models, asked, name):
     assert result.tokens >= 24 * len(each)
     assert not result.violations, "\n".join(map(str, result.violations))
     assert len(result.near_ties) <= 1
+
+
+@pytest.mark.parametrize("name", ["deepseek_v4_dspark", "mtp"])
+def test_slots_are_refilled_and_not_one_token_changes(models, asked, name):
+    """Five requests through two slots: newcomers bring their tables of rows."""
+    each, coupling, plain = asked
+    target, drafters = models
+    options = {"slots": 2, "newcomers": 1, "coupling": coupling, **OPTIONS}
+    done = dict(generate_stream(target, each, drafters[name], **options))
+    result = audit(target, each, plain, [done[i] for i in range(len(each))])
+    assert not result.violations, "\n".join(map(str, result.violations))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,13 +5,22 @@ into passes, what stood in the cache before, which slot it is, who shares the pa
 how much padding the pass carries.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from jaxspark.models import DenseConfig, DenseDecoder, FlatTokens, RopeConfig
+from configs.targets import deepseek_v4_tiny
+from jaxspark.models import (
+    DeepSeekV4,
+    DenseConfig,
+    DenseDecoder,
+    FlatTokens,
+    RopeConfig,
+)
 from tests.driver import Session
 
 TOLERANCE = 1e-3  # float32 rounding: 1.5e-4 at worst in 700 seeds, logits up to 20
@@ -38,15 +47,40 @@ TARGETS = {
 }
 
 
-@pytest.fixture(params=TARGETS, scope="module")
-def model(request):
-    """A tiny target whose logits depend visibly on every earlier token."""
-    model = DenseDecoder(TARGETS[request.param], rngs=nnx.Rngs(1))
+def small_v4():
+    """Windows of 6, entries of 4 and 8: all of them end within these short texts."""
+    config = replace(
+        deepseek_v4_tiny(TINY["vocab_size"]),
+        sliding_window=6,
+        hca_ratio=8,
+        index_topk=2,
+        compress_ratios=(4, 8),
+    )
+    model = DeepSeekV4(config, rngs=nnx.Rngs(1))
+    model.embed_tokens.weight[...] *= 30.0
+    return model
+
+
+def small_dense(name):
+    model = DenseDecoder(TARGETS[name], rngs=nnx.Rngs(1))
     graphdef, params = nnx.split(model)
     params = jax.tree.map(lambda w: 2.0 * w, params)
     model = nnx.merge(graphdef, params)
     model.embed_tokens.weight[...] *= 10.0
     return model
+
+
+@pytest.fixture(params=[*TARGETS, "deepseek_v4"], scope="module")
+def model(request):
+    """A tiny target whose logits depend visibly on every earlier token."""
+    v4 = request.param == "deepseek_v4"
+    return small_v4() if v4 else small_dense(request.param)
+
+
+@pytest.fixture(params=TARGETS, scope="module")
+def dense(request):
+    """The same, with attention to all positions and caches of keys and values."""
+    return small_dense(request.param)
 
 
 @pytest.fixture
@@ -165,8 +199,8 @@ def test_ids_of_padding_do_not_matter(model, random):
         assert (np.asarray(first) == np.asarray(second)).all()
 
 
-def test_padding_writes_nothing(model, random):
-    session = Session(model, 2, 8)
+def test_padding_writes_nothing(dense, random):
+    session = Session(dense, 2, 8)
     session.feed(some_tokens(random, 3, 1), capacity=16)
     for layer in session.cache:
         for rows_BKSH in (layer.k_BKSH, layer.v_BKSH):
@@ -187,26 +221,26 @@ def test_tokens_past_the_cache_are_dropped_and_hurt_nobody(model, random):
     assert_same([logits[1]], [alone.feed([[], rows[1][3:]], chunk=3)[0][1]])
 
 
-def test_heads_stored_in_128_lanes_give_the_same(model, random):
+def test_heads_stored_in_128_lanes_give_the_same(dense, random):
     rows = some_tokens(random, 15, 4)
-    narrow, wide = (Session(model, 2, 16, lanes=lanes) for lanes in (1, 128))
+    narrow, wide = (Session(dense, 2, 16, lanes=lanes) for lanes in (1, 128))
     assert wide.cache[0].k_BKSH.shape[-1] == 128
     assert_same(wide.feed(rows, chunk=6)[0], narrow.feed(rows, chunk=6)[0])
 
 
-def test_taps_come_in_the_order_asked_and_end_in_the_logits(model, random):
+def test_taps_come_in_the_order_asked_and_end_in_the_logits(dense, random):
     (row,) = some_tokens(random, 10)
-    logits, taps = Session(model, 1, 16, taps=(1, -1, 0)).feed([row])
-    ordered = Session(model, 1, 16, taps=(-1, 0, 1)).feed([row])[1][0]
+    logits, taps = Session(dense, 1, 16, taps=(1, -1, 0)).feed([row])
+    ordered = Session(dense, 1, 16, taps=(-1, 0, 1)).feed([row])[1][0]
     assert_same(taps, [ordered[[2, 0, 1]]], 0.0)
-    table_VD = np.asarray(model.embed_tokens.weight[...])
+    table_VD = np.asarray(dense.embed_tokens.weight[...])
     assert_same([ordered[0]], [table_VD[row]], 0.0)
-    assert_same([np.asarray(model.logits(jnp.asarray(ordered[2]).T))], logits)
+    assert_same([np.asarray(dense.logits(jnp.asarray(ordered[2]).T))], logits)
 
 
-def test_a_limit_opens_the_block_to_itself(model, random):
+def test_a_limit_opens_the_block_to_itself(dense, random):
     """Rows that share a limit see each other: the last one's id reaches the first."""
-    graphdef, params = nnx.split(model)
+    graphdef, params = nnx.split(dense)
 
     @jax.jit
     def first_row(params, ids_BQ, limits_B):

@@ -13,8 +13,9 @@ from configs.targets import deepseek_v4_flash, deepseek_v4_pro, deepseek_v4_tiny
 from jaxspark.checkpoints.deepseek_v4 import load_deepseek_v4
 from jaxspark.checkpoints.deepseek_v4_config import v4_config_from_hf, v4_config_to_hf
 from jaxspark.checkpoints.tree import Tensors
+from jaxspark.decoding import Sampling, init_state
 from jaxspark.decoding.generate import check_block_length
-from jaxspark.drafters import DeepSeekV4DSpark
+from jaxspark.drafters import DeepSeekV4DSpark, MTPDrafter, NgramDrafter
 from jaxspark.models import DeepSeekV4, FlatTokens
 from jaxspark.models.layers.compression import Compressor
 from jaxspark.models.layers.experts import Experts, Router
@@ -29,6 +30,7 @@ from tests.parity.v4_weights import random_weights
 
 VOCAB = 61
 TINY = deepseek_v4_tiny(VOCAB)
+FLASH_ROPE = deepseek_v4_flash().compress_rope
 RANDOM = np.random.default_rng(0)
 
 
@@ -61,7 +63,7 @@ def test_01_streams_are_mixed_by_the_transposed_matrix():
 
 
 def test_02_sinkhorn_begins_with_softmax_and_ends_on_columns():
-    logits_MMT, eps = np.asarray(normal(4, 4, 3)), 1e-6
+    logits_MMT, eps = np.asarray(normal(4, 4, 3)), 0.1
     expected = np.exp(logits_MMT - logits_MMT.max(1, keepdims=True))
     expected = expected / expected.sum(1, keepdims=True) + eps
     for step in range(2 * 20 - 1):
@@ -69,7 +71,8 @@ def test_02_sinkhorn_begins_with_softmax_and_ends_on_columns():
         expected = expected / (expected.sum(axis, keepdims=True) + eps)
     seen = sinkhorn(jnp.asarray(logits_MMT), 20, eps)
     np.testing.assert_allclose(seen, expected, rtol=1e-5)
-    np.testing.assert_allclose(seen.sum(0), 1, atol=2e-6)
+    released = sinkhorn(jnp.asarray(logits_MMT), 20, TINY.hc_eps)
+    np.testing.assert_allclose(released.sum(0), 1, atol=2e-6)
 
 
 @pytest.mark.parametrize("preset", [deepseek_v4_flash, deepseek_v4_pro])
@@ -80,9 +83,14 @@ def test_03_yarn_does_not_scale_cos_and_sin(preset):
     # The ramp between kept and stretched frequencies runs over pairs 15 to 25.
     plain = 160000.0 ** (-np.arange(32) / 32)
     ratio = config.compress_rope.frequencies(64)[0] / plain
-    np.testing.assert_allclose(ratio[:16], 1, rtol=1e-4)
-    np.testing.assert_allclose(ratio[25:], 1 / 16, rtol=1e-4)
-    assert 1 / 16 < ratio[20] < 1
+    stretched = np.clip((np.arange(32) - 15) / 10, 0, 1)
+    np.testing.assert_allclose(ratio, 1 - stretched * 15 / 16, rtol=1e-4)
+
+
+def test_03_a_rope_that_scales_is_refused():
+    """The default of YaRN's attention factor is not 1."""
+    with pytest.raises(ValueError, match="compress_rope scales cos and sin by 1.277"):
+        replace(TINY, compress_rope=replace(FLASH_ROPE, attention_factor=None))
 
 
 @pytest.mark.parametrize("ratio", [0, 4, 32])
@@ -94,6 +102,24 @@ def test_04_layers_with_entries_turn_by_a_rope_of_their_own(ratio):
         changed = replace(getattr(TINY, name), rope_theta=100.0)
         other = logits(model_of(ratio, **{name: changed}), row)
         assert (np.abs(plain - other).max() > 1e-3) == matters
+
+
+@pytest.mark.parametrize("kind", ["dspark", "mtp"])
+def test_04_drafters_turn_by_the_rope_of_layers_without_entries(kind):
+    model = model_of(4, num_hash_layers=0)
+
+    def seen(config):
+        if kind == "mtp":
+            drafter = MTPDrafter(config, rngs=nnx.Rngs(1))
+        else:
+            drafter = DeepSeekV4DSpark(deepseek_v4_dspark(config), rngs=nnx.Rngs(1))
+        return proposals(drafter, model).log_q_BGW
+
+    plain = seen(model.config)
+    for name, matters in (("rope", True), ("compress_rope", False)):
+        changed = replace(getattr(TINY, name), rope_theta=50.0)
+        other = seen(replace(model.config, **{name: changed}))
+        assert (np.abs(plain - other).max() > 1e-4) == matters, name
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -166,6 +192,32 @@ def test_09_the_router_survives_extreme_scores(hashed):
     )
 
 
+def test_09_scores_are_those_of_float64():
+    """Small ones too, which log(1 + exp(x)) would lose."""
+    part = Router(TINY, hashed=False, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    part.weight[...] = normal(*part.weight.shape).astype(jnp.bfloat16)
+    x_DT = (3.0 * normal(TINY.hidden_size, 40)).astype(jnp.bfloat16)
+    logits = np.asarray(part.weight[...], np.float64) @ np.asarray(x_DT, np.float64)
+    assert logits.min() < -20 and logits.max() > 20
+    expected = np.sqrt(np.log1p(np.exp(logits))).T
+    scores_TE = part(x_DT, jnp.arange(40)).scores_TE
+    np.testing.assert_allclose(scores_TE, expected, rtol=2e-5, atol=2e-19)
+
+
+def test_09_the_router_has_a_gradient_where_scores_vanish():
+    part = Router(TINY, hashed=False, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    part.weight[...] = jnp.full(part.weight.shape, -200.0).at[0].set(1.0)
+    graph, state = nnx.split(part)
+
+    def total(state):
+        routing = nnx.merge(graph, state)(
+            jnp.ones((TINY.hidden_size, 1)), jnp.arange(1)
+        )
+        return routing.weights_TX[0, 0]
+
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(jax.grad(total)(state)))
+
+
 def test_09_the_bias_chooses_and_does_not_weigh():
     part = Router(TINY, hashed=False, dtype=jnp.float32, rngs=nnx.Rngs(0))
     x_DT = normal(TINY.hidden_size, 4)
@@ -227,6 +279,20 @@ def test_14_padding_is_not_compressed():
     np.testing.assert_allclose(alone, beside, atol=1e-3)
 
 
+def test_14_a_slot_may_be_set_back_by_64_and_no_more():
+    model, row = model_of(0, 4, 32), ids(150)
+    session, straight = Session(model, 1, 256), Session(model, 1, 256)
+    session.feed([row[:100]])
+    straight.feed([row[:100]])
+    session.feed([ids(model.max_rewind, 7)])
+    session.rewind([100])
+    seen, expected = (each.feed([row[100:]])[0][0] for each in (session, straight))
+    np.testing.assert_allclose(seen, expected, atol=1e-3)
+    one = Sampling.of(1, temperature=0.0)
+    with pytest.raises(ValueError, match="forget at most 64 rejected drafts"):
+        init_state(model, NgramDrafter(), [[1]], [9], one, block_length=65)
+
+
 def test_15_sinks_take_weight_and_give_nothing():
     q, rows = normal(1, 1, 2, 8), normal(1, 4, 8)
     spans = jnp.array([[[0, 4]]])
@@ -251,7 +317,8 @@ def test_15_sinks_take_weight_and_give_nothing():
 def proposals(drafter, model, *, counts=(20,), change=None):
     """What it drafts, after so many context rows; `change` alters one of them."""
     slots, D = len(counts), TINY.hidden_size
-    taps = np.random.default_rng(1).normal(size=(3, D, slots * 20)).astype(np.float32)
+    size = (len(drafter.taps), D, slots * 20)
+    taps = np.random.default_rng(1).normal(size=size).astype(np.float32)
     if change is not None:
         taps[:, :, change] += 3.0
     ids_BQ, starts_B = jnp.zeros((slots, 20), jnp.int32), jnp.zeros(slots, jnp.int32)
@@ -262,7 +329,8 @@ def proposals(drafter, model, *, counts=(20,), change=None):
         return jnp.argmax(logits_BV, -1).astype(jnp.int32), logits_BV
 
     answer = jnp.tile(jnp.arange(64, dtype=jnp.int32) % VOCAB, (slots, 1))
-    return drafter.propose(model, cache, answer, jnp.array(counts) + 1, draw, 5)[0]
+    lengths, block_length = jnp.array(counts) + 1, drafter.block_length
+    return drafter.propose(model, cache, answer, lengths, draw, block_length)[0]
 
 
 @pytest.fixture(scope="module")
@@ -313,6 +381,11 @@ def test_16_a_drafter_has_three_stages(drafting):
     assert drafting[0].stages.self_attn.sinks.shape[0] == 3
 
 
+def test_16_a_block_is_no_longer_than_its_window():
+    with pytest.raises(ValueError, match="longer than the window of 16"):
+        replace(deepseek_v4_dspark(TINY), dspark_block_size=17)
+
+
 def test_17_tests_are_long_enough_to_choose():
     """Every parity case has queries with more entries than the indexer may choose."""
     for seed in range(20):
@@ -360,8 +433,11 @@ def test_21_ties_go_to_the_earliest_entry():
     assert chosen[0, 1].tolist() == [0, 1, 2, 3, 4, -1, -1, -1]
 
 
-def test_experts_compute_what_a_loop_over_tokens_does():
-    part = Experts(TINY, dtype=jnp.float32, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("limit", [0.5, 10.0])
+def test_experts_compute_what_a_loop_over_tokens_does(limit):
+    """With a limit of 0.5 most of what is gated is clamped, routed experts too."""
+    config = replace(TINY, swiglu_limit=limit)
+    part = Experts(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
     router = Router(TINY, hashed=False, dtype=jnp.float32, rngs=nnx.Rngs(1))
     x_DT = normal(TINY.hidden_size, 9)
     routing = router(x_DT, jnp.zeros(9, jnp.int32))
@@ -373,7 +449,7 @@ def test_experts_compute_what_a_loop_over_tokens_does():
             routing.experts_TX[token], routing.weights_TX[token], strict=True
         ):
             gate, up = jnp.split(part.gate_up_proj[...][expert] @ x_DT[:, token], 2)
-            hidden = jax.nn.silu(jnp.minimum(gate, 10)) * jnp.clip(up, -10, 10)
+            hidden = jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
             total += weight * (part.down_proj[...][expert] @ hidden)
         np.testing.assert_allclose(seen[token], total, rtol=1e-3, atol=1e-4)
     assert not np.any(seen[7:])

@@ -247,6 +247,7 @@ def test_a_short_run_learns_and_evens_out_loads():
     skew = jnp.linspace(0.05, -0.05, config.n_routed_experts)
     for stack in model.layers[1:]:
         stack.mlp.gate.e_score_correction_bias[...] += skew
+    mtp.stages.mlp.gate.e_score_correction_bias[...] += skew
     optimizer = optax.adam(3e-3)
     graph, params, rest = nnx.split((model, mtp), nnx.Param, ...)
     state = optimizer.init(params)
@@ -261,6 +262,7 @@ def test_a_short_run_learns_and_evens_out_loads():
         updates, state = optimizer.update(grads, state)
         model, mtp = nnx.merge(graph, optax.apply_updates(params, updates), rest)
         model = balanced(model, metrics.reports, speed=2e-3)
+        mtp = balanced(mtp, (metrics.mtp_report,), speed=2e-3)
         _, params, rest = nnx.split((model, mtp), nnx.Param, ...)
         return params, rest, state, metrics
 
@@ -285,7 +287,8 @@ def test_a_short_run_learns_and_evens_out_loads():
 
 def _together(steps):
     """Mean losses of some steps, and the imbalance of their loads in sum."""
-    total = jax.tree.map(lambda *each: sum(each), *(m.reports[1:] for m in steps))
+    reports = [(*m.reports[1:], m.mtp_report) for m in steps]
+    total = jax.tree.map(lambda *each: sum(each), *reports)
     entropy = np.mean([float(m.cross_entropy) for m in steps])
     mtp = np.mean([float(m.mtp) for m in steps])
     return float(entropy), float(mtp), float(imbalance(total))

@@ -4,11 +4,13 @@
 
 where v = W_kv x and z = W_gate x, and p runs over the m positions of window i (HCA).
 With *overlap* (CSA) every position has two series of both: the sum then runs over the
-first series of window i - 1 and the second of window i, 2 m rows in one softmax.
+first series of window i - 1 and the second of window i, 2 m rows in one softmax. (The
+report calls the first C^b, Z^b and the second C^a, Z^a; Hugging Face's code has the
+letters the other way round.)
 
-Values and biased logits of positions whose window is not complete wait in a ring. A
-window is pooled whenever its last position is seen, once more if a rejected draft was
-the first to complete it. All in float32.
+Values and biased logits of positions whose window is not complete wait in a ring. An
+entry is computed when its window's last position is processed; if that was a draft that
+is rejected, it is computed again later and overwritten. All in float32.
 """
 
 import jax
@@ -102,8 +104,8 @@ class Compressor(nnx.Module):
     ) -> Float[Array, "T X"]:
         """Values, then logits with their position's bias, of all series."""
         x_DT = widened(x_DT)
-        value_XT = product(widened(self.kv_proj.weight[...]), x_DT)
-        logit_XT = product(widened(self.gate_proj.weight[...]), x_DT)
+        value_XT = product(widened(self.kv_proj.matrix), x_DT)
+        logit_XT = product(widened(self.gate_proj.matrix), x_DT)
         bias_TX = self.position_bias[...][positions_T % self.ratio]
         return jnp.concatenate([value_XT.T, logit_XT.T + bias_TX], axis=1)
 

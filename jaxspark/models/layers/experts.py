@@ -2,7 +2,7 @@
 
     s = sqrt(softplus(W_gate x))                          float32
     chosen: the X best of s + bias, or, in the first layers, a table row of the token id
-    y = shared(x) + scale * sum_chosen (s_e / sum s) expert_e(x)
+    y = shared(x) + scale * sum_chosen (s_e / sum_chosen s) expert_e(x)
 
 The bias evens out loads and takes part in choosing only. Experts and the shared expert
 clamp what they gate: silu(min(gate, L)) * clip(up, -L, L). No token is ever dropped:
@@ -56,7 +56,9 @@ class Router(nnx.Module):
     def __call__(self, x_DT: Float[Array, "D T"], ids_T: Int[Array, " T"]) -> Routing:
         """Routes every column."""
         logits_ET = product(widened(self.weight[...]), widened(x_DT))
-        scores_TE = jnp.sqrt(jax.nn.softplus(logits_ET.T))
+        # Where softplus vanishes, its root has no gradient.
+        least = jnp.finfo(logits_ET.dtype).tiny
+        scores_TE = jnp.sqrt(jnp.maximum(jax.nn.softplus(logits_ET.T), least))
         if self.hashed:
             experts_TX = self.tid2eid[...][ids_T]
         else:
@@ -68,7 +70,10 @@ class Router(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """E gated MLPs; their matrices may be those of many layers, [L, E, ...]."""
+    """E gated MLPs; their matrices may be those of many layers, [L, E, ...].
+
+    They may be `Quantized`; `grouped_matmul` dequantizes those it multiplies with.
+    """
 
     def __init__(self, config, *, dtype, rngs: nnx.Rngs):
         E, D, F = (
@@ -100,7 +105,9 @@ class Experts(nnx.Module):
         first = layer * self.count
 
         def multiply(rows, weight):
-            w_GOI = weight[...].reshape(-1, *weight.shape[-2:])
+            w_GOI = jax.tree.map(
+                lambda leaf: leaf.reshape(-1, *leaf.shape[-2:]), weight[...]
+            )
             return grouped_matmul(rows, w_GOI, sizes_E, first=first)
 
         hidden_A2F = multiply(x_TD[order_A // X], self.gate_up_proj)

@@ -5,8 +5,10 @@ The residual is M streams. Around each sublayer F,
     x'_k = post_k F(sum_j pre_j x_j) + sum_j comb_jk x_j
 
 with weights that depend on the token: pre = sigmoid(.) + eps, post = 2 sigmoid(.), and
-comb made doubly stochastic by Sinkhorn's iteration, so that mixing expands nothing. All
-in float32. `HyperHead` collapses the streams at the end.
+comb made doubly stochastic by Sinkhorn's iteration, so that mixing expands nothing.
+(.) is scale * (fn norm([x_1; ...; x_M])) + base: rows for pre, post and comb (j k, row
+by row), each part with a scale of its own. All in float32. `HyperHead` collapses the
+streams at the end.
 """
 
 import jax

@@ -1,6 +1,7 @@
 """The Lightning Indexer: which compressed entries a query attends to.
 
     I_tc = sum_n w_tn ReLU(q_tn . k_c)           (DeepSeek-V4 section 2.3.1)
+    w_t  = W_w x_t / sqrt(heads * width)
 
 over entries that are complete at t, of which the `index_topk` best are chosen, ties by
 the lowest entry. The index keys are compressed like the entries themselves, with
@@ -45,7 +46,7 @@ class Indexer(nnx.Module):
         q_NHT = self.q_b_proj(latent_RT).reshape(self.heads, self.width, -1)
         q_TNH = jnp.moveaxis(rotation(q_NHT), -1, 0)
         wide = wide_type(x_DT.dtype)
-        weight_NT = product(self.weights_proj.weight[...], x_DT, wide)
+        weight_NT = product(self.weights_proj.matrix, x_DT, wide)
         weight_NT *= (self.width * self.heads) ** -0.5
         with jax.named_scope("index_scores"):
             return index_scores(

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.precision import precision, wide_type
+from pallas_kernels.quantized import dense
 
 
 def product(
@@ -41,7 +42,10 @@ class Buffer(nnx.Variable):
 
 
 class Linear(nnx.Module):
-    """y_OT = W_OI x_IT (+ b_O); `weight` and `bias` as in the checkpoint."""
+    """y_OT = W_OI x_IT (+ b_O); `weight` and `bias` as in the checkpoint.
+
+    The weight may be `Quantized`; `matrix` is what it stands for.
+    """
 
     def __init__(
         self, d_in: int, d_out: int, *, bias: bool = False, dtype, rngs: nnx.Rngs
@@ -52,9 +56,14 @@ class Linear(nnx.Module):
         )
         self.bias = nnx.Param(jnp.zeros((d_out,), dtype)) if bias else None
 
+    @property
+    def matrix(self) -> Float[Array, "O I"]:
+        """W, dequantized if it is kept in blocks."""
+        return dense(self.weight[...])
+
     def __call__(self, x_IT: Float[Array, "I T"]) -> Float[Array, "O T"]:
         """Maps every column."""
-        y_OT = product(self.weight[...], x_IT)
+        y_OT = product(self.matrix, x_IT)
         return y_OT if self.bias is None else y_OT + self.bias[...][:, None]
 
 

@@ -1,10 +1,10 @@
 """Rotary position embedding (Su et al. 2021) with the scalings checkpoints use.
 
 A head's vector is split in halves (x, y); at position p frequency i turns the pair
-(x_i, y_i) by the angle p * f_i. `RopeConfig` names how f_i is derived from the base
-f_i = theta^(-2i/H): `default`, `linear` (all f_i / factor), `llama3` (low frequencies
-/ factor, smooth in between), `yarn` (Peng et al. 2023; ramp between both, and cos/sin
-scaled by an attention factor).
+(x_i, y_i) by the angle p * f_i (`TrailingRotation` pairs neighbours instead).
+`RopeConfig` names how f_i is derived from the base f_i = theta^(-2i/H): `default`,
+`linear` (all f_i / factor), `llama3` (low frequencies / factor, smooth in between),
+`yarn` (Peng et al. 2023; ramp between both, and cos/sin scaled by an attention factor).
 """
 
 import math

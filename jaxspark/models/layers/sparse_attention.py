@@ -6,8 +6,8 @@
     y = W_ob blockdiag(W_oa) rope^-1(o)
 
 Layers differ in their entries: none, CSA (every 4 positions, chosen by an indexer) or
-HCA (every 128, all of them). Values are rotated because they are the keys; the rotation
-back makes what is read depend on distances alone.
+HCA (every 128, all of them). Keys are values too, so values carry the rotation of their
+positions; turned back by the query's, what is read depends on distances alone.
 """
 
 import dataclasses
@@ -168,7 +168,11 @@ class SparseAttention(nnx.Module):
                 stop = jax.lax.stop_gradient
                 keys_BCH = self.indexer.compressor.of_whole(stop(x_DT), tokens, view)
                 scores_BQC = self.indexer.scores(
-                    stop(x_DT), stop(latent_RT), keys_BCH, view, rotation
+                    stop(x_DT),
+                    stop(latent_RT),
+                    keys_BCH.astype(x_DT.dtype),
+                    view,
+                    rotation,
                 )
                 seen["chosen_BQX"] = self.indexer.choose(stop(scores_BQC), limits_BQ)
         o_DT = self.attend(latent_RT, recent_BRH, spans_BQ2, seen, view, rotation)
@@ -181,7 +185,11 @@ class SparseAttention(nnx.Module):
         return rotation(self.kv_norm(self.kv_proj(x_DT))[None])[0].T
 
     def _spans(self, tokens: FlatTokens) -> Int[Array, "B Q 2"]:
-        """Rows each query sees, of those W - 1 before the pass and of its own."""
+        """Rows each query sees, of those W - 1 before the pass and of its own.
+
+        Row i lies at position start - (W - 1) + i. The query in row r sees W rows, r to
+        r + W - 1, of which the last is its own, but none before position 0.
+        """
         row_Q = jnp.arange(tokens.rows)
         oldest_BQ = jnp.maximum(row_Q, self.window - 1 - tokens.starts_B[:, None])
         newest_BQ = jnp.broadcast_to(row_Q + self.window, oldest_BQ.shape)
@@ -244,6 +252,6 @@ class SparseAttention(nnx.Module):
             )
         o_NHT = rotation.inverse(jnp.moveaxis(view.collect(o_BQNH), 0, -1))
         o_gIT = o_NHT.reshape(self.groups, -1, T)
-        w_gRI = self.o_a_proj.weight[...].reshape(self.groups, -1, o_gIT.shape[1])
+        w_gRI = self.o_a_proj.matrix.reshape(self.groups, -1, o_gIT.shape[1])
         low_XT = jax.vmap(product)(w_gRI, o_gIT).reshape(-1, T)
         return self.o_b_proj(low_XT)

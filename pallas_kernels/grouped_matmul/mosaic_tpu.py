@@ -1,0 +1,71 @@
+"""Grouped products on TPUs, by tokamax's kernel (megablox, arXiv 2211.15841).
+
+XLA multiplies all groups with all rows there; the kernel visits the groups that have
+rows. It wants tiles of 128 rows, so it pays from a few dozen rows on.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.grouped_matmul.ref import backward
+from pallas_kernels.precision import precision
+
+_LEAST = 128
+_TILE = 1024
+# Rows [A, I] and matrices [G, O, I]: what a kernel calls the transposed product.
+_OUTPUT_MAJOR = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(([1], [2]), ([], [])),
+    lhs_ragged_dimensions=[0],
+    rhs_group_dimensions=[0],
+)
+
+
+def supports(w_GOI) -> bool:
+    """Whether the kernel has a product with such matrices: plain, 128 wide and more."""
+    return isinstance(w_GOI, jax.Array) and min(w_GOI.shape[1:]) >= _LEAST
+
+
+@jax.custom_vjp
+def grouped_matmul_mosaic_tpu(
+    x_AI: Float[Array, "A I"],
+    w_GOI: Float[Array, "G O I"],
+    sizes_E: Int[Array, " E"],
+    first: Int[Array, ""],
+) -> Float[Array, "A O"]:
+    """See `api.grouped_matmul`; gradients are those of XLA's loop."""
+    try:
+        import tokamax
+    except ImportError as error:
+        raise ValueError(
+            "grouped_matmul's mosaic_tpu is tokamax's: pip install 'jaxspark[tpu]'"
+        ) from error
+    if not supports(w_GOI):
+        raise ValueError(
+            f"mosaic_tpu multiplies plain matrices of at least {_LEAST} x {_LEAST}, "
+            f"got {type(w_GOI).__name__} {w_GOI.shape}"
+        )
+    rows = x_AI.shape[0]
+    tile = min(_TILE, max(_LEAST, 1 << (rows - 1).bit_length()))
+    padded_AI = jnp.pad(x_AI, ((0, -rows % tile), (0, 0)))
+    sizes_E = sizes_E.astype(jnp.int32)
+    sizes_G = jnp.zeros(len(w_GOI), jnp.int32)
+    y_AO = tokamax.ragged_dot_general(
+        padded_AI,
+        w_GOI,
+        jax.lax.dynamic_update_slice(sizes_G, sizes_E, (first,)),
+        _OUTPUT_MAJOR,
+        precision=precision(x_AI.dtype),
+        preferred_element_type=x_AI.dtype,
+        implementation="mosaic_tpu",
+    )[:rows]
+    # The kernel leaves rows of no group as they were in memory.
+    return jnp.where((jnp.arange(rows) < jnp.sum(sizes_E))[:, None], y_AO, 0)
+
+
+def _forward(x_AI, w_GOI, sizes_E, first):
+    y_AO = grouped_matmul_mosaic_tpu(x_AI, w_GOI, sizes_E, first)
+    return y_AO, (x_AI, w_GOI, sizes_E, first)
+
+
+grouped_matmul_mosaic_tpu.defvjp(_forward, backward)

@@ -1,0 +1,86 @@
+"""Compiles the decode loop of a DeepSeek-V4 with its own stages; prints JSON.
+
+    python -m tests.aot.compile_deepseek_v4 cpu flash
+
+Weights and caches are shapes only: nothing is run, no array is ever allocated.
+"""
+
+import json
+import math
+import re
+import sys
+import time
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from configs.drafters import deepseek_v4_dspark
+from configs.targets import deepseek_v4_flash, deepseek_v4_mini, deepseek_v4_pro
+from jaxspark.decoding import DecodeOptions, Sampling, decode, init_state
+from jaxspark.drafters import DeepSeekV4DSpark
+from jaxspark.models import DeepSeekV4
+from tests.aot.compile_round import device_of, on
+from tests.aot.hlo import new_arrays
+
+# Seven of everything: no weight has as many elements as a cache.
+SLOTS, POSITIONS, BLOCK = 7, 8192, 5
+SHAPE = re.compile(r"= \w+\[([\d,]+)\]")
+CONFIGS = {
+    "flash": deepseek_v4_flash,
+    "pro": deepseek_v4_pro,
+    # Index keys as wide as Flash's: a TPU's lanes.
+    "mini": lambda: replace(deepseek_v4_mini(), index_head_dim=128),
+}
+
+
+def report(platform: str, preset: str) -> dict:
+    """Seconds, and what the compiled loop does with the caches."""
+    config = CONFIGS[preset]()
+
+    def made(kind, config):
+        return nnx.eval_shape(
+            lambda: kind(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        )
+
+    target = made(DeepSeekV4, config)
+    drafter = made(DeepSeekV4DSpark, deepseek_v4_dspark(config))
+    state = jax.eval_shape(
+        lambda: init_state(
+            target,
+            drafter,
+            [[0]] * SLOTS,
+            [POSITIONS - BLOCK] * SLOTS,
+            Sampling.of(SLOTS, temperature=1.0),
+            block_length=BLOCK,
+            capacity=POSITIONS,
+        )
+    )
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    arguments = on(device_of(platform), (target, drafter, state, count))
+    begin = time.perf_counter()
+    lowered = decode.lower(*arguments, options=DecodeOptions(block_length=BLOCK))
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - begin
+
+    caches = jax.tree.leaves((state.target_cache, state.draft_cache))
+    # A layer may read its own entries as a piece; whole tables stay where they lie.
+    sizes = {math.prod(leaf.shape) for leaf in caches if len(leaf) > 1}
+    copies = [
+        line
+        for line in new_arrays(compiled.as_text(), min(sizes))
+        if (found := SHAPE.search(line))
+        and math.prod(map(int, found[1].split(","))) in sizes
+    ]
+    return {
+        "seconds": round(seconds, 1),
+        "tables": len(sizes),
+        "copies": copies,
+        "cache_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in caches),
+        "alias_bytes": compiled.memory_analysis().alias_size_in_bytes,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(report(*sys.argv[1:])))
