@@ -9,6 +9,7 @@ from flax import nnx
 from configs.drafters import deepseek_v4_dspark
 from configs.targets import deepseek_v4_tiny
 from jaxspark.drafters import DeepSeekV4DSpark, MTPDrafter
+from jaxspark.drafters.heads import ConfidenceHead
 from jaxspark.models import DeepSeekV4, FlatTokens
 from jaxspark.models.deepseek_v4 import member
 from jaxspark.models.layers.rope import TrailingRotation
@@ -87,6 +88,17 @@ def test_a_block_attends_as_the_equations_say(model, count):
 
         x_MDG, _, _ = stage.around(attend, x_MDG, place, one_text(ids, count))
     np.testing.assert_allclose(seen_DBG[:, 0], drafter.hc_head(x_MDG), atol=1e-4)
+
+
+def test_confidences_are_not_rounded_to_bfloat16():
+    head = ConfidenceHead(64, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    features = np.random.default_rng(0).normal(size=(64, 200))
+    features_IB = jnp.asarray(features, jnp.bfloat16)
+    seen_B = head(features_IB)
+    assert seen_B.dtype == jnp.float32
+    weight = np.asarray(head.proj.weight[...], np.float64)
+    expected_B = (weight @ np.asarray(features_IB, np.float64))[0]
+    np.testing.assert_allclose(seen_B, expected_B, rtol=1e-4, atol=1e-5)
 
 
 def logits_of(drafter, model, cache, ids, length):

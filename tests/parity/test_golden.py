@@ -1,4 +1,4 @@
-"""Llama and Qwen3 equal what transformers computed once (no PyTorch needed)."""
+"""Llama, Qwen3 and DeepSeek-V4 equal what transformers once computed (no PyTorch)."""
 
 import numpy as np
 import pytest
