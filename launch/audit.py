@@ -85,7 +85,7 @@ PARTS: dict[str, dict] = {
     },
     "deepseek_v4": {
         "drafters": ["ngram", "deepseek_v4_dspark", "mtp"],
-        "block_lengths": ["1", "3", "5"],
+        "block_lengths": ["2", "5"],
         "schedules": ["fixed", "lagged", "causal", "threshold:0.3", "free"],
         "prompts_per_domain": 6,
         "max_new_tokens": 48,

@@ -19,8 +19,9 @@ from launch.audit_report import AuditProgress, checked, found, total
 
 # --suite=quick runs one cell in so many.
 QUICK = 37
-# Compiled programs hold memory maps, of which a process may have but so many.
-AT_ONCE = 40
+# Compiled programs hold memory maps, of which a process may have but so many: cells
+# between two clearings.
+AT_ONCE: dict[Family, int] = {"dense": 40, "deepseek_v4": 15}
 FLAGS = flags.FLAGS
 
 
@@ -62,7 +63,7 @@ def _audit_schedules(console: Console, *, quick: bool, family: Family) -> dict:
     ):
         bar = progress.add_task("schedules", total=len(grid))
         progress.advance(bar, len(grid) - len(todo))
-        for cells in itertools.batched(todo, AT_ONCE):
+        for cells in itertools.batched(todo, AT_ONCE[family]):
             for future in as_completed([pool.submit(run, cell) for cell in cells]):
                 cell, result, seconds = future.result()
                 counts = {"rounds": result.rounds, "drafted": result.drafted}
