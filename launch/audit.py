@@ -87,6 +87,8 @@ PARTS: dict[str, dict] = {
         "drafters": ["ngram", "deepseek_v4_dspark", "mtp"],
         "block_lengths": ["2", "5"],
         "schedules": ["fixed", "lagged", "causal", "threshold:0.3", "free"],
+        # Many requests at once, each with caches of its own.
+        "samples": 20_000,
         "prompts_per_domain": 6,
         "max_new_tokens": 48,
     },

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from jaxspark.evaluation import schedule_checks, schedule_sampling
 from jaxspark.evaluation.sampling_checks import Check
-from jaxspark.evaluation.tiny_models import Family
+from jaxspark.evaluation.tiny_models import Family, tiny_models
 from launch.audit_report import AuditProgress, checked, found, total
 
 # --suite=quick runs one cell in so many.
@@ -100,13 +100,14 @@ def _audit_schedules(console: Console, *, quick: bool, family: Family) -> dict:
         f"{len(entries)} cells, {total(entries, 'tokens')} tokens audited: "
         f"{total(entries, 'violations')} violations"
     )
-    drafters = ["telltale", "hybrid-asks"] if quick else None
+    checks = [_choice(names, group) for names, group in groups.items()]
+    own = tiny_models(family, schedule_sampling.VOCAB)[1]
+    for name in ("telltale", "hybrid-asks") if quick else ("telltale", *own):
+        checks += schedule_sampling.enumeration_checks([name], family=family)
+        jax.clear_caches()
     samples = 20_000 if quick else FLAGS.samples
-    checks = [
-        *(_choice(names, group) for names, group in groups.items()),
-        *schedule_sampling.enumeration_checks(drafters, family=family),
-        *schedule_sampling.frequency_checks(samples, family=family),
-    ]
+    checks += schedule_sampling.frequency_checks(samples, family=family)
+    jax.clear_caches()
     enumerated = checked(console, "schedules with rejection sampling", checks)
     return {
         "violations": total(entries, "violations") + enumerated["violations"],
