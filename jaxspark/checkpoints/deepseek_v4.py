@@ -316,12 +316,13 @@ def _blocks_of(piece, tensors):
 
 
 def _fits_blocks(pieces, tensors) -> bool:
-    """Whether all tensors of a parameter are in blocks that no other one begins in."""
-    return all(piece.name in tensors.blocks for piece in pieces) and all(
-        row % size[0] == 0 and column % size[1] == 0
-        for piece in pieces
-        for (row, column), size in [(piece.start[-2:], _blocks_of(piece, tensors)[0])]
-    )
+    """Whether all tensors have blocks of one kind, none begun by two of them."""
+    if not all(piece.name in tensors.blocks for piece in pieces):
+        return False
+    if len({tensors.types[piece.name] for piece in pieces}) > 1:
+        return False
+    rows, columns = _blocks_of(pieces[0], tensors)[0]
+    return all(p.start[-2] % rows == p.start[-1] % columns == 0 for p in pieces)
 
 
 def _put(array, part, start, where):

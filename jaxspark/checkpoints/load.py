@@ -121,9 +121,7 @@ def load_target(
     check_dtype(dtype)
     path = Path(source)
     if keep_quantized and (str(source) in BUILT_IN or path.is_file()):
-        raise CheckpointError(
-            f"{source}: only the matrices of DeepSeek-V4 folders may stay quantized"
-        )
+        raise _cannot_stay_quantized(source)
     if str(source) in BUILT_IN:
         packaged = BUILT_IN[str(source)]
         path = _packaged_file(packaged)
@@ -132,6 +130,12 @@ def load_target(
         return _target_from_gguf(path, dtype)
     folder = resolve_folder(source)
     return _target_from_folder(folder, dtype, str(source), keep_quantized)
+
+
+def _cannot_stay_quantized(source: str | Path) -> CheckpointError:
+    return CheckpointError(
+        f"{source}: only the matrices of DeepSeek-V4 folders may stay quantized"
+    )
 
 
 def check_dtype(dtype: Any) -> None:
@@ -214,9 +218,7 @@ def _target_from_folder(
             config, dequantized(tensors), dtype=dtype, keep_quantized=keep_quantized
         )
     elif keep_quantized:
-        raise CheckpointError(
-            f"{folder}: only the matrices of DeepSeek-V4 folders may stay quantized"
-        )
+        raise _cannot_stay_quantized(folder)
     else:
         model = _decoder(config, _without_prefix(tensors), dtype)
     return Target(

@@ -29,7 +29,7 @@ from jaxspark.models.deepseek_v4 import DeepSeekV4Layer, Pass
 from jaxspark.models.layers.experts import Routing
 from jaxspark.models.layers.rope import TrailingRotation
 from jaxspark.models.layers.sparse_attention import Looked, SparseAttention
-from pallas_kernels.precision import precision, wide_type
+from pallas_kernels.sparse_attention.ref import masked_scores
 
 
 @jax.tree_util.register_dataclass
@@ -164,15 +164,7 @@ def index_loss(
     q_BQNH = view.spread(attention.queries(looked.latent_RT, rotation), 0)
 
     def logits(keys_BSH, seen_BQS):
-        dots_BQNS = jnp.einsum(
-            "BQNH,BSH->BQNS",
-            q_BQNH,
-            keys_BSH,
-            precision=precision(keys_BSH.dtype),
-            preferred_element_type=wide_type(keys_BSH.dtype),
-        )
-        scaled_BQNS = attention.head_dim**-0.5 * dots_BQNS
-        return jnp.where(seen_BQS[:, :, None], scaled_BQNS, -jnp.inf)
+        return masked_scores(q_BQNH, keys_BSH, seen_BQS, attention.head_dim**-0.5)
 
     sinks_BQN1 = jnp.broadcast_to(attention.sinks[...][:, None], (*q_BQNH.shape[:3], 1))
     parts = (logits(looked.recent_BRH, recent_BQR), sinks_BQN1)

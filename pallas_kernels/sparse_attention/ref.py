@@ -7,7 +7,7 @@ masking all entries does.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.precision import precision, wide_type, widened
 
@@ -29,11 +29,11 @@ def sparse_attention_xla(
     def attend(q_BqNH, recent_BrH, spans_Bq2, limits_Bq, chosen_BqX):
         row_r = jnp.arange(recent_BrH.shape[1])
         seen_Bqr = (row_r >= spans_Bq2[..., :1]) & (row_r < spans_Bq2[..., 1:])
-        parts = [_scores(q_BqNH, recent_BrH, seen_Bqr, scale)]
+        parts = [masked_scores(q_BqNH, recent_BrH, seen_Bqr, scale)]
         values = [recent_BrH]
         if entries_LBCH is not None:
             keys, seen = _entries(entries_LBCH, layer, limits_Bq, chosen_BqX)
-            parts.append(_scores(q_BqNH, keys, seen, scale))
+            parts.append(masked_scores(q_BqNH, keys, seen, scale))
             values.append(keys)
         return _weighted(parts, values, sinks_N).astype(q_BqNH.dtype)
 
@@ -87,7 +87,12 @@ def _entries(entries_LBCH, layer, limits_BQ, chosen_BQX):
     return entries_BCH, seen_BQC.at[slot_B11, row_Q1, place_BQX].set(True, mode="drop")
 
 
-def _scores(q_BQNH, keys, seen_BQS, scale):
+def masked_scores(
+    q_BQNH: Float[Array, "B Q N H"],
+    keys: Float[Array, "..."],
+    seen_BQS: Bool[Array, "B Q S"],
+    scale: float,
+) -> Float[Array, "B Q N S"]:
     """float32 scores [B, Q, N, S] of shared keys or each query's own; unseen -inf."""
     shape = "BSH" if keys.ndim == 3 else "BQSH"
     scores_BQNS = scale * jnp.einsum(
