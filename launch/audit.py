@@ -19,6 +19,7 @@ is printed and none is a violation. Long audits keep their progress in
 
 import time
 
+import jax
 from absl import flags
 from flax import nnx
 from rich.console import Console
@@ -230,6 +231,8 @@ def audit_tokens(console: Console, target, suite: str) -> dict:
                     if FLAGS.dtype != "float32":
                         line = line.replace("VIOLATION", "difference")
                     progress.console.print(line)
+                # Hardly a program serves two cells, and a process may hold but so many.
+                jax.clear_caches()
             progress.advance(bar)
     return _summary(console, settings, list(finished.cells.values()))
 
@@ -323,6 +326,7 @@ def main() -> int:
         else:
             target = target or common.load_text_target()
             figures[suite] = audit_tokens(console, target, suite)
+        jax.clear_caches()
     violations = sum(each.get("violations", 0) for each in figures.values())
     minutes = (time.perf_counter() - begin) / 60
     console.print(f"{FLAGS.suite}: {violations} violations, {minutes:.1f} minutes")
