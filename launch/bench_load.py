@@ -140,6 +140,7 @@ class House:
             ),
             draft_cache=draft_cache,
             confidence_BG=jnp.zeros((slots, block_length)),
+            sharpness_BG=jnp.zeros((slots, block_length)),
             counters=Counters.zeros(slots, block_length),
             schedule=schedule or ScheduleState.start(slots, block_length),
         )

@@ -43,13 +43,17 @@ ROUNDS, TIMES = 2, 200
 
 
 @partial(jax.jit, static_argnames=("schedule", "calibration", "sizes"))
-def _decide(schedule, calibration, sizes, confidence_BG, temperature_B, past_nBG):
+def _decide(
+    schedule, calibration, sizes, confidence_BG, sharpness_BG, temperature_B, past_nBG
+):
     """Survival, schedule and packing, `TIMES` times; the sum keeps all of it."""
     slots, block_length = confidence_BG.shape
     rows_BQ = jnp.zeros((slots, block_length + 1), jnp.int32)
 
     def body(step, total):
-        survival_BG = calibration.survival(confidence_BG + 1e-6 * total, temperature_B)
+        survival_BG = calibration.survival(
+            confidence_BG + 1e-6 * total, sharpness_BG, temperature_B
+        )
         # All inputs change from time to time, or the compiler would decide but once.
         now, earlier = Outlook.of(survival_BG), Outlook.of(past_nBG + 1e-6 * total)
         drafts = schedule.draft(earlier, jnp.zeros((slots,), jnp.int32))
@@ -120,6 +124,7 @@ def bench_overhead(console: Console) -> dict:
     key = jax.random.key(0)
     inputs = (
         jax.random.normal(key, (slots, block_length)),
+        jnp.ones((slots, block_length)),
         jnp.ones((slots,)),
         jax.random.uniform(key, (MEMORY, slots, block_length)),
     )

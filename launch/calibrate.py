@@ -4,11 +4,12 @@ r"""Calibrates a drafter's confidences, and shows how reliable they are.
       --data=math_heldout.jsonl,code_heldout.jsonl,chat_heldout.jsonl
 
 Decodes the questions of --data (JSON lines with `messages`) and records what the
-drafter expected and what was accepted; fits one temperature per draft (sequential
-temperature scaling) and one bias at each sampling temperature; and judges them on other
-prompts, those of --prompts_dir. Writes both beside the drafter's weights, and
-<out>/<name>.json and .png with calibration error, ranking and Brier score before and
-after. Recorded rounds stay in --out and are used again.
+drafter expected and what was accepted; fits, at each sampling temperature, one
+temperature per draft (sequential temperature scaling), then a bias too, then what the
+draft's sharpness counts too; and judges each on other prompts, those of --prompts_dir.
+Writes the last (see --keep) beside the drafter's weights, and <out>/<name>.json and
+.png with calibration error, ranking and Brier score before and after. Recorded rounds
+stay in --out and are used again.
 """
 
 import itertools
@@ -23,7 +24,7 @@ from rich.table import Table
 from jaxspark import load_drafter
 from jaxspark.calibration.files import save_calibration
 from jaxspark.calibration.rounds import Rounds, record_rounds
-from jaxspark.calibration.temperatures import assess, fit_temperatures
+from jaxspark.calibration.temperatures import Scaling, assess, fit_temperatures
 from jaxspark.checkpoints.folders import sha256
 from jaxspark.checkpoints.load import drafter_folder
 from jaxspark.decoding import Calibration
@@ -46,12 +47,21 @@ flags.DEFINE_list("temperatures", ["0", "1"], "Sampling temperatures to fit at."
 flags.DEFINE_enum(
     "coupling", "rejection", ["rejection", "gumbel"], "See launch.generate."
 )
-flags.DEFINE_bool("bias", True, "Keep biases beside temperatures.")
+flags.DEFINE_enum(
+    "keep",
+    "sharpness",
+    ["temperatures", "biases", "sharpness"],
+    "What is kept with the drafter: temperatures alone, biases too, sharpness too.",
+)
 flags.DEFINE_integer("slots", 32, "Prompts decoded together.", lower_bound=1)
 flags.DEFINE_bool("save", True, "Write both beside the drafter's weights.")
 flags.mark_flags_as_required(["data", "out"])
 FLAGS = flags.FLAGS
-WAYS = ("before", "temperatures", "biases too")
+WAYS = {
+    "temperatures": {},
+    "biases": {"biased": True},
+    "sharpness": {"biased": True, "sharpened": True},
+}
 
 
 def questions(tokenizer) -> list[list[int]]:
@@ -121,22 +131,18 @@ def recorded(
 def report(console: Console, temperature: float, figures: dict) -> None:
     """The table of one sampling temperature."""
     title = f"{FLAGS.draft} · {FLAGS.coupling} · temperature {temperature:g}"
-    table = Table(title=f"{title}: before, with temperatures, with biases too")
-    for column in ("", "survived", "ECE", "t", "ECE", "t", "b", "ECE", "AUC", "AUC"):
-        table.add_column(column, justify="right", no_wrap=True)
-    ways = [figures[name] for name in WAYS]
-    for k, survived in enumerate(ways[0]["survived"]):
-        ece = [f"{100 * way['ece'][k]:.1f} %" for way in ways]
-        t, both = (f"{way['temperatures'][k]:.2f}" for way in ways[1:])
-        bias = f"{ways[2]['biases'][k]:+.2f}"
-        auc = (f"{way['auc'][k]:.3f}" for way in ways[::2])
-        table.add_row(
-            str(k + 1), f"{survived:.3f}", ece[0], t, ece[1], both, bias, ece[2], *auc
-        )
-    table.add_section()
-    means = [f"{100 * float(np.mean(way['ece'])):.1f} %" for way in ways]
-    table.add_row("", "", means[0], "", means[1], "", "", means[2])
-    console.print(table)
+    names = ("before", *WAYS)
+    for measure, text in (("ece", "calibration error"), ("auc", "ranking (AUC)")):
+        table = Table(title=f"{title} · {text}")
+        for column in ("draft", "survived", *names):
+            table.add_column(column, justify="right", no_wrap=True)
+        columns = [figures[name][measure] for name in names]
+        for k, row in enumerate(zip(*columns)):
+            survived = f"{figures['before']['survived'][k]:.3f}"
+            table.add_row(str(k + 1), survived, *(f"{each:.3f}" for each in row))
+        table.add_section()
+        table.add_row("", "", *(f"{np.mean(column):.3f}" for column in columns))
+        console.print(table)
 
 
 def main() -> None:
@@ -162,35 +168,34 @@ def main() -> None:
     weights = [sha256(path) for path in sorted(folder.glob("*.safetensors"))]
     settings |= {"block_length": block_length, "weights": weights}
     same_settings(out / "settings.json", settings)
-    results, rows = {}, []
+    results, rows = {}, {}
     for temperature in sorted(map(float, FLAGS.temperatures)):
         arguments = (console, target, drafter)
         fit = recorded(*arguments, "fit", temperature, fit_prompts)
         test = recorded(*arguments, "test", temperature, test_prompts)
-        raw = np.ones(block_length), np.zeros(block_length)
-        fits = (raw, fit_temperatures(fit), fit_temperatures(fit, biased=True))
-        figures = {"fit_rounds": len(fit), "test_rounds": len(test)}
-        for way, (temperatures_G, biases_G) in zip(WAYS, fits):
-            figures[way] = {
-                "temperatures": temperatures_G.tolist(),
-                "biases": biases_G.tolist(),
-                **assess(test, temperatures_G, biases_G),
-            }
+        fits = {"before": Scaling.identity(block_length)} | {
+            way: fit_temperatures(fit, **options) for way, options in WAYS.items()
+        }
+        judged = {way: assess(test, scaling) for way, scaling in fits.items()}
+        figures = {"fit_rounds": len(fit), "test_rounds": len(test)} | {
+            way: scaling.lists() | judged[way] for way, scaling in fits.items()
+        }
         results[f"{temperature:g}"] = figures
-        rows.append((temperature, *fits[2 if FLAGS.bias else 1]))
+        rows[temperature] = fits[FLAGS.keep].lists()
         report(console, temperature, figures)
         plot_reliability(
             out / f"reliability_{FLAGS.coupling}_{temperature:g}.png",
-            {way: figures[way]["curve"] for way in WAYS},
+            {way: each["curve"] for way, each in judged.items()},
         )
     common.write_figures(out / f"calibration_{FLAGS.coupling}.json", results)
     if FLAGS.save:
-        fitted_at, temperatures, biases = zip(*rows)
         calibration = Calibration(
             coupling=FLAGS.coupling,
-            fitted_at=fitted_at,
-            temperatures=tuple(tuple(each.tolist()) for each in temperatures),
-            biases=tuple(tuple(each.tolist()) for each in biases),
+            fitted_at=tuple(rows),
+            **{
+                name: tuple(tuple(each[name]) for each in rows.values())
+                for name in ("temperatures", "biases", "weights")
+            },
         )
         console.print(f"wrote {save_calibration(FLAGS.draft, calibration)}")
 

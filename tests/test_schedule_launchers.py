@@ -31,13 +31,14 @@ def test_calibration_is_kept_beside_the_drafter(place):
     assert calibration.fitted_at == (0.0, 1.0) and calibration.block_length == 3
     found = place.json("calibration/calibration_rejection.json")
     for figures in found.values():
-        before, scaled, biased = (
-            figures[way] for way in ("before", "temperatures", "biases too")
+        before, scaled, biased, sharpened = (
+            figures[way] for way in ("before", "temperatures", "biases", "sharpness")
         )
         assert len(before["ece"]) == len(scaled["auc"]) == 3
         # One temperature and bias for each place: the first place keeps its order.
         assert before["auc"][0] == scaled["auc"][0] == biased["auc"][0]
         assert before["biases"] == scaled["biases"] == [0, 0, 0]
+        assert biased["weights"] == [0, 0, 0] != sharpened["weights"]
     png = place.folder / "calibration" / "reliability_rejection_1.png"
     assert png.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="has no calibration .* coupling 'gumbel'"):

@@ -62,6 +62,7 @@ def save_calibration(source: str | Path, calibration: Calibration) -> Path:
             "fitted_at": calibration.fitted_at,
             "temperatures": calibration.temperatures,
             "biases": calibration.biases,
+            "weights": calibration.weights,
         }
     )
     path.write_text(json.dumps({"format": FORMAT, "entries": entries}, indent=1) + "\n")
@@ -70,12 +71,18 @@ def save_calibration(source: str | Path, calibration: Calibration) -> Path:
 
 
 def _calibration(entry: dict) -> Calibration:
-    biases = entry["biases"]
+
+    def rows(name):
+        # Files of an earlier time have no weights.
+        kept = entry.get(name)
+        return None if kept is None else tuple(map(tuple, kept))
+
     return Calibration(
         coupling=entry["coupling"],
         fitted_at=tuple(entry["fitted_at"]),
         temperatures=tuple(map(tuple, entry["temperatures"])),
-        biases=None if biases is None else tuple(map(tuple, biases)),
+        biases=rows("biases"),
+        weights=rows("weights"),
     )
 
 

@@ -29,12 +29,14 @@ class Rounds:
     Attributes:
       request_N: which request.
       confidence_NG: logits of P(draft j accepted | all before it accepted).
+      sharpness_NG: how decided draft j was, see `Draw`.
       judged_N: drafts that were judged.
       accepted_N: drafts accepted, all those judged or one fewer.
     """
 
     request_N: Int[np.ndarray, " N"]
     confidence_NG: Float[np.ndarray, "N G"]
+    sharpness_NG: Float[np.ndarray, "N G"]
     judged_N: Int[np.ndarray, " N"]
     accepted_N: Int[np.ndarray, " N"]
 
@@ -127,15 +129,17 @@ def record_rounds(
         while not np.all(state.done_B):
             before = jax.device_get(state.counters)
             state = decode(model, drafter, state, jnp.int32(1), options=options)
-            after, confidence_BG = jax.device_get((state.counters, state.confidence_BG))
+            after, confidence_BG, sharpness_BG = jax.device_get(
+                (state.counters, state.confidence_BG, state.sharpness_BG)
+            )
             judged_B = (after.reached_BG - before.reached_BG).sum(axis=1)
             accepted_B = (after.accepted_BG - before.accepted_BG).sum(axis=1)
             # Rounds cut short near a limit would count rejections only.
             verified_B = after.verified_B - before.verified_B
             keep = np.flatnonzero(verified_B == block_length)
-            rows.append(
-                (first + keep, confidence_BG[keep], judged_B[keep], accepted_B[keep])
-            )
+            columns = (confidence_BG, sharpness_BG, judged_B, accepted_B)
+            rows.append((first + keep, *(column[keep] for column in columns)))
         on_group(first + len(group))
-    columns = [np.concatenate(column) for column in zip(*rows)]
-    return Rounds(**dict(zip(Rounds.__dataclass_fields__, columns)))
+    return Rounds(
+        **dict(zip(Rounds.__dataclass_fields__, map(np.concatenate, zip(*rows))))
+    )

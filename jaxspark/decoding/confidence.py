@@ -4,11 +4,15 @@ The confidence head says for each draft how likely it is accepted once all befor
 are. Calibrated, its product is the chance that a block survives up to that draft
 (paper sections 3.2.1 and 3.2.2):
 
-    a_j = sigmoid(c_1 / t_1 + b_1) ... sigmoid(c_j / t_j + b_j)
+    a_j = sigmoid(c_1 / t_1 + w_1 s_1 + b_1) ... sigmoid(c_j / t_j + w_j s_j + b_j)
+
+s is the sharpness of the drafts (see `Draw`). The head does not see it, and it tells
+much: above all under the gumbel coupling, where a draft that leads by far is the
+target's choice too unless the two models differ by as much.
 
 Acceptance follows other laws at temperature 0 (all or nothing) than when sampling, and
-under another coupling, so temperatures t and biases b are kept by coupling and sampling
-temperature.
+under another coupling, so temperatures t, weights w and biases b are kept by coupling
+and sampling temperature.
 """
 
 from dataclasses import dataclass
@@ -30,12 +34,14 @@ class Calibration:
         those of the nearest.
       temperatures: for each of them one temperature per draft.
       biases: likewise what is added to a scaled logit; None for zeros.
+      weights: likewise what sharpness counts; None for nothing.
     """
 
     coupling: Coupling
     fitted_at: tuple[float, ...]
     temperatures: tuple[tuple[float, ...], ...]
     biases: tuple[tuple[float, ...], ...] | None = None
+    weights: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self):
         if self.coupling not in COUPLINGS:
@@ -57,11 +63,14 @@ class Calibration:
             raise ValueError(f"rows of temperatures differ in length: {lengths}")
         if not all(t > 0 for row in self.temperatures for t in row):
             raise ValueError(f"temperatures must be positive, got {self.temperatures}")
-        if self.biases is not None:
-            shapes = [tuple(map(len, x)) for x in (self.temperatures, self.biases)]
+        for name in ("biases", "weights"):
+            rows = getattr(self, name)
+            if rows is None:
+                continue
+            shapes = [tuple(map(len, x)) for x in (self.temperatures, rows)]
             if shapes[0] != shapes[1]:
                 raise ValueError(
-                    f"rows of temperatures have {shapes[0]} numbers, rows of biases "
+                    f"rows of temperatures have {shapes[0]} numbers, rows of {name} "
                     f"{shapes[1]}; give one of each"
                 )
 
@@ -90,19 +99,28 @@ class Calibration:
             )
 
     def survival(
-        self, confidence_BG: Float[Array, "B G"], temperature_B: Float[Array, " B"]
+        self,
+        confidence_BG: Float[Array, "B G"],
+        sharpness_BG: Float[Array, "B G"],
+        temperature_B: Float[Array, " B"],
     ) -> Float[Array, "B G"]:
         """Chance that the first j + 1 drafts of each slot are all accepted.
 
         Args:
           confidence_BG: logits.
+          sharpness_BG: how decided the drafts were.
           temperature_B: the sampling temperature of each slot.
         """
         G = confidence_BG.shape[1]
         distance_BR = jnp.abs(temperature_B[:, None] - jnp.array(self.fitted_at))
         row_B = jnp.argmin(distance_BR, axis=1)
-        scale_RG = jnp.array(self.temperatures, jnp.float32)[:, :G]
-        logits_BG = confidence_BG / scale_RG[row_B]
+
+        def of_slots(rows):
+            return jnp.array(rows, jnp.float32)[row_B, :G]
+
+        logits_BG = confidence_BG / of_slots(self.temperatures)
+        if self.weights is not None:
+            logits_BG += of_slots(self.weights) * sharpness_BG
         if self.biases is not None:
-            logits_BG += jnp.array(self.biases, jnp.float32)[row_B, :G]
+            logits_BG += of_slots(self.biases)
         return jnp.cumprod(jax.nn.sigmoid(logits_BG), axis=1)

@@ -12,6 +12,7 @@ gumbel (drafter-invariant coupling, Daliri et al. 2024): position i owns a noise
     sampling with that seed.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -65,17 +66,23 @@ class DraftSampler:
         logits_BW: Float[Array, "B W"],
         j: Int[Array, ""],
         ids_W: Int[Array, " W"] | None,
-    ) -> tuple[Int[Array, " B"], Float[Array, "B W"]]:
-        """Draft j: target ids and the log-distribution they were drawn from.
+    ) -> tuple[Int[Array, " B"], Float[Array, "B W"], Float[Array, " B"]]:
+        """Draft j: target ids, the log-distribution they are from, and its sharpness.
 
         Where every slot is greedy nobody reads the distribution; it is not computed.
         """
-        places_B, log_q_BW = jax.lax.cond(
-            jnp.all(self.sampling.greedy),
-            lambda: (jnp.argmax(logits_BW, -1).astype(jnp.int32), logits_BW),
-            lambda: self._sample(logits_BW, j, ids_W),
+        best_B = jnp.argmax(logits_BW, -1).astype(jnp.int32)
+        lead_B = _log_lead(logits_BW, best_B)
+
+        def sample():
+            places_B, log_q_BW, sharpness_B = self._sample(logits_BW, j, ids_W)
+            sharpness_B = jnp.where(self.sampling.greedy, lead_B, sharpness_B)
+            return places_B, log_q_BW, sharpness_B
+
+        places_B, log_q_BW, sharpness_B = jax.lax.cond(
+            jnp.all(self.sampling.greedy), lambda: (best_B, logits_BW, lead_B), sample
         )
-        return (places_B if ids_W is None else ids_W[places_B]), log_q_BW
+        return (places_B if ids_W is None else ids_W[places_B]), log_q_BW, sharpness_B
 
     def _sample(self, logits_BW, j, ids_W):
         log_q_BW = warp(logits_BW, self.sampling)
@@ -85,11 +92,29 @@ class DraftSampler:
             # as it must once earlier confidences decide how much is verified.
             j_B = jnp.full_like(anchors_B, j)
             keys_B = keys(Stream.DRAFT, seed_B, anchors_B, j_B)
-            return categorical(keys_B, log_q_BW), log_q_BW
+            # Of the draft itself nothing may be told: it would decide, through its
+            # confidence, whether it is verified (paper, appendix A).
+            return categorical(keys_B, log_q_BW), log_q_BW, -_entropy(log_q_BW)
         # The noise belongs to the position that the draft would take.
         noise_BV = position_noise(seed_B, anchors_B + 1 + j, self.vocab)
         noise_BW = noise_BV if ids_W is None else noise_BV[:, ids_W]
-        return jnp.argmax(log_q_BW + noise_BW, -1).astype(jnp.int32), log_q_BW
+        score_BW = log_q_BW + noise_BW
+        places_B = jnp.argmax(score_BW, -1).astype(jnp.int32)
+        return places_B, log_q_BW, _log_lead(score_BW, places_B)
+
+
+def _log_lead(score_BW: Float[Array, "B W"], best_B: Int[Array, " B"]):
+    """log(1 + lead of the best over the next), [B]; at most 5, as without a rival."""
+    is_best_BW = jnp.arange(score_BW.shape[-1]) == best_B[:, None]
+    most_B = jnp.max(score_BW, axis=-1)
+    next_B = jnp.max(jnp.where(is_best_BW, -jnp.inf, score_BW), axis=-1)
+    return jnp.log1p(jnp.minimum(most_B - next_B, math.expm1(5.0)))
+
+
+def _entropy(log_q_BW: Float[Array, "B W"]) -> Float[Array, " B"]:
+    """In nats."""
+    # What cannot be drawn contributes nothing, not 0 * inf.
+    return -jnp.sum(jnp.exp(log_q_BW) * jnp.maximum(log_q_BW, -1e4), axis=-1)
 
 
 def verify(

@@ -113,6 +113,7 @@ class DecodeState:
       target_cache: the target's position-indexed caches.
       draft_cache: the drafter's.
       confidence_BG: confidence logits of the last round that drafted.
+      sharpness_BG: how decided its drafts were, see `Draw`.
       schedule: what scheduling remembers.
       log_probs_BS: log-probabilities of output tokens; [B, 0] unless asked for.
       counters: statistics.
@@ -127,6 +128,7 @@ class DecodeState:
     target_cache: Any
     draft_cache: Any
     confidence_BG: Float[Array, "B G"]
+    sharpness_BG: Float[Array, "B G"]
     schedule: ScheduleState
     log_probs_BS: Float[Array, "B S"]
     counters: Counters
@@ -214,6 +216,7 @@ def init_state(
         target_cache=target.init_cache(slots, capacity),
         draft_cache=drafter.init_cache(slots, capacity),
         confidence_BG=jnp.zeros((slots, block_length), jnp.float32),
+        sharpness_BG=jnp.zeros((slots, block_length), jnp.float32),
         schedule=ScheduleState.start(
             slots, block_length, floor=draft_floor, cap=draft_cap
         ),

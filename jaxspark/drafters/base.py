@@ -33,6 +33,7 @@ class Proposal:
       ids_W: target ids of the draft vocabulary; None when it is the target's own.
       certain_B: slots whose tokens are not random after all, whatever log_q says; None
         for none.
+      sharpness_BG: how decided each draft was, see `Draw`; None where nobody knows.
     """
 
     tokens_BG: Int[Array, "B G"]
@@ -41,6 +42,7 @@ class Proposal:
     log_q_BGW: Float[Array, "B G W"] | None = None
     ids_W: Int[Array, " W"] | None = None
     certain_B: Bool[Array, " B"] | None = None
+    sharpness_BG: Float[Array, "B G"] | None = None
 
     @classmethod
     def empty(cls, slots: int) -> "Proposal":
@@ -60,8 +62,18 @@ class Draw(Protocol):
         logits_BW: Float[Array, "B W"],
         j: Int[Array, ""],
         ids_W: Int[Array, " W"] | None,
-    ) -> tuple[Int[Array, " B"], Float[Array, "B W"]]:
-        """Samples draft j of every slot: target ids and their log-distribution."""
+    ) -> tuple[Int[Array, " B"], Float[Array, "B W"], Float[Array, " B"]]:
+        """Samples draft j of every slot.
+
+        Returns:
+          tokens_B: target ids.
+          log_q_BW: the log-distribution they were drawn from.
+          sharpness_B: how decided that was, the larger the more. Where the output does
+            not depend on drafts (at temperature 0, under the gumbel coupling)
+            log(1 + lead) of the drafted token's score, noise included, over the next
+            best; under rejection sampling minus the entropy of q in nats, which is
+            known before the draft is drawn.
+        """
 
 
 class Drafter(Protocol):

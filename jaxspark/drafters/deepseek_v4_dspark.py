@@ -221,8 +221,8 @@ class DeepSeekV4DSpark(nnx.Module):
             embedded_RB = self.markov_head.embed(previous_B)
             features_IB = jnp.concatenate([hidden_DB, embedded_RB])
             logits_BV = base_BV + self.markov_head.bias(embedded_RB)
-            token_B, log_q_BV = draw(logits_BV, j, None)
-            return token_B, (token_B, log_q_BV, self.confidence_head(features_IB))
+            token_B, *drawn = draw(logits_BV, j, None)
+            return token_B, (token_B, *drawn, self.confidence_head(features_IB))
 
         rows = (
             jnp.arange(G),
@@ -230,7 +230,7 @@ class DeepSeekV4DSpark(nnx.Module):
             jnp.moveaxis(base_BGV, 1, 0),
         )
         _, outputs = jax.lax.scan(row, anchors_B, rows)
-        tokens_BG, log_q_BGV, confidence_BG = (
+        tokens_BG, log_q_BGV, sharpness_BG, confidence_BG = (
             jnp.moveaxis(each, 0, 1) for each in outputs
         )
         return Proposal(
@@ -238,4 +238,5 @@ class DeepSeekV4DSpark(nnx.Module):
             lengths_B=jnp.full_like(lengths_B, G),
             confidence_BG=confidence_BG,
             log_q_BGW=log_q_BGV,
+            sharpness_BG=sharpness_BG,
         ), cache

@@ -271,8 +271,8 @@ class DSparkDrafter(nnx.Module):
             logits_BW = base_BW
             if latent_RB is not None:
                 logits_BW = base_BW + self.markov_head.bias(latent_RB)
-            token_B, log_q_BW = draw(logits_BW, j, ids_W)
-            return (state_RB, token_B), (token_B, log_q_BW, confidence_B)
+            token_B, *drawn = draw(logits_BW, j, ids_W)
+            return (state_RB, token_B), (token_B, *drawn, confidence_B)
 
         head = self.markov_head
         start = () if head is None else head.start(len(lengths_B))
@@ -282,7 +282,7 @@ class DSparkDrafter(nnx.Module):
             jnp.moveaxis(base_BGW, 1, 0),
         )
         _, outputs = jax.lax.scan(row, (start, previous_B), rows)
-        tokens_BG, log_q_BGW, confidence_BG = (
+        tokens_BG, log_q_BGW, sharpness_BG, confidence_BG = (
             jnp.moveaxis(each, 0, 1) for each in outputs
         )
         return Proposal(
@@ -291,6 +291,7 @@ class DSparkDrafter(nnx.Module):
             confidence_BG=confidence_BG,
             log_q_BGW=log_q_BGW,
             ids_W=ids_W,
+            sharpness_BG=sharpness_BG,
         ), cache
 
     def step(self, state_RB, previous_B, hidden_DB):

@@ -231,17 +231,20 @@ class Eagle3Drafter(nnx.Module):
             )
             feature_DB = layer.finish(feature_DB, attended_DB)
             logits_BW = row_product(head_WD, self.norm(feature_DB))
-            token_B, log_q_BW = draw(logits_BW, j, ids_W)
-            return (feature_DB, token_B, pairs), (token_B, log_q_BW)
+            token_B, *drawn = draw(logits_BW, j, ids_W)
+            return (feature_DB, token_B, pairs), (token_B, *drawn)
 
         carry, outputs = jax.lax.scan(
             step, (feature_BD.T, anchor_B, cache.pairs), jnp.arange(block_length)
         )
-        tokens_BG, log_q_BGW = (jnp.moveaxis(each, 0, 1) for each in outputs)
+        tokens_BG, log_q_BGW, sharpness_BG = (
+            jnp.moveaxis(each, 0, 1) for each in outputs
+        )
         return Proposal(
             tokens_BG=tokens_BG,
             lengths_B=jnp.full_like(lengths_B, block_length),
             confidence_BG=jnp.zeros(tokens_BG.shape, jnp.float32),
             log_q_BGW=log_q_BGW,
             ids_W=ids_W,
+            sharpness_BG=sharpness_BG,
         ), Eagle3Cache(pairs=carry[2], features_BSD=cache.features_BSD)

@@ -192,15 +192,18 @@ class MTPDrafter(nnx.Module):
             x_MDB, pairs = stage(x_MDB, pairs, zero, Pass.of(self.config, tokens))
             normed_DB = self.norm(self.hc_head(x_MDB))
             logits_BV = row_product(target.head_VD, normed_DB)
-            token_B, log_q_BV = draw(logits_BV, j, None)
-            return (x_MDB, token_B, pairs), (token_B, log_q_BV)
+            token_B, *drawn = draw(logits_BV, j, None)
+            return (x_MDB, token_B, pairs), (token_B, *drawn)
 
         start = (newest_BX.T.reshape(M, D, B), anchors_B, cache.pairs)
         carry, outputs = jax.lax.scan(step, start, jnp.arange(block_length))
-        tokens_BG, log_q_BGV = (jnp.moveaxis(each, 0, 1) for each in outputs)
+        tokens_BG, log_q_BGV, sharpness_BG = (
+            jnp.moveaxis(each, 0, 1) for each in outputs
+        )
         return Proposal(
             tokens_BG=tokens_BG,
             lengths_B=jnp.full_like(lengths_B, block_length),
             confidence_BG=jnp.zeros(tokens_BG.shape, jnp.float32),
             log_q_BGW=log_q_BGV,
+            sharpness_BG=sharpness_BG,
         ), MTPCache(carry[2], cache.streams)

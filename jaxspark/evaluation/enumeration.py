@@ -19,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxspark.decoding.confidence import Calibration
 from jaxspark.decoding.couplings import (
+    DraftSampler,
     acceptance_probability,
     correction_weights,
     log_q_of_drafts,
@@ -75,6 +77,7 @@ def round_distribution(
     sampling: Sampling,
     *,
     schedule: Scheduler = Fixed(),
+    calibration: Calibration | None = None,
     earlier_G: Float[Array, " G"] | None = None,
     beside: Sequence[int] | None = None,
     accept: Callable = acceptance_probability,
@@ -88,6 +91,7 @@ def round_distribution(
       table: `sequence_log_probs` of G+1 tokens after the prompt.
       sampling: parameters of one slot.
       schedule: chooses the verification length.
+      calibration: of the drafter's confidences.
       earlier_G: survival in earlier rounds of all slots; None if there were none.
       beside: prompt of another request in the same round, whose drafts are enumerated
         too: it competes for what is verified.
@@ -97,9 +101,10 @@ def round_distribution(
     block_length, vocab = max(map(len, table)), len(table[()])
     joint = np.zeros((vocab,) * (block_length + 1))
     prompts = [prompt] if beside is None else [prompt, beside]
-    lengths = _Scheduled(
-        target, drafter, prompts, block_length, sampling, schedule, earlier_G
+    options = DecodeOptions(
+        block_length=block_length, schedule=schedule, calibration=calibration
     )
+    lengths = _Scheduled(target, drafter, prompts, sampling, options, earlier_G)
     mine, *others = (
         list(draft_blocks(target, drafter, each, block_length, sampling))
         for each in prompts
@@ -143,7 +148,8 @@ def draft_blocks(
     @jax.jit
     def propose(forced_G):
         def draw(logits_BW, j, ids_W):
-            return forced_G[j][None], warp(logits_BW, sampling)
+            sampler = DraftSampler("rejection", sampling, state.lengths_B - 1, vocab)
+            return forced_G[j][None], *sampler(logits_BW, j, ids_W)[1:]
 
         return drafter.propose(
             target, draft_cache, state.tokens_BS, state.lengths_B, draw, block_length
@@ -162,11 +168,9 @@ def draft_blocks(
 class _Scheduled:
     """How many drafts of the first slot a round verifies: the round's own decision."""
 
-    def __init__(
-        self, target, drafter, prompts, block_length, sampling, schedule, earlier_G
-    ):
-        self.options = DecodeOptions(block_length=block_length, schedule=schedule)
-        slots = len(prompts)
+    def __init__(self, target, drafter, prompts, sampling, options, earlier_G):
+        self.options = options
+        slots, block_length = len(prompts), options.block_length
         state = init_state(
             target,
             drafter,
@@ -188,11 +192,14 @@ class _Scheduled:
         )
 
     def __call__(self, proposals: Sequence[Proposal]) -> int:
+        names = ["tokens_BG", "lengths_B", "confidence_BG", "sharpness_BG"]
+        if proposals[0].sharpness_BG is None:
+            names.pop()
         together = Proposal(
-            *(
-                jnp.concatenate([getattr(each, name) for each in proposals])
-                for name in ("tokens_BG", "lengths_B", "confidence_BG")
-            )
+            **{
+                name: jnp.concatenate([getattr(each, name) for each in proposals])
+                for name in names
+            }
         )
         return int(_lengths(self.state, together, self.options)[0])
 

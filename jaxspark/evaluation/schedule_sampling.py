@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxspark.decoding import (
+    Calibration,
     CostCurve,
     Costs,
     DecodeOptions,
@@ -82,7 +83,7 @@ class TelltaleDrafter:
         logits_BV = jnp.broadcast_to(self.log_q_V, (slots, len(self.log_q_V)))
         drafts, log_q, chances = [], [], [jnp.full((slots,), 0.8)]
         for j in range(block_length):
-            x_B, log_q_BV = draw(logits_BV, jnp.int32(j), None)
+            x_B, log_q_BV, _ = draw(logits_BV, jnp.int32(j), None)
             drafts.append(x_B)
             log_q.append(log_q_BV)
             chances.append(jnp.where(x_B == 0, 0.95, 1e-3))
@@ -114,10 +115,14 @@ def enumeration_checks(
     """A round's distribution under each schedule to 1e-6.
 
     Once without history, once after rounds that promise little, once after such that
-    promise much.
+    promise much. How sharp drafts are counts too.
     """
     target, own = tiny_models(family, VOCAB)
     sampling = Sampling.of(1, temperature=0.8)
+    ones = ((1.0,) * BLOCK_LENGTH,)
+    calibration = Calibration(
+        coupling="rejection", fitted_at=(1.0,), temperatures=ones, weights=ones
+    )
     table = sequence_log_probs(target, PROMPT, BLOCK_LENGTH + 1, sampling)
     expected = target_distribution(table)
     tried = {"telltale": telltale()} | own
@@ -134,6 +139,7 @@ def enumeration_checks(
                         table,
                         sampling,
                         schedule=schedule,
+                        calibration=calibration,
                         earlier_G=earlier,
                         beside=PROMPT[1:],
                     )

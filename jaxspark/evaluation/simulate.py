@@ -73,7 +73,9 @@ class Trace:
         )
         temperature_N = jnp.full((len(whole),), temperature)
         survival_NG = calibration.survival(
-            jnp.asarray(rounds.confidence_NG[whole]), temperature_N
+            jnp.asarray(rounds.confidence_NG[whole]),
+            jnp.asarray(rounds.sharpness_NG[whole]),
+            temperature_N,
         )
         return cls(
             begin_R=begin_R,

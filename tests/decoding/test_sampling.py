@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxspark.decoding.couplings import DraftSampler
 from jaxspark.decoding.sampling import Sampling, position_noise, warp
 
 
@@ -111,3 +112,50 @@ def test_python_and_numpy_numbers_share_a_program():
     for value in (1, 1.0, np.float64(1), np.float32(1), [1.0, 1.0]):
         count(Sampling.of(2, temperature=value))
     assert len(traces) == 1
+
+
+# Sharpness --------------------------------------------------------------------------
+
+LOGITS_BW = np.random.default_rng(8).normal(0, 2, (3, 50)).astype(np.float32)
+
+
+def drafted(coupling, seed=0, **settings):
+    sampling = Sampling.of(3, seed=seed + np.arange(3), **settings)
+    sampler = DraftSampler(coupling, sampling, jnp.arange(3) + 7, 50)
+    return [np.asarray(each) for each in sampler(jnp.asarray(LOGITS_BW), 2, None)]
+
+
+def test_under_rejection_sharpness_is_minus_the_entropy_whatever_is_drawn():
+    tokens, sharpness = zip(
+        *(drafted("rejection", seed, temperature=0.7)[::2] for seed in range(20))
+    )
+    p_BW = np.exp(LOGITS_BW / 0.7) / np.exp(LOGITS_BW / 0.7).sum(1, keepdims=True)
+    np.testing.assert_allclose(sharpness[0], (p_BW * np.log(p_BW)).sum(1), rtol=1e-5)
+    assert np.ptp(tokens, axis=0).any() and not np.ptp(sharpness, axis=0).any()
+
+
+def test_under_gumbel_sharpness_is_the_lead_of_the_draft():
+    tokens, log_q_BW, sharpness = drafted("gumbel", temperature=1.0)
+    score_BW = log_q_BW + position_noise(
+        np.arange(3, dtype=np.uint32), jnp.arange(3) + 10, 50
+    )
+    second, first = np.sort(score_BW, axis=1)[:, -2:].T
+    assert tokens.tolist() == np.argmax(score_BW, axis=1).tolist()
+    np.testing.assert_allclose(sharpness, np.log1p(first - second), rtol=1e-4)
+
+
+@pytest.mark.parametrize("coupling", ["rejection", "gumbel"])
+def test_greedy_drafts_lead_by_their_logits_in_any_company(coupling):
+    second, first = np.sort(LOGITS_BW, axis=1)[:, -2:].T
+    for temperature in (0.0, [0.0, 1.0, 0.0]):
+        sharpness = drafted(coupling, temperature=temperature)[2]
+        np.testing.assert_allclose(
+            sharpness[::2], np.log1p(first - second)[::2], rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("coupling", ["rejection", "gumbel"])
+def test_sharpness_is_finite_where_one_token_is_left(coupling):
+    sharpness = drafted(coupling, temperature=1.0, top_k=1)[2]
+    expected = {"rejection": 0.0, "gumbel": 5.0}[coupling]
+    np.testing.assert_allclose(sharpness, expected, atol=1e-5)

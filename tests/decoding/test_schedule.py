@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxspark.decoding import (
+    Calibration,
     Causal,
     CostCurve,
     Costs,
@@ -200,11 +201,15 @@ def test_newcomers_are_expected_to_be_like_the_others():
 
 @dataclass(frozen=True)
 class Stub:
-    """A drafter whose confidences are a table by the drafts before."""
+    """A drafter whose confidences are a table by the drafts before.
+
+    Its sharpness is the decoder's, or says which token was drafted.
+    """
 
     q: np.ndarray
     confidence: dict
     block_length: int
+    telling: bool = False
     taps: tuple = ()
     config: SimpleNamespace = field(default_factory=SimpleNamespace)
 
@@ -212,25 +217,28 @@ class Stub:
         return ()
 
     def propose(self, target, cache, tokens_BS, lengths_B, draw, block_length):
-        drafts, log_q, chances = [], [], []
+        drafts, log_q, sharpness, chances = [], [], [], []
         for j in range(block_length):
             table = jnp.zeros((len(self.q),) * j)
             for before in itertools.product(range(len(self.q)), repeat=j):
                 table = table.at[before].set(self.confidence[before])
             chances.append(table[tuple(d[0] for d in drafts)])
-            x_B, log_q_BW = draw(jnp.log(jnp.array(self.q))[None], j, None)
+            x_B, log_q_BW, sharp_B = draw(jnp.log(jnp.array(self.q))[None], j, None)
             drafts.append(x_B)
             log_q.append(log_q_BW)
+            told_B = jnp.where(x_B == 0, 3.0, -3.0)
+            sharpness.append(told_B if self.telling else sharp_B)
         chances = jnp.array(chances)[None]
         return Proposal(
             tokens_BG=jnp.stack(drafts, 1),
             lengths_B=jnp.array([block_length]),
             confidence_BG=jnp.log(chances) - jnp.log1p(-chances),
             log_q_BGW=jnp.stack(log_q, 1),
+            sharpness_BG=jnp.stack(sharpness, 1),
         ), cache
 
 
-def distribution(p, q, confidence, schedule, **options):
+def distribution(p, q, confidence, schedule, telling=False, **options):
     """Next tokens after a round of a target that always says p."""
     length = 1 + max(map(len, confidence))
     prefixes = (
@@ -242,7 +250,7 @@ def distribution(p, q, confidence, schedule, **options):
     target = SimpleNamespace(
         config=SimpleNamespace(vocab_size=len(p)), init_cache=lambda slots, length: ()
     )
-    stub = Stub(np.array(q), confidence, length)
+    stub = Stub(np.array(q), confidence, length, telling)
     seen = round_distribution(
         target, stub, [0], table, Sampling.of(1, temperature=1.0), schedule=schedule,
         **options,
@@ -314,6 +322,33 @@ def test_the_free_one_is_not():
         seen, true = distribution(**kwargs, schedule=Unlawful(costs=table))
         errors.append(np.abs(seen - true).max())
     assert max(errors) > 1e-3
+
+
+SHARPENED = Calibration(
+    coupling="rejection",
+    fitted_at=(1.0,),
+    temperatures=((1.0, 1.0, 1.0),),
+    weights=((1.0, 1.0, 1.0),),
+)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_sharpness_may_count_under_rejection(seed):
+    kwargs, table = random_round(seed)
+    for schedule in (Threshold(0.1), Causal(costs=table), Lagged(costs=table)):
+        seen, true = distribution(**kwargs, schedule=schedule, calibration=SHARPENED)
+        np.testing.assert_allclose(seen, true, atol=1e-6, err_msg=str(schedule))
+
+
+def test_sharpness_that_tells_the_draft_may_not():
+    errors = []
+    for seed in SEEDS:
+        kwargs, _ = random_round(seed)
+        seen, true = distribution(
+            **kwargs, schedule=Threshold(0.3), calibration=SHARPENED, telling=True
+        )
+        errors.append(np.abs(seen - true).max())
+    assert max(errors) > 1e-2
 
 
 # Bad input --------------------------------------------------------------------------

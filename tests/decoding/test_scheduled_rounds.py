@@ -124,8 +124,19 @@ def test_biases_shift_confidences():
     options = {"coupling": "gumbel", "fitted_at": (0.0, 1.0)}
     rows = {"temperatures": ((1.0, 1.0), (2.0, 2.0))}
     sure = Calibration(**options, **rows, biases=((0.0, 0.0), (50.0, 0.0)))
-    seen = sure.survival(jnp.zeros((2, 2)), jnp.array([0.1, 0.9]))
+    seen = sure.survival(jnp.zeros((2, 2)), jnp.ones((2, 2)), jnp.array([0.1, 0.9]))
     np.testing.assert_allclose(seen, [[0.5, 0.25], [1.0, 0.5]], rtol=1e-6)
+
+
+def test_weights_count_sharpness():
+    ones = ((1.0, 1.0),)
+    counting = Calibration(
+        coupling="gumbel", fitted_at=(1.0,), temperatures=ones, weights=((2.0, 0.0),)
+    )
+    sharp = jnp.array([[0.0, 7.0], [0.5, 0.0]])
+    seen = counting.survival(jnp.zeros((2, 2)), sharp, jnp.ones(2))
+    first = 1 / (1 + np.exp(-1))
+    np.testing.assert_allclose(seen, [[0.5, 0.25], [first, first / 2]], rtol=1e-6)
 
 
 def calibration(length, coupling="rejection"):
@@ -152,6 +163,7 @@ def test_calibrations_of_other_rounds_are_refused(options, message):
         ({"temperatures": ((1.0, -1.0),)}, "must be positive"),
         ({"coupling": "none"}, "unknown coupling 'none'"),
         ({"biases": ((0.0,),)}, r"have \(2,\) numbers, rows of biases \(1,\)"),
+        ({"weights": ((0.0,),)}, r"have \(2,\) numbers, rows of weights \(1,\)"),
     ],
 )
 def test_malformed_calibrations_are_refused(changes, message):

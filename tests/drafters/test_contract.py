@@ -34,7 +34,8 @@ def case(request):
     def propose(cache, tokens_BS, lengths_B):
         def draw(logits_BW, j, ids_W):
             place_B = jnp.argmax(logits_BW, -1).astype(jnp.int32)
-            return (place_B if ids_W is None else ids_W[place_B]), logits_BW
+            token_B = place_B if ids_W is None else ids_W[place_B]
+            return token_B, logits_BW, logits_BW[:, 0]
 
         proposal, cache = drafter.propose(
             model, cache, tokens_BS, lengths_B, draw, zoo.BLOCK
@@ -143,7 +144,7 @@ def test_a_pruned_vocabulary_proposes_only_its_own_tokens():
     drafter = zoo.drafter("dspark-pruned", model)
 
     def draw(logits_BW, j, ids_W):
-        return ids_W[jnp.argmax(logits_BW, -1)], logits_BW
+        return ids_W[jnp.argmax(logits_BW, -1)], logits_BW, logits_BW[:, 0]
 
     proposal, _ = drafter.propose(
         model, drafter.init_cache(2, LENGTH), tokens_of(2), starts(4, 9), draw, 4

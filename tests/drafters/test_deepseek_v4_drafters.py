@@ -107,7 +107,8 @@ def logits_of(drafter, model, cache, ids, length):
 
     def draw(logits_BV, j, ids_W):
         jax.debug.callback(lambda x: seen.append(np.asarray(x)), logits_BV)
-        return jnp.argmax(logits_BV, -1).astype(jnp.int32), logits_BV
+        best_B = jnp.argmax(logits_BV, -1).astype(jnp.int32)
+        return best_B, logits_BV, logits_BV[:, 0]
 
     tokens_BS = jnp.zeros((1, 64), jnp.int32).at[0, : len(ids)].set(jnp.asarray(ids))
     drafter.propose(model, cache, tokens_BS, jnp.array([length]), draw, 1)

@@ -26,7 +26,7 @@ def propose(drafter, model, rows, cache=None):
     def draw(logits_BW, j, ids_W):
         place_B = jnp.argmax(logits_BW, -1).astype(jnp.int32)
         token_B = place_B if ids_W is None else ids_W[place_B]
-        return token_B, jax.nn.log_softmax(logits_BW)
+        return token_B, jax.nn.log_softmax(logits_BW), logits_BW[:, 0]
 
     lengths_B = jnp.array([len(row) for row in rows])
     return drafter.propose(model, cache, jnp.asarray(tokens_BS), lengths_B, draw, G)
@@ -52,6 +52,11 @@ def test_a_long_match_is_copied_and_a_new_text_is_not(pair):
     np.testing.assert_allclose(
         proposal.confidence_BG[1], alone.confidence_BG[1], atol=1e-5
     )
+    # What the model thinks of its own drafts says nothing of copies.
+    np.testing.assert_allclose(
+        proposal.sharpness_BG[1], alone.sharpness_BG[1], atol=1e-5
+    )
+    assert not proposal.sharpness_BG[0].any() and alone.sharpness_BG.all()
 
 
 def test_the_model_is_not_run_when_every_slot_copies(pair):

@@ -326,7 +326,8 @@ def proposals(drafter, model, *, counts=(20,), change=None):
     cache = drafter.observe(drafter.init_cache(slots, 64), jnp.asarray(taps), tokens)
 
     def draw(logits_BV, j, ids_W):
-        return jnp.argmax(logits_BV, -1).astype(jnp.int32), logits_BV
+        best_B = jnp.argmax(logits_BV, -1).astype(jnp.int32)
+        return best_B, logits_BV, logits_BV[:, 0]
 
     answer = jnp.tile(jnp.arange(64, dtype=jnp.int32) % VOCAB, (slots, 1))
     lengths, block_length = jnp.array(counts) + 1, drafter.block_length

@@ -135,7 +135,7 @@ def propose(drafter, target, cache, anchors, length, chosen=None):
         best_B = jnp.argmax(logits_BW, axis=-1)
         best_B = best_B if ids_W is None else ids_W[best_B]
         given = best_B if chosen is None else jnp.asarray(chosen)[:, j]
-        return given.astype(jnp.int32), logits_BW
+        return given.astype(jnp.int32), logits_BW, logits_BW[:, 0]
 
     tokens_BS = np.zeros((len(LENGTHS), 48), np.int32)
     lengths_B = np.asarray(LENGTHS, np.int32)

@@ -97,12 +97,16 @@ def test_eagle3_drafts_equal_numpy(pruned):
         cache = drafter.observe(cache, taps_mDT, tokens)
 
     chosen_BG = random.integers(0, 61, (slots, BLOCK)).astype(np.int32)
+
+    def draw(logits_BW, j, ids_W):
+        return jnp.asarray(chosen_BG)[:, j], logits_BW, logits_BW[:, 0]
+
     proposal, _ = drafter.propose(
         target,
         cache,
         jnp.asarray(ids_BS),
         jnp.asarray(lengths_B),
-        lambda logits_BW, j, ids_W: (jnp.asarray(chosen_BG)[:, j], logits_BW),
+        draw,
         BLOCK,
     )
     w = {key: value.astype("f8") for key, value in weights.items()}

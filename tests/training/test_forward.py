@@ -80,7 +80,7 @@ def test_training_drafts_what_decoding_drafts(kind, monkeypatch):
     def draw(logits_BW, j, ids_W):
         keep = lambda x: logits.append(np.asarray(x)[0])  # noqa: E731
         jax.debug.callback(keep, logits_BW, ordered=True)
-        return jnp.asarray(ids_L)[anchor + 1 + j][None], logits_BW
+        return jnp.asarray(ids_L)[anchor + 1 + j][None], logits_BW, logits_BW[:, 0]
 
     proposal, _ = drafter.propose(
         model, cache, jnp.asarray(ids_L[None]), jnp.array([anchor + 1]), draw, G
