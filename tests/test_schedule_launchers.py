@@ -38,7 +38,10 @@ def test_calibration_is_kept_beside_the_drafter(place):
         # One temperature and bias for each place: the first place keeps its order.
         assert before["auc"][0] == scaled["auc"][0] == biased["auc"][0]
         assert before["biases"] == scaled["biases"] == [0, 0, 0]
-        assert biased["weights"] == [0, 0, 0] != sharpened["weights"]
+        assert biased["weights"] == [0, 0, 0] and len(sharpened["weights"]) == 3
+    assert calibration.weights == tuple(
+        tuple(found[temperature]["sharpness"]["weights"]) for temperature in ("0", "1")
+    )
     png = place.folder / "calibration" / "reliability_rejection_1.png"
     assert png.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="has no calibration .* coupling 'gumbel'"):

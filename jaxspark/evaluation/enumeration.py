@@ -149,7 +149,8 @@ def draft_blocks(
     def propose(forced_G):
         def draw(logits_BW, j, ids_W):
             sampler = DraftSampler("rejection", sampling, state.lengths_B - 1, vocab)
-            return forced_G[j][None], *sampler(logits_BW, j, ids_W)[1:]
+            *_, sharpness_B = sampler(logits_BW, j, ids_W)
+            return forced_G[j][None], warp(logits_BW, sampling), sharpness_B
 
         return drafter.propose(
             target, draft_cache, state.tokens_BS, state.lengths_B, draw, block_length
