@@ -107,7 +107,6 @@ def _audit_schedules(console: Console, *, quick: bool, family: Family) -> dict:
         jax.clear_caches()
     samples = 20_000 if quick else FLAGS.samples
     checks += schedule_sampling.frequency_checks(samples, family=family)
-    jax.clear_caches()
     enumerated = checked(console, "schedules with rejection sampling", checks)
     return {
         "violations": total(entries, "violations") + enumerated["violations"],

@@ -2,8 +2,8 @@
 
 Two measurements at one number of slots. An ablation: rounds that verify every draft,
 once because a schedule with calibrated confidences and many buckets chose so, once
-compiled for nothing else. And the parts alone: decisions and packing, many times in a
-loop, against the time of such a round.
+compiled for nothing else. And the parts alone, many times in a loop, against the time
+of such a round: decisions and packing, and the entropies that confidences look at.
 """
 
 import time
@@ -29,6 +29,7 @@ from jaxspark.decoding import (
     decode,
 )
 from jaxspark.decoding.costs import bucket_ladder, draft_ladder, within_ladder
+from jaxspark.decoding.couplings import entropy
 from jaxspark.decoding.generate import check_block_length
 from jaxspark.decoding.schedule import MEMORY
 from jaxspark.evaluation.prompts import in_turn, load_prompts
@@ -67,6 +68,16 @@ def _decide(
     return jax.lax.fori_loop(0, TIMES, body, jnp.float32(0))
 
 
+@jax.jit
+def _sharpness(log_q_GBW):
+    """Entropies of one round's drafts, `TIMES` times."""
+
+    def body(_, total):
+        return total + jnp.sum(entropy(log_q_GBW - 1e-9 * total))
+
+    return jax.lax.fori_loop(0, TIMES, body, jnp.float32(0))
+
+
 def bench_overhead(console: Console) -> dict:
     """Seconds of rounds with and without, and of the parts alone."""
     target = common.load_text_target()
@@ -89,7 +100,15 @@ def bench_overhead(console: Console) -> dict:
         fitting = within_ladder(sizes, slots * (length + 1))
         curves.append(CostCurve(length, fitting, (1.0,) * len(fitting)))
     free = Costs(tuple(curves))
-    calibration = Calibration.identity(block_length, "rejection")
+    # Computed in full, yet it moves no confidence near 0: every draft stays worth it.
+    ones, zeros = ((1.0,) * block_length,), ((0.0,) * block_length,)
+    calibration = Calibration(
+        coupling="rejection",
+        fitted_at=(1.0,),
+        temperatures=ones,
+        biases=zeros,
+        weights=zeros,
+    )
     scheduled = DecodeOptions(
         block_length=block_length,
         schedule=Lagged(costs=free),
@@ -128,27 +147,41 @@ def bench_overhead(console: Console) -> dict:
         jnp.ones((slots,)),
         jax.random.uniform(key, (MEMORY, slots, block_length)),
     )
-    alone = []
-    for _ in range(FLAGS.repeats + 1):
-        begin = time.perf_counter()
-        decided = _decide(scheduled.schedule, calibration, sizes, *inputs)
-        jax.block_until_ready(decided)
-        alone.append((time.perf_counter() - begin) / TIMES)
+    width = getattr(drafter.config, "draft_vocab_size", None)
+    width = width or target.model.config.vocab_size
+    logits_GBW = jax.random.normal(key, (block_length, slots, width))
+    log_q_GBW = jax.nn.log_softmax(logits_GBW)
+
+    def timed(function, *arguments):
+        def run():
+            begin = time.perf_counter()
+            jax.block_until_ready(function(*arguments))
+            return (time.perf_counter() - begin) / TIMES
+
+        return run
+
+    parts = {
+        "decision": timed(_decide, scheduled.schedule, calibration, sizes, *inputs),
+        "sharpness": timed(_sharpness, log_q_GBW),
+    }
+    alone = medians(alternate(parts, FLAGS.repeats))
     seconds = medians(runs)
     figures = {
         "slots": slots,
         "round_seconds": seconds["scheduled"],
         "round_seconds_without": seconds["bare"],
         "overhead_of_rounds": ratio - 1,
-        "decision_and_packing_seconds": median(alone[1:]),
-        "share_of_round": median(alone[1:]) / seconds["bare"],
+        "decision_and_packing_seconds": alone["decision"],
+        "sharpness_seconds": alone["sharpness"],
+        "share_of_round": sum(alone.values()) / seconds["bare"],
     }
     console.print(
         f"{slots} slots, {sizes[-1]} tokens: a round takes "
         f"{1e3 * figures['round_seconds']:.1f} ms scheduled, "
         f"{1e3 * figures['round_seconds_without']:.1f} ms without "
         f"({100 * figures['overhead_of_rounds']:+.2f} %, median of pairs); deciding "
-        f"and packing alone {1e3 * figures['decision_and_packing_seconds']:.3f} ms "
-        f"({100 * figures['share_of_round']:.2f} %)"
+        f"and packing alone {1e3 * alone['decision']:.3f} ms, sharpness "
+        f"{1e3 * alone['sharpness']:.3f} ms (both "
+        f"{100 * figures['share_of_round']:.2f} %)"
     )
     return figures

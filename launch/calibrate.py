@@ -54,7 +54,7 @@ flags.DEFINE_enum(
     "What is kept with the drafter: temperatures alone, biases too, sharpness too.",
 )
 flags.DEFINE_integer("slots", 32, "Prompts decoded together.", lower_bound=1)
-flags.DEFINE_bool("save", True, "Write both beside the drafter's weights.")
+flags.DEFINE_bool("save", True, "Write the fit beside the drafter's weights.")
 flags.mark_flags_as_required(["data", "out"])
 FLAGS = flags.FLAGS
 WAYS = {

@@ -71,18 +71,16 @@ def save_calibration(source: str | Path, calibration: Calibration) -> Path:
 
 
 def _calibration(entry: dict) -> Calibration:
-
-    def rows(name):
-        # Files of an earlier time have no weights.
-        kept = entry.get(name)
+    def rows(kept):
         return None if kept is None else tuple(map(tuple, kept))
 
     return Calibration(
         coupling=entry["coupling"],
         fitted_at=tuple(entry["fitted_at"]),
         temperatures=tuple(map(tuple, entry["temperatures"])),
-        biases=rows("biases"),
-        weights=rows("weights"),
+        biases=rows(entry["biases"]),
+        # Files of an earlier time have none.
+        weights=rows(entry.get("weights")),
     )
 
 

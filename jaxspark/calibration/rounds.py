@@ -137,9 +137,8 @@ def record_rounds(
             # Rounds cut short near a limit would count rejections only.
             verified_B = after.verified_B - before.verified_B
             keep = np.flatnonzero(verified_B == block_length)
-            columns = (confidence_BG, sharpness_BG, judged_B, accepted_B)
-            rows.append((first + keep, *(column[keep] for column in columns)))
+            seen = (confidence_BG, sharpness_BG, judged_B, accepted_B)
+            rows.append((first + keep, *(each[keep] for each in seen)))
         on_group(first + len(group))
-    return Rounds(
-        **dict(zip(Rounds.__dataclass_fields__, map(np.concatenate, zip(*rows))))
-    )
+    columns = [np.concatenate(column) for column in zip(*rows)]
+    return Rounds(**dict(zip(Rounds.__dataclass_fields__, columns)))

@@ -71,22 +71,22 @@ class DraftSampler:
 
         Where every slot is greedy nobody reads the distribution; it is not computed.
         """
-        best_B = jnp.argmax(logits_BW, -1).astype(jnp.int32)
-        lead_B = _log_lead(logits_BW, best_B)
 
-        def sample():
-            places_B, log_q_BW, sharpness_B = self._sample(logits_BW, j, ids_W)
-            sharpness_B = jnp.where(self.sampling.greedy, lead_B, sharpness_B)
-            return places_B, log_q_BW, sharpness_B
+        def best():
+            places_B, lead_B = _best(logits_BW)
+            return places_B, logits_BW, lead_B
 
         places_B, log_q_BW, sharpness_B = jax.lax.cond(
-            jnp.all(self.sampling.greedy), lambda: (best_B, logits_BW, lead_B), sample
+            jnp.all(self.sampling.greedy),
+            best,
+            lambda: self._sample(logits_BW, j, ids_W),
         )
         return (places_B if ids_W is None else ids_W[places_B]), log_q_BW, sharpness_B
 
     def _sample(self, logits_BW, j, ids_W):
         log_q_BW = warp(logits_BW, self.sampling)
-        seed_B, anchors_B = self.sampling.seed, self.anchors_B
+        seed_B, greedy_B = self.sampling.seed, self.sampling.greedy
+        anchors_B = self.anchors_B
         if self.coupling == "rejection":
             # The anchor names the round: a position drafted anew gets new randomness,
             # as it must once earlier confidences decide how much is verified.
@@ -94,24 +94,26 @@ class DraftSampler:
             keys_B = keys(Stream.DRAFT, seed_B, anchors_B, j_B)
             # Of the draft itself nothing may be told: it would decide, through its
             # confidence, whether it is verified (paper, appendix A).
-            return categorical(keys_B, log_q_BW), log_q_BW, -_entropy(log_q_BW)
+            sharpness_B = jnp.where(greedy_B, _best(logits_BW)[1], -entropy(log_q_BW))
+            return categorical(keys_B, log_q_BW), log_q_BW, sharpness_B
         # The noise belongs to the position that the draft would take.
         noise_BV = position_noise(seed_B, anchors_B + 1 + j, self.vocab)
         noise_BW = noise_BV if ids_W is None else noise_BV[:, ids_W]
-        score_BW = log_q_BW + noise_BW
-        places_B = jnp.argmax(score_BW, -1).astype(jnp.int32)
-        return places_B, log_q_BW, _log_lead(score_BW, places_B)
+        score_BW = jnp.where(greedy_B[:, None], logits_BW, log_q_BW + noise_BW)
+        places_B, lead_B = _best(score_BW)
+        return places_B, log_q_BW, lead_B
 
 
-def _log_lead(score_BW: Float[Array, "B W"], best_B: Int[Array, " B"]):
-    """log(1 + lead of the best over the next), [B]; at most 5, as without a rival."""
+def _best(score_BW: Float[Array, "B W"]):
+    """Place of the best, and log(1 + its lead over the next): at most 5, if alone."""
+    best_B = jnp.argmax(score_BW, -1).astype(jnp.int32)
     is_best_BW = jnp.arange(score_BW.shape[-1]) == best_B[:, None]
     most_B = jnp.max(score_BW, axis=-1)
     next_B = jnp.max(jnp.where(is_best_BW, -jnp.inf, score_BW), axis=-1)
-    return jnp.log1p(jnp.minimum(most_B - next_B, math.expm1(5.0)))
+    return best_B, jnp.log1p(jnp.minimum(most_B - next_B, math.expm1(5.0)))
 
 
-def _entropy(log_q_BW: Float[Array, "B W"]) -> Float[Array, " B"]:
+def entropy(log_q_BW: Float[Array, "B W"]) -> Float[Array, " B"]:
     """In nats."""
     # What cannot be drawn contributes nothing, not 0 * inf.
     return -jnp.sum(jnp.exp(log_q_BW) * jnp.maximum(log_q_BW, -1e4), axis=-1)

@@ -163,7 +163,7 @@ def _round(target, drafter, options, draft_length: int, state: DecodeState):
         confidence_BG=state.confidence_BG.at[:, :draft_length].set(
             proposal.confidence_BG
         ),
-        sharpness_BG=state.sharpness_BG.at[:, :draft_length].set(_sharpness(proposal)),
+        sharpness_BG=state.sharpness_BG.at[:, :draft_length].set(proposal.sharpness_BG),
     )
     sizes = options.sizes(slots, draft_length)
     return _verified(target, drafter, state, proposal, lengths_B, sizes, options)
@@ -210,13 +210,6 @@ def _propose(target, drafter, state: DecodeState, coupling: Coupling, length: in
     )
 
 
-def _sharpness(proposal: Proposal) -> Float[Array, "B g"]:
-    """What a drafter that does not say has none of."""
-    if proposal.sharpness_BG is None:
-        return jnp.zeros(proposal.tokens_BG.shape, jnp.float32)
-    return proposal.sharpness_BG
-
-
 def schedule_round(
     state: DecodeState, proposal: Proposal, options: DecodeOptions
 ) -> tuple[Int[Array, " B"], ScheduleState]:
@@ -230,7 +223,7 @@ def schedule_round(
         survival_Bg = jnp.cumprod(jax.nn.sigmoid(proposal.confidence_BG), axis=1)
     else:
         survival_Bg = options.calibration.survival(
-            proposal.confidence_BG, _sharpness(proposal), state.sampling.temperature
+            proposal.confidence_BG, proposal.sharpness_BG, state.sampling.temperature
         )
     proposed_Bg = jnp.arange(drafted) < proposal.lengths_B[:, None]
     survival_Bg = jnp.where(proposed_Bg, survival_Bg, 0.0)

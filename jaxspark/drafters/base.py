@@ -28,21 +28,21 @@ class Proposal:
       tokens_BG: draft tokens; row j stands at position anchor + 1 + j.
       lengths_B: how many of them are meant, 0..G.
       confidence_BG: logits of P(token j accepted | all before it accepted).
+      sharpness_BG: how decided each draft was, see `Draw`; 0 where nobody knows.
       log_q_BGW: log-distribution each token was drawn from, over the draft vocabulary;
         None for a drafter whose proposal is not random (a point mass on its token).
       ids_W: target ids of the draft vocabulary; None when it is the target's own.
       certain_B: slots whose tokens are not random after all, whatever log_q says; None
         for none.
-      sharpness_BG: how decided each draft was, see `Draw`; None where nobody knows.
     """
 
     tokens_BG: Int[Array, "B G"]
     lengths_B: Int[Array, " B"]
     confidence_BG: Float[Array, "B G"]
+    sharpness_BG: Float[Array, "B G"]
     log_q_BGW: Float[Array, "B G W"] | None = None
     ids_W: Int[Array, " W"] | None = None
     certain_B: Bool[Array, " B"] | None = None
-    sharpness_BG: Float[Array, "B G"] | None = None
 
     @classmethod
     def empty(cls, slots: int) -> "Proposal":
@@ -51,6 +51,7 @@ class Proposal:
             tokens_BG=jnp.zeros((slots, 0), jnp.int32),
             lengths_B=jnp.zeros((slots,), jnp.int32),
             confidence_BG=jnp.zeros((slots, 0), jnp.float32),
+            sharpness_BG=jnp.zeros((slots, 0), jnp.float32),
         )
 
 

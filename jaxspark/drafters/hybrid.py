@@ -158,20 +158,17 @@ class HybridDrafter:
             jax.scipy.special.logit(rate_B)[:, None], copied_BG.shape
         )
         tokens_BG = jnp.where(copies_B[:, None], copied_BG, proposal.tokens_BG)
-        sharpness_BG = proposal.sharpness_BG
-        if sharpness_BG is not None:
-            # A copy's confidence is a rate that held, whatever the model thinks.
-            sharpness_BG = jnp.where(copies_B[:, None], 0.0, sharpness_BG)
         proposal = Proposal(
             tokens_BG=tokens_BG,
             lengths_B=jnp.where(copies_B, block_length, proposal.lengths_B),
             confidence_BG=jnp.where(
                 copies_B[:, None], confidence_BG, proposal.confidence_BG
             ),
+            # A copy's confidence is a rate that held, whatever the model thinks.
+            sharpness_BG=jnp.where(copies_B[:, None], 0.0, proposal.sharpness_BG),
             log_q_BGW=proposal.log_q_BGW,
             ids_W=proposal.ids_W,
             certain_B=copies_B,
-            sharpness_BG=sharpness_BG,
         )
         unused = history.drafts_BG.shape[1] - block_length
         history = History(

@@ -63,6 +63,7 @@ class NgramDrafter:
             tokens_BG=tokens_BG,
             lengths_B=jnp.where(match_B >= self.shortest, block_length, 0),
             confidence_BG=jnp.zeros(tokens_BG.shape, jnp.float32),
+            sharpness_BG=jnp.zeros(tokens_BG.shape, jnp.float32),
         ), cache
 
     def find(

@@ -193,14 +193,11 @@ class _Scheduled:
         )
 
     def __call__(self, proposals: Sequence[Proposal]) -> int:
-        names = ["tokens_BG", "lengths_B", "confidence_BG", "sharpness_BG"]
-        if proposals[0].sharpness_BG is None:
-            names.pop()
         together = Proposal(
-            **{
-                name: jnp.concatenate([getattr(each, name) for each in proposals])
-                for name in names
-            }
+            *(
+                jnp.concatenate([getattr(each, name) for each in proposals])
+                for name in ("tokens_BG", "lengths_B", "confidence_BG", "sharpness_BG")
+            )
         )
         return int(_lengths(self.state, together, self.options)[0])
 

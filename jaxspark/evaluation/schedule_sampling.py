@@ -92,6 +92,7 @@ class TelltaleDrafter:
             tokens_BG=jnp.stack(drafts, 1),
             lengths_B=jnp.full((slots,), block_length),
             confidence_BG=jnp.log(chance_BG) - jnp.log1p(-chance_BG),
+            sharpness_BG=jnp.zeros_like(chance_BG),
             log_q_BGW=jnp.stack(log_q, 1),
         ), cache
 
