@@ -31,7 +31,7 @@ from jaxspark.decoding import (
 from jaxspark.decoding.costs import bucket_ladder, draft_ladder, within_ladder
 from jaxspark.decoding.couplings import entropy
 from jaxspark.decoding.generate import check_block_length
-from jaxspark.decoding.schedule import MEMORY
+from jaxspark.decoding.schedule import remembered
 from jaxspark.evaluation.prompts import in_turn, load_prompts
 from jaxspark.evaluation.timing import alternate, medians
 from jaxspark.models import FlatTokens
@@ -145,7 +145,7 @@ def bench_overhead(console: Console) -> dict:
         jax.random.normal(key, (slots, block_length)),
         jnp.ones((slots, block_length)),
         jnp.ones((slots,)),
-        jax.random.uniform(key, (MEMORY, slots, block_length)),
+        jax.random.uniform(key, (remembered(slots), slots, block_length)),
     )
     width = getattr(drafter.config, "draft_vocab_size", None)
     width = width or target.model.config.vocab_size

@@ -181,7 +181,9 @@ def main() -> None:
             way: scaling.lists() | judged[way] for way, scaling in fits.items()
         }
         results[f"{temperature:g}"] = figures
-        rows[temperature] = fits[FLAGS.keep].lists()
+        kept = fits[FLAGS.keep]
+        usual_G = kept.survival(fit).mean(axis=0)
+        rows[temperature] = kept.lists() | {"usual": usual_G.tolist()}
         report(console, temperature, figures)
         plot_reliability(
             out / f"reliability_{FLAGS.coupling}_{temperature:g}.png",
@@ -194,7 +196,7 @@ def main() -> None:
             fitted_at=tuple(rows),
             **{
                 name: tuple(tuple(each[name]) for each in rows.values())
-                for name in ("temperatures", "biases", "weights")
+                for name in ("temperatures", "biases", "weights", "usual")
             },
         )
         console.print(f"wrote {save_calibration(FLAGS.draft, calibration)}")

@@ -63,6 +63,7 @@ def save_calibration(source: str | Path, calibration: Calibration) -> Path:
             "temperatures": calibration.temperatures,
             "biases": calibration.biases,
             "weights": calibration.weights,
+            "usual": calibration.usual,
         }
     )
     path.write_text(json.dumps({"format": FORMAT, "entries": entries}, indent=1) + "\n")
@@ -79,8 +80,9 @@ def _calibration(entry: dict) -> Calibration:
         fitted_at=tuple(entry["fitted_at"]),
         temperatures=tuple(map(tuple, entry["temperatures"])),
         biases=rows(entry["biases"]),
-        # Files of an earlier time have none.
+        # Files of an earlier time have neither.
         weights=rows(entry.get("weights")),
+        usual=rows(entry.get("usual")),
     )
 
 

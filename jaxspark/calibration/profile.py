@@ -176,7 +176,7 @@ def measure_costs(
     capacity: int = 512,
     coupling: Coupling = "rejection",
     temperature: float = 1.0,
-    rounds: int = 4,
+    rounds: int | None = None,
     repeats: int = 5,
     on_run: Callable[[int, int], None] = lambda done, total: None,
 ) -> CostProfile:
@@ -191,7 +191,8 @@ def measure_costs(
       capacity: cache positions of each request; half of them are filled.
       coupling: "rejection" or "gumbel".
       temperature: of sampling.
-      rounds: rounds per timed run.
+      rounds: rounds per timed run; by default 16 for one slot, fewer for more, 4 at
+        least: what a call itself takes shall not count where rounds are short.
       repeats: timed runs of each bucket.
       on_run: called with runs done and runs in all.
 
@@ -215,6 +216,8 @@ def measure_costs(
         length: _holding(within_ladder(buckets, slots * (length + 1)), slots)
         for length in draft_ladder(block_length)
     }
+    if rounds is None:
+        rounds = max(4, 16 // slots)
     if drafter.abstains:
         # Text that repeats itself has something to copy, until a round adds to it.
         rounds = 1

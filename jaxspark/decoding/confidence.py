@@ -35,6 +35,8 @@ class Calibration:
       temperatures: for each of them one temperature per draft.
       biases: likewise what is added to a scaled logit; None for zeros.
       weights: likewise what sharpness counts; None for nothing.
+      usual: likewise the mean survival, which is expected of rounds before there were
+        any; None if nobody knows.
     """
 
     coupling: Coupling
@@ -42,6 +44,7 @@ class Calibration:
     temperatures: tuple[tuple[float, ...], ...]
     biases: tuple[tuple[float, ...], ...] | None = None
     weights: tuple[tuple[float, ...], ...] | None = None
+    usual: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self):
         if self.coupling not in COUPLINGS:
@@ -63,7 +66,7 @@ class Calibration:
             raise ValueError(f"rows of temperatures differ in length: {lengths}")
         if not all(t > 0 for row in self.temperatures for t in row):
             raise ValueError(f"temperatures must be positive, got {self.temperatures}")
-        for name in ("biases", "weights"):
+        for name in ("biases", "weights", "usual"):
             rows = getattr(self, name)
             if rows is None:
                 continue
@@ -111,12 +114,9 @@ class Calibration:
           sharpness_BG: how decided the drafts were.
           temperature_B: the sampling temperature of each slot.
         """
-        G = confidence_BG.shape[1]
-        distance_BR = jnp.abs(temperature_B[:, None] - jnp.array(self.fitted_at))
-        row_B = jnp.argmin(distance_BR, axis=1)
 
         def of_slots(rows):
-            return jnp.array(rows, jnp.float32)[row_B, :G]
+            return self._of_slots(rows, confidence_BG.shape[1], temperature_B)
 
         logits_BG = confidence_BG / of_slots(self.temperatures)
         if self.weights is not None:
@@ -124,3 +124,17 @@ class Calibration:
         if self.biases is not None:
             logits_BG += of_slots(self.biases)
         return jnp.cumprod(jax.nn.sigmoid(logits_BG), axis=1)
+
+    def usual_survival(
+        self, block_length: int, temperature_B: Float[Array, " B"]
+    ) -> Float[Array, "B G"] | None:
+        """The mean survival at each slot's sampling temperature; None if not known."""
+        if self.usual is None:
+            return None
+        return self._of_slots(self.usual, block_length, temperature_B)
+
+    def _of_slots(self, rows, block_length: int, temperature_B) -> Float[Array, "B G"]:
+        """The row that was fitted nearest to each slot's sampling temperature."""
+        distance_BR = jnp.abs(temperature_B[:, None] - jnp.array(self.fitted_at))
+        row_B = jnp.argmin(distance_BR, axis=1)
+        return jnp.array(rows, jnp.float32)[row_B, :block_length]

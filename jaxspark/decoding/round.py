@@ -27,8 +27,8 @@ from jaxspark.decoding.outlook import Outlook
 from jaxspark.decoding.schedule import (
     Fixed,
     Scheduler,
-    expect_newcomers,
     extend_survival,
+    recall,
 )
 from jaxspark.decoding.state import Counters, DecodeState, ScheduleState
 from jaxspark.drafters import Proposal
@@ -139,7 +139,7 @@ def decode_round(
     ]
     if len(rounds) == 1:
         return rounds[0](state)
-    forecast = _forecast(state, options)
+    forecast = _outlook(state, _earlier(state, options))
     index = options.schedule.draft(forecast, state.schedule.idle_B)
     return jax.lax.switch(index, rounds, state)
 
@@ -182,15 +182,14 @@ def _outlook(state: DecodeState, survival_BG) -> Outlook:
 
 
 def _earlier(state: DecodeState, options: DecodeOptions) -> Float[Array, "n B G"]:
-    """Survival of the earlier rounds a schedule may look at; 1 before there was one."""
+    """Survival of the earlier rounds a schedule may look at."""
     past_nBG = jnp.moveaxis(state.schedule.past_BnG, 1, 0)
-    return past_nBG[options.schedule.lag - 1 :]
-
-
-def _forecast(state: DecodeState, options: DecodeOptions) -> Outlook:
-    """What drafting promises: new slots are like the others, or they alone decide."""
-    known_B = state.schedule.seen_B & ~state.done_B
-    return _outlook(state, expect_newcomers(_earlier(state, options), known_B))
+    usual_BG = None
+    if options.calibration is not None:
+        usual_BG = options.calibration.usual_survival(
+            past_nBG.shape[2], state.sampling.temperature
+        )
+    return recall(past_nBG, usual_BG)[options.schedule.lag - 1 :]
 
 
 def _propose(target, drafter, state: DecodeState, coupling: Coupling, length: int):
@@ -230,16 +229,15 @@ def schedule_round(
     now = _outlook(state, survival_Bg)
     most_B = jnp.minimum(now.most_B, proposal.lengths_B)
     now = replace(now, most_B=most_B, floor_B=jnp.minimum(now.floor_B, most_B))
-    earlier = _outlook(state, _earlier(state, options)).first(drafted)
+    past_nBG = _earlier(state, options)
+    earlier_nBG = jnp.where(schedule.seen_B[:, None], past_nBG, 1.0)
+    earlier = _outlook(state, earlier_nBG).first(drafted)
     largest = options.sizes(slots, drafted)[-1]
     lengths_B = now.within(options.schedule(now, earlier), largest)
 
-    known_B = schedule.seen_B & ~state.done_B
-    past_nBG = jnp.moveaxis(schedule.past_BnG, 1, 0)
-    newest_B1G = extend_survival(survival_Bg, past_nBG, known_B)[:, None]
-    past_BnG = jnp.concatenate([newest_B1G, schedule.past_BnG[:, :-1]], axis=1)
-    # The first round stands for those before it.
-    past_BnG = jnp.where(schedule.seen_B[:, None, None], past_BnG, newest_B1G)
+    newest_BG = extend_survival(survival_Bg, past_nBG)
+    past_BnG = jnp.concatenate([newest_BG[:, None], schedule.past_BnG[:, :-1]], axis=1)
+    past_BnG = jnp.where(state.done_B[:, None, None], schedule.past_BnG, past_BnG)
     whole = drafted == state.confidence_BG.shape[1]
     return lengths_B, replace(
         schedule,

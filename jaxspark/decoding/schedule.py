@@ -27,14 +27,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxspark.decoding.costs import CostCurve, Costs, draft_ladder
 from jaxspark.decoding.couplings import COUPLINGS
 from jaxspark.decoding.outlook import Outlook
 
-# Rounds of survival that a state remembers, and the oldest a schedule may begin with.
-MEMORY = 8
+# The oldest survival that a schedule may begin with, in rounds.
 MOST_LAG = 4
 
 
@@ -60,8 +59,7 @@ class Scheduler(Protocol):
         """Which of them, by index; not asked where there is but one.
 
         Args:
-          earlier: with the survival of earlier rounds; slots without any take the
-            others' mean.
+          earlier: with the survival of earlier rounds.
           idle_B: rounds since the last whole block of each slot.
         """
 
@@ -70,8 +68,7 @@ class Scheduler(Protocol):
 
         Args:
           now: with the survival of this round's drafts.
-          earlier: with that of as many drafts in earlier rounds, 1 where there was
-            none.
+          earlier: with that of as many drafts in earlier rounds, 1 for new requests.
         """
 
 
@@ -142,7 +139,7 @@ class CostAware(ABC):
     Attributes:
       costs: of a round; None has `generate` measure them.
       lag: age in rounds of the newest survival that earlier decisions rest on. They
-        take the mean over all rounds remembered: of few slots one round says little.
+        take the mean over all rounds remembered, see `remembered`.
       probe_share: time spent on such looks, as a share of all.
     """
 
@@ -262,45 +259,51 @@ class Free(CostAware):
         return fill(curve, now, curve.best_bucket(now)[0])
 
 
-def expect_newcomers(
-    past_nBG: Float[Array, "n B G"], known_B: Bool[Array, " B"]
+def remembered(slots: int) -> int:
+    """Rounds of survival that a state of so many slots remembers.
+
+    The mean of what is remembered chooses draft length and bucket. One block says
+    little of the next, and of a mean over few blocks the luckiest choice looks best:
+    with one slot, a memory of 8 rounds loses a tenth of the speed to such noise, one
+    of 32 nothing.
+    """
+    return max(8, -(-64 // slots))
+
+
+def recall(
+    past_nBG: Float[Array, "n B G"], usual_BG: Float[Array, "B G"] | None
 ) -> Float[Array, "n B G"]:
-    """Survival of earlier rounds in which new slots take the others' mean, or 1."""
-    mean_n1G = _mean_of_known(past_nBG, known_B)
-    likely_n1G = jnp.where(jnp.any(known_B), mean_n1G, 1.0)
-    return jnp.where(known_B[:, None], past_nBG, likely_n1G)
+    """Survival of earlier rounds, those included that were not played yet.
+
+    Args:
+      past_nBG: of those that were; below 0 for others.
+      usual_BG: what to expect of these; None takes the mean of the rounds that were
+        played, and 1 if there were none.
+    """
+    known_nBG = past_nBG >= 0
+    if usual_BG is None:
+        count_G = jnp.sum(known_nBG, axis=(0, 1))
+        total_G = jnp.sum(past_nBG, axis=(0, 1), where=known_nBG)
+        usual_BG = jnp.where(count_G > 0, total_G / jnp.maximum(count_G, 1), 1.0)
+    return jnp.where(known_nBG, past_nBG, usual_BG)
 
 
 def extend_survival(
-    survival_Bg: Float[Array, "B g"],
-    past_nBG: Float[Array, "n B G"],
-    known_B: Bool[Array, " B"],
+    survival_Bg: Float[Array, "B g"], past_nBG: Float[Array, "n B G"]
 ) -> Float[Array, "B G"]:
     """Survival of whole blocks where fewer tokens were drafted.
 
-    The rest falls as it did before, in the mean over rounds and slots.
-
-    Args:
-      survival_Bg: of what was drafted.
-      past_nBG: of earlier rounds.
-      known_B: slots that had some; if none had, or nothing survived, the rest does not
-        fall, which has whole blocks tried.
+    The rest falls as it did before, in the mean over rounds and slots; it does not fall
+    where nothing survived, which has whole blocks tried.
     """
     drafted = survival_Bg.shape[1]
     if drafted == past_nBG.shape[2]:
         return survival_Bg
-    mean_G = jnp.mean(_mean_of_known(past_nBG, known_B), axis=(0, 1))
+    mean_G = jnp.mean(past_nBG, axis=(0, 1))
     least = 1e-6
     tail = mean_G[drafted:] / jnp.maximum(mean_G[drafted - 1], least)
     tail = jnp.where(mean_G[drafted - 1] > least, tail, 1.0)
     return jnp.concatenate([survival_Bg, survival_Bg[:, -1:] * tail], axis=1)
-
-
-def _mean_of_known(past_nBG, known_B):
-    """The mean over known slots, 0 if there are none."""
-    known_B1 = known_B[:, None]
-    total_n1G = jnp.sum(past_nBG, axis=1, keepdims=True, where=known_B1)
-    return total_n1G / jnp.maximum(jnp.sum(known_B), 1)
 
 
 def parse_schedule(text: str) -> Scheduler:

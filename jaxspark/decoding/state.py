@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.decoding.sampling import Sampling
-from jaxspark.decoding.schedule import MEMORY
+from jaxspark.decoding.schedule import remembered
 
 
 @jax.tree_util.register_dataclass
@@ -50,8 +50,9 @@ class ScheduleState:
       floor_B: drafts that are verified in every round that drafts.
       cap_B: most drafts that are.
       past_BnG: survival in its last rounds that drafted, the newest first; guessed for
-        what they did not draft, and 1 before there was one.
-      seen_B: whether there was one.
+        what they did not draft, -1 for rounds before the first. Requests that take a
+        slot over begin with the memory of those before them.
+      seen_B: whether its request has had such a round.
       idle_B: rounds since its last whole block.
     """
 
@@ -88,7 +89,7 @@ class ScheduleState:
         return cls(
             floor_B=jnp.array(floor_B, jnp.int32),
             cap_B=jnp.array(cap_B, jnp.int32),
-            past_BnG=jnp.ones((slots, MEMORY, block_length), jnp.float32),
+            past_BnG=jnp.full((slots, remembered(slots), block_length), -1.0),
             seen_B=jnp.zeros((slots,), bool),
             idle_B=jnp.zeros((slots,), jnp.int32),
         )

@@ -157,11 +157,17 @@ def _insert(
             return old.with_slots(slots_N, new)
         return old.at[slots_N].set(new, mode="drop")
 
-    merged = jax.tree.map(
-        merge, state, fresh, is_leaf=lambda node: isinstance(node, Rows)
-    )
-    # How long nothing was drafted is known of all slots together.
+    # What rounds were like remains known; how long nothing was drafted is known of all
+    # slots together.
+    past_BnG = state.schedule.past_BnG
     idle_B = jnp.full_like(state.schedule.idle_B, jnp.max(state.schedule.idle_B))
+    arrived = replace(fresh.schedule, past_BnG=past_BnG[slots_N])
+    merged = jax.tree.map(
+        merge,
+        state,
+        replace(fresh, schedule=arrived),
+        is_leaf=lambda node: isinstance(node, Rows),
+    )
     return replace(merged, schedule=replace(merged.schedule, idle_B=idle_B))
 
 

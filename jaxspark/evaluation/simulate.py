@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.calibration.rounds import Rounds
 from jaxspark.decoding import Calibration, Costs, Outlook, Scheduler
-from jaxspark.decoding.schedule import MEMORY, expect_newcomers, extend_survival
+from jaxspark.decoding.schedule import extend_survival, recall, remembered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +190,8 @@ def simulate(
     place_B, end_B = np.zeros(slots, int), np.zeros(slots, int)
     left_B = np.zeros(slots, int)
     idle_B, fresh_B = np.zeros(slots, int), np.ones(slots, bool)
-    past_nBG = np.ones((MEMORY, slots, G))
+    past_nBG = np.full((remembered(slots), slots, G), -1.0, np.float32)
+    usual_BG = jnp.asarray(np.tile(trace.survival_NG.mean(axis=0), (slots, 1)))
     waiting, clock, arrival = 0, 0.0, 0.0
     sums = dict.fromkeys(
         ("time", "tokens", "slots", "verified", "drafted", "busy"), 0.0
@@ -212,32 +213,28 @@ def simulate(
         place_B[free] = trace.begin_R[chosen] + offset
         end_B[free] = trace.begin_R[chosen] + trace.count_R[chosen]
         left_B[free] = random.geometric(1 / load.tokens, size=len(free))
-        past_nBG[:, free], fresh_B[free] = 1.0, True
+        fresh_B[free] = True
         live_B = left_B > 0
         if not live_B.any():
             clock = arrival
             continue
         # What is verified.
-        earlier_nBG = past_nBG[schedule.lag - 1 :]
+        earlier_nBG = _recall(jnp.array(past_nBG), usual_BG)[schedule.lag - 1 :]
         pick = 0
         if len(lengths) > 1:
-            known_B = live_B & ~fresh_B
-            pick = int(_draft(schedule, earlier_nBG, known_B, live_B, idle_B))
+            pick = int(_draft(schedule, earlier_nBG, live_B, idle_B))
         drafted, curve = lengths[pick], curves[pick]
         lengths_B = np.zeros(slots, int)
         if drafted:
             survival_Bg = trace.survival_NG[place_B, :drafted]
+            newest_BG = extend_survival(jnp.array(survival_Bg), earlier_nBG)
+            earlier_nBG = jnp.where(fresh_B[:, None], 1.0, earlier_nBG)
             lengths_B = _verify(
                 schedule, curve.sizes[-1], survival_Bg, earlier_nBG, live_B
             )
-            newest_BG = extend_survival(
-                jnp.array(survival_Bg),
-                jnp.array(past_nBG),
-                jnp.array(live_B & ~fresh_B),
-            )
             lengths_B, newest_BG = jax.device_get((lengths_B, newest_BG))
-            past_nBG = np.concatenate([newest_BG[None], past_nBG[:-1]])
-            past_nBG[:, fresh_B] = newest_BG[fresh_B]
+            shifted_nBG = np.concatenate([newest_BG[None], past_nBG[:-1]])
+            past_nBG = np.where(live_B[:, None], shifted_nBG, past_nBG)
             fresh_B &= ~live_B
         idle_B = np.zeros_like(idle_B) if drafted == G else idle_B + 1
         # What comes of it.
@@ -270,10 +267,12 @@ def simulate(
     )
 
 
+_recall = jax.jit(recall)
+
+
 @partial(jax.jit, static_argnames=("schedule",))
-def _draft(schedule: Scheduler, earlier_nBG, known_B, live_B, idle_B):
-    likely_nBG = expect_newcomers(earlier_nBG, known_B)
-    return schedule.draft(Outlook.of(likely_nBG, live_B=live_B), idle_B)
+def _draft(schedule: Scheduler, earlier_nBG, live_B, idle_B):
+    return schedule.draft(Outlook.of(earlier_nBG, live_B=live_B), idle_B)
 
 
 @partial(jax.jit, static_argnames=("schedule", "largest"))

@@ -24,7 +24,7 @@ from jaxspark.decoding import (
 )
 from jaxspark.decoding.costs import bucket_ladder
 from jaxspark.decoding.couplings import COUPLINGS
-from jaxspark.decoding.schedule import expect_newcomers, extend_survival
+from jaxspark.decoding.schedule import extend_survival, recall, remembered
 from jaxspark.drafters import Proposal
 from jaxspark.evaluation.enumeration import round_distribution, target_distribution
 from tests import zoo
@@ -169,31 +169,39 @@ def test_a_whole_block_is_drafted_now_and_then():
 
 
 def test_survival_that_was_not_drafted_falls_as_it_last_did():
-    past = jnp.array([[[0.8, 0.4, 0.2], [0.4, 0.2, 0.1], [1.0, 1.0, 1.0]]] * 2)
-    known = jnp.array([True, True, False])
-    seen = extend_survival(jnp.array([[0.5], [0.2], [0.4]]), past, known)
-    expected = [[0.5, 0.25, 0.125], [0.2, 0.1, 0.05], [0.4, 0.2, 0.1]]
-    np.testing.assert_allclose(seen, expected, rtol=1e-6)
+    past = jnp.array([[[0.8, 0.4, 0.2], [0.4, 0.2, 0.1]]] * 2)
+    seen = extend_survival(jnp.array([[0.5], [0.2]]), past)
+    np.testing.assert_allclose(seen, [[0.5, 0.25, 0.125], [0.2, 0.1, 0.05]], rtol=1e-6)
     # The guess is remembered, and the next one is the same.
-    again = extend_survival(jnp.array([[0.9], [0.9], [0.9]]), seen[None], known)
+    again = extend_survival(jnp.array([[0.9], [0.9]]), seen[None])
     np.testing.assert_allclose(again[0], [0.9, 0.45, 0.225], rtol=1e-6)
     # One round in which nothing was proposed does not end it, and from nothing but
     # such rounds nothing follows.
-    blank = jnp.zeros((1, 3, 3))
+    blank = jnp.zeros((1, 2, 3))
     for before, tail in ((jnp.concatenate([past, blank]), 0.5), (blank, 1.0)):
-        after = extend_survival(jnp.array([[0.6]] * 3), before, known)
+        after = extend_survival(jnp.array([[0.6]] * 2), before)
         np.testing.assert_allclose(
             after[0], [0.6, 0.6 * tail, 0.6 * tail**2], rtol=1e-6
         )
-    nobody = extend_survival(jnp.array([[0.5]]), past[:, :1], jnp.array([False]))
-    np.testing.assert_allclose(nobody, [[0.5, 0.5, 0.5]])
 
 
-def test_newcomers_are_expected_to_be_like_the_others():
-    past = jnp.array([[[0.8, 0.4], [0.4, 0.2], [1.0, 1.0]]])
-    seen = expect_newcomers(past, jnp.array([True, True, False]))
-    np.testing.assert_allclose(seen[0], [[0.8, 0.4], [0.4, 0.2], [0.6, 0.3]], rtol=1e-6)
-    np.testing.assert_allclose(expect_newcomers(past, jnp.zeros(3, bool)), 1.0)
+def test_rounds_before_the_first_are_like_the_usual_or_like_the_others():
+    played = [[[0.8, 0.4], [-1.0, -1.0]], [[0.4, 0.2], [-1.0, -1.0]]]
+    past = jnp.array([*played, [[-1.0, -1.0]] * 2])
+    usual = jnp.array([[0.5, 0.3], [0.1, 0.0]])
+    seen = recall(past, usual)
+    np.testing.assert_allclose(seen[:2, 0], past[:2, 0])
+    np.testing.assert_allclose(seen[2], usual)
+    np.testing.assert_allclose(seen[0, 1], usual[1])
+    mean = recall(past, None)
+    np.testing.assert_allclose(mean[:2, 0], past[:2, 0])
+    np.testing.assert_allclose(mean[2], [[0.6, 0.3]] * 2, rtol=1e-6)
+    np.testing.assert_allclose(recall(past[2:], None), 1.0)
+
+
+def test_few_slots_remember_more_rounds():
+    rounds = {slots: remembered(slots) for slots in (1, 3, 8, 64, 1000)}
+    assert rounds == {1: 64, 3: 22, 8: 8, 64: 8, 1000: 8}
 
 
 # Exactness (paper, appendix A) ------------------------------------------------------

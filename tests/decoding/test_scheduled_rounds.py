@@ -13,8 +13,10 @@ from jaxspark.decoding import (
     DecodeOptions,
     Fixed,
     Lagged,
+    Request,
     Threshold,
     generate,
+    generate_stream,
     parse_schedule,
 )
 from tests import zoo
@@ -56,6 +58,32 @@ def test_dear_drafts_are_only_tried_now_and_then(model, plain):
     seen = run(model, plain, Lagged(costs=costs(1.0), probe_share=0.1))
     for each in seen:
         assert each.rounds >= 39 and 1 <= each.drafted <= 0.2 * each.rounds
+
+
+def test_the_usual_is_expected_before_there_is_history(model, plain):
+    schedule = Lagged(costs=costs(0.5, slope=0.1), probe_share=1e-4)
+    options = {"coupling": "gumbel", "fitted_at": (1.0,)}
+    for usual, drafted in ((None, 1), (((0.01,) * 4,), 0)):
+        calibration = Calibration(
+            **options, temperatures=((1.0,) * 4,), biases=((-4.0,) * 4,), usual=usual
+        )
+        seen = run(model, plain, schedule, calibration=calibration)
+        assert {each.drafted for each in seen} == {drafted}
+
+
+def test_requests_begin_with_the_memory_of_those_before_them(model):
+    seconds = zoo.costs((1, 2, 5), (2.2, 2.3, 2.5), plain=1.0, length=4)
+    stream = generate_stream(
+        model,
+        [Request(prompt=tuple(prompt), max_new_tokens=12) for prompt in PROMPTS],
+        zoo.drafter("dspark-gated", model),
+        slots=1,
+        capacity=64,
+        block_length=4,
+        schedule=Lagged(costs=seconds, probe_share=1e-4),
+    )
+    drafted = {index: each.drafted for index, each in stream}
+    assert drafted == {0: 1, 1: 0, 2: 0}
 
 
 @pytest.mark.parametrize("kind", [Lagged, Causal])
@@ -164,6 +192,7 @@ def test_calibrations_of_other_rounds_are_refused(options, message):
         ({"coupling": "none"}, "unknown coupling 'none'"),
         ({"biases": ((0.0,),)}, r"have \(2,\) numbers, rows of biases \(1,\)"),
         ({"weights": ((0.0,),)}, r"have \(2,\) numbers, rows of weights \(1,\)"),
+        ({"usual": ((0.0,),)}, r"have \(2,\) numbers, rows of usual \(1,\)"),
     ],
 )
 def test_malformed_calibrations_are_refused(changes, message):
