@@ -15,11 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 from jaxspark.calibration.files import load_calibration
 from jaxspark.calibration.profile import measured_with_progress
 from jaxspark.checkpoints import load_drafter
+from jaxspark.checkpoints.folders import sha256
+from jaxspark.checkpoints.load import drafter_folder
 from jaxspark.decoding import (
     DecodeOptions,
     DecodeState,
@@ -33,6 +36,7 @@ from jaxspark.decoding.state import Counters, ScheduleState
 from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.evaluation.plots import plot_load
 from jaxspark.evaluation.prompts import in_turn, load_prompts
+from jaxspark.jsonlines import JsonLines, same_settings
 from launch import common
 
 flags.DEFINE_list(
@@ -47,6 +51,9 @@ flags.DEFINE_integer(
 flags.DEFINE_integer("load_block", 4, "Drafts the schedule chooses from.")
 flags.DEFINE_integer("load_tokens", 24, "Tokens per request and run.", lower_bound=4)
 flags.DEFINE_float("load_temperature", 1.0, "Of --suite=load.", lower_bound=0.0)
+flags.DEFINE_string(
+    "progress", None, "JSON-lines file that a stopped --suite=load goes on from."
+)
 FLAGS = flags.FLAGS
 
 
@@ -163,19 +170,48 @@ def bench_load(console: Console) -> dict:
         max_tokens=FLAGS.capacity // 2,
     )
     prompts = in_turn(domains)
+    finished = _Finished(FLAGS.progress)
     figures = {}
-    for slots in map(int, FLAGS.concurrency):
-        figures[str(slots)] = at_concurrency(
-            console, target.model, drafter, slots, prompts, calibration
-        )
-        # None of the programs is used again, and all hold memory.
-        jax.clear_caches()
+    for slots in FLAGS.concurrency:
+        if slots not in finished.figures:
+            found = at_concurrency(
+                console, target.model, drafter, int(slots), prompts, calibration
+            )
+            finished.add(slots, found)
+            # None of the programs is used again, and all hold memory.
+            jax.clear_caches()
+        figures[slots] = finished.figures[slots]
         report(console, figures)
         if FLAGS.json_out:
             common.write_figures(FLAGS.json_out, {"figures": figures})
     if FLAGS.json_out:
         plot_load(FLAGS.json_out.removesuffix(".json") + ".png", figures)
     return figures
+
+
+class _Finished:
+    """Figures by number of requests, kept in a file if there is one."""
+
+    def __init__(self, path: str | None):
+        self.figures: dict[str, dict] = {}
+        self.lines = None
+        if path:
+            names = ("draft", "target", "dtype", "repeats", "capacity", "fixed_lengths")
+            names += ("prompts_dir", "prompts_per_domain", "load_prompts", "load_block")
+            names += ("load_tokens", "load_temperature")
+            folder, _ = drafter_folder(FLAGS.draft)
+            files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
+            settings = {name: FLAGS[name].value for name in names}
+            settings["files"] = [sha256(file) for file in files]
+            same_settings(f"{path}.settings", settings)
+            self.lines = JsonLines(path)
+            self.figures = {each["slots"]: each["found"] for each in self.lines.entries}
+
+    def add(self, slots: str, found: dict) -> None:
+        """Remembers what was found with so many requests."""
+        self.figures[slots] = found
+        if self.lines is not None:
+            self.lines.add({"slots": slots, "found": found})
 
 
 def at_concurrency(console, model, drafter, slots, prompts, calibration) -> dict:
@@ -215,7 +251,10 @@ def at_concurrency(console, model, drafter, slots, prompts, calibration) -> dict
             schedule=Lagged(costs=profile.costs),
         ),
     )
-    with console.status(f"{slots} requests: decoding in turn"):
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        title = f"{slots} requests: decoding in turn"
+        bar = progress.add_task(title, total=(FLAGS.repeats + 1) * len(houses))
         for run in range(FLAGS.repeats + 1):
             totals = {name: np.zeros(4) for name in contestants}
             # A visit takes a second or two, and machines change their pace: taking
@@ -223,6 +262,7 @@ def at_concurrency(console, model, drafter, slots, prompts, calibration) -> dict
             for house in houses:
                 for name, each in contestants.items():
                     totals[name] += each.visit(house, run)
+                progress.advance(bar)
             for name, each in contestants.items():
                 each.runs.append(totals[name])
     return {name: each.figures() for name, each in contestants.items()} | {

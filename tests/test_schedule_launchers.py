@@ -103,18 +103,21 @@ def test_a_profile_of_another_drafter_is_refused(place):
 
 
 def test_load_is_swept(place):
-    said = place.run(
-        "bench",
-        *("--suite=load", "--draft=run/drafter", "--concurrency=1,2"),
+    sweep = (
+        *("bench", "--suite=load", "--draft=run/drafter", "--concurrency=1,2"),
         *("--fixed_lengths=1,3", "--load_block=3", "--load_tokens=4", "--repeats=3"),
         *("--prompts_dir=.", "--prompts_per_domain=1", "--capacity=256"),
-        "--json_out=load.json",
+        *("--progress=load.jsonl", "--json_out=load.json"),
     )
-    assert "against best" in said
-    for figures in place.json("load.json")["figures"].values():
+    assert "against best" in place.run(*sweep)
+    found = place.json("load.json")
+    for figures in found["figures"].values():
         assert figures["scheduled"]["tokens_per_second"] > 0
         assert figures["none"]["verified_tokens_per_slot"] == 1
     assert (place.folder / "load.png").exists()
+    # Nothing is left to measure.
+    assert "decoding in turn" not in place.run(*sweep)
+    assert place.json("load.json") == found
 
 
 def test_overhead_is_measured(place):

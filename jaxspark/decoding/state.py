@@ -50,8 +50,8 @@ class ScheduleState:
       floor_B: drafts that are verified in every round that drafts.
       cap_B: most drafts that are.
       past_BnG: survival in its last rounds that drafted, the newest first; guessed for
-        what they did not draft, -1 for rounds before the first. Requests that take a
-        slot over begin with the memory of those before them.
+        what they did not draft, -1 for rounds before the first. A request that takes a
+        slot over begins with the memory of the one before it, if both sample alike.
       seen_B: whether its request has had such a round.
       idle_B: rounds since its last whole block.
     """

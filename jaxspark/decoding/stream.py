@@ -157,11 +157,13 @@ def _insert(
             return old.with_slots(slots_N, new)
         return old.at[slots_N].set(new, mode="drop")
 
-    # What rounds were like remains known; how long nothing was drafted is known of all
-    # slots together.
-    past_BnG = state.schedule.past_BnG
+    # What rounds were like remains known, if the new request samples as the old one
+    # did; how long nothing was drafted is known of all slots together.
+    alike_N = state.sampling.temperature[slots_N] == fresh.sampling.temperature
+    past_NnG = state.schedule.past_BnG[slots_N]
+    past_NnG = jnp.where(alike_N[:, None, None], past_NnG, -1.0)
     idle_B = jnp.full_like(state.schedule.idle_B, jnp.max(state.schedule.idle_B))
-    arrived = replace(fresh.schedule, past_BnG=past_BnG[slots_N])
+    arrived = replace(fresh.schedule, past_BnG=past_NnG)
     merged = jax.tree.map(
         merge,
         state,

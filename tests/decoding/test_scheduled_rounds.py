@@ -1,5 +1,7 @@
 """Schedules inside the compiled round: counted, bounded, skipped and taken up again."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,9 +75,12 @@ def test_the_usual_is_expected_before_there_is_history(model, plain):
 
 def test_requests_begin_with_the_memory_of_those_before_them(model):
     seconds = zoo.costs((1, 2, 5), (2.2, 2.3, 2.5), plain=1.0, length=4)
+    requests = [Request(prompt=tuple(p), max_new_tokens=12) for p in PROMPTS]
+    # Sampling otherwise, it has nothing to begin with.
+    requests.append(replace(requests[0], temperature=0.5))
     stream = generate_stream(
         model,
-        [Request(prompt=tuple(prompt), max_new_tokens=12) for prompt in PROMPTS],
+        requests,
         zoo.drafter("dspark-gated", model),
         slots=1,
         capacity=64,
@@ -83,7 +88,7 @@ def test_requests_begin_with_the_memory_of_those_before_them(model):
         schedule=Lagged(costs=seconds, probe_share=1e-4),
     )
     drafted = {index: each.drafted for index, each in stream}
-    assert drafted == {0: 1, 1: 0, 2: 0}
+    assert drafted == {0: 1, 1: 0, 2: 0, 3: 1}
 
 
 @pytest.mark.parametrize("kind", [Lagged, Causal])
