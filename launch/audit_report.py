@@ -1,4 +1,4 @@
-"""What the audits share: progress that can be resumed, tables of checks."""
+"""What long runs share: progress that can be resumed, tables of checks."""
 
 from dataclasses import asdict
 

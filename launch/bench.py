@@ -34,7 +34,7 @@ from jaxspark.decoding.generate import default_buckets
 from jaxspark.drafters import NgramDrafter, PlainDrafter, hybrid
 from jaxspark.evaluation.acceptance import macro_average
 from jaxspark.evaluation.prompts import load_prompts
-from jaxspark.evaluation.timing import alternate, decode_seconds, medians
+from jaxspark.evaluation.timing import alternate, decode_seconds, medians, timed
 from jaxspark.models import FlatTokens
 from launch import common
 from launch.bench_load import bench_load
@@ -246,14 +246,6 @@ def bench_layout(console: Console) -> dict:
         table.add_column(column, justify="right")
     for count in map(int, FLAGS.rows):
         x = jnp.asarray(random.normal(0, 1, (count, width)), jnp.float32)
-
-        def timed(function, *arguments):
-            def run():
-                begin = time.perf_counter()
-                jax.block_until_ready(function(*arguments))
-                return time.perf_counter() - begin
-
-            return run
 
         middle = medians(
             alternate(

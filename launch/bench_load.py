@@ -36,8 +36,8 @@ from jaxspark.decoding.state import Counters, ScheduleState
 from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.evaluation.plots import plot_load
 from jaxspark.evaluation.prompts import in_turn, load_prompts
-from jaxspark.jsonlines import JsonLines, same_settings
 from launch import common
+from launch.audit_report import AuditProgress
 
 flags.DEFINE_list(
     "concurrency", ["1", "2", "4", "8", "16", "32", "64"], "Requests at once."
@@ -170,17 +170,17 @@ def bench_load(console: Console) -> dict:
         max_tokens=FLAGS.capacity // 2,
     )
     prompts = in_turn(domains)
-    finished = _Finished(FLAGS.progress)
+    finished = AuditProgress(FLAGS.progress, _settings())
     figures = {}
     for slots in FLAGS.concurrency:
-        if slots not in finished.figures:
+        if slots not in finished.cells:
             found = at_concurrency(
                 console, target.model, drafter, int(slots), prompts, calibration
             )
-            finished.add(slots, found)
+            finished.add({"cell": slots, "found": found})
             # None of the programs is used again, and all hold memory.
             jax.clear_caches()
-        figures[slots] = finished.figures[slots]
+        figures[slots] = finished.cells[slots]["found"]
         report(console, figures)
         if FLAGS.json_out:
             common.write_figures(FLAGS.json_out, {"figures": figures})
@@ -189,29 +189,15 @@ def bench_load(console: Console) -> dict:
     return figures
 
 
-class _Finished:
-    """Figures by number of requests, kept in a file if there is one."""
-
-    def __init__(self, path: str | None):
-        self.figures: dict[str, dict] = {}
-        self.lines = None
-        if path:
-            names = ("draft", "target", "dtype", "repeats", "capacity", "fixed_lengths")
-            names += ("prompts_dir", "prompts_per_domain", "load_prompts", "load_block")
-            names += ("load_tokens", "load_temperature")
-            folder, _ = drafter_folder(FLAGS.draft)
-            files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
-            settings = {name: FLAGS[name].value for name in names}
-            settings["files"] = [sha256(file) for file in files]
-            same_settings(f"{path}.settings", settings)
-            self.lines = JsonLines(path)
-            self.figures = {each["slots"]: each["found"] for each in self.lines.entries}
-
-    def add(self, slots: str, found: dict) -> None:
-        """Remembers what was found with so many requests."""
-        self.figures[slots] = found
-        if self.lines is not None:
-            self.lines.add({"slots": slots, "found": found})
+def _settings() -> dict:
+    """What figures of another time must agree in, to stand beside new ones."""
+    names = ("draft", "target", "dtype", "repeats", "capacity", "fixed_lengths")
+    names += ("prompts_dir", "prompts_per_domain", "load_prompts", "load_block")
+    names += ("load_tokens", "load_temperature")
+    folder, _ = drafter_folder(FLAGS.draft)
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
+    settings = {name: FLAGS[name].value for name in names}
+    return settings | {"files": [sha256(file) for file in files]}
 
 
 def at_concurrency(console, model, drafter, slots, prompts, calibration) -> dict:

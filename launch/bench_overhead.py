@@ -33,7 +33,7 @@ from jaxspark.decoding.couplings import entropy
 from jaxspark.decoding.generate import check_block_length
 from jaxspark.decoding.schedule import remembered
 from jaxspark.evaluation.prompts import in_turn, load_prompts
-from jaxspark.evaluation.timing import alternate, medians
+from jaxspark.evaluation.timing import alternate, medians, timed
 from jaxspark.models import FlatTokens
 from launch import common
 from launch.bench_load import Contestant, House
@@ -152,19 +152,12 @@ def bench_overhead(console: Console) -> dict:
     logits_GBW = jax.random.normal(key, (block_length, slots, width))
     log_q_GBW = jax.nn.log_softmax(logits_GBW)
 
-    def timed(function, *arguments):
-        def run():
-            begin = time.perf_counter()
-            jax.block_until_ready(function(*arguments))
-            return (time.perf_counter() - begin) / TIMES
-
-        return run
-
     parts = {
         "decision": timed(_decide, scheduled.schedule, calibration, sizes, *inputs),
         "sharpness": timed(_sharpness, log_q_GBW),
     }
-    alone = medians(alternate(parts, FLAGS.repeats))
+    loops = medians(alternate(parts, FLAGS.repeats))
+    alone = {name: each / TIMES for name, each in loops.items()}
     seconds = medians(runs)
     figures = {
         "slots": slots,

@@ -32,6 +32,17 @@ def alternate(
     return seconds
 
 
+def timed(function: Callable, *arguments) -> Callable[[], float]:
+    """A contestant: the seconds of one call, until its arrays are there."""
+
+    def run():
+        begin = perf_counter()
+        jax.block_until_ready(function(*arguments))
+        return perf_counter() - begin
+
+    return run
+
+
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     """Median of each contestant's runs."""
     return {name: median(runs) for name, runs in seconds.items()}
