@@ -89,7 +89,10 @@ class ScheduleState:
         return cls(
             floor_B=jnp.array(floor_B, jnp.int32),
             cap_B=jnp.array(cap_B, jnp.int32),
-            past_BnG=jnp.full((slots, remembered(slots), block_length), -1.0),
+            # A type given by name: a weak one would have `decode` compiled twice.
+            past_BnG=jnp.full(
+                (slots, remembered(slots), block_length), -1.0, jnp.float32
+            ),
             seen_B=jnp.zeros((slots,), bool),
             idle_B=jnp.zeros((slots,), jnp.int32),
         )
