@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,10 +17,14 @@ from jaxspark.decoding import (
     Fixed,
     Lagged,
     Request,
+    Sampling,
     Threshold,
+    decode,
     generate,
     generate_stream,
+    init_state,
     parse_schedule,
+    prefill,
 )
 from tests import zoo
 
@@ -108,6 +113,27 @@ def test_short_blocks_are_drafted_where_long_ones_are_dear(model, plain, kind):
         # A whole block once in twenty rounds, the first of them at the beginning.
         assert each.rounds < each.verified <= 1.6 * each.rounds
         assert each.reached[0] > 10 > each.reached[1]
+
+
+def test_what_decoding_returns_it_takes_without_compiling_again(model):
+    drafter = zoo.drafter("dspark-gated", model)
+    options = DecodeOptions(block_length=4, schedule=Lagged(costs=costs(0.5)))
+    state = init_state(
+        model,
+        drafter,
+        PROMPTS,
+        [60] * 3,
+        Sampling.of(3, temperature=1.0),
+        block_length=4,
+        capacity=64,
+    )
+    state = prefill(model, drafter, state, chunk=16)
+    before = jax.tree.map(jax.typeof, state)
+    compiled = decode._cache_size()
+    for _ in range(2):
+        state = decode(model, drafter, state, jnp.int32(1), options=options)
+    assert jax.tree.map(jax.typeof, state) == before
+    assert decode._cache_size() == compiled + 1
 
 
 def test_nothing_is_drafted_with_a_fixed_length_of_none(model, plain):
