@@ -117,7 +117,7 @@ def test_short_blocks_are_drafted_where_long_ones_are_dear(model, plain, kind):
 
 def test_what_decoding_returns_it_takes_without_compiling_again(model):
     drafter = zoo.drafter("dspark-gated", model)
-    options = DecodeOptions(block_length=4, schedule=Lagged(costs=costs(0.5)))
+    options = DecodeOptions(block_length=4, schedule=Fixed(2))
     state = init_state(
         model,
         drafter,
@@ -127,8 +127,8 @@ def test_what_decoding_returns_it_takes_without_compiling_again(model):
         block_length=4,
         capacity=64,
     )
-    state = prefill(model, drafter, state, chunk=16)
     before = jax.tree.map(jax.typeof, state)
+    state = prefill(model, drafter, state, chunk=16)
     compiled = decode._cache_size()
     for _ in range(2):
         state = decode(model, drafter, state, jnp.int32(1), options=options)
