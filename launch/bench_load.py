@@ -98,7 +98,7 @@ class Contestant:
     def warm_up(self, house: "House") -> None:
         """Runs once what the schedule may choose: on CPUs a first time takes longer.
 
-        What it must verify, and may at most, leaves it no other choice.
+        What it must verify, may at most and has not tried for long leave no choice.
         """
         costs, slots = self.options.schedule.costs, len(house.lengths_B)
         for curve in costs.curves if costs else ():
@@ -106,13 +106,12 @@ class Contestant:
             for size in curve.sizes:
                 forced_B = np.clip(size - slots - length * np.arange(slots), 0, length)
                 state = house.enter(self, 0)
+                due = 10**6 if length else 0
                 schedule = replace(
                     state.schedule,
                     floor_B=jnp.array(forced_B, jnp.int32),
                     cap_B=jnp.array(forced_B, jnp.int32),
-                    idle_B=jnp.full((slots,), 10**6, jnp.int32)
-                    if length == self.options.block_length
-                    else state.schedule.idle_B,
+                    idle_BG=state.schedule.idle_BG.at[:, length - 1].set(due),
                 )
                 state = replace(state, schedule=schedule)
                 state = decode(

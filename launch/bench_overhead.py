@@ -57,7 +57,7 @@ def _decide(
         )
         # All inputs change from time to time, or the compiler would decide but once.
         now, earlier = Outlook.of(survival_BG), Outlook.of(past_nBG + 1e-6 * total)
-        drafts = schedule.draft(earlier, jnp.zeros((slots,), jnp.int32))
+        drafts = schedule.draft(earlier, jnp.zeros((slots, block_length), jnp.int32))
         lengths_B = now.within(schedule(now, earlier), sizes[-1])
         tokens = FlatTokens.from_rows(
             rows_BQ, jnp.full((slots,), step), lengths_B + 1, capacity=sizes[-1]

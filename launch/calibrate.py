@@ -23,7 +23,7 @@ from rich.table import Table
 
 from jaxspark import load_drafter
 from jaxspark.calibration.files import save_calibration
-from jaxspark.calibration.rounds import Rounds, record_rounds
+from jaxspark.calibration.rounds import Rounds, record_rounds, typical_blocks
 from jaxspark.calibration.temperatures import Scaling, assess, fit_temperatures
 from jaxspark.checkpoints.folders import sha256
 from jaxspark.checkpoints.load import drafter_folder
@@ -182,8 +182,8 @@ def main() -> None:
         }
         results[f"{temperature:g}"] = figures
         kept = fits[FLAGS.keep]
-        usual_G = kept.survival(fit).mean(axis=0)
-        rows[temperature] = kept.lists() | {"usual": usual_G.tolist()}
+        usual = tuple(map(tuple, typical_blocks(kept.survival(fit)).tolist()))
+        rows[temperature] = kept.lists() | {"usual": usual}
         report(console, temperature, figures)
         plot_reliability(
             out / f"reliability_{FLAGS.coupling}_{temperature:g}.png",

@@ -75,6 +75,7 @@ def _calibration(entry: dict) -> Calibration:
     def rows(kept):
         return None if kept is None else tuple(map(tuple, kept))
 
+    usual = entry.get("usual")
     return Calibration(
         coupling=entry["coupling"],
         fitted_at=tuple(entry["fitted_at"]),
@@ -82,7 +83,7 @@ def _calibration(entry: dict) -> Calibration:
         biases=rows(entry["biases"]),
         # Files of an earlier time have neither.
         weights=rows(entry.get("weights")),
-        usual=rows(entry.get("usual")),
+        usual=None if usual is None else tuple(map(rows, usual)),
     )
 
 

@@ -35,8 +35,8 @@ class Calibration:
       temperatures: for each of them one temperature per draft.
       biases: likewise what is added to a scaled logit; None for zeros.
       weights: likewise what sharpness counts; None for nothing.
-      usual: likewise the mean survival, which is expected of rounds before there were
-        any; None if nobody knows.
+      usual: likewise the survival of typical blocks, which is expected of rounds
+        before there were any; None if nobody knows.
     """
 
     coupling: Coupling
@@ -44,7 +44,7 @@ class Calibration:
     temperatures: tuple[tuple[float, ...], ...]
     biases: tuple[tuple[float, ...], ...] | None = None
     weights: tuple[tuple[float, ...], ...] | None = None
-    usual: tuple[tuple[float, ...], ...] | None = None
+    usual: tuple[tuple[tuple[float, ...], ...], ...] | None = None
 
     def __post_init__(self):
         if self.coupling not in COUPLINGS:
@@ -66,7 +66,7 @@ class Calibration:
             raise ValueError(f"rows of temperatures differ in length: {lengths}")
         if not all(t > 0 for row in self.temperatures for t in row):
             raise ValueError(f"temperatures must be positive, got {self.temperatures}")
-        for name in ("biases", "weights", "usual"):
+        for name in ("biases", "weights"):
             rows = getattr(self, name)
             if rows is None:
                 continue
@@ -75,6 +75,16 @@ class Calibration:
                 raise ValueError(
                     f"rows of temperatures have {shapes[0]} numbers, rows of {name} "
                     f"{shapes[1]}; give one of each"
+                )
+
+        if self.usual is not None:
+            shape = len(fitted), self.block_length
+            blocks = {len(each) for each in self.usual}
+            drafts = {len(block) for each in self.usual for block in each}
+            if len(self.usual) != shape[0] or len(blocks) != 1 or drafts != {shape[1]}:
+                raise ValueError(
+                    f"usual must be as many blocks of {shape[1]} drafts for each of "
+                    f"{shape[0]} sampling temperatures, got {self.usual}"
                 )
 
     @property
@@ -127,14 +137,16 @@ class Calibration:
 
     def usual_survival(
         self, block_length: int, temperature_B: Float[Array, " B"]
-    ) -> Float[Array, "B G"] | None:
-        """The mean survival at each slot's sampling temperature; None if not known."""
+    ) -> Float[Array, "B U G"] | None:
+        """Typical blocks at each slot's sampling temperature; None if not known."""
         if self.usual is None:
             return None
         return self._of_slots(self.usual, block_length, temperature_B)
 
-    def _of_slots(self, rows, block_length: int, temperature_B) -> Float[Array, "B G"]:
+    def _of_slots(
+        self, rows, block_length: int, temperature_B
+    ) -> Float[Array, "B *U G"]:
         """The row that was fitted nearest to each slot's sampling temperature."""
         distance_BR = jnp.abs(temperature_B[:, None] - jnp.array(self.fitted_at))
         row_B = jnp.argmin(distance_BR, axis=1)
-        return jnp.array(rows, jnp.float32)[row_B, :block_length]
+        return jnp.array(rows, jnp.float32)[row_B, ..., :block_length]

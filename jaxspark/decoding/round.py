@@ -140,7 +140,7 @@ def decode_round(
     if len(rounds) == 1:
         return rounds[0](state)
     forecast = _outlook(state, _earlier(state, options))
-    index = options.schedule.draft(forecast, state.schedule.idle_B)
+    index = options.schedule.draft(forecast, state.schedule.idle_BG)
     return jax.lax.switch(index, rounds, state)
 
 
@@ -184,12 +184,12 @@ def _outlook(state: DecodeState, survival_BG) -> Outlook:
 def _earlier(state: DecodeState, options: DecodeOptions) -> Float[Array, "n B G"]:
     """Survival of the earlier rounds a schedule may look at."""
     past_nBG = jnp.moveaxis(state.schedule.past_BnG, 1, 0)
-    usual_BG = None
+    usual_BUG = None
     if options.calibration is not None:
-        usual_BG = options.calibration.usual_survival(
+        usual_BUG = options.calibration.usual_survival(
             past_nBG.shape[2], state.sampling.temperature
         )
-    return recall(past_nBG, usual_BG)[options.schedule.lag - 1 :]
+    return recall(past_nBG, usual_BUG)[options.schedule.lag - 1 :]
 
 
 def _propose(target, drafter, state: DecodeState, coupling: Coupling, length: int):
@@ -216,7 +216,7 @@ def schedule_round(
     schedule = state.schedule
     slots, drafted = proposal.tokens_BG.shape
     if not drafted:
-        schedule = replace(schedule, idle_B=schedule.idle_B + 1)
+        schedule = replace(schedule, idle_BG=schedule.idle_BG + 1)
         return proposal.lengths_B, schedule
     if options.calibration is None:
         survival_Bg = jnp.cumprod(jax.nn.sigmoid(proposal.confidence_BG), axis=1)
@@ -238,12 +238,11 @@ def schedule_round(
     newest_BG = extend_survival(survival_Bg, past_nBG)
     past_BnG = jnp.concatenate([newest_BG[:, None], schedule.past_BnG[:, :-1]], axis=1)
     past_BnG = jnp.where(state.done_B[:, None, None], schedule.past_BnG, past_BnG)
-    whole = drafted == state.confidence_BG.shape[1]
     return lengths_B, replace(
         schedule,
         past_BnG=past_BnG,
         seen_B=schedule.seen_B | ~state.done_B,
-        idle_B=jnp.zeros_like(schedule.idle_B) if whole else schedule.idle_B + 1,
+        idle_BG=(schedule.idle_BG + 1).at[:, :drafted].set(0),
     )
 
 

@@ -55,12 +55,12 @@ class Scheduler(Protocol):
     def draft_lengths(self, block_length: int) -> tuple[int, ...]:
         """Numbers of drafts a round may propose for each slot, ascending."""
 
-    def draft(self, earlier: Outlook, idle_B: Int[Array, " B"]) -> Int[Array, ""]:
+    def draft(self, earlier: Outlook, idle_BG: Int[Array, "B G"]) -> Int[Array, ""]:
         """Which of them, by index; not asked where there is but one.
 
         Args:
           earlier: with the survival of earlier rounds.
-          idle_B: rounds since the last whole block of each slot.
+          idle_BG: rounds since so many drafts were last proposed.
         """
 
     def __call__(self, now: Outlook, earlier: Outlook) -> Int[Array, " B"]:
@@ -83,7 +83,7 @@ class _OneLength:
         """The whole block."""
         return (block_length,)
 
-    def draft(self, earlier: Outlook, idle_B: Int[Array, " B"]) -> Int[Array, ""]:
+    def draft(self, earlier: Outlook, idle_BG: Int[Array, "B G"]) -> Int[Array, ""]:
         """The only one."""
         return jnp.int32(0)
 
@@ -134,13 +134,13 @@ class CostAware(ABC):
     """Schedulers that weigh tokens against seconds.
 
     They draft as many tokens as are expected to gain most per second, or none, but look
-    now and then whether whole blocks would gain more.
+    now and then whether more would gain more: the sooner the less it seems to lose.
 
     Attributes:
       costs: of a round; None has `generate` measure them.
       lag: age in rounds of the newest survival that earlier decisions rest on. They
         take the mean over all rounds remembered, see `remembered`.
-      probe_share: time spent on such looks, as a share of all.
+      probe_share: time lost by such looks, as a share of all, for each draft length.
     """
 
     costs: Costs | None = None
@@ -176,22 +176,25 @@ class CostAware(ABC):
             return draft_ladder(block_length)
         return self.costs.draft_lengths
 
-    def draft(self, earlier: Outlook, idle_B: Int[Array, " B"]) -> Int[Array, ""]:
-        """What pays most, or the whole block where that was not tried for long."""
-        rates, seconds = [], []
+    def draft(self, earlier: Outlook, idle_BG: Int[Array, "B G"]) -> Int[Array, ""]:
+        """What pays most, or the most drafts that were not tried for long enough."""
+        idle_G = jnp.max(jnp.where(earlier.live_B[:, None], idle_BG, 0), axis=0)
+        rates, seconds, idle = [], [], []
         for curve in self.known.curves:
             index, rate = curve.best_bucket(earlier)
             length = curve.draft_length
             allowed = not length or jnp.all(earlier.floor_B <= length)
             rates.append(jnp.where(allowed, rate, -1.0))
             seconds.append(jnp.array(curve.seconds)[index])
-        best, whole = jnp.argmax(jnp.stack(rates)), len(rates) - 1
-        taken, most = jnp.stack(seconds)[best], jnp.stack(rates)[best]
-        # What a whole block loses: it takes longer than its tokens would otherwise.
-        lost = seconds[whole] * (1 - rates[whole] / most)
-        wait = lost / (self.probe_share * taken)
-        idle = jnp.max(jnp.where(earlier.live_B, idle_B, 0))
-        return jnp.where(idle >= wait, whole, best)
+            idle.append(idle_G[length - 1])
+        rate_L, seconds_L = jnp.stack(rates), jnp.stack(seconds)
+        best = jnp.argmax(rate_L)
+        # What a look loses: it takes longer than its tokens would otherwise.
+        lost_L = seconds_L * (1 - rate_L / rate_L[best])
+        wait_L = lost_L / (self.probe_share * seconds_L[best])
+        choice_L = jnp.arange(len(rates))
+        due_L = (choice_L > best) & (rate_L > 0) & (jnp.stack(idle) >= wait_L)
+        return jnp.max(jnp.where(due_L, choice_L, best))
 
     @abstractmethod
     def __call__(self, now: Outlook, earlier: Outlook) -> Int[Array, " B"]:
@@ -271,21 +274,25 @@ def remembered(slots: int) -> int:
 
 
 def recall(
-    past_nBG: Float[Array, "n B G"], usual_BG: Float[Array, "B G"] | None
+    past_nBG: Float[Array, "n B G"], usual_BUG: Float[Array, "B U G"] | None
 ) -> Float[Array, "n B G"]:
     """Survival of earlier rounds, those included that were not played yet.
 
     Args:
       past_nBG: of those that were; below 0 for others.
-      usual_BG: what to expect of these; None takes the mean of the rounds that were
+      usual_BUG: blocks to expect of these, in turns: a mean would say nothing of what
+        choosing the likeliest drafts gains. None takes the mean of the rounds that were
         played, and 1 if there were none.
     """
     known_nBG = past_nBG >= 0
-    if usual_BG is None:
+    if usual_BUG is None:
         count_G = jnp.sum(known_nBG, axis=(0, 1))
         total_G = jnp.sum(past_nBG, axis=(0, 1), where=known_nBG)
-        usual_BG = jnp.where(count_G > 0, total_G / jnp.maximum(count_G, 1), 1.0)
-    return jnp.where(known_nBG, past_nBG, usual_BG)
+        mean_G = jnp.where(count_G > 0, total_G / jnp.maximum(count_G, 1), 1.0)
+        return jnp.where(known_nBG, past_nBG, mean_G)
+    rounds, slots, _ = past_nBG.shape
+    turn_nB = jnp.arange(rounds * slots).reshape(rounds, slots) % usual_BUG.shape[1]
+    return jnp.where(known_nBG, past_nBG, usual_BUG[jnp.arange(slots), turn_nB])
 
 
 def extend_survival(

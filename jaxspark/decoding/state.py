@@ -53,14 +53,14 @@ class ScheduleState:
         what they did not draft, -1 for rounds before the first. A request that takes a
         slot over begins with the memory of the one before it, if both sample alike.
       seen_B: whether its request has had such a round.
-      idle_B: rounds since its last whole block.
+      idle_BG: rounds since that many drafts were last proposed.
     """
 
     floor_B: Int[Array, " B"]
     cap_B: Int[Array, " B"]
     past_BnG: Float[Array, "B n G"]
     seen_B: Bool[Array, " B"]
-    idle_B: Int[Array, " B"]
+    idle_BG: Int[Array, "B G"]
 
     @classmethod
     def start(
@@ -94,7 +94,7 @@ class ScheduleState:
                 (slots, remembered(slots), block_length), -1.0, jnp.float32
             ),
             seen_B=jnp.zeros((slots,), bool),
-            idle_B=jnp.zeros((slots,), jnp.int32),
+            idle_BG=jnp.zeros((slots, block_length), jnp.int32),
         )
 
 

@@ -158,11 +158,13 @@ def _insert(
         return old.at[slots_N].set(new, mode="drop")
 
     # What rounds were like remains known, if the new request samples as the old one
-    # did; how long nothing was drafted is known of all slots together.
+    # did; how long less was drafted is known of all slots together.
     alike_N = state.sampling.temperature[slots_N] == fresh.sampling.temperature
     past_NnG = state.schedule.past_BnG[slots_N]
     past_NnG = jnp.where(alike_N[:, None, None], past_NnG, -1.0)
-    idle_B = jnp.full_like(state.schedule.idle_B, jnp.max(state.schedule.idle_B))
+    idle_BG = jnp.broadcast_to(
+        jnp.max(state.schedule.idle_BG, axis=0), state.schedule.idle_BG.shape
+    )
     arrived = replace(fresh.schedule, past_BnG=past_NnG)
     merged = jax.tree.map(
         merge,
@@ -170,7 +172,7 @@ def _insert(
         replace(fresh, schedule=arrived),
         is_leaf=lambda node: isinstance(node, Rows),
     )
-    return replace(merged, schedule=replace(merged.schedule, idle_B=idle_B))
+    return replace(merged, schedule=replace(merged.schedule, idle_BG=idle_BG))
 
 
 @dataclass(frozen=True)

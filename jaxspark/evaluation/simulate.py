@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxspark.calibration.rounds import Rounds
+from jaxspark.calibration.rounds import Rounds, typical_blocks
 from jaxspark.decoding import Calibration, Costs, Outlook, Scheduler
 from jaxspark.decoding.schedule import extend_survival, recall, remembered
 
@@ -189,9 +189,10 @@ def simulate(
             )
     place_B, end_B = np.zeros(slots, int), np.zeros(slots, int)
     left_B = np.zeros(slots, int)
-    idle_B, fresh_B = np.zeros(slots, int), np.ones(slots, bool)
+    idle_BG, fresh_B = np.zeros((slots, G), int), np.ones(slots, bool)
     past_nBG = np.full((remembered(slots), slots, G), -1.0, np.float32)
-    usual_BG = jnp.asarray(np.tile(trace.survival_NG.mean(axis=0), (slots, 1)))
+    usual_UG = typical_blocks(trace.survival_NG)
+    usual_BUG = jnp.asarray(np.broadcast_to(usual_UG, (slots, *usual_UG.shape)))
     waiting, clock, arrival = 0, 0.0, 0.0
     sums = dict.fromkeys(
         ("time", "tokens", "slots", "verified", "drafted", "busy"), 0.0
@@ -219,10 +220,10 @@ def simulate(
             clock = arrival
             continue
         # What is verified.
-        earlier_nBG = _recall(jnp.array(past_nBG), usual_BG)[schedule.lag - 1 :]
+        earlier_nBG = _recall(jnp.array(past_nBG), usual_BUG)[schedule.lag - 1 :]
         pick = 0
         if len(lengths) > 1:
-            pick = int(_draft(schedule, earlier_nBG, live_B, idle_B))
+            pick = int(_draft(schedule, earlier_nBG, live_B, idle_BG))
         drafted, curve = lengths[pick], curves[pick]
         lengths_B = np.zeros(slots, int)
         if drafted:
@@ -236,7 +237,7 @@ def simulate(
             shifted_nBG = np.concatenate([newest_BG[None], past_nBG[:-1]])
             past_nBG = np.where(live_B[:, None], shifted_nBG, past_nBG)
             fresh_B &= ~live_B
-        idle_B = np.zeros_like(idle_B) if drafted == G else idle_B + 1
+        idle_BG = np.where(np.arange(G) < drafted, 0, idle_BG + 1)
         # What comes of it.
         gained_B = np.minimum(lengths_B, trace.right_N[place_B]) + 1
         gained_B = np.where(live_B, np.minimum(gained_B, left_B), 0)
@@ -271,8 +272,8 @@ _recall = jax.jit(recall)
 
 
 @partial(jax.jit, static_argnames=("schedule",))
-def _draft(schedule: Scheduler, earlier_nBG, live_B, idle_B):
-    return schedule.draft(Outlook.of(earlier_nBG, live_B=live_B), idle_B)
+def _draft(schedule: Scheduler, earlier_nBG, live_B, idle_BG):
+    return schedule.draft(Outlook.of(earlier_nBG, live_B=live_B), idle_BG)
 
 
 @partial(jax.jit, static_argnames=("schedule", "largest"))

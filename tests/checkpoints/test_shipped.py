@@ -2,9 +2,11 @@
 
 import re
 
+import jax.numpy as jnp
 import pytest
 
 from jaxspark import generate, load_drafter
+from jaxspark.calibration.files import load_calibration
 from jaxspark.checkpoints import CheckpointError
 from jaxspark.checkpoints.load import SHIPPED_DRAFTERS
 from tests import zoo
@@ -41,6 +43,16 @@ def test_it_drafts_well_and_changes_nothing(smollm2, name, least):
     assert [each.tokens for each in seen] == [each.tokens for each in plain]
     tokens = sum(len(each.tokens) for each in seen)
     assert tokens / sum(each.rounds for each in seen) > least
+
+
+def test_it_is_calibrated_and_says_what_is_usual():
+    calibration = load_calibration("dspark", "rejection")
+    calibration.check(7, "rejection")
+    usual_BUG = calibration.usual_survival(7, jnp.ones(1))
+    assert jnp.all((usual_BUG >= 0) & (usual_BUG <= 1))
+    # Blocks that differ: one in sixteen is drafted with twice the mean's chance.
+    first_U = usual_BUG[0, :, 0]
+    assert 0.2 < first_U.mean() < 0.6 and first_U.max() > 1.8 * first_U.mean()
 
 
 def test_another_target_is_told():

@@ -48,7 +48,7 @@ def test_what_was_drafted_decides_how_much_is_drafted_next():
     lagged = schedule_sampling.schedules_for_rejection()["lagged"]
     for survival, length in (((0.8, 0.76), 2), ((0.8, 0.0008), 1), ((0.1, 0.0), 0)):
         outlook = Outlook.of(jnp.array([survival] * 2))
-        pick = lagged.draft(outlook, jnp.zeros(2, int))
+        pick = lagged.draft(outlook, jnp.zeros((2, 2), int))
         assert schedule_sampling.COSTS.draft_lengths[int(pick)] == length
 
 
