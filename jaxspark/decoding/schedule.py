@@ -186,6 +186,7 @@ class CostAware(ABC):
             allowed = not length or jnp.all(earlier.floor_B <= length)
             rates.append(jnp.where(allowed, rate, -1.0))
             seconds.append(jnp.array(curve.seconds)[index])
+            # Of no drafts it is not asked: no choice is smaller.
             idle.append(idle_G[length - 1])
         rate_L, seconds_L = jnp.stack(rates), jnp.stack(seconds)
         best = jnp.argmax(rate_L)

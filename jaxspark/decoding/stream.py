@@ -158,7 +158,7 @@ def _insert(
         return old.at[slots_N].set(new, mode="drop")
 
     # What rounds were like remains known, if the new request samples as the old one
-    # did; how long less was drafted is known of all slots together.
+    # did; how long so many were not drafted is known of all slots together.
     alike_N = state.sampling.temperature[slots_N] == fresh.sampling.temperature
     past_NnG = state.schedule.past_BnG[slots_N]
     past_NnG = jnp.where(alike_N[:, None, None], past_NnG, -1.0)

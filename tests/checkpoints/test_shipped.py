@@ -50,7 +50,7 @@ def test_it_is_calibrated_and_says_what_is_usual():
     calibration.check(7, "rejection")
     usual_BUG = calibration.usual_survival(7, jnp.ones(1))
     assert jnp.all((usual_BUG >= 0) & (usual_BUG <= 1))
-    # Blocks that differ: one in sixteen is drafted with twice the mean's chance.
+    # Blocks that differ: the best sixteenth survives nearly twice as often as the mean.
     first_U = usual_BUG[0, :, 0]
     assert 0.2 < first_U.mean() < 0.6 and first_U.max() > 1.8 * first_U.mean()
 

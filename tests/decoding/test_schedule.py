@@ -158,10 +158,10 @@ def test_as_much_is_drafted_as_must_be_verified():
 
 
 def picks(survival, rounds):
-    """What is drafted after so many rounds without any draft."""
+    """What is drafted after 0, 1, 2, ... rounds in which one slot had no draft."""
     outlook = Outlook.of(jnp.array([survival] * 2))
     return [
-        int(Lagged(costs=LADDER).draft(outlook, jnp.full((2, 3), n)))
+        int(Lagged(costs=LADDER).draft(outlook, jnp.array([[0] * 3, [n] * 3])))
         for n in range(rounds)
     ]
 
