@@ -1,9 +1,9 @@
 """`launch.audit --suite=schedules`: all guarantees under every schedule."""
 
+import functools
 import itertools
-import os
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict
 
 import jax
@@ -14,14 +14,17 @@ from rich.table import Table
 
 from jaxspark.evaluation import schedule_checks, schedule_sampling
 from jaxspark.evaluation.sampling_checks import Check
+from jaxspark.evaluation.schedule_checks import ScheduleCell, ScheduleResult
 from jaxspark.evaluation.tiny_models import Family, tiny_models
 from launch.audit_report import AuditProgress, checked, found, total
+from launch.workers import compile_workers
 
 # --suite=quick runs one cell in so many.
 QUICK = 37
 # Compiled programs hold memory maps, of which a process may have but so many: cells
-# between two clearings.
+# between two clearings, and those that this process has run.
 AT_ONCE: dict[Family, int] = {"dense": 40, "deepseek_v4": 15}
+_cells_run = itertools.count(1)
 FLAGS = flags.FLAGS
 
 
@@ -47,34 +50,33 @@ def _audit_schedules(console: Console, *, quick: bool, family: Family) -> dict:
     settings = {"suite": "schedules", "quick": quick, "family": family}
     finished = AuditProgress(progress_file, settings)
     todo = [cell for cell in grid if cell.name not in finished.cells]
-
-    audit = schedule_checks.ScheduleAudit(family=family)
-
-    def run(cell):
-        begin = time.perf_counter()
-        result = audit.run(cell)
-        return cell, result, time.perf_counter() - begin
+    own = tiny_models(family, schedule_sampling.VOCAB)[1]
+    drafters = ("telltale", "hybrid-asks") if quick else ("telltale", *own)
+    lawful = schedule_sampling.schedules_for_rejection()
+    schedules = ("causal", "lagged") if quick else tuple(lawful)
+    samples = 20_000 if quick else FLAGS.samples
 
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    # Compiling takes most of the time and leaves the other threads alone.
-    with (
-        Progress(*columns, console=console) as progress,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-    ):
+    with Progress(*columns, console=console) as progress, compile_workers() as workers:
         bar = progress.add_task("schedules", total=len(grid))
         progress.advance(bar, len(grid) - len(todo))
-        for cells in itertools.batched(todo, AT_ONCE[family]):
-            for future in as_completed([pool.submit(run, cell) for cell in cells]):
-                cell, result, seconds = future.result()
-                counts = {"rounds": result.rounds, "drafted": result.drafted}
-                entry = asdict(cell) | counts | {"verified": result.verified}
-                finished.add(
-                    {"cell": cell.name, **entry, **found(result.audit, seconds)}
-                )
-                for difference in result.audit.differences:
-                    progress.console.print(f"{cell.name}: {difference}")
-                progress.advance(bar)
-            jax.clear_caches()
+        cells = {workers.submit(_run_cell, family, cell): cell for cell in todo}
+        checking = [workers.submit(_enumerate, family, name) for name in drafters]
+        checking += [
+            workers.submit(_sample, family, name, samples) for name in schedules
+        ]
+        for future in as_completed(cells):
+            cell, (result, seconds) = cells[future], future.result()
+            counts = {"rounds": result.rounds, "drafted": result.drafted}
+            entry = asdict(cell) | counts | {"verified": result.verified}
+            finished.add({"cell": cell.name, **entry, **found(result.audit, seconds)})
+            for difference in result.audit.differences:
+                progress.console.print(f"{cell.name}: {difference}")
+            progress.advance(bar)
+        bar = progress.add_task("distributions", total=len(checking))
+        for future in as_completed(checking):
+            future.result()
+            progress.advance(bar)
     entries = list(finished.cells.values())
     table = Table(title=f"schedules · tiny models · {family}")
     for column in ("schedule", "coupling", "cells", "outputs", "tokens", "drafted",
@@ -101,12 +103,8 @@ def _audit_schedules(console: Console, *, quick: bool, family: Family) -> dict:
         f"{total(entries, 'violations')} violations"
     )
     checks = [_choice(names, group) for names, group in groups.items()]
-    own = tiny_models(family, schedule_sampling.VOCAB)[1]
-    for name in ("telltale", "hybrid-asks") if quick else ("telltale", *own):
-        checks += schedule_sampling.enumeration_checks([name], family=family)
-        jax.clear_caches()
-    samples = 20_000 if quick else FLAGS.samples
-    checks += schedule_sampling.frequency_checks(samples, family=family)
+    for each in checking:
+        checks += each.result()
     enumerated = checked(console, "schedules with rejection sampling", checks)
     return {
         "violations": total(entries, "violations") + enumerated["violations"],
@@ -115,6 +113,32 @@ def _audit_schedules(console: Console, *, quick: bool, family: Family) -> dict:
         "checks": enumerated["checks"],
         "cells": entries,
     }
+
+
+@functools.cache
+def _audit(family: Family) -> schedule_checks.ScheduleAudit:
+    """Models, requests and their plain outputs: of a worker, for all its cells."""
+    return schedule_checks.ScheduleAudit(family=family)
+
+
+def _run_cell(family: Family, cell: ScheduleCell) -> tuple[ScheduleResult, float]:
+    audit = _audit(family)
+    begin = time.perf_counter()
+    result = audit.run(cell)
+    if next(_cells_run) % AT_ONCE[family] == 0:
+        jax.clear_caches()
+    return result, time.perf_counter() - begin
+
+
+def _enumerate(family: Family, drafter: str) -> list[Check]:
+    checks = schedule_sampling.enumeration_checks([drafter], family=family)
+    jax.clear_caches()
+    return checks
+
+
+def _sample(family: Family, name: str, samples: int) -> list[Check]:
+    schedule = schedule_sampling.schedules_for_rejection()[name]
+    return schedule_sampling.frequency_checks(samples, {name: schedule}, family)
 
 
 def _choice(names: tuple[str, str], group: list[dict]) -> Check:

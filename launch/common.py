@@ -179,6 +179,14 @@ def _without_nan(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def quiet() -> None:
+    """Silences what libraries report of themselves."""
+    # JAX reports every accelerator plugin it does not find.
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    # Orbax tells of every option it was given.
+    absl_logging.set_verbosity(absl_logging.WARNING)
+
+
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, unless the environment chose a place."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -208,10 +216,7 @@ def run(main: Callable[[], int | None]) -> None:
     def start(argv):
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument {argv[1]!r}; all are --flags")
-        # JAX reports every accelerator plugin it does not find.
-        logging.getLogger("jax").setLevel(logging.WARNING)
-        # Orbax tells of every option it was given.
-        absl_logging.set_verbosity(absl_logging.WARNING)
+        quiet()
         use_compilation_cache()
         with readable_errors():
             sys.exit(main())

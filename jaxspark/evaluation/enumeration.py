@@ -49,15 +49,19 @@ def sequence_log_probs(
     for n in range(length):
         prefixes = list(itertools.product(range(vocab), repeat=n))
         rows = jnp.array([[*prompt, *prefix] for prefix in prefixes], jnp.int32)
-        slots, width = rows.shape
-        tokens = FlatTokens.from_rows(
-            rows, jnp.zeros((slots,), jnp.int32), jnp.full((slots,), width)
-        )
-        x_DT, _, _ = target(tokens, target.init_cache(slots, width))
-        logits_BV = target.logits(x_DT).reshape(slots, width, -1)[:, -1]
-        log_p_BV = warp(logits_BV, sampling.at(jnp.zeros((slots,), jnp.int32)))
+        log_p_BV = _next_log_probs(target, rows, sampling)
         table |= dict(zip(prefixes, np.asarray(log_p_BV, np.float64)))
     return table
+
+
+@jax.jit
+def _next_log_probs(target, rows_BQ, sampling: Sampling) -> Float[Array, "B V"]:
+    slots, width = rows_BQ.shape
+    begin_B = jnp.zeros((slots,), jnp.int32)
+    tokens = FlatTokens.from_rows(rows_BQ, begin_B, jnp.full_like(begin_B, width))
+    x_DT, _, _ = target(tokens, target.init_cache(slots, width))
+    logits_BV = target.logits(x_DT).reshape(slots, width, -1)[:, -1]
+    return warp(logits_BV, sampling.at(begin_B))
 
 
 def target_distribution(table: LogProbs) -> np.ndarray:
@@ -69,61 +73,93 @@ def target_distribution(table: LogProbs) -> np.ndarray:
     return joint
 
 
-def round_distribution(
-    target,
-    drafter,
-    prompt: Sequence[int],
-    table: LogProbs,
-    sampling: Sampling,
-    *,
-    schedule: Scheduler = Fixed(),
-    calibration: Calibration | None = None,
-    earlier_G: Float[Array, " G"] | None = None,
-    beside: Sequence[int] | None = None,
-    accept: Callable = acceptance_probability,
-) -> np.ndarray:
-    """Distribution of the next G+1 tokens when one round is speculative, [V, ..., V].
+class EnumeratedRound:
+    """One speculative round of a request, with all that may be drafted in it.
 
-    Args:
-      target: a model with a vocabulary of a few tokens.
-      drafter: any drafter for it.
-      prompt: committed tokens, the last is the anchor.
-      table: `sequence_log_probs` of G+1 tokens after the prompt.
-      sampling: parameters of one slot.
-      schedule: chooses the verification length.
-      calibration: of the drafter's confidences.
-      earlier_G: survival in earlier rounds of all slots; None if there were none.
-      beside: prompt of another request in the same round, whose drafts are enumerated
-        too: it competes for what is verified.
-      accept: the acceptance rule; another one than the decoder's shows that the
-        comparison can fail.
+    Schedules differ only in how many of the drafts they verify, so one round serves
+    them all.
     """
-    block_length, vocab = max(map(len, table)), len(table[()])
-    joint = np.zeros((vocab,) * (block_length + 1))
-    prompts = [prompt] if beside is None else [prompt, beside]
-    options = DecodeOptions(
-        block_length=block_length, schedule=schedule, calibration=calibration
-    )
-    lengths = _Scheduled(target, drafter, prompts, sampling, options, earlier_G)
-    mine, *others = (
-        list(draft_blocks(target, drafter, each, block_length, sampling))
-        for each in prompts
-    )
-    for (drafts, proposal), *rest in itertools.product(mine, *others):
-        proposals = [proposal, *(other for _, other in rest)]
-        chance = np.prod([_draft_probability(each) for each in proposals])
-        verified = lengths(proposals)
-        log_p_1G = jnp.array([[table[drafts[:j]][x] for j, x in enumerate(drafts)]])
-        accept_1G = np.asarray(accept(log_p_1G, log_q_of_drafts(proposal)), np.float64)
-        for accepted in range(verified + 1):
-            rejected = accepted < verified
-            weight = chance * np.prod(accept_1G[0, :accepted])
-            weight *= 1 - accept_1G[0, accepted] if rejected else 1.0
-            if weight:
-                prefix = drafts[:accepted]
-                next_V = _correction(table, proposal, prefix, rejected, vocab)
-                _complete(joint, table, prefix, weight * next_V)
-    return joint
+
+    def __init__(
+        self,
+        target,
+        drafter,
+        prompts: Sequence[Sequence[int]],
+        table: LogProbs,
+        sampling: Sampling,
+        *,
+        accept: Callable = acceptance_probability,
+    ):
+        """Enumerates the drafts of every slot and what may come of the first's.
+
+        Args:
+          target: a model with a vocabulary of a few tokens.
+          drafter: any drafter for it.
+          prompts: committed tokens of every slot, the last is the anchor. The first
+            slot's distribution is asked for; the others compete for what is verified.
+          table: `sequence_log_probs` of G+1 tokens after the first prompt.
+          sampling: parameters of one slot, for all.
+          accept: the acceptance rule; another one than the decoder's shows that the
+            comparison can fail.
+        """
+        self.block_length = max(map(len, table))
+        state = init_state(
+            target,
+            drafter,
+            prompts,
+            [len(each) + self.block_length + 1 for each in prompts],
+            jax.tree.map(lambda x: jnp.repeat(x, len(prompts)), sampling),
+            block_length=self.block_length,
+        )
+        # Schedules do not see caches; without them one program serves all drafters.
+        self.state = replace(state, target_cache=(), draft_cache=())
+        blocks = [
+            list(draft_blocks(target, drafter, each, self.block_length, sampling))
+            for each in prompts
+        ]
+        self.outcomes = np.stack(
+            [_outcomes(table, *block, accept) for block in blocks[0]]
+        )
+        # All combinations N of the slots' drafts.
+        chosen_NB = np.array(list(np.ndindex(*map(len, blocks))))
+        self.first_N = chosen_NB[:, 0]
+        chances = [[_draft_probability(each) for _, each in own] for own in blocks]
+        self.chance_N = np.prod(
+            [np.array(own)[chosen] for own, chosen in zip(chances, chosen_NB.T)], axis=0
+        )
+        # What schedules see of every slot's proposals, [N, B, ...].
+        seen = [_stacked([proposal for _, proposal in own]) for own in blocks]
+        picked = [_taken(own, chosen) for own, chosen in zip(seen, chosen_NB.T)]
+        self.proposals = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *picked)
+
+    def distribution(
+        self,
+        schedule: Scheduler = Fixed(),
+        *,
+        calibration: Calibration | None = None,
+        earlier_G: Float[Array, " G"] | None = None,
+    ) -> np.ndarray:
+        """Of the first slot's next G+1 tokens under a schedule, [V, ..., V].
+
+        Args:
+          schedule: chooses the verification length.
+          calibration: of the drafter's confidences.
+          earlier_G: survival in earlier rounds of all slots; None if there were none.
+        """
+        state = self.state
+        if earlier_G is not None:
+            remembered = replace(
+                state.schedule,
+                past_BnG=jnp.broadcast_to(earlier_G, state.schedule.past_BnG.shape),
+                seen_B=jnp.ones_like(state.schedule.seen_B),
+            )
+            state = replace(state, schedule=remembered)
+        options = DecodeOptions(
+            block_length=self.block_length, schedule=schedule, calibration=calibration
+        )
+        verified_N = np.asarray(_verified(state, self.proposals, options))
+        outcomes = self.outcomes[self.first_N, verified_N]
+        return np.tensordot(self.chance_N, outcomes, axes=1)
 
 
 def draft_blocks(
@@ -166,49 +202,47 @@ def draft_blocks(
             yield drafts, proposal
 
 
-class _Scheduled:
-    """How many drafts of the first slot a round verifies: the round's own decision."""
+def _stacked(proposals: Sequence[Proposal]) -> Proposal:
+    """What schedules see of one slot's proposals, along a leading axis."""
+    seen = [
+        replace(each, log_q_BGW=None, ids_W=None, certain_B=None) for each in proposals
+    ]
+    return jax.tree.map(lambda *x: jnp.stack(x), *seen)
 
-    def __init__(self, target, drafter, prompts, sampling, options, earlier_G):
-        self.options = options
-        slots, block_length = len(prompts), options.block_length
-        state = init_state(
-            target,
-            drafter,
-            prompts,
-            [len(each) + block_length + 1 for each in prompts],
-            jax.tree.map(lambda x: jnp.repeat(x, slots), sampling),
-            block_length=block_length,
-        )
-        remembered = state.schedule
-        if earlier_G is not None:
-            remembered = replace(
-                remembered,
-                past_BnG=jnp.broadcast_to(earlier_G, remembered.past_BnG.shape),
-                seen_B=jnp.ones((slots,), bool),
-            )
-        # Caches say nothing about it, and without them one program serves all drafters.
-        self.state = replace(
-            state, schedule=remembered, target_cache=(), draft_cache=()
-        )
 
-    def __call__(self, proposals: Sequence[Proposal]) -> int:
-        together = Proposal(
-            *(
-                jnp.concatenate([getattr(each, name) for each in proposals])
-                for name in ("tokens_BG", "lengths_B", "confidence_BG", "sharpness_BG")
-            )
-        )
-        return int(_lengths(self.state, together, self.options)[0])
+def _taken(proposals: Proposal, index_N: np.ndarray) -> Proposal:
+    return jax.tree.map(lambda x: x[index_N], proposals)
 
 
 @partial(jax.jit, static_argnames=("options",))
-def _lengths(state: DecodeState, proposal: Proposal, options: DecodeOptions):
-    return schedule_round(state, proposal, options)[0]
+def _verified(state: DecodeState, proposals: Proposal, options: DecodeOptions):
+    """How many drafts of the first slot are verified: the round's own decision, [N]."""
+    return jax.vmap(lambda each: schedule_round(state, each, options)[0][0])(proposals)
 
 
 def _draft_probability(proposal) -> float:
     return float(np.exp(np.sum(np.asarray(log_q_of_drafts(proposal), np.float64))))
+
+
+def _outcomes(table, drafts, proposal, accept) -> np.ndarray:
+    """Next tokens if the first 0..G of these drafts are verified, [G+1, V, ..., V]."""
+    log_p_1G = jnp.array([[table[drafts[:j]][x] for j, x in enumerate(drafts)]])
+    accept_1G = np.asarray(accept(log_p_1G, log_q_of_drafts(proposal)), np.float64)
+    length, vocab = len(drafts), len(table[()])
+    outcomes = np.zeros((length + 1, *(vocab,) * (length + 1)))
+
+    def add(joint, prefix, chance, rejected):
+        if chance:
+            next_V = _correction(table, proposal, prefix, rejected, vocab)
+            _complete(joint, table, prefix, chance * next_V)
+
+    reached = 1.0
+    for n, accepted in enumerate((*accept_1G[0], 0.0)):
+        # All of n verified drafts are accepted; or of more, the first n.
+        add(outcomes[n], drafts[:n], reached, rejected=False)
+        add(outcomes[n + 1 :], drafts[:n], reached * (1 - accepted), rejected=True)
+        reached *= accepted
+    return outcomes
 
 
 def _correction(table, proposal, prefix, rejected, vocab):
@@ -221,9 +255,12 @@ def _correction(table, proposal, prefix, rejected, vocab):
 
 
 def _complete(joint, table, prefix, weight_V):
-    """Adds the emitted prefix and next token, later positions sampled plainly."""
-    for tokens in np.ndindex(joint.shape):
-        n = len(prefix)
+    """Adds the emitted prefix and next token, later positions sampled plainly.
+
+    To one distribution or, where they stand along a leading axis, to all.
+    """
+    n, length = len(prefix), 1 + max(map(len, table))
+    for tokens in np.ndindex((len(weight_V),) * length):
         if tokens[:n] == prefix:
-            rest = sum(table[tokens[:i]][tokens[i]] for i in range(n + 1, joint.ndim))
-            joint[tokens] += weight_V[tokens[n]] * np.exp(rest)
+            rest = sum(table[tokens[:i]][tokens[i]] for i in range(n + 1, length))
+            joint[..., *tokens] += weight_V[tokens[n]] * np.exp(rest)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxspark.decoding.couplings import Coupling, acceptance_probability
 from jaxspark.decoding.sampling import Sampling
 from jaxspark.evaluation.enumeration import (
-    round_distribution,
+    EnumeratedRound,
     sequence_log_probs,
     target_distribution,
 )
@@ -53,10 +53,10 @@ def enumeration_checks(
     for name, drafter in tried.items():
         if drafters is not None and name not in drafters:
             continue
-        seen = round_distribution(
-            target, drafter, PROMPT, table, sampling, accept=accept
+        round_ = EnumeratedRound(
+            target, drafter, [PROMPT], table, sampling, accept=accept
         )
-        error = float(np.abs(seen - expected).max())
+        error = float(np.abs(round_.distribution() - expected).max())
         checks.append(
             Check(
                 name=f"enumeration, {name}",

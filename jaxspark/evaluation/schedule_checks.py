@@ -38,7 +38,8 @@ SCHEDULES = (
 )  # fmt: skip
 BUCKETS = {
     "one": (SLOTS * (BLOCK_LENGTH + 1),),
-    "three": (6, 10, SLOTS * (BLOCK_LENGTH + 1)),
+    # The first holds a draft of every slot.
+    "two": (2 * SLOTS, SLOTS * (BLOCK_LENGTH + 1)),
     # Four anchors do not fit the first, all drafts no one.
     "narrow": (3, 7, 13),
 }
@@ -170,7 +171,7 @@ class ScheduleAudit:
     def _decode(self, cell: ScheduleCell, requests) -> list[Completion]:
         sizes = BUCKETS[cell.buckets]
         # Every length with every set would be compiling most of the time.
-        lengths = (1, BLOCK_LENGTH) if cell.buckets == "three" else (BLOCK_LENGTH,)
+        lengths = (1, BLOCK_LENGTH) if cell.buckets == "two" else (BLOCK_LENGTH,)
         costs = made_up_costs(sizes, draft_lengths=lengths)
         schedule = scheduler(cell.schedule, costs)
         done = dict(

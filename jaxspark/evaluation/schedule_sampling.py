@@ -30,7 +30,7 @@ from jaxspark.decoding import (
 )
 from jaxspark.drafters import Proposal
 from jaxspark.evaluation.enumeration import (
-    round_distribution,
+    EnumeratedRound,
     sequence_log_probs,
     target_distribution,
 )
@@ -129,25 +129,15 @@ def enumeration_checks(
     tried = {"telltale": telltale()} | own
     checks = []
     for name in tried if drafters is None else drafters:
-        drafter = hesitant(tried[name])
+        round_ = EnumeratedRound(
+            target, hesitant(tried[name]), [PROMPT, PROMPT[1:]], table, sampling
+        )
         for label, schedule in (schedules or schedules_for_rejection()).items():
-            error = max(
-                np.abs(
-                    round_distribution(
-                        target,
-                        drafter,
-                        PROMPT,
-                        table,
-                        sampling,
-                        schedule=schedule,
-                        calibration=calibration,
-                        earlier_G=earlier,
-                        beside=PROMPT[1:],
-                    )
-                    - expected
-                ).max()
-                for earlier in (None, jnp.array([0.5, 0.1]), jnp.array([0.9, 0.8]))
-            )
+            seen = [
+                round_.distribution(schedule, calibration=calibration, earlier_G=each)
+                for each in (None, jnp.array([0.5, 0.1]), jnp.array([0.9, 0.8]))
+            ]
+            error = max(np.abs(each - expected).max() for each in seen)
             checks.append(
                 Check(
                     name=f"enumeration, {name}, {label}",

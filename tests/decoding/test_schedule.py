@@ -26,7 +26,7 @@ from jaxspark.decoding.costs import bucket_ladder
 from jaxspark.decoding.couplings import COUPLINGS
 from jaxspark.decoding.schedule import extend_survival, recall, remembered
 from jaxspark.drafters import Proposal
-from jaxspark.evaluation.enumeration import round_distribution, target_distribution
+from jaxspark.evaluation.enumeration import EnumeratedRound, target_distribution
 from tests import zoo
 
 
@@ -275,11 +275,10 @@ def distribution(p, q, confidence, schedule, telling=False, **options):
         config=SimpleNamespace(vocab_size=len(p)), init_cache=lambda slots, length: ()
     )
     stub = Stub(np.array(q), confidence, length, telling)
-    seen = round_distribution(
-        target, stub, [0], table, Sampling.of(1, temperature=1.0), schedule=schedule,
-        **options,
-    )  # fmt: skip
-    return seen, target_distribution(table)
+    round_ = EnumeratedRound(
+        target, stub, [[0]], table, Sampling.of(1, temperature=1.0)
+    )
+    return round_.distribution(schedule, **options), target_distribution(table)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import pytest
 from jaxspark.decoding import Fixed, Sampling, couplings
 from jaxspark.evaluation import sampling_checks
 from jaxspark.evaluation.enumeration import (
-    round_distribution,
+    EnumeratedRound,
     sequence_log_probs,
     target_distribution,
 )
@@ -54,9 +54,8 @@ def test_a_round_is_exact_under_any_length_and_warp(settings, length):
     drafter = drafters["dspark-rnn"]
     sampling, prompt = Sampling.of(1, **settings), sampling_checks.PROMPT
     table = sequence_log_probs(target, prompt, 3, sampling)
-    seen = round_distribution(
-        target, drafter, prompt, table, sampling, schedule=Fixed(length)
-    )
+    round_ = EnumeratedRound(target, drafter, [prompt], table, sampling)
+    seen = round_.distribution(Fixed(length))
     np.testing.assert_allclose(seen, target_distribution(table), atol=1e-6)
 
 
