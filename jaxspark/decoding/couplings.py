@@ -12,7 +12,6 @@ gumbel (drafter-invariant coupling, Daliri et al. 2024): position i owns a noise
     sampling with that seed.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -73,8 +72,8 @@ class DraftSampler:
         """
 
         def best():
-            places_B, lead_B = _best(logits_BW)
-            return places_B, logits_BW, lead_B
+            places_B, odds_B = _best(logits_BW)
+            return places_B, logits_BW, odds_B
 
         places_B, log_q_BW, sharpness_B = jax.lax.cond(
             jnp.all(self.sampling.greedy),
@@ -100,17 +99,17 @@ class DraftSampler:
         noise_BV = position_noise(seed_B, anchors_B + 1 + j, self.vocab)
         noise_BW = noise_BV if ids_W is None else noise_BV[:, ids_W]
         score_BW = jnp.where(greedy_B[:, None], logits_BW, log_q_BW + noise_BW)
-        places_B, lead_B = _best(score_BW)
-        return places_B, log_q_BW, lead_B
+        places_B, odds_B = _best(score_BW)
+        return places_B, log_q_BW, odds_B
 
 
 def _best(score_BW: Float[Array, "B W"]):
-    """Place of the best, and log(1 + its lead over the next): at most 5, if alone."""
+    """Place of the best, and the log-odds that softmax gives it, within 10 of 0."""
     best_B = jnp.argmax(score_BW, -1).astype(jnp.int32)
     is_best_BW = jnp.arange(score_BW.shape[-1]) == best_B[:, None]
-    most_B = jnp.max(score_BW, axis=-1)
-    next_B = jnp.max(jnp.where(is_best_BW, -jnp.inf, score_BW), axis=-1)
-    return best_B, jnp.log1p(jnp.minimum(most_B - next_B, math.expm1(5.0)))
+    others_B = jax.nn.logsumexp(jnp.where(is_best_BW, -jnp.inf, score_BW), axis=-1)
+    odds_B = jnp.max(score_BW, axis=-1) - others_B
+    return best_B, jnp.clip(odds_B, -10.0, 10.0)
 
 
 def entropy(log_q_BW: Float[Array, "B W"]) -> Float[Array, " B"]:

@@ -70,10 +70,11 @@ class Draw(Protocol):
           tokens_B: target ids.
           log_q_BW: the log-distribution they were drawn from.
           sharpness_B: how decided that was, the larger the more. Where the output does
-            not depend on drafts (at temperature 0, under the gumbel coupling)
-            log(1 + lead) of the drafted token's score, noise included, over the next
-            best; under rejection sampling minus the entropy of q in nats, which is
-            known before the draft is drawn.
+            not depend on drafts (at temperature 0, under the gumbel coupling) the
+            log-odds that softmax gives the drafted token's score, noise included: what
+            it would win by if the target's scores differed by Gumbel noise. Under
+            rejection sampling minus the entropy of q in nats, which is known before
+            the draft is drawn.
         """
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxspark.checkpoints.tree import named_parameters
 from jaxspark.models import DenseDecoder
@@ -214,12 +214,12 @@ class FeatureCache:
             file.seek(int(index) * len(data))
             file.write(data)
 
-    def holds(self, index_P: np.ndarray) -> bool:
-        """Whether all these sequences are there."""
-        inside = index_P[index_P < self.count]
-        return len(inside) == len(index_P) and bool(
-            np.all(self.sums[inside, 0] == self.keys[inside])
-        )
+    def holds(self, index_P: np.ndarray) -> Bool[np.ndarray, " P"]:
+        """Which of these sequences are there."""
+        held_P = index_P < self.count
+        inside = index_P[held_P]
+        held_P[held_P] = self.sums[inside, 0] == self.keys[inside]
+        return held_P
 
     def read(self, index_P: np.ndarray, taps: Sequence[int]) -> Features:
         """The features of some sequences.
@@ -290,17 +290,27 @@ class FeatureSource:
     def __call__(self, batch: Packed) -> Features:
         """The features of a batch, written to the cache if they were not there."""
         if self.cache is None:
-            return self._compute(batch, self.taps)
-        if not self.cache.holds(batch.index_P):
-            features = jax.device_get(self._compute(batch, self.cache.layers))
-            self.cache.write(batch.index_P, features)
-            places = [self.cache.layers.index(tap) for tap in self.taps]
-            return Features(
-                features.taps_PSmD[:, :, places],
-                features.hidden_PSD,
-                features.log_z_PS,
-            )
-        return self.cache.read(batch.index_P, self.taps)
+            return target_features(self.target, batch, taps=self.taps)
+        held_P = self.cache.holds(batch.index_P)
+        if held_P.all():
+            return self.cache.read(batch.index_P, self.taps)
+        if not held_P.any():
+            return self._fill(self.cache, batch)
+        # One by one, so that one program does for any number of missing sequences.
+        singles = [batch[[n]] for n in range(len(held_P))]
+        found = [
+            self.cache.read(one.index_P, self.taps)
+            if held
+            else self._fill(self.cache, one)
+            for one, held in zip(singles, held_P)
+        ]
+        return jax.tree.map(lambda *x: np.concatenate(x), *found)
 
-    def _compute(self, batch: Packed, layers: tuple[int, ...]) -> Features:
-        return target_features(self.target, batch, taps=layers)
+    def _fill(self, cache: FeatureCache, batch: Packed) -> Features:
+        """Computes features and writes them to the cache."""
+        features = jax.device_get(
+            target_features(self.target, batch, taps=cache.layers)
+        )
+        cache.write(batch.index_P, features)
+        places = [cache.layers.index(tap) for tap in self.taps]
+        return replace(features, taps_PSmD=features.taps_PSmD[:, :, places])

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy
 
 from jaxspark.decoding.couplings import DraftSampler
 from jaxspark.decoding.sampling import Sampling, position_noise, warp
@@ -134,28 +135,42 @@ def test_under_rejection_sharpness_is_minus_the_entropy_whatever_is_drawn():
     assert np.ptp(tokens, axis=0).any() and not np.ptp(sharpness, axis=0).any()
 
 
-def test_under_gumbel_sharpness_is_the_lead_of_the_draft():
+def odds_of_the_best(score_BW):
+    chance_B = np.max(scipy.special.softmax(score_BW, axis=1), axis=1)
+    return np.log(chance_B / (1 - chance_B))
+
+
+def test_under_gumbel_sharpness_is_the_odds_of_the_draft_noise_included():
     tokens, log_q_BW, sharpness = drafted("gumbel", temperature=1.0)
     score_BW = log_q_BW + position_noise(
         np.arange(3, dtype=np.uint32), jnp.arange(3) + 10, 50
     )
-    second, first = np.sort(score_BW, axis=1)[:, -2:].T
     assert tokens.tolist() == np.argmax(score_BW, axis=1).tolist()
-    np.testing.assert_allclose(sharpness, np.log1p(first - second), rtol=1e-4)
+    np.testing.assert_allclose(sharpness, odds_of_the_best(score_BW), rtol=1e-4)
+
+
+def test_these_odds_are_what_gumbel_noise_on_the_target_leaves_the_draft():
+    _, log_q_BW, sharpness = drafted("gumbel", temperature=1.0)
+    score_BW = log_q_BW + position_noise(
+        np.arange(3, dtype=np.uint32), jnp.arange(3) + 10, 50
+    )
+    errors_NBW = np.random.default_rng(0).gumbel(size=(20_000, *score_BW.shape))
+    stays_NB = np.argmax(score_BW + errors_NBW, axis=2) == np.argmax(score_BW, axis=1)
+    expected = scipy.special.expit(sharpness)
+    np.testing.assert_allclose(stays_NB.mean(axis=0), expected, atol=0.02)
 
 
 @pytest.mark.parametrize("coupling", ["rejection", "gumbel"])
-def test_greedy_drafts_lead_by_their_logits_in_any_company(coupling):
-    second, first = np.sort(LOGITS_BW, axis=1)[:, -2:].T
+def test_greedy_drafts_are_judged_by_their_logits_in_any_company(coupling):
     for temperature in (0.0, [0.0, 1.0, 0.0]):
         sharpness = drafted(coupling, temperature=temperature)[2]
         np.testing.assert_allclose(
-            sharpness[::2], np.log1p(first - second)[::2], rtol=1e-4
+            sharpness[::2], odds_of_the_best(LOGITS_BW)[::2], rtol=1e-4
         )
 
 
 @pytest.mark.parametrize("coupling", ["rejection", "gumbel"])
 def test_sharpness_is_finite_where_one_token_is_left(coupling):
     sharpness = drafted(coupling, temperature=1.0, top_k=1)[2]
-    expected = {"rejection": 0.0, "gumbel": 5.0}[coupling]
+    expected = {"rejection": 0.0, "gumbel": 10.0}[coupling]
     np.testing.assert_allclose(sharpness, expected, atol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from jaxspark.models import FlatTokens
-from jaxspark.training.features import FeatureCache, FeatureSource
+from jaxspark.training.features import FeatureCache, FeatureSource, target_features
 from jaxspark.training.objective import Objective
 from jaxspark.training.trainer import TrainConfig, Trainer
 from tests import zoo
@@ -117,7 +117,24 @@ def test_a_cache_is_found_again_and_may_grow(tmp_path, packed):
     grown = made.packed(20, 25, 40, 33, 45)
     again = source(tmp_path, grown)
     assert again.cache.missing == 1
-    assert again.cache.holds(packed.index_P)
+    assert again.cache.holds(packed.index_P).all()
+
+
+def test_only_missing_sequences_are_computed(tmp_path, packed, monkeypatch):
+    whole = source(tmp_path / "whole", packed)(packed)
+    some = source(tmp_path / "some", packed)
+    some(packed[[1]])
+    computed = []
+
+    def counting(target, batch, *, taps):
+        computed.append(batch.index_P.tolist())
+        return target_features(target, batch, taps=taps)
+
+    monkeypatch.setattr("jaxspark.training.features.target_features", counting)
+    made.close(some(packed), whole)
+    assert computed == [[n] for n in range(len(packed.index_P)) if n != 1]
+    made.close(some(packed), whole)
+    assert len(computed) == len(packed.index_P) - 1
 
 
 def test_sequences_beyond_the_limit_are_computed_every_time(tmp_path, packed):
@@ -125,7 +142,7 @@ def test_sequences_beyond_the_limit_are_computed_every_time(tmp_path, packed):
     bounded = source(tmp_path / "b", packed, limit=limit)
     bounded(packed)
     assert (bounded.cache.count, bounded.cache.missing) == (2, 0)
-    assert not bounded.cache.holds(packed.index_P)
+    assert not bounded.cache.holds(packed.index_P).all()
     size = sum(path.stat().st_size for path in (tmp_path / "b").glob("*.bin"))
     assert size <= limit + 8 * 2
     made.close(bounded(packed), source(tmp_path / "a", packed)(packed))
