@@ -39,8 +39,9 @@ from jaxspark.evaluation.prompts import load_prompts
 from jaxspark.evaluation.tiny_models import Family
 from jaxspark.models import DeepSeekV4
 from launch import common
-from launch.audit_report import AuditProgress, checked, found, total
+from launch.audit_report import checked, found, total
 from launch.audit_schedules import audit_schedules
+from launch.progress import CellProgress
 
 common.define_model_flags(draft=None)
 flags.DEFINE_enum(
@@ -193,7 +194,7 @@ def audit_tokens(console: Console, target, suite: str) -> dict:
         "slots": FLAGS.slots,
         "schedules": FLAGS.schedules,
     }
-    finished = AuditProgress(FLAGS.progress and f"{FLAGS.progress}.{suite}", settings)
+    finished = CellProgress(FLAGS.progress and f"{FLAGS.progress}.{suite}", settings)
     capacity = round_capacity(
         MAX_PROMPT_TOKENS + FLAGS.max_new_tokens + max(block_lengths)
     )

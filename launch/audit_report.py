@@ -1,4 +1,4 @@
-"""What long runs share: progress that can be resumed, tables of checks."""
+"""What audits tell: entries of their cells, tables of checks."""
 
 from dataclasses import asdict
 
@@ -7,33 +7,6 @@ from rich.table import Table
 
 from jaxspark.evaluation.audit import AuditResult
 from jaxspark.evaluation.sampling_checks import Check
-from jaxspark.jsonlines import JsonLines, same_settings
-
-
-class AuditProgress:
-    """Plain outputs and finished cells by name, kept in a file if there is one."""
-
-    def __init__(self, path: str | None, settings: dict):
-        self.lines = None
-        self.plain: dict[str, list[int]] = {}
-        self.cells: dict[str, dict] = {}
-        if path:
-            same_settings(f"{path}.settings", settings)
-            self.lines = JsonLines(path)
-            for entry in self.lines.entries:
-                self._remember(entry)
-
-    def _remember(self, entry: dict) -> None:
-        if "plain" in entry:
-            self.plain[entry["plain"]] = entry["tokens"]
-        else:
-            self.cells[entry["cell"]] = entry
-
-    def add(self, entry: dict) -> None:
-        """Remembers one plain output or one finished cell."""
-        self._remember(entry)
-        if self.lines is not None:
-            self.lines.add(entry)
 
 
 def found(result: AuditResult, seconds: float) -> dict:

@@ -16,7 +16,8 @@ from jaxspark.evaluation import schedule_checks, schedule_sampling
 from jaxspark.evaluation.sampling_checks import Check
 from jaxspark.evaluation.schedule_checks import ScheduleCell, ScheduleResult
 from jaxspark.evaluation.tiny_models import Family, tiny_models
-from launch.audit_report import AuditProgress, checked, found, total
+from launch.audit_report import checked, found, total
+from launch.progress import CellProgress
 from launch.workers import compile_workers
 
 # --suite=quick runs one cell in so many.
@@ -48,7 +49,7 @@ def _audit_schedules(console: Console, *, quick: bool, family: Family) -> dict:
     grid = schedule_checks.grid(every=QUICK if quick else 1, family=family)
     progress_file = FLAGS.progress and f"{FLAGS.progress}.schedules"
     settings = {"suite": "schedules", "quick": quick, "family": family}
-    finished = AuditProgress(progress_file, settings)
+    finished = CellProgress(progress_file, settings)
     todo = [cell for cell in grid if cell.name not in finished.cells]
     own = tiny_models(family, schedule_sampling.VOCAB)[1]
     drafters = ("telltale", "hybrid-asks") if quick else ("telltale", *own)

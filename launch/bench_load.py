@@ -37,7 +37,7 @@ from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.evaluation.plots import plot_load
 from jaxspark.evaluation.prompts import in_turn, load_prompts
 from launch import common
-from launch.audit_report import AuditProgress
+from launch.progress import CellProgress
 
 flags.DEFINE_list(
     "concurrency", ["1", "2", "4", "8", "16", "32", "64"], "Requests at once."
@@ -194,7 +194,7 @@ def bench_load(console: Console) -> dict:
         max_tokens=FLAGS.capacity // 2,
     )
     prompts = in_turn(domains)
-    finished = AuditProgress(FLAGS.progress, _settings())
+    finished = CellProgress(FLAGS.progress, _settings())
     figures = {}
     for slots in FLAGS.concurrency:
         if slots not in finished.cells:

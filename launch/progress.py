@@ -1,0 +1,29 @@
+"""Progress of long audits and sweeps, from which a stopped one goes on."""
+
+from jaxspark.jsonlines import JsonLines, same_settings
+
+
+class CellProgress:
+    """Finished cells and plain outputs by name, kept in a file if there is one."""
+
+    def __init__(self, path: str | None, settings: dict):
+        self.lines = None
+        self.plain: dict[str, list[int]] = {}
+        self.cells: dict[str, dict] = {}
+        if path:
+            same_settings(f"{path}.settings", settings)
+            self.lines = JsonLines(path)
+            for entry in self.lines.entries:
+                self._remember(entry)
+
+    def _remember(self, entry: dict) -> None:
+        if "plain" in entry:
+            self.plain[entry["plain"]] = entry["tokens"]
+        else:
+            self.cells[entry["cell"]] = entry
+
+    def add(self, entry: dict) -> None:
+        """Remembers one plain output or one finished cell."""
+        self._remember(entry)
+        if self.lines is not None:
+            self.lines.add(entry)
