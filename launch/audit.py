@@ -36,12 +36,13 @@ from jaxspark.drafters import DeepSeekV4DSpark, DSparkDrafter, MTPDrafter
 from jaxspark.evaluation import sampling_checks, suites
 from jaxspark.evaluation.audit import AuditResult, plain_outputs
 from jaxspark.evaluation.prompts import load_prompts
-from jaxspark.evaluation.tiny_models import Family
+from jaxspark.evaluation.tiny_models import Family, tiny_models
 from jaxspark.models import DeepSeekV4
 from launch import common
 from launch.audit_report import checked, found, total
 from launch.audit_schedules import audit_schedules
 from launch.progress import CellProgress
+from launch.workers import collect, compile_workers
 
 common.define_model_flags(draft=None)
 flags.DEFINE_enum(
@@ -300,7 +301,15 @@ def _summary(console, settings, entries) -> dict:
 
 def audit_sampling(console: Console, family: Family) -> dict:
     """Guarantee 2 on tiny models: enumeration, chi-square, acceptance formulas."""
-    checks = sampling_checks.run(samples=FLAGS.samples, family=family)
+    drafters = list(tiny_models(family, 3)[1])
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress, compile_workers() as workers:
+        checking = [
+            workers.submit(sampling_checks.run, FLAGS.samples, [name], family)
+            for name in drafters
+        ]
+        by_drafter = collect(progress, checking, "sampling")
+    checks = [check for each in by_drafter for check in each]
     return checked(console, f"sampling · {family}", checks)
 
 

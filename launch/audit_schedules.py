@@ -18,7 +18,7 @@ from jaxspark.evaluation.schedule_checks import ScheduleCell, ScheduleResult
 from jaxspark.evaluation.tiny_models import Family, tiny_models
 from launch.audit_report import checked, found, total
 from launch.progress import CellProgress
-from launch.workers import compile_workers
+from launch.workers import collect, compile_workers
 
 # --suite=quick runs one cell in so many.
 QUICK = 37
@@ -74,10 +74,7 @@ def _audit_schedules(console: Console, *, quick: bool, family: Family) -> dict:
             for difference in result.audit.differences:
                 progress.console.print(f"{cell.name}: {difference}")
             progress.advance(bar)
-        bar = progress.add_task("distributions", total=len(checking))
-        for future in as_completed(checking):
-            future.result()
-            progress.advance(bar)
+        distributions = collect(progress, checking, "distributions")
     entries = list(finished.cells.values())
     table = Table(title=f"schedules · tiny models · {family}")
     for column in ("schedule", "coupling", "cells", "outputs", "tokens", "drafted",
@@ -104,8 +101,7 @@ def _audit_schedules(console: Console, *, quick: bool, family: Family) -> dict:
         f"{total(entries, 'violations')} violations"
     )
     checks = [_choice(names, group) for names, group in groups.items()]
-    for each in checking:
-        checks += each.result()
+    checks += [check for each in distributions for check in each]
     enumerated = checked(console, "schedules with rejection sampling", checks)
     return {
         "violations": total(entries, "violations") + enumerated["violations"],

@@ -3,10 +3,17 @@
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import (
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    as_completed,
+)
 
 import jax
+from rich.progress import Progress
 
 from launch import common
 
@@ -24,6 +31,14 @@ def compile_workers() -> Iterator[Executor]:
         yield workers
     finally:
         workers.shutdown(cancel_futures=True)
+
+
+def collect(progress: Progress, futures: Sequence[Future], description: str) -> list:
+    """Results in the order of `futures`, under a bar; raises once one fails."""
+    done = as_completed(futures)
+    for each in progress.track(done, total=len(futures), description=description):
+        each.result()
+    return [each.result() for each in futures]
 
 
 def _threads() -> Executor:

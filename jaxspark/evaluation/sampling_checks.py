@@ -120,7 +120,11 @@ def frequency_checks(
     return checks
 
 
-def run(samples: int = 200_000, family: Family = "dense") -> list[Check]:
+def run(
+    samples: int = 200_000,
+    drafters: Sequence[str] | None = None,
+    family: Family = "dense",
+) -> list[Check]:
     """All of them."""
-    enumerated = enumeration_checks(family=family)
-    return enumerated + frequency_checks(samples, family=family)
+    enumerated = enumeration_checks(drafters, family=family)
+    return enumerated + frequency_checks(samples, drafters, family=family)

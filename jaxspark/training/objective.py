@@ -11,7 +11,11 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
+
+# Bins of forecasts of survival, in which ranking is counted.
+FORECAST_BINS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +95,10 @@ class Sums:
       agree_G: rows whose most likely token is the target's (within the draft
         vocabulary), by place.
       tokens: sum over blocks of 1 + expected accepted drafts.
+      ranked_GF2: expected survivals and failures, by place and by bin of what the
+        confidences say of survival; zeros without a confidence head.
+      rankable_GF2: the same by bin of expected survival itself, which no confidence
+        beats.
     """
 
     numerator: Float[Array, ""]
@@ -104,6 +112,8 @@ class Sums:
     accept_G: Float[Array, " G"]
     agree_G: Float[Array, " G"]
     tokens: Float[Array, ""]
+    ranked_GF2: Float[Array, "G F 2"]
+    rankable_GF2: Float[Array, "G F 2"]
 
 
 def reduce_terms(
@@ -132,6 +142,8 @@ def reduce_terms(
     log_no_GN = jax.nn.log_sigmoid(-confidence_GN)
     confidence = weighted(-accept_GN * log_yes_GN - (1 - accept_GN) * log_no_GN)
     count_GN = valid_GN.astype(jnp.float32)
+    survival_GN = jnp.cumprod(accept_GN, axis=0)
+    told_GN = jax.lax.stop_gradient(jnp.cumprod(jnp.exp(log_yes_GN), axis=0))
     return Sums(
         numerator=numerator + objective.confidence * confidence,
         weight=jnp.sum(w_GN),
@@ -143,8 +155,34 @@ def reduce_terms(
         rows_G=jnp.sum(count_GN, axis=1),
         accept_G=jnp.sum(accept_GN, axis=1),
         agree_G=jnp.sum(valid_GN & terms_GN.agree_N, axis=1).astype(jnp.float32),
-        tokens=jnp.sum(count_GN[0]) + jnp.sum(jnp.cumprod(accept_GN, axis=0)),
+        tokens=jnp.sum(count_GN[0]) + jnp.sum(survival_GN),
+        ranked_GF2=_by_forecast(told_GN, survival_GN, valid_GN),
+        rankable_GF2=_by_forecast(survival_GN, survival_GN, valid_GN),
     )
+
+
+def _by_forecast(forecast_GN, survival_GN, valid_GN) -> Float[Array, "G F 2"]:
+    """Expected survivals and failures in each bin of a forecast; narrow bins near 0."""
+    place_GN = jnp.arange(len(forecast_GN))[:, None]
+    bin_GN = jnp.minimum(jnp.sqrt(forecast_GN) * FORECAST_BINS, FORECAST_BINS - 1)
+    both_GN2 = jnp.stack([survival_GN, 1 - survival_GN], axis=-1)
+    sums_GF2 = jnp.zeros((len(forecast_GN), FORECAST_BINS, 2))
+    return sums_GF2.at[place_GN, bin_GN.astype(int)].add(
+        jnp.where(valid_GN[..., None], both_GN2, 0)
+    )
+
+
+def expected_auc(by_forecast_GF2: Float[np.ndarray, "G F 2"]) -> list[float]:
+    """How well forecasts rank, by place: ROC-AUC, expected over what is accepted.
+
+    Acceptance under rejection sampling is a coin even to those who know both
+    distributions, so expected survival itself ranks imperfectly.
+    """
+    events_GF, others_GF = np.moveaxis(np.asarray(by_forecast_GF2, np.float64), -1, 0)
+    below_GF = np.cumsum(others_GF, axis=1) - others_GF / 2
+    pairs_G = events_GF.sum(axis=1) * others_GF.sum(axis=1)
+    won_G = (events_GF * below_GF).sum(axis=1)
+    return [won / pairs if pairs else 0.5 for won, pairs in zip(won_G, pairs_G)]
 
 
 def summary(sums: Sums, objective: Objective) -> dict:
@@ -152,7 +190,8 @@ def summary(sums: Sums, objective: Objective) -> dict:
 
     `accepted_length` is 1 + sum over k of the product of the first k expected
     acceptances, what sampling at temperature 1 would accept. Rows past the end of an
-    answer count as rejected, so it is a little low.
+    answer count as rejected, so it is a little low. `auc` is how well the confidences
+    rank blocks by whether they survive to a place, `auc_possible` how well any could.
     """
     weight = max(float(sums.weight), 1e-9)
     rows_G = [max(float(rows), 1.0) for rows in sums.rows_G]
@@ -170,5 +209,7 @@ def summary(sums: Sums, objective: Objective) -> dict:
         figures |= {
             "confidence": float(sums.confidence) / weight,
             "confidence_bias": float(sums.bias) / weight,
+            "auc": expected_auc(sums.ranked_GF2),
+            "auc_possible": expected_auc(sums.rankable_GF2),
         }
     return figures

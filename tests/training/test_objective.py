@@ -6,10 +6,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxspark.calibration.reliability import roc_auc
 from jaxspark.training.blocks import sample_blocks
 from jaxspark.training.forward import DraftVocabulary
 from jaxspark.training.forward_dspark import dspark_sums
-from jaxspark.training.objective import Objective, reduce_terms, summary
+from jaxspark.training.objective import (
+    Objective,
+    VocabularyTerms,
+    reduce_terms,
+    summary,
+)
 from jaxspark.training.trainer import is_trained
 from jaxspark.training.vocabulary_loss import vocabulary_terms
 from tests import zoo
@@ -153,6 +159,25 @@ def test_accepted_length_is_one_plus_the_expected_prefix():
     accept = 1 - (np.abs(q - p).sum(-1) + 1 - p.sum(-1)) / 2
     expected = 1 + np.cumprod(accept, axis=0).sum(axis=0).mean()
     np.testing.assert_allclose(figures["accepted_length"], expected, rtol=1e-5)
+
+
+def test_ranking_is_that_of_accepted_drafts_on_the_average():
+    random = np.random.default_rng(0)
+    accept = random.beta(1, 2, (2, 50_000))
+    told = np.log(accept / (1 - accept)) + random.normal(0, 1, accept.shape)
+    nothing = jnp.zeros(accept.shape)
+    terms = VocabularyTerms(nothing, jnp.asarray(2 - 2 * accept), nothing, nothing > 0)
+    valid = jnp.ones(accept.shape, bool)
+    sums = reduce_terms(jnp.zeros(()), terms, jnp.asarray(told), valid, OBJECTIVE)
+    figures = summary(sums, OBJECTIVE)
+    survived = np.cumprod(random.random(accept.shape) < accept, axis=0).astype(bool)
+    for name, forecast in (
+        ("auc", np.cumprod(1 / (1 + np.exp(-told)), axis=0)),
+        ("auc_possible", np.cumprod(accept, axis=0)),
+    ):
+        seen = [roc_auc(*each) for each in zip(forecast, survived)]
+        np.testing.assert_allclose(figures[name], seen, atol=0.01)
+    assert all(a < b < 0.9 for a, b in zip(figures["auc"], figures["auc_possible"]))
 
 
 def test_gradients_of_the_heads_equal_those_of_the_plain_formula():
