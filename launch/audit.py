@@ -23,7 +23,6 @@ import jax
 from absl import flags
 from flax import nnx
 from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 import configs.drafters
@@ -41,7 +40,7 @@ from jaxspark.models import DeepSeekV4
 from launch import common
 from launch.audit_report import checked, found, total
 from launch.audit_schedules import audit_schedules
-from launch.progress import CellProgress
+from launch.progress import CellProgress, bars
 from launch.workers import collect, compile_workers
 
 common.define_model_flags(draft=None)
@@ -199,8 +198,7 @@ def audit_tokens(console: Console, target, suite: str) -> dict:
     capacity = round_capacity(
         MAX_PROMPT_TOKENS + FLAGS.max_new_tokens + max(block_lengths)
     )
-    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with bars(console) as progress:
         bar = progress.add_task("plain decoding", total=len(requests))
         for request in requests:
             if request.name not in finished.plain:
@@ -302,8 +300,7 @@ def _summary(console, settings, entries) -> dict:
 def audit_sampling(console: Console, family: Family) -> dict:
     """Guarantee 2 on tiny models: enumeration, chi-square, acceptance formulas."""
     drafters = list(tiny_models(family, 3)[1])
-    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress, compile_workers() as workers:
+    with bars(console) as progress, compile_workers() as workers:
         checking = [
             workers.submit(sampling_checks.run, FLAGS.samples, [name], family)
             for name in drafters

@@ -9,7 +9,6 @@ from dataclasses import asdict
 import jax
 from absl import flags
 from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 from jaxspark.evaluation import schedule_checks, schedule_sampling
@@ -17,7 +16,7 @@ from jaxspark.evaluation.sampling_checks import Check
 from jaxspark.evaluation.schedule_checks import ScheduleCell, ScheduleResult
 from jaxspark.evaluation.tiny_models import Family, tiny_models
 from launch.audit_report import checked, found, total
-from launch.progress import CellProgress
+from launch.progress import CellProgress, bars
 from launch.workers import collect, compile_workers
 
 # --suite=quick runs one cell in so many.
@@ -57,8 +56,7 @@ def _audit_schedules(console: Console, *, quick: bool, family: Family) -> dict:
     schedules = ("causal", "lagged") if quick else tuple(lawful)
     samples = 20_000 if quick else FLAGS.samples
 
-    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress, compile_workers() as workers:
+    with bars(console) as progress, compile_workers() as workers:
         bar = progress.add_task("schedules", total=len(grid))
         progress.advance(bar, len(grid) - len(todo))
         cells = {workers.submit(_run_cell, family, cell): cell for cell in todo}
@@ -75,7 +73,7 @@ def _audit_schedules(console: Console, *, quick: bool, family: Family) -> dict:
                 progress.console.print(f"{cell.name}: {difference}")
             progress.advance(bar)
         distributions = collect(progress, checking, "distributions")
-    entries = list(finished.cells.values())
+    entries = [finished.cells[cell.name] for cell in grid]
     table = Table(title=f"schedules · tiny models · {family}")
     for column in ("schedule", "coupling", "cells", "outputs", "tokens", "drafted",
                    "verified", "near-ties", "violations"):  # fmt: skip
@@ -122,9 +120,10 @@ def _run_cell(family: Family, cell: ScheduleCell) -> tuple[ScheduleResult, float
     audit = _audit(family)
     begin = time.perf_counter()
     result = audit.run(cell)
+    seconds = time.perf_counter() - begin
     if next(_cells_run) % AT_ONCE[family] == 0:
         jax.clear_caches()
-    return result, time.perf_counter() - begin
+    return result, seconds
 
 
 def _enumerate(family: Family, drafter: str) -> list[Check]:

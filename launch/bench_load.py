@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 from jaxspark.calibration.files import load_calibration
@@ -37,7 +36,7 @@ from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.evaluation.plots import plot_load
 from jaxspark.evaluation.prompts import in_turn, load_prompts
 from launch import common
-from launch.progress import CellProgress
+from launch.progress import CellProgress, bars
 
 flags.DEFINE_list(
     "concurrency", ["1", "2", "4", "8", "16", "32", "64"], "Requests at once."
@@ -261,8 +260,7 @@ def at_concurrency(console, model, drafter, slots, prompts, calibration) -> dict
             schedule=Lagged(costs=profile.costs),
         ),
     )
-    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with bars(console) as progress:
         title = f"{slots} requests: decoding in turn"
         bar = progress.add_task(title, total=(FLAGS.repeats + 1) * len(houses))
         for each in contestants.values():

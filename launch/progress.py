@@ -1,6 +1,15 @@
 """Progress of long audits and sweeps, from which a stopped one goes on."""
 
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
+
 from jaxspark.jsonlines import JsonLines, same_settings
+
+
+def bars(console: Console) -> Progress:
+    """Progress bars with the time that is left and the time that went."""
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
 
 
 class CellProgress:

@@ -3,6 +3,8 @@
 import contextlib
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import (
     Executor,
@@ -17,18 +19,26 @@ from rich.progress import Progress
 
 from launch import common
 
+# Every worker process holds JAX and models of its own.
+MOST = 8
+
 
 @contextlib.contextmanager
 def compile_workers() -> Iterator[Executor]:
-    """One worker per core, JAX set as in launchers; leaves no work behind.
+    """A worker per core; leaves no work behind.
 
     On a CPU they are processes: tracing keeps a process's other threads waiting, and
     XLA compiles a small program on one core. What they run must be found by its module
-    and name. An accelerator belongs to one process, so there they are threads.
+    and name. An accelerator belongs to one process, so there is one thread for it.
     """
-    workers = _processes() if jax.default_backend() == "cpu" else _threads()
+    on_cpu = jax.default_backend() == "cpu"
+    workers = _processes() if on_cpu else ThreadPoolExecutor(1)
     try:
         yield workers
+    except BaseException:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
     finally:
         workers.shutdown(cancel_futures=True)
 
@@ -41,14 +51,10 @@ def collect(progress: Progress, futures: Sequence[Future], description: str) -> 
     return [each.result() for each in futures]
 
 
-def _threads() -> Executor:
-    return ThreadPoolExecutor(os.cpu_count())
-
-
 def _processes() -> Executor:
     few_optimizations = jax.config.read("jax_disable_most_optimizations")
     return ProcessPoolExecutor(
-        os.cpu_count(),
+        min(os.cpu_count() or 1, MOST),
         # A forked process would share the locks of JAX's threads.
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start,
@@ -57,7 +63,17 @@ def _processes() -> Executor:
 
 
 def _start(few_optimizations: bool) -> None:
+    """Sets a worker process up; it ends with the one that started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True).start()
     common.quiet()
     common.use_compilation_cache()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_disable_most_optimizations", few_optimizations)
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

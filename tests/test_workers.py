@@ -33,14 +33,14 @@ def test_an_error_is_raised_and_the_rest_left_undone(backend):
             futures += [workers.submit(time.sleep, 0.1) for _ in range(100)]
             collect(bars, futures, "roots")
     assert all(each.done() for each in futures)
-    assert any(each.cancelled() for each in futures)
+    assert sum(each.cancelled() for each in futures) > 50
 
 
 def few_optimizations():
     return jax.config.read("jax_disable_most_optimizations")
 
 
-def test_worker_processes_have_the_settings_of_this_one():
+def test_worker_processes_optimise_as_little_as_this_one():
     before = few_optimizations()
     jax.config.update("jax_disable_most_optimizations", not before)
     try:

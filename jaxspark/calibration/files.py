@@ -13,7 +13,8 @@ from jaxspark.decoding import Calibration
 from jaxspark.decoding.couplings import Coupling
 
 FILE = "calibration.json"
-FORMAT = "jaxspark-calibration-1"
+# 2: sharpness of greedy drafts and under gumbel is in log-odds.
+FORMAT = "jaxspark-calibration-2"
 
 
 class MissingCalibration(ValueError):

@@ -7,7 +7,7 @@ are. Calibrated, its product is the chance that a block survives up to that draf
     a_j = sigmoid(c_1 / t_1 + w_1 s_1 + b_1) ... sigmoid(c_j / t_j + w_j s_j + b_j)
 
 s is the sharpness of the drafts (see `Draw`). The head does not see it, and it tells
-much: above all under the gumbel coupling, where a draft that leads by far is the
+much: above all under the gumbel coupling, where a draft that wins by far is the
 target's choice too unless the two models differ by as much.
 
 Acceptance follows other laws at temperature 0 (all or nothing) than when sampling, and

@@ -71,8 +71,8 @@ class Draw(Protocol):
           log_q_BW: the log-distribution they were drawn from.
           sharpness_B: how decided that was, the larger the more. Where the output does
             not depend on drafts (at temperature 0, under the gumbel coupling) the
-            log-odds that softmax gives the drafted token's score, noise included: what
-            it would win by if the target's scores differed by Gumbel noise. Under
+            log-odds that softmax gives the drafted token's score, noise included: of
+            its being chosen by a target whose scores differ by Gumbel noise. Under
             rejection sampling minus the entropy of q in nats, which is known before
             the draft is drawn.
         """

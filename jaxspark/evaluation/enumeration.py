@@ -76,8 +76,17 @@ def target_distribution(table: LogProbs) -> np.ndarray:
 class EnumeratedRound:
     """One speculative round of a request, with all that may be drafted in it.
 
-    Schedules differ only in how many of the drafts they verify, so one round serves
-    them all.
+    Schedules choose how many of the drafts are verified, so what may come of every
+    number is worked out once for all of them.
+
+    Attributes:
+      block_length: G, drafts proposed for every slot.
+      state: what schedules see of the round's beginning; without caches, so that one
+        program serves all drafters.
+      proposals: all combinations N of the slots' draft blocks, [N, B, ...].
+      chance_N: how likely each is.
+      outcomes_NK: distribution of the first slot's next G+1 tokens if K = 0..G of its
+        drafts are verified, [N, G+1, V, ..., V].
     """
 
     def __init__(
@@ -111,26 +120,23 @@ class EnumeratedRound:
             jax.tree.map(lambda x: jnp.repeat(x, len(prompts)), sampling),
             block_length=self.block_length,
         )
-        # Schedules do not see caches; without them one program serves all drafters.
         self.state = replace(state, target_cache=(), draft_cache=())
-        blocks = [
+        slots = [
             list(draft_blocks(target, drafter, each, self.block_length, sampling))
             for each in prompts
         ]
-        self.outcomes = np.stack(
-            [_outcomes(table, *block, accept) for block in blocks[0]]
-        )
-        # All combinations N of the slots' drafts.
-        chosen_NB = np.array(list(np.ndindex(*map(len, blocks))))
-        self.first_N = chosen_NB[:, 0]
-        chances = [[_draft_probability(each) for _, each in own] for own in blocks]
-        self.chance_N = np.prod(
-            [np.array(own)[chosen] for own, chosen in zip(chances, chosen_NB.T)], axis=0
-        )
-        # What schedules see of every slot's proposals, [N, B, ...].
-        seen = [_stacked([proposal for _, proposal in own]) for own in blocks]
-        picked = [_taken(own, chosen) for own, chosen in zip(seen, chosen_NB.T)]
+        chosen_BN = np.array(list(np.ndindex(*map(len, slots)))).T
+        self.chance_N = np.ones(chosen_BN.shape[1])
+        picked = []
+        for blocks, chosen_N in zip(slots, chosen_BN):
+            proposals = [_seen(proposal) for _, proposal in blocks]
+            stacked = jax.tree.map(lambda *x: jnp.stack(x), *proposals)
+            picked.append(_taken(stacked, chosen_N))
+            chances = [_draft_probability(proposal) for _, proposal in blocks]
+            self.chance_N *= np.array(chances)[chosen_N]
         self.proposals = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *picked)
+        outcomes = np.stack([_outcomes(table, *each, accept) for each in slots[0]])
+        self.outcomes_NK = outcomes[chosen_BN[0]]
 
     def distribution(
         self,
@@ -157,9 +163,9 @@ class EnumeratedRound:
         options = DecodeOptions(
             block_length=self.block_length, schedule=schedule, calibration=calibration
         )
-        verified_N = np.asarray(_verified(state, self.proposals, options))
-        outcomes = self.outcomes[self.first_N, verified_N]
-        return np.tensordot(self.chance_N, outcomes, axes=1)
+        verified_N = np.asarray(_verified_of_first(state, self.proposals, options))
+        outcomes_N = self.outcomes_NK[np.arange(len(verified_N)), verified_N]
+        return np.tensordot(self.chance_N, outcomes_N, axes=1)
 
 
 def draft_blocks(
@@ -202,12 +208,9 @@ def draft_blocks(
             yield drafts, proposal
 
 
-def _stacked(proposals: Sequence[Proposal]) -> Proposal:
-    """What schedules see of one slot's proposals, along a leading axis."""
-    seen = [
-        replace(each, log_q_BGW=None, ids_W=None, certain_B=None) for each in proposals
-    ]
-    return jax.tree.map(lambda *x: jnp.stack(x), *seen)
+def _seen(proposal: Proposal) -> Proposal:
+    """What schedules look at."""
+    return replace(proposal, log_q_BGW=None, ids_W=None, certain_B=None)
 
 
 def _taken(proposals: Proposal, index_N: np.ndarray) -> Proposal:
@@ -215,7 +218,7 @@ def _taken(proposals: Proposal, index_N: np.ndarray) -> Proposal:
 
 
 @partial(jax.jit, static_argnames=("options",))
-def _verified(state: DecodeState, proposals: Proposal, options: DecodeOptions):
+def _verified_of_first(state: DecodeState, proposals: Proposal, options: DecodeOptions):
     """How many drafts of the first slot are verified: the round's own decision, [N]."""
     return jax.vmap(lambda each: schedule_round(state, each, options)[0][0])(proposals)
 
@@ -237,11 +240,12 @@ def _outcomes(table, drafts, proposal, accept) -> np.ndarray:
             _complete(joint, table, prefix, chance * next_V)
 
     reached = 1.0
-    for n, accepted in enumerate((*accept_1G[0], 0.0)):
+    for n, accepted in enumerate(accept_1G[0]):
         # All of n verified drafts are accepted; or of more, the first n.
         add(outcomes[n], drafts[:n], reached, rejected=False)
         add(outcomes[n + 1 :], drafts[:n], reached * (1 - accepted), rejected=True)
         reached *= accepted
+    add(outcomes[length], drafts, reached, rejected=False)
     return outcomes
 
 

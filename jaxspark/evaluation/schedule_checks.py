@@ -38,8 +38,7 @@ SCHEDULES = (
 )  # fmt: skip
 BUCKETS = {
     "one": (SLOTS * (BLOCK_LENGTH + 1),),
-    # The first holds a draft of every slot.
-    "two": (2 * SLOTS, SLOTS * (BLOCK_LENGTH + 1)),
+    "two": (6, SLOTS * (BLOCK_LENGTH + 1)),
     # Four anchors do not fit the first, all drafts no one.
     "narrow": (3, 7, 13),
 }

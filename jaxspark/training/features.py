@@ -288,29 +288,21 @@ class FeatureSource:
     cache: FeatureCache | None = None
 
     def __call__(self, batch: Packed) -> Features:
-        """The features of a batch, written to the cache if they were not there."""
-        if self.cache is None:
-            return target_features(self.target, batch, taps=self.taps)
-        held_P = self.cache.holds(batch.index_P)
-        if held_P.all():
-            return self.cache.read(batch.index_P, self.taps)
-        if not held_P.any():
-            return self._fill(self.cache, batch)
-        # One by one, so that one program does for any number of missing sequences.
-        singles = [batch[[n]] for n in range(len(held_P))]
-        found = [
-            self.cache.read(one.index_P, self.taps)
-            if held
-            else self._fill(self.cache, one)
-            for one, held in zip(singles, held_P)
-        ]
+        """The features of a batch, written to the cache if they were not there.
+
+        Sequences are computed one by one, so that what they give does not depend on
+        which of them the cache holds.
+        """
+        found = [self._single(batch[[n]]) for n in range(len(batch.index_P))]
         return jax.tree.map(lambda *x: np.concatenate(x), *found)
 
-    def _fill(self, cache: FeatureCache, batch: Packed) -> Features:
-        """Computes features and writes them to the cache."""
-        features = jax.device_get(
-            target_features(self.target, batch, taps=cache.layers)
-        )
-        cache.write(batch.index_P, features)
-        places = [cache.layers.index(tap) for tap in self.taps]
-        return replace(features, taps_PSmD=features.taps_PSmD[:, :, places])
+    def _single(self, one: Packed) -> Features:
+        if self.cache is None:
+            return jax.device_get(target_features(self.target, one, taps=self.taps))
+        if not self.cache.holds(one.index_P).all():
+            layers = self.cache.layers
+            every = jax.device_get(target_features(self.target, one, taps=layers))
+            self.cache.write(one.index_P, every)
+            places = [layers.index(tap) for tap in self.taps]
+            return replace(every, taps_PSmD=every.taps_PSmD[:, :, places])
+        return self.cache.read(one.index_P, self.taps)

@@ -96,7 +96,7 @@ class Sums:
         vocabulary), by place.
       tokens: sum over blocks of 1 + expected accepted drafts.
       ranked_GF2: expected survivals and failures, by place and by bin of what the
-        confidences say of survival; zeros without a confidence head.
+        confidences say of survival.
       rankable_GF2: the same by bin of expected survival itself, which no confidence
         beats.
     """
@@ -164,7 +164,8 @@ def reduce_terms(
 def _by_forecast(forecast_GN, survival_GN, valid_GN) -> Float[Array, "G F 2"]:
     """Expected survivals and failures in each bin of a forecast; narrow bins near 0."""
     place_GN = jnp.arange(len(forecast_GN))[:, None]
-    bin_GN = jnp.minimum(jnp.sqrt(forecast_GN) * FORECAST_BINS, FORECAST_BINS - 1)
+    root_GN = jnp.sqrt(jnp.clip(forecast_GN, 0, 1))
+    bin_GN = jnp.minimum(root_GN * FORECAST_BINS, FORECAST_BINS - 1)
     both_GN2 = jnp.stack([survival_GN, 1 - survival_GN], axis=-1)
     sums_GF2 = jnp.zeros((len(forecast_GN), FORECAST_BINS, 2))
     return sums_GF2.at[place_GN, bin_GN.astype(int)].add(
@@ -172,7 +173,7 @@ def _by_forecast(forecast_GN, survival_GN, valid_GN) -> Float[Array, "G F 2"]:
     )
 
 
-def expected_auc(by_forecast_GF2: Float[np.ndarray, "G F 2"]) -> list[float]:
+def expected_auc(by_forecast_GF2: Float[Array, "G F 2"]) -> list[float]:
     """How well forecasts rank, by place: ROC-AUC, expected over what is accepted.
 
     Acceptance under rejection sampling is a coin even to those who know both
