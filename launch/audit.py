@@ -35,7 +35,7 @@ from jaxspark.drafters import DeepSeekV4DSpark, DSparkDrafter, MTPDrafter
 from jaxspark.evaluation import sampling_checks, suites
 from jaxspark.evaluation.audit import AuditResult, plain_outputs
 from jaxspark.evaluation.prompts import load_prompts
-from jaxspark.evaluation.tiny_models import Family, tiny_models
+from jaxspark.evaluation.tiny_models import DRAFTERS, Family
 from jaxspark.models import DeepSeekV4
 from launch import common
 from launch.audit_report import checked, found, total
@@ -299,11 +299,10 @@ def _summary(console, settings, entries) -> dict:
 
 def audit_sampling(console: Console, family: Family) -> dict:
     """Guarantee 2 on tiny models: enumeration, chi-square, acceptance formulas."""
-    drafters = list(tiny_models(family, 3)[1])
     with bars(console) as progress, compile_workers() as workers:
         checking = [
             workers.submit(sampling_checks.run, FLAGS.samples, [name], family)
-            for name in drafters
+            for name in DRAFTERS[family]
         ]
         by_drafter = collect(progress, checking, "sampling")
     checks = [check for each in by_drafter for check in each]

@@ -14,7 +14,7 @@ from rich.table import Table
 from jaxspark.evaluation import schedule_checks, schedule_sampling
 from jaxspark.evaluation.sampling_checks import Check
 from jaxspark.evaluation.schedule_checks import ScheduleCell, ScheduleResult
-from jaxspark.evaluation.tiny_models import Family, tiny_models
+from jaxspark.evaluation.tiny_models import DRAFTERS, Family
 from launch.audit_report import checked, found, total
 from launch.progress import CellProgress, bars
 from launch.workers import collect, compile_workers
@@ -50,8 +50,8 @@ def _audit_schedules(console: Console, *, quick: bool, family: Family) -> dict:
     settings = {"suite": "schedules", "quick": quick, "family": family}
     finished = CellProgress(progress_file, settings)
     todo = [cell for cell in grid if cell.name not in finished.cells]
-    own = tiny_models(family, schedule_sampling.VOCAB)[1]
-    drafters = ("telltale", "hybrid-asks") if quick else ("telltale", *own)
+    own = ("hybrid-asks",) if quick else DRAFTERS[family]
+    drafters = (schedule_sampling.TELLTALE, *own)
     lawful = schedule_sampling.schedules_for_rejection()
     schedules = ("causal", "lagged") if quick else tuple(lawful)
     samples = 20_000 if quick else FLAGS.samples

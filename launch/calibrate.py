@@ -18,7 +18,6 @@ import pathlib
 import numpy as np
 from absl import flags
 from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from jaxspark import load_drafter
@@ -34,6 +33,7 @@ from jaxspark.evaluation.prompts import in_turn, load_prompts
 from jaxspark.jsonlines import same_settings
 from jaxspark.training.data import Conversation, read_conversations
 from launch import common
+from launch.progress import bars
 
 common.define_model_flags(draft="dspark")
 flags.DEFINE_list("data", None, "JSON lines whose questions are decoded for the fit.")
@@ -102,13 +102,7 @@ def recorded(
     path = pathlib.Path(FLAGS.out) / f"{part}_{FLAGS.coupling}_{temperature:g}.npz"
     if path.exists():
         return Rounds.load(path)
-    progress = Progress(
-        *Progress.get_default_columns()[:2],
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    with progress:
+    with bars(console) as progress:
         title = f"{part}, temperature {temperature:g}"
         task = progress.add_task(title, total=len(prompts))
         rounds = record_rounds(

@@ -1,4 +1,4 @@
-"""Progress of long audits and sweeps, from which a stopped one goes on."""
+"""Progress of long commands, and of audits and sweeps that go on where they stopped."""
 
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
@@ -6,10 +6,10 @@ from rich.progress import Progress, TimeElapsedColumn
 from jaxspark.jsonlines import JsonLines, same_settings
 
 
-def bars(console: Console) -> Progress:
+def bars(console: Console, *, transient: bool = False) -> Progress:
     """Progress bars with the time that is left and the time that went."""
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    return Progress(*columns, console=console)
+    return Progress(*columns, console=console, transient=transient)
 
 
 class CellProgress:

@@ -15,7 +15,6 @@ from fnmatch import fnmatch
 
 from absl import flags
 from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxspark.jsonlines import JsonLines, same_settings
 from jaxspark.training.data import (
@@ -26,6 +25,7 @@ from jaxspark.training.data import (
     regenerate,
 )
 from launch import common
+from launch.progress import bars
 
 common.define_model_flags(draft=None)
 flags.DEFINE_list("data", None, "Conversations: JSON lines or dataset folders.")
@@ -88,8 +88,7 @@ def main() -> None:
     dropped = JsonLines(f"{FLAGS.out}.dropped")
     done = [entry["key"] for entry in (*out.entries, *dropped.entries)]
     tokens = sum(len(entry["answer_ids"]) for entry in out.entries)
-    columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+    with bars(console) as progress:
         bar = progress.add_task("answers", total=len(rows), completed=len(done))
         for result in regenerate(
             target,

@@ -15,7 +15,6 @@ from dataclasses import asdict
 import numpy as np
 from absl import flags
 from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 from jaxspark.calibration.profile import load_profiles
@@ -26,6 +25,7 @@ from jaxspark.evaluation.plots import plot_frontier
 from jaxspark.evaluation.roofline import Machine, Network, roofline_costs
 from jaxspark.evaluation.simulate import Load, Simulated, Trace, simulate, speed_at
 from launch import common
+from launch.progress import bars
 
 flags.DEFINE_list(
     "users", [str(2**n) for n in range(11)], "Requests decoded together (closed loop)."
@@ -143,8 +143,7 @@ def frontiers(
     schedule and costs.
     """
     found: dict[str, dict[str, Simulated]] = {}
-    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with bars(console, transient=True) as progress:
         task = progress.add_task(title, total=len(policies) * len(users))
         for name, policy in policies.items():
             found[name] = {}

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +132,7 @@ class EnumeratedRound:
         for blocks, chosen_N in zip(slots, chosen_BN):
             proposals = [_seen(proposal) for _, proposal in blocks]
             stacked = jax.tree.map(lambda *x: jnp.stack(x), *proposals)
-            picked.append(_taken(stacked, chosen_N))
+            picked.append(jax.tree.map(itemgetter(chosen_N), stacked))
             chances = [_draft_probability(proposal) for _, proposal in blocks]
             self.chance_N *= np.array(chances)[chosen_N]
         self.proposals = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *picked)
@@ -211,10 +212,6 @@ def draft_blocks(
 def _seen(proposal: Proposal) -> Proposal:
     """What schedules look at."""
     return replace(proposal, log_q_BGW=None, ids_W=None, certain_B=None)
-
-
-def _taken(proposals: Proposal, index_N: np.ndarray) -> Proposal:
-    return jax.tree.map(lambda x: x[index_N], proposals)
 
 
 @partial(jax.jit, static_argnames=("options",))

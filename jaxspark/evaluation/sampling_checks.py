@@ -45,14 +45,12 @@ def enumeration_checks(
     family: Family = "dense",
 ) -> list[Check]:
     """The whole randomness of a round, vocabulary 3: agreement to 1e-6."""
-    target, tried = tiny_models(family, 3)
+    target, tried = tiny_models(family, 3, drafters=drafters)
     sampling = Sampling.of(1, temperature=0.8)
     table = sequence_log_probs(target, PROMPT, BLOCK_LENGTH + 1, sampling)
     expected = target_distribution(table)
     checks = []
     for name, drafter in tried.items():
-        if drafters is not None and name not in drafters:
-            continue
         round_ = EnumeratedRound(
             target, drafter, [PROMPT], table, sampling, accept=accept
         )
@@ -75,14 +73,12 @@ def frequency_checks(
     family: Family = "dense",
 ) -> list[Check]:
     """First tokens over many seeds, vocabulary 8: chi-square and acceptance rates."""
-    target, tried = tiny_models(family, 8)
+    target, tried = tiny_models(family, 8, drafters=drafters)
     sampling = Sampling.of(1, temperature=1.0)
     expected = target_distribution(sequence_log_probs(target, PROMPT, 2, sampling))
     p_V = expected.sum(axis=1)
     checks = []
     for name, drafter in tried.items():
-        if drafters is not None and name not in drafters:
-            continue
         q_V = first_draft_distribution(target, drafter, PROMPT, BLOCK_LENGTH, sampling)
         formulas: dict[Coupling, float] = {
             "rejection": rejection_acceptance(p_V, q_V),

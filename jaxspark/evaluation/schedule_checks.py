@@ -29,7 +29,7 @@ from jaxspark.decoding.couplings import COUPLINGS, Coupling
 from jaxspark.decoding.schedule import CostAware
 from jaxspark.drafters.hybrid import HybridDrafter
 from jaxspark.evaluation.audit import AuditResult, audit, plain_outputs
-from jaxspark.evaluation.tiny_models import Family, tiny_models
+from jaxspark.evaluation.tiny_models import DRAFTERS, Family, tiny_models
 
 SLOTS, BLOCK_LENGTH, CAPACITY = 4, 4, 64
 VOCAB = 8
@@ -82,7 +82,7 @@ def grid(*, every: int = 1, family: Family = "dense") -> list[ScheduleCell]:
         ScheduleCell(
             drafter=drafter, schedule=schedule, coupling=coupling, buckets=buckets
         )
-        for drafter in tiny_models(family, VOCAB, layers=1)[1]
+        for drafter in DRAFTERS[family]
         for schedule in SCHEDULES
         for coupling in COUPLINGS
         if coupling in parse_schedule(schedule).couplings

@@ -37,10 +37,11 @@ from jaxspark.evaluation.enumeration import (
 from jaxspark.evaluation.sampling_checks import PROMPT, Check
 from jaxspark.evaluation.schedule_checks import SCHEDULES, hesitant, scheduler
 from jaxspark.evaluation.statistics import chi_square
-from jaxspark.evaluation.tiny_models import BLOCK_LENGTH, Family, tiny_models
+from jaxspark.evaluation.tiny_models import BLOCK_LENGTH, DRAFTERS, Family, tiny_models
 
 VOCAB = 3
 SLOTS = 2
+TELLTALE = "telltale"
 # Three drafts of two requests, or none; two first drafts of 0.8 alone do not pay, where
 # four tokens are drafted. Where only two are, they do: next time no more are drafted.
 COSTS = Costs(
@@ -118,7 +119,9 @@ def enumeration_checks(
     Once without history, once after rounds that promise little, once after such that
     promise much. How sharp drafts are counts too.
     """
-    target, own = tiny_models(family, VOCAB)
+    names = (TELLTALE, *DRAFTERS[family]) if drafters is None else drafters
+    own = [name for name in names if name != TELLTALE]
+    target, tried = tiny_models(family, VOCAB, drafters=own)
     sampling = Sampling.of(1, temperature=0.8)
     ones = ((1.0,) * BLOCK_LENGTH,)
     calibration = Calibration(
@@ -126,12 +129,10 @@ def enumeration_checks(
     )
     table = sequence_log_probs(target, PROMPT, BLOCK_LENGTH + 1, sampling)
     expected = target_distribution(table)
-    tried = {"telltale": telltale()} | own
     checks = []
-    for name in tried if drafters is None else drafters:
-        round_ = EnumeratedRound(
-            target, hesitant(tried[name]), [PROMPT, PROMPT[1:]], table, sampling
-        )
+    for name in names:
+        drafter = telltale() if name == TELLTALE else hesitant(tried[name])
+        round_ = EnumeratedRound(target, drafter, [PROMPT, PROMPT[1:]], table, sampling)
         for label, schedule in (schedules or schedules_for_rejection()).items():
             seen = [
                 round_.distribution(schedule, calibration=calibration, earlier_G=each)
@@ -159,7 +160,7 @@ def frequency_checks(
     The whole compiled round with its own random numbers and history; many pairs at
     once by `vmap`.
     """
-    target, _ = tiny_models(family, VOCAB)
+    target, _ = tiny_models(family, VOCAB, drafters=())
     exact = target_distribution(
         sequence_log_probs(target, PROMPT, 2, Sampling.of(1, temperature=1.0))
     )

@@ -1,6 +1,8 @@
 """Random models small enough to know everything about: what exactness is audited on."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 from flax import nnx
@@ -13,6 +15,7 @@ from jaxspark.drafters import (
     DSparkDrafter,
     Eagle3Config,
     Eagle3Drafter,
+    HybridDrafter,
     MTPDrafter,
     NgramDrafter,
     hybrid,
@@ -23,12 +26,14 @@ from jaxspark.models import DeepSeekV4, DeepSeekV4Config, DenseConfig, DenseDeco
 BLOCK_LENGTH = 2
 Family = Literal["dense", "deepseek_v4"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
+Maker = Callable[[Any, int, int], Drafter]
 
 
 def tiny_models(
     family: Family,
     vocab_size: int,
     *,
+    drafters: Iterable[str] | None = None,
     seed: int = 0,
     layers: int = 2,
     block_length: int = BLOCK_LENGTH,
@@ -38,18 +43,23 @@ def tiny_models(
     Args:
       family: "dense", or "deepseek_v4", whose layers are always two: CSA and HCA.
       vocab_size: V.
+      drafters: names among `DRAFTERS[family]`; None builds all.
       seed: of the target; its drafters get the next one.
       layers: of a dense target.
       block_length: of the drafters.
 
     Returns:
-      The target, and one drafter of every kind by name.
+      The target, and the drafters by name.
     """
-    if family == "deepseek_v4":
-        sparse = tiny_v4(vocab_size, seed)
-        return sparse, v4_drafters(sparse, seed + 1, block_length)
-    dense = tiny_dense(vocab_size, seed, layers)
-    return dense, dense_drafters(dense, seed + 1, block_length)
+    dense = family == "dense"
+    target = (
+        tiny_dense(vocab_size, seed, layers) if dense else tiny_v4(vocab_size, seed)
+    )
+    makers = DRAFTERS[family]
+    names = makers if drafters is None else drafters
+    return target, {
+        name: makers[name](target, seed + 1, block_length) for name in names
+    }
 
 
 def tiny_dense(vocab_size: int, seed: int = 0, layers: int = 2) -> DenseDecoder:
@@ -64,50 +74,6 @@ def tiny_dense(vocab_size: int, seed: int = 0, layers: int = 2) -> DenseDecoder:
         head_dim=8,
     )
     return DenseDecoder(config, rngs=nnx.Rngs(seed))
-
-
-def dense_drafters(
-    target: DenseDecoder, seed: int = 1, block_length: int = BLOCK_LENGTH
-) -> dict[str, Drafter]:
-    """One drafter of every kind for a tiny target, random weights."""
-    vocab, layers = target.config.vocab_size, target.config.num_hidden_layers
-
-    def dspark(head: str | None, draft_vocab_size: int | None = None):
-        config = DSparkConfig(
-            backbone=target.config,
-            block_size=block_length,
-            target_layer_ids=(-1, 0),
-            mask_token_id=vocab - 1,
-            num_target_layers=layers,
-            markov_rank=4 if head else 0,
-            markov_head_type=head or "vanilla",
-            enable_confidence_head=head is not None,
-            confidence_head_with_markov=head is not None,
-            draft_vocab_size=draft_vocab_size,
-        )
-        return DSparkDrafter(config, rngs=nnx.Rngs(seed))
-
-    def lookup(longest: int) -> NgramDrafter:
-        return NgramDrafter(block_length=block_length, shortest=1, longest=longest)
-
-    return {
-        "ngram": lookup(4),
-        "dflash": dspark(None),
-        **{f"dspark-{head}": dspark(head) for head in HEAD_TYPES},
-        "dspark-pruned": dspark("vanilla", vocab - 1),
-        "eagle3": Eagle3Drafter(
-            Eagle3Config(
-                backbone=replace(target.config, num_hidden_layers=1, qk_norm=True),
-                ttt_length=block_length,
-                target_layer_ids=tuple(range(layers)),
-                num_target_layers=layers,
-            ),
-            rngs=nnx.Rngs(seed),
-        ),
-        # A match of the prompt's length is followed, one of a single token is not.
-        "hybrid-copies": hybrid(lookup(4), dspark("gated", vocab - 1)),
-        "hybrid-asks": hybrid(lookup(1), dspark("gated", vocab - 1)),
-    }
 
 
 def tiny_v4(vocab_size: int, seed: int = 0) -> DeepSeekV4:
@@ -139,10 +105,42 @@ def tiny_v4(vocab_size: int, seed: int = 0) -> DeepSeekV4:
     return target
 
 
-def v4_drafters(
-    target: DeepSeekV4, seed: int = 1, block_length: int = BLOCK_LENGTH
-) -> dict[str, Drafter]:
-    """One drafter of every kind for it, random weights."""
+def _dspark(
+    target: DenseDecoder,
+    seed: int,
+    block_length: int,
+    *,
+    head: str | None,
+    pruned: bool = False,
+) -> DSparkDrafter:
+    vocab = target.config.vocab_size
+    config = DSparkConfig(
+        backbone=target.config,
+        block_size=block_length,
+        target_layer_ids=(-1, 0),
+        mask_token_id=vocab - 1,
+        num_target_layers=target.config.num_hidden_layers,
+        markov_rank=4 if head else 0,
+        markov_head_type=head or "vanilla",
+        enable_confidence_head=head is not None,
+        confidence_head_with_markov=head is not None,
+        draft_vocab_size=vocab - 1 if pruned else None,
+    )
+    return DSparkDrafter(config, rngs=nnx.Rngs(seed))
+
+
+def _eagle3(target: DenseDecoder, seed: int, block_length: int) -> Eagle3Drafter:
+    layers = target.config.num_hidden_layers
+    config = Eagle3Config(
+        backbone=replace(target.config, num_hidden_layers=1, qk_norm=True),
+        ttt_length=block_length,
+        target_layer_ids=tuple(range(layers)),
+        num_target_layers=layers,
+    )
+    return Eagle3Drafter(config, rngs=nnx.Rngs(seed))
+
+
+def _v4_dspark(target: DeepSeekV4, seed: int, block_length: int) -> DeepSeekV4DSpark:
     config = DeepSeekV4DSparkConfig(
         target=target.config,
         dspark_block_size=block_length,
@@ -151,12 +149,41 @@ def v4_drafters(
         dspark_markov_rank=4,
         n_mtp_layers=2,
     )
-    dspark = DeepSeekV4DSpark(config, rngs=nnx.Rngs(seed))
-    mtp = MTPDrafter(target.config, block_length=block_length, rngs=nnx.Rngs(seed))
-    lookup = NgramDrafter(block_length=block_length, shortest=1)
-    return {
-        "ngram": lookup,
-        "deepseek_v4_dspark": dspark,
-        "mtp": mtp,
-        "hybrid": hybrid(lookup, dspark),
-    }
+    return DeepSeekV4DSpark(config, rngs=nnx.Rngs(seed))
+
+
+def _mtp(target: DeepSeekV4, seed: int, block_length: int) -> MTPDrafter:
+    return MTPDrafter(target.config, block_length=block_length, rngs=nnx.Rngs(seed))
+
+
+def _ngram(target, seed: int, block_length: int, *, longest: int = 4) -> NgramDrafter:
+    return NgramDrafter(block_length=block_length, shortest=1, longest=longest)
+
+
+def _hybrid(
+    target, seed: int, block_length: int, *, model: Maker, longest: int = 4
+) -> HybridDrafter:
+    lookup = _ngram(target, seed, block_length, longest=longest)
+    return hybrid(lookup, model(target, seed, block_length))
+
+
+_pruned_dspark = partial(_dspark, head="gated", pruned=True)
+# One of every kind, random weights; each is made of target, seed and block length.
+DRAFTERS: dict[Family, dict[str, Maker]] = {
+    "dense": {
+        "ngram": _ngram,
+        "dflash": partial(_dspark, head=None),
+        **{f"dspark-{head}": partial(_dspark, head=head) for head in HEAD_TYPES},
+        "dspark-pruned": partial(_dspark, head="vanilla", pruned=True),
+        "eagle3": _eagle3,
+        # A match of the prompt's length is followed, one of a single token is not.
+        "hybrid-copies": partial(_hybrid, model=_pruned_dspark),
+        "hybrid-asks": partial(_hybrid, model=_pruned_dspark, longest=1),
+    },
+    "deepseek_v4": {
+        "ngram": partial(_ngram, longest=8),
+        "deepseek_v4_dspark": _v4_dspark,
+        "mtp": _mtp,
+        "hybrid": partial(_hybrid, model=_v4_dspark, longest=8),
+    },
+}

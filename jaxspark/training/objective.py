@@ -177,7 +177,8 @@ def expected_auc(by_forecast_GF2: Float[Array, "G F 2"]) -> list[float]:
     """How well forecasts rank, by place: ROC-AUC, expected over what is accepted.
 
     Acceptance under rejection sampling is a coin even to those who know both
-    distributions, so expected survival itself ranks imperfectly.
+    distributions, so expected survival itself ranks imperfectly. 0.5 where there is
+    nothing to rank.
     """
     events_GF, others_GF = np.moveaxis(np.asarray(by_forecast_GF2, np.float64), -1, 0)
     below_GF = np.cumsum(others_GF, axis=1) - others_GF / 2
