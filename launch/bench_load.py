@@ -48,7 +48,7 @@ flags.DEFINE_integer(
     "load_prompts", 12, "Prompts that few requests at once take in turns."
 )
 flags.DEFINE_integer("load_block", 4, "Drafts the schedule chooses from.")
-flags.DEFINE_integer("load_tokens", 24, "Tokens per request and run.", lower_bound=4)
+flags.DEFINE_integer("load_rounds", 16, "Rounds of each run.", lower_bound=1)
 flags.DEFINE_float("load_temperature", 1.0, "Of --suite=load.", lower_bound=0.0)
 flags.DEFINE_string(
     "progress", None, "JSON-lines file that a stopped --suite=load goes on from."
@@ -72,23 +72,21 @@ class Contestant:
     schedule: ScheduleState | None = None
 
     def visit(self, house: "House", run: int) -> np.ndarray:
-        """Decodes in a house; the requests gain `load_tokens` on the average.
+        """Decodes `load_rounds` rounds in a house.
 
         Returns:
           Tokens, seconds, verified drafts and rounds of all slots together.
         """
-        state = house.enter(self, run)
-        slots = len(state.lengths_B)
-        start = int(jnp.sum(jax.block_until_ready(state.lengths_B)))
+        state = jax.block_until_ready(house.enter(self, run))
+        # One call for all rounds, as what a call itself takes weighs where they are
+        # short.
+        rounds = jnp.int32(FLAGS.load_rounds)
         begin = time.perf_counter()
-        gained = 0
-        while gained < FLAGS.load_tokens * slots:
-            state = decode(
-                house.model, self.drafter, state, jnp.int32(8), options=self.options
-            )
-            gained = int(jnp.sum(state.lengths_B)) - start
+        state = decode(house.model, self.drafter, state, rounds, options=self.options)
+        jax.block_until_ready(state)
         seconds = time.perf_counter() - begin
         self.schedule = jax.tree.map(jnp.copy, state.schedule)
+        gained = np.sum(np.array(state.lengths_B) - house.lengths_B)
         counters = state.counters
         verified, rounds = counters.verified_B.sum(), counters.rounds_B.sum()
         house.leave(state)
@@ -136,8 +134,9 @@ class House:
     """
 
     def __init__(self, model, drafter: Drafter, prompts):
-        # Nobody leaves: a request goes on past its answer's end, room for many tokens.
-        limits = [len(p) + 4 * FLAGS.load_tokens + 64 for p in prompts]
+        # Nobody leaves: a request goes on past its answer's end, room for every draft.
+        room = (FLAGS.load_rounds + 1) * (drafter.block_length + 1)
+        limits = [len(p) + room for p in prompts]
         state = init_state(
             model,
             drafter,
@@ -216,7 +215,7 @@ def _settings() -> dict:
     """What figures of another time must agree in, to stand beside new ones."""
     names = ("draft", "target", "dtype", "repeats", "capacity", "fixed_lengths")
     names += ("prompts_dir", "prompts_per_domain", "load_prompts", "load_block")
-    names += ("load_tokens", "load_temperature")
+    names += ("load_rounds", "load_temperature")
     folder, _ = drafter_folder(FLAGS.draft)
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
     settings = {name: FLAGS[name].value for name in names}

@@ -24,6 +24,7 @@ from jaxspark.evaluation.plots import plot_acceptance, plot_lines
 from jaxspark.evaluation.prompts import load_prompts
 from jaxspark.evaluation.timing import alternate, decode_seconds, medians
 from launch import common
+from launch.progress import bars
 
 common.define_model_flags()
 flags.DEFINE_string("prompts_dir", "../shared/data/eval", "Folder of the prompts.")
@@ -53,8 +54,10 @@ def sweep(console: Console, target, drafter, prompts, options, thresholds) -> di
     """Acceptance rate and verified length of every domain, by threshold."""
     calibration = common.find_calibration()
     found: dict[str, dict] = {name: {} for name in prompts}
-    for text, schedule in thresholds.items():
-        with console.status(f"verifying from survival {text}"):
+    with bars(console) as progress:
+        for text, schedule in progress.track(
+            thresholds.items(), description="verifying by survival"
+        ):
             measured = measure_acceptance(
                 target,
                 drafter,
@@ -63,12 +66,12 @@ def sweep(console: Console, target, drafter, prompts, options, thresholds) -> di
                 calibration=calibration,
                 **options,
             )
-        for name, each in measured.items():
-            found[name][text] = {
-                "acceptance_rate": each.acceptance_rate,
-                "verified_length": each.verified_length,
-                "accepted_length": each.accepted_length,
-            }
+            for name, each in measured.items():
+                found[name][text] = {
+                    "acceptance_rate": each.acceptance_rate,
+                    "verified_length": each.verified_length,
+                    "accepted_length": each.accepted_length,
+                }
     table = Table(title=f"{FLAGS.draft} · accepted per verified draft (verified)")
     table.add_column("survival")
     for name in found:

@@ -110,7 +110,7 @@ DSPARK = Network(
     cache_bytes=225e3,
 )
 BLOCK = 5
-FEWEST_SLOT_ROUNDS = 10_000
+FEWEST_SLOT_ROUNDS = 40_000
 # Conditional acceptance of every place: no suffix decay. The values give accepted
 # lengths of 5.3, 3.8 and 2.9 at block 7, as published for math, chat and poetry.
 ACCEPTANCE = {"math": 0.875, "chat": 0.77, "poetry": 0.67}

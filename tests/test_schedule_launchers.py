@@ -105,7 +105,7 @@ def test_a_profile_of_another_drafter_is_refused(place):
 def test_load_is_swept(place):
     sweep = (
         *("bench", "--suite=load", "--draft=run/drafter", "--concurrency=1,2"),
-        *("--fixed_lengths=1,3", "--load_block=3", "--load_tokens=4", "--repeats=3"),
+        *("--fixed_lengths=1,3", "--load_block=3", "--load_rounds=3", "--repeats=3"),
         *("--prompts_dir=.", "--prompts_per_domain=1", "--capacity=256"),
         *("--progress=load.jsonl", "--json_out=load.json"),
     )

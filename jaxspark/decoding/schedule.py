@@ -145,7 +145,7 @@ class CostAware(ABC):
 
     costs: Costs | None = None
     lag: int = 1
-    probe_share: float = 0.005
+    probe_share: float = 0.002
     couplings: ClassVar = COUPLINGS
 
     def __post_init__(self):

@@ -123,8 +123,8 @@ def test_nothing_is_drafted_while_that_pays_more():
     good, bad = (Outlook.of(jnp.array([[a, a * a]])) for a in (0.9, 0.2))
     for scheduler in (Causal(costs=table), Lagged(costs=table), Free(costs=table)):
         # A block gains 1.24 tokens in 1.5 seconds, a plain round one each second: what
-        # is lost, 0.26, is half a percent of 52 rounds.
-        cases = ((good, 0, 1), (bad, 0, 0), (bad, 51, 0), (bad, 53, 1))
+        # is lost, 0.26, is a fifth of a percent of 130 rounds.
+        cases = ((good, 0, 1), (bad, 0, 0), (bad, 129, 0), (bad, 131, 1))
         for outlook, idle, pick in cases:
             assert scheduler.draft(outlook, jnp.full((1, 2), idle)) == pick
 
@@ -160,8 +160,9 @@ def test_as_much_is_drafted_as_must_be_verified():
 def picks(survival, rounds):
     """What is drafted after 0, 1, 2, ... rounds in which one slot had no draft."""
     outlook = Outlook.of(jnp.array([survival] * 2))
+    scheduler = Lagged(costs=LADDER, probe_share=0.005)
     return [
-        int(Lagged(costs=LADDER).draft(outlook, jnp.array([[0] * 3, [n] * 3])))
+        int(scheduler.draft(outlook, jnp.array([[0] * 3, [n] * 3])))
         for n in range(rounds)
     ]
 
