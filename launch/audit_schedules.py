@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxspark.evaluation import schedule_checks, schedule_sampling
+from jaxspark.evaluation.appendix import appendix_checks
 from jaxspark.evaluation.sampling_checks import Check
 from jaxspark.evaluation.schedule_checks import ScheduleCell, ScheduleResult
 from jaxspark.evaluation.tiny_models import DRAFTERS, Family
@@ -64,6 +65,7 @@ def _audit_schedules(console: Console, *, quick: bool, family: Family) -> dict:
         checking += [
             workers.submit(_sample, family, name, samples) for name in schedules
         ]
+        checking.append(workers.submit(appendix_checks))
         for future in as_completed(cells):
             cell, (result, seconds) = cells[future], future.result()
             counts = {"rounds": result.rounds, "drafted": result.drafted}

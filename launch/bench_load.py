@@ -31,6 +31,7 @@ from jaxspark.decoding import (
     init_state,
     prefill,
 )
+from jaxspark.decoding.generate import check_block_length
 from jaxspark.decoding.state import Counters, ScheduleState
 from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.evaluation.plots import plot_load
@@ -184,6 +185,8 @@ def bench_load(console: Console) -> dict:
     target = common.load_text_target()
     drafter = load_drafter(FLAGS.draft, target)
     calibration = load_calibration(FLAGS.draft, "rejection")
+    for length in (FLAGS.load_block, *common.positive("fixed_lengths")):
+        check_block_length(drafter, length)
     calibration.check(FLAGS.load_block, "rejection")
     domains = load_prompts(
         FLAGS.prompts_dir,
@@ -194,7 +197,7 @@ def bench_load(console: Console) -> dict:
     prompts = in_turn(domains)
     finished = CellProgress(FLAGS.progress, _settings())
     figures = {}
-    for slots in FLAGS.concurrency:
+    for slots in map(str, common.positive("concurrency")):
         if slots not in finished.cells:
             found = at_concurrency(
                 console, target.model, drafter, int(slots), prompts, calibration
@@ -247,7 +250,7 @@ def at_concurrency(console, model, drafter, slots, prompts, calibration) -> dict
             PlainDrafter(), DecodeOptions(block_length=0, buckets=(slots,))
         )
     }
-    for length in map(int, FLAGS.fixed_lengths):
+    for length in common.positive("fixed_lengths"):
         contestants[f"fixed {length}"] = Contestant(
             drafter, DecodeOptions(block_length=length)
         )

@@ -147,8 +147,9 @@ def bench_overhead(console: Console) -> dict:
         jnp.ones((slots,)),
         jax.random.uniform(key, (remembered(slots), slots, block_length)),
     )
-    width = getattr(drafter.config, "draft_vocab_size", None)
-    width = width or target.model.config.vocab_size
+    # A hybrid's is its model's; prompt lookup has none.
+    config = getattr(getattr(drafter, "model", drafter), "config", None)
+    width = getattr(config, "draft_vocab_size", None) or target.model.config.vocab_size
     logits_GBW = jax.random.normal(key, (block_length, slots, width))
     log_q_GBW = jax.nn.log_softmax(logits_GBW)
 

@@ -44,9 +44,7 @@ flags.DEFINE_integer("test_prompts", 40, "Prompts per domain to judge.", lower_b
 flags.DEFINE_integer("max_prompt_tokens", 256, "Longer ones are passed over.")
 flags.DEFINE_integer("max_new_tokens", 96, "Output budget.", lower_bound=1)
 flags.DEFINE_list("temperatures", ["0", "1"], "Sampling temperatures to fit at.")
-flags.DEFINE_enum(
-    "coupling", "rejection", ["rejection", "gumbel"], "See launch.generate."
-)
+common.define_coupling_flag()
 flags.DEFINE_enum(
     "keep",
     "sharpness",
@@ -99,7 +97,9 @@ def recorded(
     console: Console, target, drafter, part: str, temperature: float, prompts
 ) -> Rounds:
     """The rounds of some prompts: from an earlier run, or decoded now."""
-    path = pathlib.Path(FLAGS.out) / f"{part}_{FLAGS.coupling}_{temperature:g}.npz"
+    # Greedy rounds are the same under every coupling.
+    kind = f"{FLAGS.coupling}_{temperature:g}" if temperature else "greedy"
+    path = pathlib.Path(FLAGS.out) / f"{part}_{kind}.npz"
     if path.exists():
         return Rounds.load(path)
     with bars(console) as progress:

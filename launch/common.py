@@ -62,13 +62,30 @@ def define_sampling_flags() -> None:
     flags.DEFINE_float("top_p", 1.0, "Keep the most likely tokens of this mass.")
     flags.DEFINE_float("min_p", 0.0, "Keep tokens this likely relative to the best.")
     flags.DEFINE_integer("seed", 0, "Seed of the request's randomness.")
-    flags.DEFINE_enum(
-        "coupling",
-        "rejection",
-        COUPLINGS,
+    define_coupling_flag(
         "How draft and target are tied: rejection accepts most, gumbel gives the very "
-        "tokens of plain sampling with the same seed.",
+        "tokens of plain sampling with the same seed."
     )
+
+
+def define_coupling_flag(text: str = "See launch.generate.") -> None:
+    """--coupling."""
+    flags.DEFINE_enum("coupling", "rejection", COUPLINGS, text)
+
+
+def positive(name: str) -> list[int]:
+    """The whole numbers of a list flag.
+
+    Raises:
+      ValueError: one that is no number, or not positive.
+    """
+    try:
+        numbers = [int(each) for each in flags.FLAGS[name].value]
+    except ValueError as error:
+        raise ValueError(f"--{name}: {error}") from error
+    if not numbers or min(numbers) < 1:
+        raise ValueError(f"--{name} must be positive, got {numbers}")
+    return numbers
 
 
 def define_schedule_flags() -> None:
@@ -107,7 +124,11 @@ def chosen_schedule(target, drafter, *, slots, block_length, capacity, temperatu
         return schedule, None, capacity
     if isinstance(schedule, CostAware) and flags.FLAGS.costs:
         profiles = load_profiles(flags.FLAGS.costs)
-        roomy = [p.setting.capacity for p in profiles if p.setting.capacity >= capacity]
+        roomy = [
+            profile.setting.capacity
+            for profile in profiles
+            if profile.setting.slots == slots and profile.setting.capacity >= capacity
+        ]
         capacity = min(roomy, default=capacity)
         here = Setting.of(
             target,

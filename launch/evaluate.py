@@ -32,9 +32,7 @@ flags.DEFINE_integer("prompts_per_domain", 20, "How many of each.", lower_bound=
 flags.DEFINE_integer("max_prompt_tokens", 256, "Longer ones are passed over.")
 flags.DEFINE_integer("max_new_tokens", 128, "Output budget.", lower_bound=1)
 flags.DEFINE_float("temperature", 0.0, "0 decodes greedily.", lower_bound=0.0)
-flags.DEFINE_enum(
-    "coupling", "rejection", ["rejection", "gumbel"], "See launch.generate."
-)
+common.define_coupling_flag()
 flags.DEFINE_integer("slots", 8, "Prompts decoded together for acceptance.")
 flags.DEFINE_integer("seed", 0, "Of sampling.")
 flags.DEFINE_integer("speed_prompts", 2, "Prompts per domain timed alone; 0: none.")

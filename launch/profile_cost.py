@@ -25,9 +25,7 @@ flags.DEFINE_integer(
     "capacity", 512, "Cache positions of each request.", lower_bound=16
 )
 flags.DEFINE_float("temperature", 1.0, "0 is greedy, which spares sampling.")
-flags.DEFINE_enum(
-    "coupling", "rejection", ["rejection", "gumbel"], "See launch.generate."
-)
+common.define_coupling_flag()
 flags.DEFINE_integer("repeats", 5, "Timed runs of each bucket.", lower_bound=1)
 flags.DEFINE_string("out", None, "JSON file.")
 flags.mark_flags_as_required(["out"])
@@ -61,7 +59,7 @@ def main() -> None:
     target = common.load_text_target()
     drafter = load_drafter(FLAGS.draft, target)
     profiles = []
-    for slots in map(int, FLAGS.slots):
+    for slots in common.positive("slots"):
         profile = measured_with_progress(
             target,
             drafter,

@@ -148,10 +148,36 @@ def test_recorded_rounds_are_simulated(place):
     )
     assert set(policies["scheduled"]) == {"1", "2"}
     said = place.run(
+        "simulate", "--trace=calibration/test_rejection_1.npz", "--costs=costs.json",
+        "--coupling=gumbel", target=False, fails=True,
+    )  # fmt: skip
+    assert "costs under coupling 'rejection', the trace's is 'gumbel'" in " ".join(
+        said.split()
+    )
+    said = place.run(
         "simulate", "--trace=calibration/settings.json", "--costs=costs.json",
         target=False, fails=True,
     )  # fmt: skip
     assert "holds no recorded rounds" in said.replace("\n", " ")
+
+
+def test_machines_are_simulated_with_recorded_and_with_stated_acceptance(place):
+    few = ("simulate", "--users=2,1", "--rounds=20", "--json_out=machines.json")
+    place.run(*few, "--trace=calibration/test_rejection_1.npz", target=False)
+    found = place.json("machines.json")
+    assert any("as recorded in calibration" in line for line in found["assumptions"])
+    assert list(found["8 x H100"]["DSpark-3, scheduled"]) == ["1", "2"]
+    (place.folder / "curves.json").write_text('{"a": [0.9, 0.8], "b": [0.5, 0.4]}')
+    place.run(*few, "--acceptance=curves.json", "--rate=5", target=False)
+    found = place.json("machines.json")
+    assert any("a 0.9, 0.8; b 0.5, 0.4" in line for line in found["assumptions"])
+    assert any("5 requests arrive per second" in line for line in found["assumptions"])
+    assert "DSpark-2, scheduled" in found["TPU v5p-16"]
+    (place.folder / "curves.json").write_text('{"a": [0.9], "b": [0.5, 1.4]}')
+    said = place.run(*few, "--acceptance=curves.json", target=False, fails=True)
+    assert "expected rates between 0 and 1" in " ".join(said.split())
+    said = place.run("simulate", "--users=0", target=False, fails=True)
+    assert "--users must be positive, got [0]" in said
 
 
 def test_the_quick_audit_passes(place):

@@ -1,9 +1,10 @@
 """Cost profiles: what a round costs, measured on the device it will run on.
 
 Seconds per round as a function of the draft length and the token bucket. Measured on
-the decode loop itself, whole rounds with each bucket in turn, so that everything a
-round does is counted. Medians of alternating runs. A bucket that takes as long as a
-larger one is left out: matrix products have sizes they like, and costs then rise.
+the decode loop itself, whole rounds with each bucket in turn, so that all of a round is
+counted but the choosing, which costs next to nothing. Medians of alternating runs. A
+bucket that takes as long as a larger one is left out: matrix products have sizes they
+like, and costs then rise.
 """
 
 import json
@@ -191,8 +192,9 @@ def measure_costs(
       capacity: cache positions of each request; half of them are filled.
       coupling: "rejection" or "gumbel".
       temperature: of sampling.
-      rounds: rounds per timed run; by default 16 for one slot, fewer for more, 4 at
-        least: what a call itself takes shall not count where rounds are short.
+      rounds: rounds per timed run; by default 16 for one slot, fewer for more, 4 if
+        caches hold as many: what a call itself takes shall not count where rounds are
+        short.
       repeats: timed runs of each bucket.
       on_run: called with runs done and runs in all.
 
@@ -217,7 +219,9 @@ def measure_costs(
         for length in draft_ladder(block_length)
     }
     if rounds is None:
-        rounds = max(4, 16 // slots)
+        # No more than half of the caches can hold.
+        fitting = capacity // (2 * (block_length + 1)) - 1
+        rounds = max(1, min(max(4, 16 // slots), fitting))
     if drafter.abstains:
         # Text that repeats itself has something to copy, until a round adds to it.
         rounds = 1

@@ -118,7 +118,13 @@ def record_rounds(
     """
     model = as_model(target)
     block_length = check_block_length(drafter, block_length)
-    options = DecodeOptions(block_length=block_length, coupling=coupling)
+    full = slots * (block_length + 1)
+    options = DecodeOptions(
+        block_length=block_length,
+        coupling=coupling,
+        # Rounds of a group whose first are done are smaller.
+        buckets=tuple(sorted({-(-full * part // 4) for part in (1, 2, 3, 4)})),
+    )
     capacity = capacity_for(prompts, max_new_tokens, block_length)
     rows: list[tuple] = []
     for first in range(0, len(prompts), slots):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.decoding.couplings import COUPLINGS, Coupling
 
@@ -31,7 +31,8 @@ class Calibration:
     Attributes:
       coupling: the one they were fitted under.
       fitted_at: sampling temperatures they were fitted at, ascending; a request takes
-        those of the nearest.
+        those of the nearest, a greedy one only those of 0, a sampled one only others.
+        Where there are none, confidences are taken as they are.
       temperatures: for each of them one temperature per draft.
       biases: likewise what is added to a scaled logit; None for zeros.
       weights: likewise what sharpness counts; None for nothing.
@@ -124,15 +125,18 @@ class Calibration:
           sharpness_BG: how decided the drafts were.
           temperature_B: the sampling temperature of each slot.
         """
+        row_B, fitted_B = self._nearest(temperature_B)
+        length = confidence_BG.shape[1]
 
-        def of_slots(rows):
-            return self._of_slots(rows, confidence_BG.shape[1], temperature_B)
+        def of_slots(rows, neutral: float) -> Float[Array, "B G"]:
+            rows_BG = jnp.array(rows, jnp.float32)[row_B, :length]
+            return jnp.where(fitted_B[:, None], rows_BG, neutral)
 
-        logits_BG = confidence_BG / of_slots(self.temperatures)
+        logits_BG = confidence_BG / of_slots(self.temperatures, 1.0)
         if self.weights is not None:
-            logits_BG += of_slots(self.weights) * sharpness_BG
+            logits_BG += of_slots(self.weights, 0.0) * sharpness_BG
         if self.biases is not None:
-            logits_BG += of_slots(self.biases)
+            logits_BG += of_slots(self.biases, 0.0)
         return jnp.cumprod(jax.nn.sigmoid(logits_BG), axis=1)
 
     def usual_survival(
@@ -141,12 +145,19 @@ class Calibration:
         """Typical blocks at each slot's sampling temperature; None if not known."""
         if self.usual is None:
             return None
-        return self._of_slots(self.usual, block_length, temperature_B)
+        row_B, _ = self._nearest(temperature_B)
+        return jnp.array(self.usual, jnp.float32)[row_B, :, :block_length]
 
-    def _of_slots(
-        self, rows, block_length: int, temperature_B
-    ) -> Float[Array, "B *U G"]:
-        """The row that was fitted nearest to each slot's sampling temperature."""
-        distance_BR = jnp.abs(temperature_B[:, None] - jnp.array(self.fitted_at))
-        row_B = jnp.argmin(distance_BR, axis=1)
-        return jnp.array(rows, jnp.float32)[row_B, ..., :block_length]
+    def _nearest(
+        self, temperature_B: Float[Array, " B"]
+    ) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
+        """The row fitted nearest to each slot's temperature, and whether it holds.
+
+        Sharpness is another quantity where drafts are greedy, and acceptance follows
+        another law: a row says nothing of the other regime.
+        """
+        fitted_R = jnp.array(self.fitted_at)
+        other_BR = (temperature_B[:, None] > 0) != (fitted_R > 0)
+        distance_BR = jnp.abs(temperature_B[:, None] - fitted_R)
+        row_B = jnp.argmin(jnp.where(other_BR, jnp.inf, distance_BR), axis=1)
+        return row_B, ~jnp.all(other_BR, axis=1)

@@ -332,7 +332,12 @@ def _seeds(seed, count: int) -> np.ndarray:
         return np.asarray(seed)
     if not 0 <= int(seed) < 2**32:
         raise ValueError(f"seed must lie in [0, 2**32), got {seed}")
-    return (int(seed) + 0x9E3779B9 * np.arange(count, dtype=np.uint64)) % 2**32
+    return spread_seed(int(seed), np.arange(count, dtype=np.uint64))
+
+
+def spread_seed(seed: int, index):
+    """The seed of a request by its place, far from those of small numbers."""
+    return (seed + 0x9E3779B9 * index) % 2**32
 
 
 def _run(model, drafter, state: DecodeState, options, prompts, on_tokens):

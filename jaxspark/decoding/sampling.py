@@ -5,7 +5,9 @@ order. Temperature 0 is the limit: all mass on the best token (ties: the lowest 
 greedy decoding is no special case further down.
 
 Randomness is a function of the request's seed and of absolute positions alone, never of
-the batch, so a request gives the same tokens wherever and beside whomever it runs.
+the batch, so a request gives the same tokens wherever and beside whomever it runs. But
+for rejection sampling with a schedule: there others decide where rounds begin, and it
+is the distribution that stays.
 """
 
 from dataclasses import dataclass

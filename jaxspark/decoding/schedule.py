@@ -15,8 +15,9 @@ Under rejection sampling a draft must not influence whether it is verified itsel
     free               everything; only for coupling="gumbel", whose output does not
                        depend on what is verified
 
-That holds because requests draw from streams of their own: those decoded together
-need seeds that differ, as `generate` and `generate_stream` give them.
+That holds because requests draw from streams of their own: those decoded together, or
+soon after each other, need seeds that differ, as `generate` and `generate_stream` give
+them where none are named.
 
 Each scheduler is a pure function of arrays and runs inside the compiled round, so
 nothing waits for the host.
@@ -59,7 +60,9 @@ class Scheduler(Protocol):
         """Which of them, by index; not asked where there is but one.
 
         Args:
-          earlier: with the survival of earlier rounds.
+          earlier: with the survival of earlier rounds; of new requests that of the ones
+            before them, or what is usual: whether to draft at all is asked of the
+            whole batch, which they join.
           idle_BG: rounds since so many drafts were last proposed.
         """
 

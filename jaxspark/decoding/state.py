@@ -51,7 +51,8 @@ class ScheduleState:
       cap_B: most drafts that are.
       past_BnG: survival in its last rounds that drafted, the newest first; guessed for
         what they did not draft, -1 for rounds before the first. A request that takes a
-        slot over begins with the memory of the one before it, if both sample alike.
+        slot over begins with the memory of the one before it, if both have the same
+        sampling temperature.
       seen_B: whether its request has had such a round.
       idle_BG: rounds since that many drafts were last proposed.
     """

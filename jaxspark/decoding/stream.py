@@ -29,6 +29,7 @@ from jaxspark.decoding.generate import (
     default_buckets,
     prefill_chunk,
     round_capacity,
+    spread_seed,
 )
 from jaxspark.decoding.round import DecodeOptions, decode, prefill
 from jaxspark.decoding.sampling import Sampling
@@ -42,7 +43,8 @@ from jaxspark.models.rows import Rows
 class Request:
     """One prompt and how it is continued; see `generate` for the parameters.
 
-    Without a seed it takes its place among the requests; `name` is for reports.
+    Without a seed it gets one from its place among the requests; under rejection
+    sampling with a schedule, seeds that are given should differ. `name` is for reports.
     """
 
     prompt: Sequence[int]
@@ -125,8 +127,12 @@ def generate_stream(
             for index, request in arrived:
                 make.check(index, request)
             arrived = [(index, _seeded(index, request)) for index, request in arrived]
-            for _, request in arrived:
-                check_floors(options, [request.draft_floor] * slots)
+            for index, request in arrived:
+                # Whoever is beside it: as if all slots asked for as much.
+                try:
+                    check_floors(options, [request.draft_floor] * slots)
+                except ValueError as error:
+                    raise ValueError(f"request {index}: {error}") from error
             places, free = free[: len(arrived)], free[len(arrived) :]
             running |= dict(zip(places, arrived))
             padding = group - len(arrived)
@@ -157,8 +163,8 @@ def _insert(
             return old.with_slots(slots_N, new)
         return old.at[slots_N].set(new, mode="drop")
 
-    # What rounds were like remains known, if the new request samples as the old one
-    # did; how long so many were not drafted is known of all slots together.
+    # What rounds were like remains known, if the new request has the old one's sampling
+    # temperature; how long so many were not drafted is known of all slots together.
     alike_N = state.sampling.temperature[slots_N] == fresh.sampling.temperature
     past_NnG = state.schedule.past_BnG[slots_N]
     past_NnG = jnp.where(alike_N[:, None, None], past_NnG, -1.0)
@@ -237,8 +243,10 @@ class _StateMaker:
 
 
 def _seeded(index: int, request: Request) -> Request:
-    """The request with random numbers of its own."""
-    return request if request.seed is not None else replace(request, seed=index)
+    """The request with random numbers of its own, those `generate` gives by default."""
+    if request.seed is not None:
+        return request
+    return replace(request, seed=int(spread_seed(0, index)))
 
 
 def _padded(stop_ids: Sequence[int]) -> list[int]:

@@ -145,6 +145,7 @@ class EnumeratedRound:
         *,
         calibration: Calibration | None = None,
         earlier_G: Float[Array, " G"] | None = None,
+        altered: Callable[[DecodeState], DecodeState] = lambda state: state,
     ) -> np.ndarray:
         """Of the first slot's next G+1 tokens under a schedule, [V, ..., V].
 
@@ -152,6 +153,7 @@ class EnumeratedRound:
           schedule: chooses the verification length.
           calibration: of the drafter's confidences.
           earlier_G: survival in earlier rounds of all slots; None if there were none.
+          altered: what else is different for the schedule.
         """
         state = self.state
         if earlier_G is not None:
@@ -164,6 +166,7 @@ class EnumeratedRound:
         options = DecodeOptions(
             block_length=self.block_length, schedule=schedule, calibration=calibration
         )
+        state = altered(state)
         verified_N = np.asarray(_verified_of_first(state, self.proposals, options))
         outcomes_N = self.outcomes_NK[np.arange(len(verified_N)), verified_N]
         return np.tensordot(self.chance_N, outcomes_N, axes=1)

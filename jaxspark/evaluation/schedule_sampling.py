@@ -28,6 +28,8 @@ from jaxspark.decoding import (
     init_state,
     prefill,
 )
+from jaxspark.decoding.schedule import CostAware
+from jaxspark.decoding.state import DecodeState
 from jaxspark.drafters import Proposal
 from jaxspark.evaluation.enumeration import (
     EnumeratedRound,
@@ -51,6 +53,30 @@ COSTS = Costs(
         CostCurve(BLOCK_LENGTH, (SLOTS, 5), (1.0, 2.0)),
     )
 )
+# More buckets, with less between them.
+FINE_COSTS = Costs(
+    (
+        CostCurve(0, (SLOTS,), (0.95,)),
+        CostCurve(1, (SLOTS, 3, 4), (0.99, 1.2, 1.5)),
+        CostCurve(BLOCK_LENGTH, (SLOTS, 3, 4, 6), (1.0, 1.35, 1.6, 2.1)),
+    )
+)
+
+
+def _neighbour(name: str, state: DecodeState) -> DecodeState:
+    """Another second request: new, done, or with bounds of its own; or a new first."""
+    schedule = state.schedule
+    if name == "done":
+        return replace(state, done_B=jnp.array([False, True]))
+    if name == "bounded":
+        one_B = jnp.array([0, 1])
+        bounded = replace(schedule, floor_B=one_B, cap_B=jnp.array([BLOCK_LENGTH, 1]))
+        return replace(state, schedule=bounded)
+    seen_B = jnp.array([name != "first new", name == "first new"])
+    return replace(state, schedule=replace(schedule, seen_B=seen_B))
+
+
+NEIGHBOURS = ("new", "first new", "done", "bounded")
 
 
 @jax.tree_util.register_dataclass
@@ -116,8 +142,9 @@ def enumeration_checks(
 ) -> list[Check]:
     """A round's distribution under each schedule to 1e-6.
 
-    Once without history, once after rounds that promise little, once after such that
-    promise much. How sharp drafts are counts too.
+    Without history, after rounds that promise little and after such that promise much;
+    then beside requests that are new, done, or bounded otherwise; each with few token
+    buckets and with more. How sharp drafts are counts too.
     """
     names = (TELLTALE, *DRAFTERS[family]) if drafters is None else drafters
     own = [name for name in names if name != TELLTALE]
@@ -129,14 +156,24 @@ def enumeration_checks(
     )
     table = sequence_log_probs(target, PROMPT, BLOCK_LENGTH + 1, sampling)
     expected = target_distribution(table)
+    histories = (None, jnp.array([0.5, 0.1]), jnp.array([0.9, 0.8]))
+    cases: list[dict] = [{"earlier_G": each} for each in histories]
+    cases += [
+        {"earlier_G": histories[-1], "altered": partial(_neighbour, each)}
+        for each in NEIGHBOURS
+    ]
     checks = []
     for name in names:
         drafter = telltale() if name == TELLTALE else hesitant(tried[name])
         round_ = EnumeratedRound(target, drafter, [PROMPT, PROMPT[1:]], table, sampling)
         for label, schedule in (schedules or schedules_for_rejection()).items():
+            fine = schedule
+            if isinstance(schedule, CostAware):
+                fine = replace(schedule, costs=FINE_COSTS)
             seen = [
-                round_.distribution(schedule, calibration=calibration, earlier_G=each)
-                for each in (None, jnp.array([0.5, 0.1]), jnp.array([0.9, 0.8]))
+                round_.distribution(each, calibration=calibration, **case)
+                for each in {schedule, fine}
+                for case in cases
             ]
             error = max(np.abs(each - expected).max() for each in seen)
             checks.append(

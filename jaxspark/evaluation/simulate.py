@@ -9,7 +9,7 @@ the text; the replay takes the next recorded round all the same.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -37,6 +37,14 @@ class Trace:
     count_R: Int[np.ndarray, " R"]
     survival_NG: Float[np.ndarray, "N G"]
     right_N: Int[np.ndarray, " N"]
+
+    def first(self, length: int) -> "Trace":
+        """The same rounds, had they drafted no more than so many tokens."""
+        return replace(
+            self,
+            survival_NG=self.survival_NG[:, :length],
+            right_N=np.minimum(self.right_N, length),
+        )
 
     @classmethod
     def recorded(
@@ -217,6 +225,8 @@ def simulate(
         fresh_B[free] = True
         live_B = left_B > 0
         if not live_B.any():
+            # Nobody asks for a while, which passes all the same.
+            sums["time"] += (arrival - clock) * (played >= warm)
             clock = arrival
             continue
         # What is verified.

@@ -1,6 +1,9 @@
-"""Cost profiles: which buckets they keep."""
+"""Cost profiles: which buckets they keep, and where they can be measured."""
 
-from jaxspark.calibration.profile import worthwhile
+import pytest
+
+from jaxspark.calibration.profile import measure_costs, worthwhile
+from tests import zoo
 
 
 def test_buckets_that_take_as_long_as_larger_ones_are_left_out():
@@ -8,3 +11,15 @@ def test_buckets_that_take_as_long_as_larger_ones_are_left_out():
     assert (curve.draft_length, curve.sizes) == (2, (16, 32))
     assert curve.seconds == (70.0, 108.0)
     assert worthwhile(0, (8,), (1.0,)).sizes == (8,)
+
+
+@pytest.mark.parametrize("capacity", [128, 32])
+def test_one_request_with_little_room_is_measured_too(capacity):
+    model = zoo.target()
+    drafter = zoo.drafter("dspark-vanilla", model)
+    profile = measure_costs(
+        model, drafter, slots=1, block_length=4, capacity=capacity, repeats=1
+    )
+    assert profile.costs.draft_lengths == (0, 1, 2, 4)
+    with pytest.raises(ValueError, match="1 rounds of 4 drafts need more cache posit"):
+        measure_costs(model, drafter, slots=1, block_length=4, capacity=8)

@@ -159,6 +159,11 @@ def test_impossible_bounds_are_refused(model, floor, cap):
 def test_floors_need_room_in_a_round(model):
     with pytest.raises(ValueError, match="floors sum up to 9 need rounds of 12 tokens"):
         run(model, [], Fixed(1), draft_floor=3)
+    asks = [Request(prompt=(1,), max_new_tokens=4, draft_floor=n) for n in (0, 3)]
+    drafter = zoo.drafter("dspark-gated", model)
+    options = dict(slots=2, capacity=64, block_length=4, schedule=Fixed(1))
+    with pytest.raises(ValueError, match="request 1: 2 requests whose draft floors"):
+        list(generate_stream(model, asks, drafter, **options))
 
 
 @pytest.mark.parametrize("floor", [[1, 2], 0.5, [None, 1, 1]], ids=str)
@@ -180,11 +185,32 @@ def test_calibration_changes_what_is_verified(model, plain):
 
 
 def test_biases_shift_confidences():
-    options = {"coupling": "gumbel", "fitted_at": (0.0, 1.0)}
+    options = {"coupling": "gumbel", "fitted_at": (0.5, 1.0)}
     rows = {"temperatures": ((1.0, 1.0), (2.0, 2.0))}
     sure = Calibration(**options, **rows, biases=((0.0, 0.0), (50.0, 0.0)))
     seen = sure.survival(jnp.zeros((2, 2)), jnp.ones((2, 2)), jnp.array([0.1, 0.9]))
     np.testing.assert_allclose(seen, [[0.5, 0.25], [1.0, 0.5]], rtol=1e-6)
+
+
+def test_greedy_requests_are_calibrated_as_greedy_ones_or_not_at_all():
+    def survival(fitted_at, sampling):
+        made = Calibration(
+            coupling="gumbel",
+            fitted_at=fitted_at,
+            temperatures=((1.0,),) * len(fitted_at),
+            biases=tuple((9.0 * t + 1,) for t in fitted_at),
+            weights=((1.0,),) * len(fitted_at),
+        )
+        temperature_B = jnp.array(sampling)
+        zeros = jnp.zeros((len(sampling), 1))
+        logit = jax.scipy.special.logit(made.survival(zeros, zeros, temperature_B))
+        return np.asarray(logit)[:, 0]
+
+    # However near 0 its temperature, a sampled request is no greedy one.
+    seen = survival((0.0, 1.0), [0.0, 0.1, 1.0])
+    np.testing.assert_allclose(seen, [1.0, 10.0, 10.0], rtol=1e-2)
+    np.testing.assert_allclose(survival((1.0,), [0.0, 1.0]), [0.0, 10.0], rtol=1e-2)
+    np.testing.assert_allclose(survival((0.0,), [0.0, 1.0]), [1.0, 0.0], rtol=1e-2)
 
 
 def test_weights_count_sharpness():

@@ -1,23 +1,12 @@
 """The guarantees under every schedule (launch/audit.py --suite=schedules runs all)."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import jax.numpy as jnp
 import pytest
 
-from jaxspark.decoding import Free, Outlook
-from jaxspark.decoding.couplings import COUPLINGS
+from jaxspark.decoding import Outlook
 from jaxspark.evaluation import schedule_checks, schedule_sampling
+from jaxspark.evaluation.appendix import Unlawful
 from launch import audit_schedules
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unlawful(Free):
-    """Lets a draft decide whether it is verified itself, with rejection sampling."""
-
-    couplings: ClassVar = COUPLINGS
-
 
 UNLAWFUL = {"unlawful": Unlawful(costs=schedule_sampling.COSTS)}
 
