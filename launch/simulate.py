@@ -42,7 +42,12 @@ flags.DEFINE_float(
     "slot is always taken.",
     lower_bound=1e-3,
 )
-flags.DEFINE_integer("rounds", 400, "Rounds of each simulation.", lower_bound=20)
+flags.DEFINE_integer(
+    "rounds",
+    400,
+    "Rounds of 100 users or more; fewer users play as many rounds all together.",
+    lower_bound=20,
+)
 flags.DEFINE_string("trace", None, "Rounds recorded by launch.calibrate.")
 flags.DEFINE_string(
     "costs", None, "Costs for --trace, of launch.profile_cost; else the roofline's."
@@ -52,7 +57,6 @@ flags.DEFINE_float("temperature", 1.0, "The trace's, for its calibration.")
 common.define_coupling_flag("The trace's, for the same.")
 flags.DEFINE_string("json_out", None, "File for the figures; a PNG goes beside it.")
 FLAGS = flags.FLAGS
-FEWEST_SLOT_ROUNDS = 40_000
 
 
 def frontiers(
@@ -71,7 +75,7 @@ def frontiers(
             for slots in users:
                 trace, schedule, costs = policy(slots)
                 # A single user sees many requests, one after the other.
-                rounds = max(FLAGS.rounds, FEWEST_SLOT_ROUNDS // slots)
+                rounds = max(FLAGS.rounds, 100 * FLAGS.rounds // slots)
                 load = Load(slots=slots, rate=FLAGS.rate)
                 point = simulate(trace, schedule, costs, load, rounds=rounds)
                 found[name][str(slots)] = point

@@ -45,9 +45,16 @@ def test_it_drafts_well_and_changes_nothing(smollm2, name, least):
     assert tokens / sum(each.rounds for each in seen) > least
 
 
-def test_it_is_calibrated_and_says_what_is_usual():
+@pytest.mark.parametrize("coupling", ["rejection", "gumbel"])
+@pytest.mark.parametrize("name", ["dspark", "hybrid:dspark"])
+def test_it_is_calibrated_for_greedy_and_sampled_requests(name, coupling):
+    calibration = load_calibration(name, coupling)
+    calibration.check(7, coupling)
+    assert calibration.fitted_at == (0.0, 1.0)
+
+
+def test_it_says_what_is_usual():
     calibration = load_calibration("dspark", "rejection")
-    calibration.check(7, "rejection")
     usual_BUG = calibration.usual_survival(7, jnp.ones(1))
     assert jnp.all((usual_BUG >= 0) & (usual_BUG <= 1))
     # Blocks that differ: the best sixteenth survives nearly twice as often as the mean.
