@@ -68,6 +68,9 @@ def _start(few_optimizations: bool) -> None:
     threading.Thread(target=_follow_parent, daemon=True).start()
     common.quiet()
     common.use_compilation_cache()
+    # Every core has a worker: parts of a program are not compiled side by side.
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_parallel_codegen_split_count=1"
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_disable_most_optimizations", few_optimizations)
 
