@@ -32,7 +32,8 @@ from jaxspark.decoding import (
     prefill,
 )
 from jaxspark.decoding.generate import check_block_length
-from jaxspark.decoding.state import Counters, ScheduleState
+from jaxspark.decoding.schedule_state import ScheduleState
+from jaxspark.decoding.state import Counters
 from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.evaluation.plots import plot_load
 from jaxspark.evaluation.prompts import in_turn, load_prompts

@@ -31,7 +31,7 @@ from jaxspark.decoding import (
 from jaxspark.decoding.costs import bucket_ladder, draft_ladder, within_ladder
 from jaxspark.decoding.couplings import entropy
 from jaxspark.decoding.generate import check_block_length
-from jaxspark.decoding.schedule import remembered
+from jaxspark.decoding.schedule_state import remembered
 from jaxspark.evaluation.prompts import in_turn, load_prompts
 from jaxspark.evaluation.timing import alternate, medians, timed
 from jaxspark.models import FlatTokens

@@ -24,13 +24,9 @@ from jaxspark.decoding.couplings import (
     verify,
 )
 from jaxspark.decoding.outlook import Outlook
-from jaxspark.decoding.schedule import (
-    Fixed,
-    Scheduler,
-    extend_survival,
-    recall,
-)
-from jaxspark.decoding.state import Counters, DecodeState, ScheduleState
+from jaxspark.decoding.schedule import Fixed, Scheduler
+from jaxspark.decoding.schedule_state import ScheduleState
+from jaxspark.decoding.state import Counters, DecodeState
 from jaxspark.drafters import Proposal
 from jaxspark.models import FlatTokens
 
@@ -172,24 +168,17 @@ def _round(target, drafter, options, draft_length: int, state: DecodeState):
 def _outlook(state: DecodeState, survival_BG) -> Outlook:
     """Survival beside what may be verified before anything is proposed."""
     room_B = jnp.maximum(state.limits_B - state.lengths_B - 1, 0)
-    most_B = jnp.minimum(state.schedule.cap_B, room_B)
-    return Outlook.of(
-        survival_BG,
-        floor_B=state.schedule.floor_B,
-        most_B=most_B,
-        live_B=~state.done_B,
-    )
+    return state.schedule.outlook(survival_BG, live_B=~state.done_B, room_B=room_B)
 
 
 def _earlier(state: DecodeState, options: DecodeOptions) -> Float[Array, "n B G"]:
     """Survival of the earlier rounds a schedule may look at."""
-    past_nBG = jnp.moveaxis(state.schedule.past_BnG, 1, 0)
     usual_BUG = None
     if options.calibration is not None:
         usual_BUG = options.calibration.usual_survival(
-            past_nBG.shape[2], state.sampling.temperature
+            options.block_length, state.sampling.temperature
         )
-    return recall(past_nBG, usual_BUG)[options.schedule.lag - 1 :]
+    return state.schedule.earlier(options.schedule, usual_BUG)
 
 
 def _propose(target, drafter, state: DecodeState, coupling: Coupling, length: int):
@@ -213,11 +202,10 @@ def schedule_round(
     state: DecodeState, proposal: Proposal, options: DecodeOptions
 ) -> tuple[Int[Array, " B"], ScheduleState]:
     """Verification lengths of a proposal, and what scheduling remembers of it."""
-    schedule = state.schedule
+    memory = state.schedule
     slots, drafted = proposal.tokens_BG.shape
     if not drafted:
-        schedule = replace(schedule, idle_BG=schedule.idle_BG + 1)
-        return proposal.lengths_B, schedule
+        return proposal.lengths_B, memory.after_none()
     if options.calibration is None:
         survival_Bg = jnp.cumprod(jax.nn.sigmoid(proposal.confidence_BG), axis=1)
     else:
@@ -229,21 +217,14 @@ def schedule_round(
     now = _outlook(state, survival_Bg)
     most_B = jnp.minimum(now.most_B, proposal.lengths_B)
     now = replace(now, most_B=most_B, floor_B=jnp.minimum(now.floor_B, most_B))
-    past_nBG = _earlier(state, options)
-    earlier_nBG = jnp.where(schedule.seen_B[:, None], past_nBG, 1.0)
-    earlier = _outlook(state, earlier_nBG).first(drafted)
-    largest = options.sizes(slots, drafted)[-1]
-    lengths_B = now.within(options.schedule(now, earlier), largest)
-
-    newest_BG = extend_survival(survival_Bg, past_nBG)
-    past_BnG = jnp.concatenate([newest_BG[:, None], schedule.past_BnG[:, :-1]], axis=1)
-    past_BnG = jnp.where(state.done_B[:, None, None], schedule.past_BnG, past_BnG)
-    return lengths_B, replace(
-        schedule,
-        past_BnG=past_BnG,
-        seen_B=schedule.seen_B | ~state.done_B,
-        idle_BG=(schedule.idle_BG + 1).at[:, :drafted].set(0),
+    earlier_nBG = _earlier(state, options)
+    lengths_B = memory.lengths(
+        options.schedule,
+        now,
+        _outlook(state, earlier_nBG),
+        options.sizes(slots, drafted)[-1],
     )
+    return lengths_B, memory.after_drafts(survival_Bg, earlier_nBG, ~state.done_B)
 
 
 def _verified(target, drafter, state, proposal, lengths_B, sizes, options):

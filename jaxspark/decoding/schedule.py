@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from jaxspark.decoding.costs import CostCurve, Costs, draft_ladder
 from jaxspark.decoding.couplings import COUPLINGS
@@ -142,7 +142,7 @@ class CostAware(ABC):
     Attributes:
       costs: of a round; None has `generate` measure them.
       lag: age in rounds of the newest survival that earlier decisions rest on. They
-        take the mean over all rounds remembered, see `remembered`.
+        take the mean over all rounds remembered, see `ScheduleState`.
       probe_share: time lost by such looks, as a share of all, for each draft length.
     """
 
@@ -264,57 +264,6 @@ class Free(CostAware):
         """The likeliest drafts, as many as pay now."""
         curve = self.curve(now)
         return fill(curve, now, curve.best_bucket(now)[0])
-
-
-def remembered(slots: int) -> int:
-    """Rounds of survival that a state of so many slots remembers.
-
-    The mean of what is remembered chooses draft length and bucket. One block says
-    little of the next, and of a mean over few blocks the luckiest choice looks best.
-    Recorded rounds of one slot, replayed against measured costs, lost a tenth of their
-    speed to such noise with a memory of 8 rounds, and nothing with 32.
-    """
-    return max(8, -(-64 // slots))
-
-
-def recall(
-    past_nBG: Float[Array, "n B G"], usual_BUG: Float[Array, "B U G"] | None
-) -> Float[Array, "n B G"]:
-    """Survival of earlier rounds, those included that were not played yet.
-
-    Args:
-      past_nBG: of those that were; below 0 for others.
-      usual_BUG: blocks to expect of these, in turns: a mean would say nothing of what
-        choosing the likeliest drafts gains. None takes the mean of the rounds that were
-        played, and 1 if there were none.
-    """
-    known_nBG = past_nBG >= 0
-    if usual_BUG is None:
-        count_G = jnp.sum(known_nBG, axis=(0, 1))
-        total_G = jnp.sum(past_nBG, axis=(0, 1), where=known_nBG)
-        mean_G = jnp.where(count_G > 0, total_G / jnp.maximum(count_G, 1), 1.0)
-        return jnp.where(known_nBG, past_nBG, mean_G)
-    rounds, slots, _ = past_nBG.shape
-    turn_nB = jnp.arange(rounds * slots).reshape(rounds, slots) % usual_BUG.shape[1]
-    return jnp.where(known_nBG, past_nBG, usual_BUG[jnp.arange(slots), turn_nB])
-
-
-def extend_survival(
-    survival_Bg: Float[Array, "B g"], past_nBG: Float[Array, "n B G"]
-) -> Float[Array, "B G"]:
-    """Survival of whole blocks where fewer tokens were drafted.
-
-    The rest falls as it did before, in the mean over rounds and slots; it does not fall
-    where nothing survived, which has whole blocks tried.
-    """
-    drafted = survival_Bg.shape[1]
-    if drafted == past_nBG.shape[2]:
-        return survival_Bg
-    mean_G = jnp.mean(past_nBG, axis=(0, 1))
-    least = 1e-6
-    tail = mean_G[drafted:] / jnp.maximum(mean_G[drafted - 1], least)
-    tail = jnp.where(mean_G[drafted - 1] > least, tail, 1.0)
-    return jnp.concatenate([survival_Bg, survival_Bg[:, -1:] * tail], axis=1)
 
 
 def parse_schedule(text: str) -> Scheduler:

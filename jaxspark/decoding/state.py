@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.decoding.sampling import Sampling
-from jaxspark.decoding.schedule import remembered
+from jaxspark.decoding.schedule_state import ScheduleState
 
 
 @jax.tree_util.register_dataclass
@@ -38,64 +38,6 @@ class Counters:
         one, each = (slots,), (slots, block_length)
         return cls(
             *(jnp.zeros(shape, jnp.int32) for shape in (one, each, each, one, one))
-        )
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class ScheduleState:
-    """What scheduling knows of each slot; see `schedule`.
-
-    Attributes:
-      floor_B: drafts that are verified in every round that drafts.
-      cap_B: most drafts that are.
-      past_BnG: survival in its last rounds that drafted, the newest first; guessed for
-        what they did not draft, -1 for rounds before the first. A request that takes a
-        slot over begins with the memory of the one before it, if both have the same
-        sampling temperature.
-      seen_B: whether its request has had such a round.
-      idle_BG: rounds since that many drafts were last proposed.
-    """
-
-    floor_B: Int[Array, " B"]
-    cap_B: Int[Array, " B"]
-    past_BnG: Float[Array, "B n G"]
-    seen_B: Bool[Array, " B"]
-    idle_BG: Int[Array, "B G"]
-
-    @classmethod
-    def start(
-        cls, slots: int, block_length: int, *, floor=0, cap=None
-    ) -> "ScheduleState":
-        """No history; floor and cap for all slots, or one for each.
-
-        Raises:
-          ValueError: they are not 0 <= floor <= cap <= block_length.
-        """
-        cap = block_length if cap is None else cap
-        bounds = {"draft_floor": np.asarray(floor), "draft_cap": np.asarray(cap)}
-        for name, bound in bounds.items():
-            whole = np.issubdtype(bound.dtype, np.integer)
-            if not whole or bound.shape not in ((), (slots,)):
-                raise ValueError(
-                    f"{name} must be a whole number or {slots} of them (one per "
-                    f"prompt), got {bound.tolist()}"
-                )
-        floor_B, cap_B = (np.broadcast_to(x, (slots,)) for x in bounds.values())
-        if np.any((floor_B < 0) | (floor_B > cap_B) | (cap_B > block_length)):
-            raise ValueError(
-                "drafts verified must satisfy 0 <= floor <= cap <= "
-                f"{block_length}, got floor {floor} and cap {cap}"
-            )
-        return cls(
-            floor_B=jnp.array(floor_B, jnp.int32),
-            cap_B=jnp.array(cap_B, jnp.int32),
-            # A type given by name: a weak one would have `decode` compiled twice.
-            past_BnG=jnp.full(
-                (slots, remembered(slots), block_length), -1.0, jnp.float32
-            ),
-            seen_B=jnp.zeros((slots,), bool),
-            idle_BG=jnp.zeros((slots, block_length), jnp.int32),
         )
 
 

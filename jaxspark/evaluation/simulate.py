@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.calibration.rounds import Rounds, typical_blocks
-from jaxspark.decoding import Calibration, Costs, Outlook, Scheduler
-from jaxspark.decoding.schedule import extend_survival, recall, remembered
+from jaxspark.decoding import Calibration, Costs, Scheduler
+from jaxspark.decoding.schedule_state import ScheduleState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,8 +197,7 @@ def simulate(
             )
     place_B, end_B = np.zeros(slots, int), np.zeros(slots, int)
     left_B = np.zeros(slots, int)
-    idle_BG, fresh_B = np.zeros((slots, G), int), np.ones(slots, bool)
-    past_nBG = np.full((remembered(slots), slots, G), -1.0, np.float32)
+    memory = ScheduleState.start(slots, G)
     usual_UG = typical_blocks(trace.survival_NG)
     usual_BUG = jnp.asarray(np.broadcast_to(usual_UG, (slots, *usual_UG.shape)))
     waiting, clock, arrival = 0, 0.0, 0.0
@@ -222,7 +221,8 @@ def simulate(
         place_B[free] = trace.begin_R[chosen] + offset
         end_B[free] = trace.begin_R[chosen] + trace.count_R[chosen]
         left_B[free] = random.geometric(1 / load.tokens, size=len(free))
-        fresh_B[free] = True
+        new_B = np.isin(np.arange(slots), free)
+        memory = replace(memory, seen_B=memory.seen_B & ~new_B)
         live_B = left_B > 0
         if not live_B.any():
             # Nobody asks for a while, which passes all the same.
@@ -230,24 +230,18 @@ def simulate(
             clock = arrival
             continue
         # What is verified.
-        earlier_nBG = _recall(jnp.array(past_nBG), usual_BUG)[schedule.lag - 1 :]
         pick = 0
         if len(lengths) > 1:
-            pick = int(_draft(schedule, earlier_nBG, live_B, idle_BG))
+            pick = int(_draft(schedule, memory, usual_BUG, live_B))
         drafted, curve = lengths[pick], curves[pick]
-        lengths_B = np.zeros(slots, int)
         if drafted:
             survival_Bg = trace.survival_NG[place_B, :drafted]
-            newest_BG = extend_survival(jnp.array(survival_Bg), earlier_nBG)
-            earlier_nBG = jnp.where(fresh_B[:, None], 1.0, earlier_nBG)
-            lengths_B = _verify(
-                schedule, curve.sizes[-1], survival_Bg, earlier_nBG, live_B
+            lengths_B, memory = _verify(
+                schedule, curve.sizes[-1], memory, usual_BUG, live_B, survival_Bg
             )
-            lengths_B, newest_BG = jax.device_get((lengths_B, newest_BG))
-            shifted_nBG = np.concatenate([newest_BG[None], past_nBG[:-1]])
-            past_nBG = np.where(live_B[:, None], shifted_nBG, past_nBG)
-            fresh_B &= ~live_B
-        idle_BG = np.where(np.arange(G) < drafted, 0, idle_BG + 1)
+            lengths_B = np.asarray(lengths_B)
+        else:
+            lengths_B, memory = np.zeros(slots, int), memory.after_none()
         # What comes of it.
         gained_B = np.minimum(lengths_B, trace.right_N[place_B]) + 1
         gained_B = np.where(live_B, np.minimum(gained_B, left_B), 0)
@@ -278,26 +272,33 @@ def simulate(
     )
 
 
-_recall = jax.jit(recall)
-
-
 @partial(jax.jit, static_argnames=("schedule",))
-def _draft(schedule: Scheduler, earlier_nBG, live_B, idle_BG):
-    return schedule.draft(Outlook.of(earlier_nBG, live_B=live_B), idle_BG)
+def _draft(
+    schedule: Scheduler,
+    memory: ScheduleState,
+    usual_BUG: Float[Array, "B U G"],
+    live_B: Bool[Array, " B"],
+) -> Int[Array, ""]:
+    """Which number of drafts, as a compiled round would choose it."""
+    earlier_nBG = memory.earlier(schedule, usual_BUG)
+    return schedule.draft(memory.outlook(earlier_nBG, live_B=live_B), memory.idle_BG)
 
 
 @partial(jax.jit, static_argnames=("schedule", "largest"))
 def _verify(
     schedule: Scheduler,
     largest: int,
-    survival_Bg: Float[Array, "B g"],
-    earlier_nBG: Float[Array, "n B G"],
+    memory: ScheduleState,
+    usual_BUG: Float[Array, "B U G"],
     live_B: Bool[Array, " B"],
-) -> Int[Array, " B"]:
-    """Verification lengths, as a compiled round would choose them."""
-    now = Outlook.of(survival_Bg, live_B=live_B)
-    earlier = Outlook.of(earlier_nBG, live_B=live_B).first(survival_Bg.shape[1])
-    return now.within(schedule(now, earlier), largest)
+    survival_Bg: Float[Array, "B g"],
+) -> tuple[Int[Array, " B"], ScheduleState]:
+    """Verification lengths, and what is remembered, likewise."""
+    earlier_nBG = memory.earlier(schedule, usual_BUG)
+    earlier = memory.outlook(earlier_nBG, live_B=live_B)
+    now = replace(earlier, survival_BG=survival_Bg).first(survival_Bg.shape[1])
+    lengths_B = memory.lengths(schedule, now, earlier, largest)
+    return lengths_B, memory.after_drafts(survival_Bg, earlier_nBG, live_B)
 
 
 def speed_at(throughput: float, frontier: Sequence[Simulated]) -> float | None:
