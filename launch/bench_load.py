@@ -244,7 +244,6 @@ def at_concurrency(console, model, drafter, slots, prompts, calibration) -> dict
         block_length=FLAGS.load_block,
         capacity=FLAGS.capacity,
         temperature=FLAGS.load_temperature,
-        repeats=FLAGS.repeats,
     )
     contestants = {
         "none": Contestant(

@@ -2,9 +2,10 @@
 
 Seconds per round as a function of the draft length and the token bucket. Measured on
 the decode loop itself, whole rounds with each bucket in turn, so that all of a round is
-counted but the choosing, which costs next to nothing. Medians of alternating runs. A
-bucket that takes as long as a larger one is left out: matrix products have sizes they
-like, and costs then rise.
+counted but the choosing, which costs next to nothing. Lower quartiles of alternating
+runs: what disturbs a shared machine only makes runs longer, and their ratios vary half
+as much as those of medians. A bucket that takes as long as a larger one is left out:
+matrix products have sizes they like, and costs then rise.
 """
 
 import json
@@ -35,7 +36,7 @@ from jaxspark.decoding.costs import bucket_ladder, draft_ladder, within_ladder
 from jaxspark.decoding.couplings import Coupling
 from jaxspark.decoding.generate import as_model, check_block_length
 from jaxspark.drafters import Drafter
-from jaxspark.evaluation.timing import alternate, medians
+from jaxspark.evaluation.timing import alternate
 
 FORMAT = "jaxspark-cost-profile-2"
 _PERIOD = 16
@@ -282,7 +283,8 @@ def measure_costs(
         for length in sizes
         for size in sizes[length]
     }
-    seconds = medians(alternate(contestants, repeats))
+    runs = alternate(contestants, repeats)
+    seconds = {name: float(np.quantile(each, 0.25)) for name, each in runs.items()}
     curves = (
         worthwhile(length, each, [seconds[f"{length} {size}"] for size in each])
         for length, each in sizes.items()
