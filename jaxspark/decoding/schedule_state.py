@@ -1,4 +1,4 @@
-"""What scheduling remembers between rounds: how likely drafts survived, and their age.
+"""What scheduling remembers between rounds: how likely drafts were to survive.
 
 Decisions rest on the mean over all that is remembered. One block says little of the
 next, and of a mean over few blocks the luckiest choice looks best.

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.calibration.rounds import Rounds, typical_blocks
-from jaxspark.decoding import Calibration, Costs, Scheduler
+from jaxspark.decoding import Calibration, Costs, Outlook, Scheduler
 from jaxspark.decoding.schedule_state import ScheduleState
 
 
@@ -230,14 +230,15 @@ def simulate(
             clock = arrival
             continue
         # What is verified.
+        earlier = _earlier(schedule, memory, usual_BUG, live_B)
         pick = 0
         if len(lengths) > 1:
-            pick = int(_draft(schedule, memory, usual_BUG, live_B))
+            pick = int(_draft(schedule, earlier, memory.idle_BG))
         drafted, curve = lengths[pick], curves[pick]
         if drafted:
             survival_Bg = trace.survival_NG[place_B, :drafted]
             lengths_B, memory = _verify(
-                schedule, curve.sizes[-1], memory, usual_BUG, live_B, survival_Bg
+                schedule, curve.sizes[-1], memory, earlier, survival_Bg
             )
             lengths_B = np.asarray(lengths_B)
         else:
@@ -273,15 +274,22 @@ def simulate(
 
 
 @partial(jax.jit, static_argnames=("schedule",))
-def _draft(
+def _earlier(
     schedule: Scheduler,
     memory: ScheduleState,
     usual_BUG: Float[Array, "B U G"],
     live_B: Bool[Array, " B"],
+) -> Outlook:
+    """What a compiled round would know before it drafts."""
+    return memory.outlook(memory.earlier(schedule, usual_BUG), live_B=live_B)
+
+
+@partial(jax.jit, static_argnames=("schedule",))
+def _draft(
+    schedule: Scheduler, earlier: Outlook, idle_BG: Int[Array, "B G"]
 ) -> Int[Array, ""]:
-    """Which number of drafts, as a compiled round would choose it."""
-    earlier_nBG = memory.earlier(schedule, usual_BUG)
-    return schedule.draft(memory.outlook(earlier_nBG, live_B=live_B), memory.idle_BG)
+    """Which number of drafts it would choose."""
+    return schedule.draft(earlier, idle_BG)
 
 
 @partial(jax.jit, static_argnames=("schedule", "largest"))
@@ -289,16 +297,15 @@ def _verify(
     schedule: Scheduler,
     largest: int,
     memory: ScheduleState,
-    usual_BUG: Float[Array, "B U G"],
-    live_B: Bool[Array, " B"],
+    earlier: Outlook,
     survival_Bg: Float[Array, "B g"],
 ) -> tuple[Int[Array, " B"], ScheduleState]:
-    """Verification lengths, and what is remembered, likewise."""
-    earlier_nBG = memory.earlier(schedule, usual_BUG)
-    earlier = memory.outlook(earlier_nBG, live_B=live_B)
+    """Verification lengths that it would choose, and what it would remember."""
     now = replace(earlier, survival_BG=survival_Bg).first(survival_Bg.shape[1])
     lengths_B = memory.lengths(schedule, now, earlier, largest)
-    return lengths_B, memory.after_drafts(survival_Bg, earlier_nBG, live_B)
+    return lengths_B, memory.after_drafts(
+        survival_Bg, earlier.survival_BG, earlier.live_B
+    )
 
 
 def speed_at(throughput: float, frontier: Sequence[Simulated]) -> float | None:
