@@ -1,1 +1,5 @@
-"""absl launchers: `python -m launch.<name> --help`."""
+"""`python -m launch.NAME` from a clone: the launchers of `jaxspark.launch`."""
+
+from jaxspark import launch
+
+__path__ = launch.__path__

@@ -8,7 +8,7 @@ import jax
 import pytest
 from rich.progress import Progress
 
-from launch.workers import collect, compile_workers
+from jaxspark.launch.workers import collect, compile_workers
 
 
 @pytest.fixture(params=["cpu", "gpu"])

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-import configs.drafters
-import configs.targets
+from jaxspark.configs import drafters as draft_configs
+from jaxspark.configs import targets as target_configs
 from jaxspark.decoding import CostCurve, Costs
 from jaxspark.drafters import DSparkDrafter, Eagle3Drafter, NgramDrafter, hybrid
 from jaxspark.models import DenseDecoder
@@ -15,8 +15,8 @@ from jaxspark.models import DenseDecoder
 VOCAB = 61
 BLOCK = 8
 TARGETS = {
-    "llama": replace(configs.targets.tiny_llama(VOCAB), num_hidden_layers=2),
-    "qwen3": replace(configs.targets.tiny_qwen3(VOCAB), num_hidden_layers=2),
+    "llama": replace(target_configs.tiny_llama(VOCAB), num_hidden_layers=2),
+    "qwen3": replace(target_configs.tiny_qwen3(VOCAB), num_hidden_layers=2),
 }
 DRAFTERS = (
     "ngram",
@@ -54,16 +54,16 @@ def drafter(name: str, model: DenseDecoder, seed: int = 1):
         return hybrid(lookup, drafter(name, model, seed))
     if kind == "eagle3":
         pruned = VOCAB // 2 if variant else None
-        config = configs.drafters.eagle3(
+        config = draft_configs.eagle3(
             model.config, block_size=BLOCK, draft_vocab_size=pruned
         )
         return _pruned(Eagle3Drafter(config, rngs=nnx.Rngs(seed)), model)
     if kind == "dflash":
-        config = configs.drafters.dflash(model.config, **options)
+        config = draft_configs.dflash(model.config, **options)
         config = replace(config, sample_from_anchor=variant != "masks")
     else:
         pruned = variant == "pruned"
-        config = configs.drafters.dspark(
+        config = draft_configs.dspark(
             model.config,
             markov_rank=8,
             markov_head_type="vanilla" if pruned else variant,

@@ -16,8 +16,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from configs.drafters import deepseek_v4_dspark
-from configs.targets import deepseek_v4_flash, deepseek_v4_mini, deepseek_v4_pro
+from jaxspark.configs.drafters import deepseek_v4_dspark
+from jaxspark.configs.targets import (
+    deepseek_v4_flash,
+    deepseek_v4_mini,
+    deepseek_v4_pro,
+)
 from jaxspark.decoding import DecodeOptions, Sampling, decode, init_state
 from jaxspark.drafters import DeepSeekV4DSpark
 from jaxspark.models import DeepSeekV4

@@ -17,8 +17,6 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from configs.drafters import deepseek_v4_dspark
-from configs.targets import deepseek_v4_tiny
 from jaxspark import load_drafter, load_target
 from jaxspark.checkpoints import (
     CheckpointError,
@@ -30,6 +28,8 @@ from jaxspark.checkpoints.deepseek_v4 import load_deepseek_v4
 from jaxspark.checkpoints.deepseek_v4_released import dequantized
 from jaxspark.checkpoints.safetensors_files import EIGHT_BITS, open_safetensors
 from jaxspark.checkpoints.tree import named_parameters
+from jaxspark.configs.drafters import deepseek_v4_dspark
+from jaxspark.configs.targets import deepseek_v4_tiny
 from jaxspark.decoding import Request
 from jaxspark.drafters import DeepSeekV4DSpark, MTPDrafter
 from jaxspark.evaluation.audit import audit, decode_requests, plain_outputs

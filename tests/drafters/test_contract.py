@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import configs.drafters
+from jaxspark.configs import drafters as draft_configs
 from jaxspark.drafters import DSparkConfig
 from jaxspark.drafters.eagle3 import Eagle3Cache
 from jaxspark.models import FlatTokens
@@ -168,13 +168,13 @@ def test_a_pruned_vocabulary_proposes_only_its_own_tokens():
     ids=str,
 )
 def test_impossible_configurations_are_refused(change, message):
-    config: DSparkConfig = configs.drafters.dspark(zoo.TARGETS["llama"])
+    config: DSparkConfig = draft_configs.dspark(zoo.TARGETS["llama"])
     with pytest.raises(ValueError, match=message):
         replace(config, **change)
 
 
 def test_released_tap_positions_are_reproduced():
     deep = replace(zoo.TARGETS["llama"], num_hidden_layers=36)
-    assert configs.drafters.taps(deep) == (1, 9, 17, 25, 33)
+    assert draft_configs.taps(deep) == (1, 9, 17, 25, 33)
     deeper = replace(zoo.TARGETS["llama"], num_hidden_layers=40)
-    assert configs.drafters.taps(deeper) == (1, 10, 19, 28, 37)
+    assert draft_configs.taps(deeper) == (1, 10, 19, 28, 37)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs.drafters import deepseek_v4_dspark
-from configs.targets import deepseek_v4_tiny
+from jaxspark.configs.drafters import deepseek_v4_dspark
+from jaxspark.configs.targets import deepseek_v4_tiny
 from jaxspark.drafters import DeepSeekV4DSpark, MTPDrafter
 from jaxspark.drafters.heads import ConfidenceHead
 from jaxspark.models import DeepSeekV4, FlatTokens

@@ -2,7 +2,12 @@
 
 import pytest
 
-from configs.targets import deepseek_v4_flash, deepseek_v4_pro, smollm2_135m, tiny_llama
+from jaxspark.configs.targets import (
+    deepseek_v4_flash,
+    deepseek_v4_pro,
+    smollm2_135m,
+    tiny_llama,
+)
 from jaxspark.evaluation.footprint import V32_BYTES_PER_TOKEN, footprint
 
 PUBLISHED = {

@@ -6,7 +6,7 @@ import pytest
 from jaxspark.decoding import Outlook
 from jaxspark.evaluation import schedule_checks, schedule_sampling
 from jaxspark.evaluation.appendix import Unlawful
-from launch import audit_schedules
+from jaxspark.launch import audit_schedules
 
 UNLAWFUL = {"unlawful": Unlawful(costs=schedule_sampling.COSTS)}
 

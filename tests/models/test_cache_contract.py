@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs.targets import deepseek_v4_tiny
+from jaxspark.configs.targets import deepseek_v4_tiny
 from jaxspark.models import (
     DeepSeekV4,
     DenseConfig,

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs.drafters import deepseek_v4_dspark
-from configs.targets import deepseek_v4_flash, deepseek_v4_pro, deepseek_v4_tiny
 from jaxspark.checkpoints.deepseek_v4 import load_deepseek_v4
 from jaxspark.checkpoints.deepseek_v4_config import v4_config_from_hf, v4_config_to_hf
 from jaxspark.checkpoints.tree import Tensors
+from jaxspark.configs.drafters import deepseek_v4_dspark
+from jaxspark.configs.targets import (
+    deepseek_v4_flash,
+    deepseek_v4_pro,
+    deepseek_v4_tiny,
+)
 from jaxspark.decoding import Sampling, init_state
 from jaxspark.decoding.generate import check_block_length
 from jaxspark.drafters import DeepSeekV4DSpark, MTPDrafter, NgramDrafter

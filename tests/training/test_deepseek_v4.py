@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax.test_util import check_grads
 
-from configs.targets import deepseek_v4_tiny
+from jaxspark.configs.targets import deepseek_v4_tiny
 from jaxspark.drafters import MTPDrafter
 from jaxspark.models import DeepSeekV4, FlatTokens
 from jaxspark.models.deepseek_v4 import DeepSeekV4Layer, Pass

@@ -31,9 +31,9 @@ from jaxspark.decoding.generate import check_block_length
 from jaxspark.evaluation.plots import plot_reliability
 from jaxspark.evaluation.prompts import in_turn, load_prompts
 from jaxspark.jsonlines import same_settings
+from jaxspark.launch import common
+from jaxspark.launch.progress import bars
 from jaxspark.training.data import Conversation, read_conversations
-from launch import common
-from launch.progress import bars
 
 common.define_model_flags(draft="dspark")
 flags.DEFINE_list("data", None, "JSON lines whose questions are decoded for the fit.")

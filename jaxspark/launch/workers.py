@@ -17,7 +17,7 @@ from concurrent.futures import (
 import jax
 from rich.progress import Progress
 
-from launch import common
+from jaxspark.launch import common
 
 # Every worker process holds JAX and models of its own.
 MOST = 8

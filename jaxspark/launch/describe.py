@@ -6,7 +6,7 @@
 
 Parameters in all and per token, cache bytes per token by part, operations per token at
 some context lengths and, for DeepSeek-V4, the tensors of its released files. Names are
-those of `configs.targets`.
+those of `jaxspark.configs.targets`.
 """
 
 import inspect
@@ -16,10 +16,10 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-import configs.drafters
-import configs.targets
 from jaxspark.checkpoints.deepseek_v4 import draft_plan, target_plan
 from jaxspark.checkpoints.deepseek_v4_released import inventory
+from jaxspark.configs import drafters as draft_configs
+from jaxspark.configs import targets as target_configs
 from jaxspark.drafters import DeepSeekV4DSpark, MTPDrafter
 from jaxspark.evaluation.footprint import (
     V32_BYTES_PER_TOKEN,
@@ -27,13 +27,13 @@ from jaxspark.evaluation.footprint import (
     footprint,
     parameter_shapes,
 )
+from jaxspark.launch import common
 from jaxspark.models import DeepSeekV4, DeepSeekV4Config
-from launch import common
 
 PRESETS = {
     name: make
-    for name, make in inspect.getmembers(configs.targets, inspect.isfunction)
-    if make.__module__ == configs.targets.__name__
+    for name, make in inspect.getmembers(target_configs, inspect.isfunction)
+    if make.__module__ == target_configs.__name__
 }
 flags.DEFINE_enum("config", "deepseek_v4_flash", sorted(PRESETS), "Architecture.")
 flags.DEFINE_list("context", ["4096", "131072", "1048576"], "Context lengths.")
@@ -43,7 +43,7 @@ FLAGS = flags.FLAGS
 
 def released_files(config: DeepSeekV4Config) -> dict[str, dict[str, int]]:
     """Tensors, bytes and parameters of the released layout, by what it holds."""
-    drafter = configs.drafters.deepseek_v4_dspark(config)
+    drafter = draft_configs.deepseek_v4_dspark(config)
     shapes = parameter_shapes(DeepSeekV4, config)
     target = target_plan(config, shapes, released=True)
     mtp = draft_plan(parameter_shapes(MTPDrafter, config))

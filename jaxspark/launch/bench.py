@@ -35,10 +35,10 @@ from jaxspark.drafters import NgramDrafter, PlainDrafter, hybrid
 from jaxspark.evaluation.acceptance import macro_average
 from jaxspark.evaluation.prompts import load_prompts
 from jaxspark.evaluation.timing import alternate, decode_seconds, medians, timed
+from jaxspark.launch import common
+from jaxspark.launch.bench_load import bench_load
+from jaxspark.launch.bench_overhead import bench_overhead
 from jaxspark.models import FlatTokens
-from launch import common
-from launch.bench_load import bench_load
-from launch.bench_overhead import bench_overhead
 
 common.define_model_flags(draft=None)
 flags.DEFINE_enum(

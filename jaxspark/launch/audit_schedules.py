@@ -16,9 +16,9 @@ from jaxspark.evaluation.appendix import appendix_checks
 from jaxspark.evaluation.sampling_checks import Check
 from jaxspark.evaluation.schedule_checks import ScheduleCell, ScheduleResult
 from jaxspark.evaluation.tiny_models import DRAFTERS, Family
-from launch.audit_report import checked, found, total
-from launch.progress import CellProgress, bars
-from launch.workers import collect, compile_workers
+from jaxspark.launch.audit_report import checked, found, total
+from jaxspark.launch.progress import CellProgress, bars
+from jaxspark.launch.workers import collect, compile_workers
 
 # --suite=quick runs one cell in so many.
 QUICK = 37

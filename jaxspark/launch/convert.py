@@ -20,7 +20,7 @@ from jaxspark.checkpoints import (
     save_draft_checkpoint,
     save_target,
 )
-from launch import common
+from jaxspark.launch import common
 
 common.define_model_flags(draft=None)
 flags.DEFINE_string(

@@ -34,9 +34,9 @@ from jaxspark.decoding.generate import check_block_length
 from jaxspark.decoding.schedule_state import remembered
 from jaxspark.evaluation.prompts import in_turn, load_prompts
 from jaxspark.evaluation.timing import alternate, medians, timed
+from jaxspark.launch import common
+from jaxspark.launch.bench_load import Contestant, House
 from jaxspark.models import FlatTokens
-from launch import common
-from launch.bench_load import Contestant, House
 
 flags.DEFINE_integer("overhead_slots", 64, "Slots of --suite=overhead.", lower_bound=1)
 FLAGS = flags.FLAGS

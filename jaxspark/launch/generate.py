@@ -16,7 +16,7 @@ from absl import flags
 
 from jaxspark import generate, load_drafter
 from jaxspark.decoding.generate import check_block_length, round_capacity
-from launch import common
+from jaxspark.launch import common
 
 common.define_model_flags()
 common.define_sampling_flags()

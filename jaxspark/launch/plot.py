@@ -11,7 +11,7 @@ import pathlib
 from absl import flags
 
 from jaxspark.evaluation.plots import plot_acceptance, plot_lines
-from launch import common
+from jaxspark.launch import common
 
 flags.DEFINE_list("results", None, "Files of launch.evaluate.")
 flags.DEFINE_list("names", None, "What to call them; by default their file names.")

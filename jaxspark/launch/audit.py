@@ -25,10 +25,10 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-import configs.drafters
-import configs.targets
 from jaxspark import load_drafter
 from jaxspark.checkpoints import Target
+from jaxspark.configs import drafters as draft_configs
+from jaxspark.configs import targets as target_configs
 from jaxspark.decoding import Request, parse_schedule
 from jaxspark.decoding.generate import round_capacity
 from jaxspark.drafters import DeepSeekV4DSpark, DSparkDrafter, MTPDrafter
@@ -36,12 +36,12 @@ from jaxspark.evaluation import sampling_checks, suites
 from jaxspark.evaluation.audit import AuditResult, plain_outputs
 from jaxspark.evaluation.prompts import load_prompts
 from jaxspark.evaluation.tiny_models import DRAFTERS, Family
+from jaxspark.launch import common
+from jaxspark.launch.audit_report import checked, found, total
+from jaxspark.launch.audit_schedules import audit_schedules
+from jaxspark.launch.progress import CellProgress, bars
+from jaxspark.launch.workers import collect, compile_workers
 from jaxspark.models import DeepSeekV4
-from launch import common
-from launch.audit_report import checked, found, total
-from launch.audit_schedules import audit_schedules
-from launch.progress import CellProgress, bars
-from launch.workers import collect, compile_workers
 
 common.define_model_flags(draft=None)
 flags.DEFINE_enum(
@@ -105,13 +105,13 @@ def audited_drafter(name: str, target):
     if name == "mtp":
         return MTPDrafter(target.model.config, block_length=5, **random)
     if name == "deepseek_v4_dspark":
-        config = configs.drafters.deepseek_v4_dspark(target.model.config)
+        config = draft_configs.deepseek_v4_dspark(target.model.config)
         return DeepSeekV4DSpark(config, **random)
     if kind == "dspark" and head:
         # One head on the full vocabulary, the others on pruned ones.
         vocab = target.model.config.vocab_size
         pruned = {"vanilla": None, "gated": vocab // 6, "rnn": vocab // 12}[head]
-        config = configs.drafters.dspark(
+        config = draft_configs.dspark(
             target.model.config,
             markov_rank=64,
             markov_head_type=head,
@@ -119,7 +119,7 @@ def audited_drafter(name: str, target):
             **options,
         )
     elif kind == "dflash":
-        config = configs.drafters.dflash(target.model.config, **options)
+        config = draft_configs.dflash(target.model.config, **options)
     else:
         return load_drafter(name, target)
     return DSparkDrafter(config, **random)
@@ -139,7 +139,7 @@ class Bytes:
 
 def random_v4() -> Target:
     """DeepSeek-V4 in small, with random weights and peaked distributions."""
-    model = DeepSeekV4(configs.targets.deepseek_v4_tiny(256), rngs=nnx.Rngs(0))
+    model = DeepSeekV4(target_configs.deepseek_v4_tiny(256), rngs=nnx.Rngs(0))
     model.embed_tokens.weight[...] *= 30.0
     return Target(model=model, tokenizer=Bytes(), stop_ids=(), name="deepseek_v4_tiny")
 

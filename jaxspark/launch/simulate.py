@@ -22,9 +22,9 @@ from jaxspark.decoding import Costs, Fixed, Lagged
 from jaxspark.decoding.costs import draft_ladder
 from jaxspark.evaluation.plots import plot_frontier
 from jaxspark.evaluation.simulate import Load, Simulated, Trace, simulate, speed_at
-from launch import common
-from launch.progress import bars
-from launch.simulate_v4 import (
+from jaxspark.launch import common
+from jaxspark.launch.progress import bars
+from jaxspark.launch.simulate_v4 import (
     MACHINES,
     NETWORKS,
     assumptions,

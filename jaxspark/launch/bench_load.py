@@ -37,8 +37,8 @@ from jaxspark.decoding.state import Counters
 from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.evaluation.plots import plot_load
 from jaxspark.evaluation.prompts import in_turn, load_prompts
-from launch import common
-from launch.progress import CellProgress, bars
+from jaxspark.launch import common
+from jaxspark.launch.progress import CellProgress, bars
 
 flags.DEFINE_list(
     "concurrency", ["1", "2", "4", "8", "16", "32", "64"], "Requests at once."

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from jaxspark import Completion, generate, load_drafter
 from jaxspark.drafters import Drafter
-from launch import common
+from jaxspark.launch import common
 
 common.define_model_flags(draft=None)
 flags.DEFINE_list(

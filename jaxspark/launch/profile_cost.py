@@ -17,7 +17,7 @@ from jaxspark.calibration.profile import (
     measured_with_progress,
     save_profiles,
 )
-from launch import common
+from jaxspark.launch import common
 
 common.define_model_flags(draft="dspark")
 flags.DEFINE_list("slots", ["1", "8", "64"], "Numbers of requests decoded together.")

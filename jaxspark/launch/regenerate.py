@@ -17,6 +17,8 @@ from absl import flags
 from rich.console import Console
 
 from jaxspark.jsonlines import JsonLines, same_settings
+from jaxspark.launch import common
+from jaxspark.launch.progress import bars
 from jaxspark.training.data import (
     Conversation,
     Problem,
@@ -24,8 +26,6 @@ from jaxspark.training.data import (
     read_conversations,
     regenerate,
 )
-from launch import common
-from launch.progress import bars
 
 common.define_model_flags(draft=None)
 flags.DEFINE_list("data", None, "Conversations: JSON lines or dataset folders.")

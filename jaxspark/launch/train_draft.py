@@ -27,12 +27,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
-import configs.drafters
 from jaxspark.checkpoints import load_draft_checkpoint, save_draft_checkpoint
 from jaxspark.checkpoints.tree import named_parameters
+from jaxspark.configs import drafters as draft_configs
 from jaxspark.drafters import DSparkDrafter, Eagle3Drafter
 from jaxspark.drafters.heads import HEAD_TYPES
 from jaxspark.jsonlines import same_settings
+from jaxspark.launch import common
 from jaxspark.training import initialise, least_squares, objective
 from jaxspark.training.data import read_conversations
 from jaxspark.training.data.documents import read_documents
@@ -45,7 +46,6 @@ from jaxspark.training.features import (
 )
 from jaxspark.training.run import has_checkpoint, train
 from jaxspark.training.trainer import OPTIMIZERS, TrainConfig, Trainer
-from launch import common
 
 OBJECTIVES = {
     "dspark": objective.DSPARK,
@@ -163,12 +163,12 @@ def make_drafter(model, packed):
         "draft_vocab_size": FLAGS.draft_vocab,
     }
     if FLAGS.drafter == "eagle3":
-        config = configs.drafters.eagle3(model.config, **options)
+        config = draft_configs.eagle3(model.config, **options)
     else:
         options |= {"depth": FLAGS.depth, "mask_token_id": FLAGS.mask_token}
         if FLAGS.drafter == "dspark":
             options |= {"markov_rank": FLAGS.rank, "markov_head_type": FLAGS.head}
-        config = getattr(configs.drafters, FLAGS.drafter)(model.config, **options)
+        config = getattr(draft_configs, FLAGS.drafter)(model.config, **options)
     if FLAGS.taps:
         config = replace(config, target_layer_ids=layers("taps"))
     kind = Eagle3Drafter if FLAGS.drafter == "eagle3" else DSparkDrafter

@@ -23,8 +23,8 @@ from jaxspark.evaluation.acceptance import macro_average, measure_acceptance
 from jaxspark.evaluation.plots import plot_acceptance, plot_lines
 from jaxspark.evaluation.prompts import load_prompts
 from jaxspark.evaluation.timing import alternate, decode_seconds, medians
-from launch import common
-from launch.progress import bars
+from jaxspark.launch import common
+from jaxspark.launch.progress import bars
 
 common.define_model_flags()
 flags.DEFINE_string("prompts_dir", "../shared/data/eval", "Folder of the prompts.")

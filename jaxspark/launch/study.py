@@ -21,7 +21,7 @@ from rich.table import Table
 
 from jaxspark.evaluation.plots import plot_acceptance, plot_lines
 from jaxspark.jsonlines import same_settings
-from launch import common
+from jaxspark.launch import common
 
 SUITES = {
     "drafters": {kind: {"drafter": kind} for kind in ("dspark", "dflash", "eagle3")},

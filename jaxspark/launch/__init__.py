@@ -1,0 +1,1 @@
+"""absl launchers: `python -m launch.<name> --help`."""
