@@ -57,6 +57,7 @@ from jaxspark.models import (
     DenseConfig,
     DenseDecoder,
 )
+from jaxspark.settings import standard_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,7 @@ class Target:
     name: str
 
 
+@standard_settings()
 def load_target(
     source: str | Path, *, dtype: Any = jnp.float32, keep_quantized: bool = False
 ) -> Target:
@@ -302,6 +304,7 @@ def save_target(
         write_safetensors(new, arrays, shard_bytes=shard_bytes)
 
 
+@standard_settings()
 def load_drafter(
     source: str | Path, target: Target | DenseDecoder | DeepSeekV4, *, dtype: Any = None
 ) -> Drafter:
@@ -347,6 +350,7 @@ def drafter_folder(source: str | Path) -> tuple[Path, bool]:
     return folder, name != str(source)
 
 
+@standard_settings()
 def load_draft_checkpoint(
     source: str | Path, target: DenseConfig | DenseDecoder, *, dtype: Any = jnp.float32
 ) -> deepspec.DraftModel:

@@ -29,6 +29,7 @@ from jaxspark.decoding.sampling import (
 )
 from jaxspark.drafters import Proposal
 from jaxspark.models import FlatTokens
+from jaxspark.settings import standard_settings
 
 Coupling = Literal["rejection", "gumbel"]
 COUPLINGS = get_args(Coupling)
@@ -118,6 +119,7 @@ def entropy(log_q_BW: Float[Array, "B W"]) -> Float[Array, " B"]:
     return -jnp.sum(jnp.exp(log_q_BW) * jnp.maximum(log_q_BW, -1e4), axis=-1)
 
 
+@standard_settings()
 def verify(
     coupling: Coupling,
     logits_TV: Float[Array, "T V"],

@@ -16,6 +16,7 @@ from jaxspark.decoding.sampling import Sampling
 from jaxspark.decoding.schedule import CostAware, Fixed, Scheduler
 from jaxspark.decoding.state import DecodeState, init_state
 from jaxspark.drafters import Drafter, PlainDrafter
+from jaxspark.settings import standard_settings
 
 # Cache lengths are multiples of this, so that similar requests share a program.
 LENGTH_STEP = 128
@@ -340,15 +341,23 @@ def spread_seed(seed: int, index):
     return (seed + 0x9E3779B9 * index) % 2**32
 
 
+@standard_settings()
+def decode_rounds(
+    model, drafter, state: DecodeState, rounds: int, options: DecodeOptions
+) -> DecodeState:
+    """`decode` from the host; donates `state`."""
+    return decode(model, drafter, state, jnp.int32(rounds), options=options)
+
+
 def _run(model, drafter, state: DecodeState, options, prompts, on_tokens):
     if on_tokens is None:
-        return decode(model, drafter, state, jnp.int32(2**30), options=options)
+        return decode_rounds(model, drafter, state, 2**30, options)
     seen = [len(prompt) for prompt in prompts]
     while True:
-        rounds = jnp.int32(ROUNDS_PER_CALLBACK)
-        state = decode(model, drafter, state, rounds, options=options)
-        lengths, done = jax.device_get((state.lengths_B, state.done_B))
-        tokens_BS = np.asarray(state.tokens_BS)
+        state = decode_rounds(model, drafter, state, ROUNDS_PER_CALLBACK, options)
+        lengths, done, tokens_BS = jax.device_get(
+            (state.lengths_B, state.done_B, state.tokens_BS)
+        )
         for slot, (begin, end) in enumerate(zip(seen, lengths)):
             if end > begin:
                 on_tokens(slot, tokens_BS[slot, begin:end].tolist())

@@ -29,6 +29,7 @@ from jaxspark.decoding.schedule_state import ScheduleState
 from jaxspark.decoding.state import Counters, DecodeState
 from jaxspark.drafters import Proposal
 from jaxspark.models import FlatTokens
+from jaxspark.settings import standard_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,7 @@ class DecodeOptions:
         return sizes
 
 
+@standard_settings()
 def decode_round(
     target, drafter, state: DecodeState, options: DecodeOptions
 ) -> DecodeState:
@@ -323,6 +325,7 @@ def _count(state, proposal, lengths_B, accepted_B) -> Counters:
 
 
 @partial(jax.jit, static_argnames=("options",), donate_argnames=("state",))
+@standard_settings()
 def decode(
     target, drafter, state: DecodeState, max_rounds: Int[Array, ""], *, options
 ) -> DecodeState:
@@ -340,6 +343,7 @@ def decode(
 
 
 @partial(jax.jit, static_argnames=("chunk",), donate_argnames=("state",))
+@standard_settings()
 def prefill(target, drafter, state: DecodeState, *, chunk: int) -> DecodeState:
     """Processes all prompt tokens but the anchors, `chunk` per slot at a time.
 

@@ -12,11 +12,17 @@ is the distribution that stays.
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
+
+from jaxspark.settings import random_key, standard_settings
+
+# Named, since the program that imports us may have chosen another default.
+GUMBEL_MODE = "low"
 
 
 class Stream(IntEnum):
@@ -50,6 +56,7 @@ class Sampling:
     seed: UInt[Array, " B"]
 
     @classmethod
+    @standard_settings()
     def of(cls, slots: int, *, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0):
         """Checked parameters for `slots`; each a number or one number per slot.
 
@@ -93,6 +100,7 @@ class Sampling:
         return self.temperature == 0
 
 
+@standard_settings()
 def warp(logits_RV: Float[Array, "R V"], sampling: Sampling) -> Float[Array, "R V"]:
     """Log-probabilities each row samples from; -inf outside its support."""
     temperature_R = jnp.where(sampling.greedy, 1.0, sampling.temperature)
@@ -151,11 +159,12 @@ def _largest_threshold(p_RV, weight_RV, goal_R):
     return jax.lax.bitcast_convert_type(low_R, jnp.float32)
 
 
+@standard_settings()
 def keys(stream: Stream, seed_R: UInt[Array, " R"], *indices_R: Int[Array, " R"]):
     """One PRNG key per row from its seed, the stream and any indices."""
 
     def key(seed, *indices):
-        key = jax.random.fold_in(jax.random.key(seed), stream)
+        key = jax.random.fold_in(random_key(seed), stream)
         for index in indices:
             key = jax.random.fold_in(key, index)
         return key
@@ -163,6 +172,7 @@ def keys(stream: Stream, seed_R: UInt[Array, " R"], *indices_R: Int[Array, " R"]
     return jax.vmap(key)(seed_R, *indices_R)
 
 
+@standard_settings()
 def position_noise(
     seed_R: UInt[Array, " R"], positions_R: Int[Array, " R"], vocab: int
 ) -> Float[Array, "R V"]:
@@ -171,10 +181,12 @@ def position_noise(
     Plain sampling, the draft and the verification all take argmax(log-prob + this).
     """
     keys_R = keys(Stream.NOISE, seed_R, positions_R)
-    return jax.vmap(lambda key: jax.random.gumbel(key, (vocab,)))(keys_R)
+    draw = partial(jax.random.gumbel, shape=(vocab,), mode=GUMBEL_MODE)
+    return jax.vmap(draw)(keys_R)
 
 
+@standard_settings()
 def categorical(keys_R, log_p_RV: Float[Array, "R V"]) -> Int[Array, " R"]:
     """One sample per row; entries at -inf are never drawn."""
-    draw = jax.vmap(lambda key, log_p_V: jax.random.categorical(key, log_p_V))
+    draw = jax.vmap(partial(jax.random.categorical, mode=GUMBEL_MODE))
     return draw(keys_R, log_p_RV).astype(jnp.int32)

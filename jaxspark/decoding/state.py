@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.decoding.sampling import Sampling
 from jaxspark.decoding.schedule_state import ScheduleState
+from jaxspark.settings import standard_settings
 
 
 @jax.tree_util.register_dataclass
@@ -81,6 +82,7 @@ class DecodeState:
     counters: Counters
 
 
+@standard_settings()
 def init_state(
     target,
     drafter,

@@ -26,17 +26,19 @@ from jaxspark.decoding.generate import (
     check_prompt,
     completions,
     costed,
+    decode_rounds,
     default_buckets,
     prefill_chunk,
     round_capacity,
     spread_seed,
 )
-from jaxspark.decoding.round import DecodeOptions, decode, prefill
+from jaxspark.decoding.round import DecodeOptions, prefill
 from jaxspark.decoding.sampling import Sampling
 from jaxspark.decoding.schedule import Fixed, Scheduler
 from jaxspark.decoding.state import DecodeState, init_state
 from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.models.rows import Rows
+from jaxspark.settings import standard_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,19 +141,18 @@ def generate_stream(
             fresh = make([request for _, request in arrived] + [idle] * padding)
             longest = [request.prompt for _, request in arrived]
             fresh = prefill(model, drafter, fresh, chunk=prefill_chunk(longest))
-            state = _insert(state, fresh, jnp.array(places + [slots] * padding))
+            state = _insert(state, fresh, np.array(places + [slots] * padding))
         if not running:
             return
-        state = decode(
-            model, drafter, state, jnp.int32(rounds_per_call), options=options
-        )
-        done_B = np.asarray(state.done_B)
+        state = decode_rounds(model, drafter, state, rounds_per_call, options)
+        done_B = jax.device_get(state.done_B)
         ended = {slot: each for slot, each in running.items() if done_B[slot]}
         prompts = {slot: request.prompt for slot, (_, request) in ended.items()}
         for slot, completion in completions(target, state, prompts).items():
             yield running.pop(slot)[0], completion
 
 
+@standard_settings()
 @partial(jax.jit, donate_argnames=("state",))
 def _insert(
     state: DecodeState, fresh: DecodeState, slots_N: Int[Array, " N"]

@@ -8,6 +8,8 @@
   python -m launch.audit --suite=all         schedules, sampling, and a part of greedy
                                              and gumbel with schedules
   python -m launch.audit --suite=quick       a share of schedules, two minutes
+  python -m launch.audit --suite=settings    that share under every global JAX setting
+                                             a program may have chosen
   python -m launch.audit --suite=deepseek_v4 everything for DeepSeek-V4 and its
                                              drafters, random weights
 
@@ -39,6 +41,7 @@ from jaxspark.evaluation.tiny_models import DRAFTERS, Family
 from jaxspark.launch import common
 from jaxspark.launch.audit_report import checked, found, total
 from jaxspark.launch.audit_schedules import audit_schedules
+from jaxspark.launch.audit_settings import audit_settings
 from jaxspark.launch.progress import CellProgress, bars
 from jaxspark.launch.workers import collect, compile_workers
 from jaxspark.models import DeepSeekV4
@@ -47,7 +50,16 @@ common.define_model_flags(draft=None)
 flags.DEFINE_enum(
     "suite",
     "greedy",
-    ["greedy", "sampling", "gumbel", "schedules", "all", "quick", "deepseek_v4"],
+    [
+        "greedy",
+        "sampling",
+        "gumbel",
+        "schedules",
+        "settings",
+        "all",
+        "quick",
+        "deepseek_v4",
+    ],
     "What to audit.",
 )
 flags.DEFINE_string(
@@ -245,7 +257,8 @@ def _entry(cell, result: AuditResult, seconds: float) -> dict:
         "slots": cell.slots,
         "schedule": cell.schedule,
         "rounds": result.rounds,
-        **found(result, seconds),
+        "seconds": round(seconds, 1),
+        **found(result),
     }
 
 
@@ -325,6 +338,8 @@ def main() -> int:
     for suite in chosen:
         if suite == "sampling":
             figures[suite] = audit_sampling(console, family)
+        elif suite == "settings":
+            figures[suite] = audit_settings(console)
         elif suite in ("schedules", "quick"):
             figures[suite] = audit_schedules(
                 console, quick=suite == "quick", family=family

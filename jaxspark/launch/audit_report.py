@@ -9,14 +9,13 @@ from jaxspark.evaluation.audit import AuditResult
 from jaxspark.evaluation.sampling_checks import Check
 
 
-def found(result: AuditResult, seconds: float) -> dict:
+def found(result: AuditResult) -> dict:
     """What every entry of an audit tells."""
     return {
         "outputs": result.outputs,
         "tokens": result.tokens,
         "near_ties": [str(each) for each in result.near_ties],
         "violations": [str(each) for each in result.violations],
-        "seconds": round(seconds, 1),
     }
 
 

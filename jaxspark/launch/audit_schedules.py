@@ -1,8 +1,10 @@
 """`launch.audit --suite=schedules`: all guarantees under every schedule."""
 
+import contextlib
 import functools
 import itertools
 import time
+from collections.abc import Iterator
 from concurrent.futures import as_completed
 from dataclasses import asdict
 
@@ -37,10 +39,17 @@ def audit_schedules(
     Most of the time goes into compiling programs that run for a moment, so they are
     compiled with few optimisations; the other suites have them all.
     """
+    with few_optimizations():
+        return _audit_schedules(console, quick=quick, family=family)
+
+
+@contextlib.contextmanager
+def few_optimizations() -> Iterator[None]:
+    """Programs compiled inside, by workers too, run once and compile sooner."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     try:
-        return _audit_schedules(console, quick=quick, family=family)
+        yield
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
 
@@ -69,8 +78,15 @@ def _audit_schedules(console: Console, *, quick: bool, family: Family) -> dict:
         for future in as_completed(cells):
             cell, (result, seconds) = cells[future], future.result()
             counts = {"rounds": result.rounds, "drafted": result.drafted}
-            entry = asdict(cell) | counts | {"verified": result.verified}
-            finished.add({"cell": cell.name, **entry, **found(result.audit, seconds)})
+            entry = (
+                asdict(cell)
+                | counts
+                | {
+                    "verified": result.verified,
+                    "seconds": round(seconds, 1),
+                }
+            )
+            finished.add({"cell": cell.name, **entry, **found(result.audit)})
             for difference in result.audit.differences:
                 progress.console.print(f"{cell.name}: {difference}")
             progress.advance(bar)

@@ -37,6 +37,7 @@ from jaxspark.evaluation.timing import alternate, medians, timed
 from jaxspark.launch import common
 from jaxspark.launch.bench_load import Contestant, House
 from jaxspark.models import FlatTokens
+from jaxspark.settings import random_key
 
 flags.DEFINE_integer("overhead_slots", 64, "Slots of --suite=overhead.", lower_bound=1)
 FLAGS = flags.FLAGS
@@ -140,7 +141,7 @@ def bench_overhead(console: Console) -> dict:
     if len(verified) > 1:
         raise ValueError(f"rounds verified different numbers of drafts: {verified}")
     ratio = median(a / b for a, b in zip(runs["scheduled"], runs["bare"]))
-    key = jax.random.key(0)
+    key = random_key(0)
     inputs = (
         jax.random.normal(key, (slots, block_length)),
         jnp.ones((slots, block_length)),

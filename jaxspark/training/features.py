@@ -25,6 +25,7 @@ from jaxspark.checkpoints.tree import named_parameters
 from jaxspark.models import DenseDecoder
 from jaxspark.models.layers.linear import product
 from jaxspark.models.layers.rope import Rotation
+from jaxspark.settings import standard_settings
 from jaxspark.training.blocks import packed_attention
 from jaxspark.training.data.packing import Packed
 
@@ -68,6 +69,7 @@ class Features:
 
 
 @partial(jax.jit, static_argnames=("taps",))
+@standard_settings()
 def target_features(
     target: DenseDecoder, batch: Packed, *, taps: tuple[int, ...]
 ) -> Features:

@@ -31,6 +31,7 @@ from scipy.optimize import linprog
 from jaxspark.drafters import DSparkDrafter
 from jaxspark.drafters.heads import MarkovHead
 from jaxspark.models import DenseDecoder
+from jaxspark.settings import random_key, standard_settings
 from jaxspark.training.blocks import Blocks, sample_blocks, take_places
 from jaxspark.training.data.packing import Packed
 from jaxspark.training.features import Features
@@ -166,6 +167,7 @@ class View:
         return x_IC.astype(jnp.float32), *self.wanted
 
 
+@standard_settings()
 def fit(
     drafter: DSparkDrafter,
     target: DenseDecoder,
@@ -214,7 +216,7 @@ def fit(
         result = Regression()
         for number, batch in enumerate(samples[:most]):
             features = source(batch)
-            key = jax.random.fold_in(jax.random.key(seed), number)
+            key = jax.random.fold_in(random_key(seed), number)
             seen = see(drafter, target, draftable_V, key, batch, features, look, depth)
             result.add(*seen)
         return result

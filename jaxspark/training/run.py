@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxspark.jsonlines import JsonLines
+from jaxspark.settings import standard_settings
 from jaxspark.training.data.packing import Batches, Packed
 from jaxspark.training.features import FeatureSource
 from jaxspark.training.objective import summary
@@ -88,6 +89,7 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
+@standard_settings()
 def train(
     trainer: Trainer,
     state: TrainState,
@@ -176,6 +178,7 @@ def _all_finite(tree) -> jax.Array:
     return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))
 
 
+@standard_settings()
 def evaluate(
     trainer: Trainer, state: TrainState, packed: Packed, source: FeatureSource
 ) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import optax.contrib
 from flax import nnx
 
 from jaxspark.drafters import Drafter, DSparkDrafter, Eagle3Drafter
+from jaxspark.settings import random_key, standard_settings
 from jaxspark.training.blocks import sample_blocks
 from jaxspark.training.data.packing import Packed
 from jaxspark.training.features import Features
@@ -145,6 +146,7 @@ class Trainer:
     config: TrainConfig
 
     @classmethod
+    @standard_settings()
     def create(
         cls, drafter: Drafter, target, config: TrainConfig
     ) -> tuple["Trainer", TrainState]:
@@ -174,6 +176,7 @@ class Trainer:
         """The drafter with a state's parameters."""
         return nnx.merge(self.graphdef, state.trained, self.frozen)
 
+    @standard_settings()
     def step(
         self, state: TrainState, microbatches: list[tuple[Packed, Features]]
     ) -> tuple[TrainState, Sums]:
@@ -197,10 +200,12 @@ class Trainer:
             config=self.config,
         )
 
+    @standard_settings()
     def lower(self, state: TrainState, batch: Packed, features: Features):
         """The lowered gradient of one micro-batch, to compile and measure."""
         return self._gradients(state, batch, features, 0, _gradients.lower)
 
+    @standard_settings()
     def evaluate(self, state: TrainState, batch: Packed, features: Features) -> Sums:
         """The objective's sums on held-out data, always at the same anchors."""
         return _evaluate(
@@ -215,7 +220,7 @@ class Trainer:
 
 
 def _key(seed: int, step: jax.Array, index: int) -> jax.Array:
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), index)
+    return jax.random.fold_in(jax.random.fold_in(random_key(seed), step), index)
 
 
 def _sums(trained, frozen, target, batch, features, key, graphdef, config) -> Sums:
@@ -255,7 +260,7 @@ def _gradients(
 
 @partial(jax.jit, static_argnames=("graphdef", "config"))
 def _evaluate(trained, frozen, target, batch, features, *, graphdef, config) -> Sums:
-    key = jax.random.key(0)
+    key = random_key(0)
     return _sums(trained, frozen, target, batch, features, key, graphdef, config)
 
 

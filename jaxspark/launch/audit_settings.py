@@ -1,0 +1,86 @@
+"""`launch.audit --suite=settings`: the quick audit under global JAX settings."""
+
+import functools
+from concurrent.futures import as_completed
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from jaxspark.evaluation import schedule_checks, schedule_sampling
+from jaxspark.evaluation.schedule_checks import ScheduleAudit, ScheduleCell
+from jaxspark.evaluation.settings_checks import SETTINGS, Setting, audit_setting
+from jaxspark.launch.audit_report import checked, found, total
+from jaxspark.launch.audit_schedules import QUICK, few_optimizations
+from jaxspark.launch.progress import bars
+from jaxspark.launch.workers import collect, compile_workers
+
+# Guarantee 2 is at stake where a setting chooses how random numbers are made.
+SAMPLED = [name for name in SETTINGS if "prng" in name or "threefry" in name]
+SAMPLES = 20_000
+
+
+def audit_settings(console: Console) -> dict:
+    """Tokens and distributions under every setting, on tiny models."""
+    cells = schedule_checks.grid(every=QUICK)
+    jitted = [name for name, setting in SETTINGS.items() if not setting.eager]
+    eager = [name for name, setting in SETTINGS.items() if setting.eager]
+    with few_optimizations(), bars(console) as progress, compile_workers() as workers:
+        # The settings of a cell share what is compiled, so they share a worker.
+        auditing = [workers.submit(_run_cell, eager, cells[0])]
+        auditing += [workers.submit(_run_cell, jitted, cell) for cell in cells]
+        checking = [workers.submit(_sample, name) for name in SAMPLED]
+        entries = []
+        bar = progress.add_task("settings", total=len(auditing))
+        for future in as_completed(auditing):
+            entries += future.result()
+            progress.advance(bar)
+        by_setting = collect(progress, checking, "distributions")
+    table = Table(title="global settings · tiny models")
+    for column in ("setting", "cells", "tokens", "near-ties", "violations"):
+        table.add_column(column, justify="right")
+    for name in SETTINGS:
+        group = [entry for entry in entries if entry["setting"] == name]
+        figures = (total(group, key) for key in ("tokens", "near_ties", "violations"))
+        table.add_row(name, str(len(group)), *map(str, figures))
+    console.print(table)
+    for entry in entries:
+        for difference in entry["violations"]:
+            console.print(f"{entry['setting']}, {entry['cell']}: {difference}")
+    checks = [check for each in by_setting for check in each]
+    sampled = checked(console, "rejection sampling under global settings", checks)
+    return {
+        "violations": total(entries, "violations") + sampled["violations"],
+        "near_ties": total(entries, "near_ties"),
+        "tokens": total(entries, "tokens"),
+        "checks": sampled["checks"],
+        "cells": entries,
+    }
+
+
+@functools.cache
+def _audit(rounding: Setting | None) -> ScheduleAudit:
+    """Models, requests and plain outputs; under a setting if that changes rounding."""
+    if rounding is None:
+        return ScheduleAudit()
+    with rounding.applied():
+        return ScheduleAudit()
+
+
+def _run_cell(names: list[str], cell: ScheduleCell) -> list[dict]:
+    entries = []
+    for name in names:
+        setting = SETTINGS[name]
+        audit = _audit(setting if setting.rounds else None)
+        result = audit_setting(audit, setting, cell)
+        entries.append({"setting": name, "cell": cell.name, **found(result.audit)})
+    jax.clear_caches()
+    return entries
+
+
+def _sample(name: str) -> list[schedule_sampling.Check]:
+    schedule = schedule_sampling.schedules_for_rejection()["lagged"]
+    with SETTINGS[name].applied():
+        return schedule_sampling.frequency_checks(
+            SAMPLES, {f"lagged, {name}": schedule}
+        )
