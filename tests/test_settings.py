@@ -16,6 +16,7 @@ from jaxspark.decoding import (
 )
 from jaxspark.drafters import NgramDrafter
 from jaxspark.evaluation.settings_checks import SETTINGS
+from jaxspark.evaluation.tiny_models import DRAFTERS, tiny_models
 from tests.checkpoints import tiny
 
 JITTED = [setting for setting in SETTINGS.values() if not setting.eager]
@@ -87,3 +88,16 @@ def test_a_target_is_loaded_alike(tmp_path, setting):
         model = load_target(folder).model
     leaves = jax.tree.leaves(model)
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.float32)}
+
+
+def test_modules_are_built_with_the_same_types():
+    def types():
+        made = [
+            jax.eval_shape(lambda family=family: tiny_models(family, 12))
+            for family in DRAFTERS
+        ]
+        return [leaf.dtype for leaf in jax.tree.leaves(made)]
+
+    expected = types()
+    with SETTINGS["enable_x64=True"].applied():
+        assert types() == expected

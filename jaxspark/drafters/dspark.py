@@ -158,7 +158,7 @@ class DSparkDrafter(nnx.Module):
             else None
         )
         self.lm_head = Linear(D, pruned, **options) if pruned else None
-        self.draft_ids = Buffer(jnp.arange(pruned)) if pruned else None
+        self.draft_ids = Buffer(jnp.arange(pruned, dtype=jnp.int32)) if pruned else None
 
     @property
     def block_length(self) -> int:

@@ -125,7 +125,7 @@ class Eagle3Drafter(nnx.Module):
         self.norm = RMSNorm(D, eps=c.rms_norm_eps, dtype=dtype)
         pruned = config.draft_vocab_size
         self.lm_head = Linear(D, pruned, dtype=dtype, rngs=rngs) if pruned else None
-        self.draft_ids = Buffer(jnp.arange(pruned)) if pruned else None
+        self.draft_ids = Buffer(jnp.arange(pruned, dtype=jnp.int32)) if pruned else None
 
     @property
     def block_length(self) -> int:

@@ -21,6 +21,7 @@ from jaxspark.decoding.couplings import COUPLINGS
 from jaxspark.drafters import Proposal
 from jaxspark.evaluation.enumeration import EnumeratedRound, target_distribution
 from jaxspark.evaluation.sampling_checks import Check
+from jaxspark.settings import standard_settings
 
 A, B = 0, 1
 EXAMPLE: Mapping = {
@@ -84,6 +85,7 @@ class TableDrafter:
         ), cache
 
 
+@standard_settings()
 def distribution(
     p: Sequence[float],
     q: Sequence[float],
@@ -122,6 +124,7 @@ def distribution(
     return round_.distribution(schedule, **options), target_distribution(table)
 
 
+@standard_settings()
 def appendix_checks() -> list[Check]:
     """The example, under the schedule it warns of and under those that are lawful."""
     seen, _ = distribution(**EXAMPLE, schedule=Unlawful(costs=COSTS))

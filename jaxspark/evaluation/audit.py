@@ -20,6 +20,7 @@ from jaxspark.decoding import Completion, Request, Sampling, generate
 from jaxspark.decoding.generate import as_model
 from jaxspark.decoding.sampling import position_noise, warp
 from jaxspark.models import FlatTokens
+from jaxspark.settings import standard_settings
 
 NEAR_TIE = 1e-4
 
@@ -162,6 +163,7 @@ def _at(tokens: Sequence[int], index: int) -> int | None:
     return tokens[index] if index < len(tokens) else None
 
 
+@standard_settings()
 def margin(
     target, prefix: Sequence[int], request: Request
 ) -> tuple[float, tuple[int, int]]:

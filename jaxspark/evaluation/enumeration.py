@@ -34,10 +34,12 @@ from jaxspark.decoding.schedule import Fixed, Scheduler
 from jaxspark.decoding.state import DecodeState, init_state
 from jaxspark.drafters import Proposal
 from jaxspark.models import FlatTokens
+from jaxspark.settings import standard_settings
 
 LogProbs = dict[tuple[int, ...], np.ndarray]
 
 
+@standard_settings()
 def sequence_log_probs(
     target, prompt: Sequence[int], length: int, sampling: Sampling
 ) -> LogProbs:
@@ -90,6 +92,7 @@ class EnumeratedRound:
         drafts are verified, [N, G+1, V, ..., V].
     """
 
+    @standard_settings()
     def __init__(
         self,
         target,
@@ -139,6 +142,7 @@ class EnumeratedRound:
         outcomes = np.stack([_outcomes(table, *each, accept) for each in slots[0]])
         self.outcomes_NK = outcomes[chosen_BN[0]]
 
+    @standard_settings()
     def distribution(
         self,
         schedule: Scheduler = Fixed(),

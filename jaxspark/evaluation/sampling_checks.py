@@ -24,6 +24,7 @@ from jaxspark.evaluation.statistics import (
     sample_first_tokens,
 )
 from jaxspark.evaluation.tiny_models import BLOCK_LENGTH, Family, tiny_models
+from jaxspark.settings import standard_settings
 
 # Repeats itself, so that lookup finds a long match.
 PROMPT = (0, 2, 1, 0, 2, 1, 0, 2)
@@ -39,6 +40,7 @@ class Check:
     holds: bool
 
 
+@standard_settings()
 def enumeration_checks(
     drafters: Sequence[str] | None = None,
     accept: Callable = acceptance_probability,

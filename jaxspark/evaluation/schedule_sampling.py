@@ -40,6 +40,7 @@ from jaxspark.evaluation.sampling_checks import PROMPT, Check
 from jaxspark.evaluation.schedule_checks import SCHEDULES, hesitant, scheduler
 from jaxspark.evaluation.statistics import chi_square
 from jaxspark.evaluation.tiny_models import BLOCK_LENGTH, DRAFTERS, Family, tiny_models
+from jaxspark.settings import standard_settings
 
 VOCAB = 3
 SLOTS = 2
@@ -124,6 +125,7 @@ class TelltaleDrafter:
         ), cache
 
 
+@standard_settings()
 def telltale() -> TelltaleDrafter:
     """One for three tokens."""
     return TelltaleDrafter(jnp.log(jnp.array([0.4, 0.35, 0.25])))
@@ -135,6 +137,7 @@ def schedules_for_rejection() -> dict[str, Scheduler]:
     return {name: each for name, each in made.items() if "rejection" in each.couplings}
 
 
+@standard_settings()
 def enumeration_checks(
     drafters: Sequence[str] | None = None,
     schedules: dict[str, Scheduler] | None = None,

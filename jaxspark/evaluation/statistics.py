@@ -17,6 +17,7 @@ from jaxspark.decoding.round import DecodeOptions, decode, prefill
 from jaxspark.decoding.sampling import Sampling
 from jaxspark.decoding.state import init_state
 from jaxspark.evaluation.enumeration import draft_blocks
+from jaxspark.settings import standard_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class FirstTokens:
     samples: int
 
 
+@standard_settings()
 def sample_first_tokens(
     target,
     drafter,
@@ -73,6 +75,7 @@ def sample_first_tokens(
     return FirstTokens(counts=counts, acceptance=accepted / total, samples=total)
 
 
+@standard_settings()
 def first_draft_distribution(
     target, drafter, prompt: Sequence[int], block_length: int, sampling: Sampling
 ) -> np.ndarray:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
+from jaxspark.settings import standard_settings
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class FlatTokens:
     rows: int = field(metadata={"static": True})
 
     @classmethod
+    @standard_settings()
     def from_rows(
         cls,
         ids_BQ: Int[Array, "B Q"],

@@ -30,6 +30,7 @@ from jaxspark.models.layers.norm import Float32RMSNorm
 from jaxspark.models.layers.rope import RopeConfig, TrailingRotation
 from jaxspark.models.layers.sparse_attention import SparseAttention, SparseCache
 from jaxspark.models.rows import REWIND
+from jaxspark.settings import standard_settings
 from pallas_kernels.precision import widened
 
 
@@ -260,6 +261,7 @@ class DeepSeekV4(nnx.Module):
         with jax.named_scope("head"):
             return row_product(self.head_VD, self.norm(x_DT))
 
+    @standard_settings()
     def __call__(
         self,
         tokens: FlatTokens,

@@ -23,6 +23,7 @@ from jaxspark.models.layers.linear import Embedding, Linear, row_product
 from jaxspark.models.layers.mlp import GatedMLP
 from jaxspark.models.layers.norm import RMSNorm
 from jaxspark.models.layers.rope import RopeConfig, Rotation
+from jaxspark.settings import standard_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +138,7 @@ class DenseDecoder(nnx.Module):
         with jax.named_scope("head"):
             return row_product(self.head_VD, self.norm(x_DT))
 
+    @standard_settings()
     def __call__(
         self,
         tokens: FlatTokens,

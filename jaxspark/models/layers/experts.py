@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -150,4 +151,5 @@ class MixtureOfExperts(nnx.Module):
 
 def _spread_ids(vocab: int, top_k: int, experts: int) -> Int[Array, "V X"]:
     """A table that gives neighbouring ids different experts, all equally often."""
-    return (jnp.arange(vocab)[:, None] * top_k + jnp.arange(top_k)) % experts
+    ids_VX = np.arange(vocab * top_k, dtype=np.int32).reshape(vocab, top_k)
+    return jnp.asarray(ids_VX % experts)

@@ -106,4 +106,5 @@ def mix(
 
 
 def _normal(rngs, shape, config):
-    return config.initializer_range * jax.random.normal(rngs.params(), shape)
+    normal = jax.random.normal(rngs.params(), shape, jnp.float32)
+    return config.initializer_range * normal
