@@ -1,10 +1,15 @@
-"""Checkpoints in and out: Hugging Face folders, GGUF files, DeepSpec drafters.
+"""Checkpoints in and out: Hugging Face folders, GGUF files, drafters' folders.
 
 Everything raises `CheckpointError`, before any long work, naming what was seen and what
 was expected. No code from a checkpoint is ever executed.
 """
 
 from jaxspark.checkpoints.deepseek_v4_folder import save_deepseek_v4
+from jaxspark.checkpoints.draft_folders import (
+    FORMATS,
+    draft_format,
+    save_draft_checkpoint,
+)
 from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.load import (
     BUILT_IN,
@@ -12,17 +17,18 @@ from jaxspark.checkpoints.load import (
     load_draft_checkpoint,
     load_drafter,
     load_target,
-    save_draft_checkpoint,
     save_target,
 )
 from jaxspark.checkpoints.tokenizer import TextStream, Tokenizer
 
 __all__ = [
     "BUILT_IN",
+    "FORMATS",
     "CheckpointError",
     "Target",
     "TextStream",
     "Tokenizer",
+    "draft_format",
     "load_draft_checkpoint",
     "load_drafter",
     "load_target",

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxspark.checkpoints import deepspec, folders, hub
+from jaxspark.checkpoints import folders, hub
 from jaxspark.checkpoints.deepseek_v4 import load_deepseek_v4
 from jaxspark.checkpoints.deepseek_v4_config import (
     is_v4,
@@ -22,6 +22,8 @@ from jaxspark.checkpoints.deepseek_v4_folder import (
     v4_tensors,
 )
 from jaxspark.checkpoints.deepseek_v4_released import dequantized
+from jaxspark.checkpoints.draft_folders import read_drafter
+from jaxspark.checkpoints.draft_tensors import DraftModel
 from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.fields import read_json, write_json
 from jaxspark.checkpoints.gguf_file import (
@@ -312,8 +314,9 @@ def load_drafter(
 
     Args:
       source: "ngram" (prompt lookup), "none" (plain decoding), "dspark" (the trained
-        drafter for SmolLM2-135M-Instruct that comes with jaxspark), a DeepSpec folder,
-        the Hub id of one, or "hybrid:" and one of these three (prompt lookup beside).
+        drafter for SmolLM2-135M-Instruct that comes with jaxspark), a folder of
+        DeepSpec or speculators, the Hub id of one, or "hybrid:" and one of these three
+        (prompt lookup beside).
         For DeepSeek-V4 the folder or Hub id of a checkpoint with draft stages, which
         stay quantized in memory if the target's matrices do.
       target: what it shall draft for.
@@ -353,13 +356,13 @@ def drafter_folder(source: str | Path) -> tuple[Path, bool]:
 @standard_settings()
 def load_draft_checkpoint(
     source: str | Path, target: DenseConfig | DenseDecoder, *, dtype: Any = jnp.float32
-) -> deepspec.DraftModel:
-    """Loads a DSpark, DFlash or Eagle3 drafter in DeepSpec's format.
+) -> DraftModel:
+    """Loads a DSpark, DFlash or Eagle3 drafter in DeepSpec's or speculators' format.
 
     Args:
       source: a local folder, a Hub id, or "dspark" for the one that is shipped.
-      target: the model it shall draft for, or its configuration where the folder
-        needs no more.
+      target: the model it shall draft for, with which the folder's embedding and LM
+        head are compared; or its configuration where the folder needs no more.
       dtype: float32 or bfloat16; normally the target's.
 
     Raises:
@@ -367,54 +370,4 @@ def load_draft_checkpoint(
     """
     check_dtype(dtype)
     folder = resolve_folder(SHIPPED_DRAFTERS.get(str(source), source))
-    where = str(folder / "config.json")
-    raw = read_json(folder / "config.json")
-    config = deepspec.draft_config_from_deepspec(raw, where=where)
-    model = target if isinstance(target, DenseDecoder) else None
-    theirs = target.config if isinstance(target, DenseDecoder) else target
-    deepspec.check_fits(config, theirs, where=where)
-    deepspec.check_format(config, where=where)
-    return deepspec.drafter_from_tensors(
-        config,
-        theirs,
-        open_safetensors(folder),
-        dtype=dtype,
-        head_VD=None if model is None else model.head_VD,
-    )
-
-
-def save_draft_checkpoint(
-    folder: str | Path,
-    drafter: deepspec.DraftModel,
-    target_model: DenseDecoder | None = None,
-    *,
-    overwrite: bool = False,
-    shard_bytes: int = SHARD_BYTES,
-    pruned_head: bool = True,
-) -> None:
-    """Writes a drafter in DeepSpec's format with checksums, whole or not at all.
-
-    Args:
-      folder: where; must be new or empty unless `overwrite`.
-      drafter: what to write.
-      target_model: also writes copies of its embedding and LM head, which other
-        programs expect in the folder.
-      overwrite: whether to replace a checkpoint that is there.
-      shard_bytes: weights are split into files of at most this size.
-      pruned_head: False leaves out the rows of a pruned head, which are the target's
-        and are taken from it at loading.
-
-    Raises:
-      CheckpointError: the folder is taken, the format cannot say this drafter, or it
-        does not fit `target_model`.
-    """
-    deepspec.check_format(drafter.config, where=str(folder))
-    if target_model is not None:
-        deepspec.check_fits(drafter.config, target_model.config, where=str(folder))
-    config = deepspec.draft_config_to_deepspec(drafter.config, dtype=drafter.dtype)
-    with folders.new_folder(Path(folder), overwrite=overwrite) as new:
-        write_json(new / "config.json", config)
-        arrays = deepspec.tensors_from_drafter(
-            drafter, target_model, pruned_head=pruned_head
-        )
-        write_safetensors(new, arrays.items(), shard_bytes=shard_bytes)
+    return read_drafter(folder, target, dtype=dtype)

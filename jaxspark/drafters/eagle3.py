@@ -30,7 +30,6 @@ from jaxspark.drafters.dspark import (
 )
 from jaxspark.models import DenseConfig, FlatTokens, LayerCache
 from jaxspark.models.cache import pad_heads, padded_width
-from jaxspark.models.dense import DecoderLayer
 from jaxspark.models.layers.attention import Attention
 from jaxspark.models.layers.linear import Linear, row_product
 from jaxspark.models.layers.mlp import GatedMLP
@@ -40,15 +39,19 @@ from jaxspark.models.layers.rope import Rotation
 
 @dataclass(frozen=True, kw_only=True)
 class Eagle3Config:
-    """An Eagle3 drafter, under DeepSpec's names.
+    """An Eagle3 drafter, under DeepSpec's and speculators' names.
 
     Attributes:
-      backbone: architecture of the layer (`num_hidden_layers` is 1).
+      backbone: architecture of the layer (`num_hidden_layers` is 1): Qwen3's, or
+        Llama's without `qk_norm`.
       ttt_length: most tokens drafted at once, and the horizon it was trained for.
       target_layer_ids: taps, ascending 0-based target layers.
       num_target_layers: depth of the target it was made for.
       step_loss_decay: weight of a training step relative to the one before.
       draft_vocab_size: size of a pruned draft vocabulary; None for the target's.
+      norm_before_fc: whether the layers' outputs are normed, all as one vector.
+      norm_before_residual: whether the residual is the normed feature.
+      norm_output: whether the feature passed on to the next draft is normed.
     """
 
     backbone: DenseConfig
@@ -57,11 +60,15 @@ class Eagle3Config:
     num_target_layers: int
     step_loss_decay: float = 0.8
     draft_vocab_size: int | None = None
+    norm_before_fc: bool = False
+    norm_before_residual: bool = False
+    norm_output: bool = False
 
     def __post_init__(self):
         if self.backbone.num_hidden_layers != 1:
             raise ValueError(
-                f"Eagle3 has one layer, got {self.backbone.num_hidden_layers}"
+                "Eagle3 has one layer, num_hidden_layers is "
+                f"{self.backbone.num_hidden_layers}"
             )
         if self.ttt_length < 1:
             raise ValueError(f"ttt_length must be at least 1, got {self.ttt_length}")
@@ -76,8 +83,11 @@ class Eagle3Config:
 class Eagle3Layer(nnx.Module):
     """The layer: attention reads embedding and feature side by side."""
 
-    def __init__(self, config: DenseConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DenseConfig, *, norm_before_residual: bool, dtype, rngs: nnx.Rngs
+    ):
         D, eps = config.hidden_size, config.rms_norm_eps
+        self.norm_before_residual = norm_before_residual
         self.input_layernorm = RMSNorm(D, eps=eps, dtype=dtype)
         self.hidden_norm = RMSNorm(D, eps=eps, dtype=dtype)
         self.self_attn = Attention(config, d_in=2 * D, dtype=dtype, rngs=rngs)
@@ -93,8 +103,15 @@ class Eagle3Layer(nnx.Module):
         normed = (self.input_layernorm(embedded_DT), self.hidden_norm(feature_DT))
         return jnp.concatenate(normed)
 
-    # The residual is the feature's; the rest is any layer's.
-    finish = DecoderLayer.finish
+    def finish(
+        self, feature_DT: Float[Array, "D T"], attended_DT: Float[Array, "D T"]
+    ) -> Float[Array, "D T"]:
+        """The rest of the layer; the residual is the feature's."""
+        if self.norm_before_residual:
+            feature_DT = self.hidden_norm(feature_DT)
+        x_DT = feature_DT + attended_DT
+        with jax.named_scope("mlp"):
+            return x_DT + self.mlp(self.post_attention_layernorm(x_DT))
 
 
 @jax.tree_util.register_dataclass
@@ -120,9 +137,16 @@ class Eagle3Drafter(nnx.Module):
         self.config = config
         c = config.backbone
         D = c.hidden_size
-        self.fc = Linear(len(config.target_layer_ids) * D, D, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([Eagle3Layer(c, dtype=dtype, rngs=rngs)])
-        self.norm = RMSNorm(D, eps=c.rms_norm_eps, dtype=dtype)
+        d_in, eps = len(config.target_layer_ids) * D, c.rms_norm_eps
+        self.input_norm = (
+            RMSNorm(d_in, eps=eps, dtype=dtype) if config.norm_before_fc else None
+        )
+        self.fc = Linear(d_in, D, dtype=dtype, rngs=rngs)
+        layer = Eagle3Layer(
+            c, norm_before_residual=config.norm_before_residual, dtype=dtype, rngs=rngs
+        )
+        self.layers = nnx.List([layer])
+        self.norm = RMSNorm(D, eps=eps, dtype=dtype)
         pruned = config.draft_vocab_size
         self.lm_head = Linear(D, pruned, dtype=dtype, rngs=rngs) if pruned else None
         self.draft_ids = Buffer(jnp.arange(pruned, dtype=jnp.int32)) if pruned else None
@@ -161,7 +185,17 @@ class Eagle3Drafter(nnx.Module):
 
     def features(self, taps_mDT: Float[Array, "m D T"]) -> Float[Array, "D T"]:
         """f_i of the layers' outputs (without the embedding)."""
-        return self.fc(taps_mDT.reshape(-1, taps_mDT.shape[-1]))
+        features_XT = taps_mDT.reshape(-1, taps_mDT.shape[-1])
+        if self.input_norm is not None:
+            features_XT = self.input_norm(features_XT)
+        return self.fc(features_XT)
+
+    def output(
+        self, feature_DT: Float[Array, "D T"]
+    ) -> tuple[Float[Array, "D T"], Float[Array, "D T"]]:
+        """What the head reads of the layer's output, and what the next draft does."""
+        normed_DT = self.norm(feature_DT)
+        return normed_DT, normed_DT if self.config.norm_output else feature_DT
 
     def rotation(self, positions_T: Int[Array, " T"]) -> Rotation:
         """Angles at the features' positions."""
@@ -229,8 +263,8 @@ class Eagle3Drafter(nnx.Module):
                 tokens.view(),
                 self.rotation(place_B),
             )
-            feature_DB = layer.finish(feature_DB, attended_DB)
-            logits_BW = row_product(head_WD, self.norm(feature_DB))
+            hidden_DB, feature_DB = self.output(layer.finish(feature_DB, attended_DB))
+            logits_BW = row_product(head_WD, hidden_DB)
             token_B, *drawn = draw(logits_BW, j, ids_W)
             return (feature_DB, token_B, pairs), (token_B, *drawn)
 

@@ -1,8 +1,10 @@
-r"""Converts checkpoints: any target to a Hugging Face folder, any drafter to DeepSpec.
+r"""Converts checkpoints: targets to Hugging Face folders, drafters between formats.
 
   python -m launch.convert --target=model.gguf --out=model-safetensors
   python -m launch.convert --target=Qwen/Qwen3-4B --out=drafter --dtype=bfloat16 \
       --draft=deepseek-ai/dspark_qwen3_4b_block7
+  python -m launch.convert --target=meta-llama/Llama-3.1-8B-Instruct --out=drafter \
+      --draft=runs/dspark/drafter --format=speculators
   python -m launch.convert --draft=runs/dspark/drafter --out=small --dtype=bfloat16 \
       --compact                                       without the target's head rows
 
@@ -16,6 +18,7 @@ from absl import flags
 
 from jaxspark import load_target
 from jaxspark.checkpoints import (
+    FORMATS,
     load_draft_checkpoint,
     save_draft_checkpoint,
     save_target,
@@ -24,7 +27,16 @@ from jaxspark.launch import common
 
 common.define_model_flags(draft=None)
 flags.DEFINE_string(
-    "draft", None, "Drafter to convert: a DeepSpec folder or Hub id made for --target."
+    "draft",
+    None,
+    "Drafter to convert: a DeepSpec or speculators folder or Hub id made for --target.",
+)
+flags.DEFINE_enum(
+    "format",
+    None,
+    FORMATS,
+    "Of the drafter's folder; deepspec if not set, or speculators for what DeepSpec "
+    "cannot read.",
 )
 flags.DEFINE_string("out", None, "Folder to write.", required=True)
 flags.DEFINE_bool(
@@ -40,6 +52,8 @@ def main() -> None:
     out = pathlib.Path(FLAGS.out)
     if FLAGS.compact and FLAGS.draft is None:
         raise ValueError("--compact needs --draft: it is about drafters")
+    if FLAGS.format and (FLAGS.draft is None or FLAGS.compact):
+        raise ValueError("--format is about drafters that are not --compact")
     if FLAGS.draft is None:
         save_target(out, target, overwrite=FLAGS.overwrite)
     else:
@@ -50,6 +64,7 @@ def main() -> None:
             out,
             drafter,
             None if FLAGS.compact else target.model,
+            format=FLAGS.format,
             overwrite=FLAGS.overwrite,
             pruned_head=not FLAGS.compact,
         )

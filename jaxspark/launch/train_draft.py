@@ -5,7 +5,8 @@
   python -m launch.train_draft ... --dry_run        what it would do, and its memory
 
 A stopped run (SIGTERM, SIGKILL, power) goes on with the same command, to the bit. The
-finished drafter is <out>/drafter, a DeepSpec folder.
+finished drafter is <out>/drafter, a folder that DeepSpec reads too, or speculators if
+its vocabulary is pruned.
 """
 
 import pathlib
@@ -27,7 +28,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from jaxspark.checkpoints import load_draft_checkpoint, save_draft_checkpoint
+from jaxspark.checkpoints import (
+    draft_format,
+    load_draft_checkpoint,
+    save_draft_checkpoint,
+)
 from jaxspark.checkpoints.tree import named_parameters
 from jaxspark.configs import drafters as draft_configs
 from jaxspark.drafters import DSparkDrafter, Eagle3Drafter
@@ -171,6 +176,7 @@ def make_drafter(model, packed):
         config = getattr(draft_configs, FLAGS.drafter)(model.config, **options)
     if FLAGS.taps:
         config = replace(config, target_layer_ids=layers("taps"))
+    draft_format(config)  # What cannot be written shall not be trained.
     kind = Eagle3Drafter if FLAGS.drafter == "eagle3" else DSparkDrafter
     drafter = kind(config, rngs=nnx.Rngs(FLAGS.seed))
     ids = None
@@ -372,7 +378,7 @@ def main() -> int:
             on_metrics=show,
         )
     trained = trainer.drafter(state)
-    save_draft_checkpoint(out / "drafter", trained, overwrite=True)
+    save_draft_checkpoint(out / "drafter", trained, target.model, overwrite=True)
     size = sum(array.nbytes for array in named_parameters(trained).values())
     console.print(
         f"step {int(state.step)}: {out / 'drafter'} ({common.size(size)})"

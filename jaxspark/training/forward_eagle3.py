@@ -63,8 +63,9 @@ def eagle3_sums(
             seen_PAS,
             (jnp.arange(G) <= j)[None],
         )
-        feature_DN = layer.finish(feature_DN, layer.self_attn.o_proj(o_XN))
-        return (feature_DN, k_KHNG, v_KHNG), drafter.norm(feature_DN)
+        attended_DN = layer.self_attn.o_proj(o_XN)
+        hidden_DN, feature_DN = drafter.output(layer.finish(feature_DN, attended_DN))
+        return (feature_DN, k_KHNG, v_KHNG), hidden_DN
 
     attention = layer.self_attn
     empty = jnp.zeros((attention.kv_heads, attention.head_dim, P * A, G), drafter.dtype)

@@ -152,6 +152,9 @@ class Trainer:
     ) -> tuple["Trainer", TrainState]:
         """A trainer and the state before the first step.
 
+        A drafter without a confidence head has no confidence term, whatever the
+        objective: it would add a constant.
+
         Raises:
           ValueError: the drafter does not fit the target, or drafts shorter blocks.
         """
@@ -161,6 +164,9 @@ class Trainer:
                 f"block_length {config.block_length} is more than the drafter's "
                 f"{drafter.block_length}"
             )
+        if getattr(drafter, "confidence_head", None) is None:
+            objective = replace(config.objective, confidence=0.0)
+            config = replace(config, objective=objective)
         graphdef, trained, frozen = nnx.split(drafter, is_trained, ...)  # type: ignore[misc]
         # Steps donate their state; the caller's drafter keeps its arrays.
         trained = jax.tree.map(jnp.array, trained)

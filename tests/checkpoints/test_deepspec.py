@@ -11,11 +11,11 @@ from safetensors.numpy import load_file, save_file
 
 from jaxspark.checkpoints import (
     CheckpointError,
+    draft_folders,
     load_draft_checkpoint,
     load_drafter,
     save_draft_checkpoint,
 )
-from jaxspark.checkpoints import load as load_module_file
 from jaxspark.checkpoints.tree import named_parameters
 from jaxspark.drafters import Eagle3Config, Eagle3Drafter, HybridDrafter
 from jaxspark.models import DenseDecoder
@@ -315,7 +315,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
     def fail(folder, arrays, *, shard_bytes):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(load_module_file, "write_safetensors", fail)
+    monkeypatch.setattr(draft_folders, "write_safetensors", fail)
     with pytest.raises(KeyboardInterrupt):
         save_draft_checkpoint(tmp_path / "d", drafter())
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,125 @@
+"""Folders of drafters: their format is told apart when read, chosen when written."""
+
+from pathlib import Path
+from typing import Any
+
+from jaxspark.checkpoints import deepspec, folders, speculators
+from jaxspark.checkpoints.deepseek_v4_folder import SHARD_BYTES
+from jaxspark.checkpoints.draft_tensors import (
+    DraftConfig,
+    DraftModel,
+    check_fits,
+    check_taps,
+    drafter_from_tensors,
+    tensors_from_drafter,
+)
+from jaxspark.checkpoints.errors import CheckpointError
+from jaxspark.checkpoints.fields import read_json, write_json
+from jaxspark.checkpoints.safetensors_files import open_safetensors, write_safetensors
+from jaxspark.models import DenseConfig, DenseDecoder
+
+FORMATS = ("deepspec", "speculators")
+
+
+def read_drafter(
+    folder: Path, target: DenseConfig | DenseDecoder, *, dtype: Any
+) -> DraftModel:
+    """The drafter in a local folder; see `load_draft_checkpoint`."""
+    where = str(folder / "config.json")
+    raw = read_json(folder / "config.json")
+    model = target if isinstance(target, DenseDecoder) else None
+    theirs = target.config if isinstance(target, DenseDecoder) else target
+    config: DraftConfig
+    if speculators.KIND in raw:
+        config = speculators.draft_config_from_speculators(raw, theirs, where=where)
+    else:
+        config = deepspec.draft_config_from_deepspec(raw, where=where)
+    check_fits(config, theirs, where=where)
+    check_taps(config, where=where)
+    return drafter_from_tensors(
+        config, theirs, open_safetensors(folder), dtype=dtype, model=model
+    )
+
+
+def draft_format(config: DraftConfig, wanted: str | None = None) -> str:
+    """The format in which other programs can read a drafter.
+
+    Args:
+      config: the drafter's.
+      wanted: "deepspec" or "speculators"; None for the first that can say it.
+
+    Raises:
+      CheckpointError: it cannot be said, and why.
+    """
+    if wanted not in (None, *FORMATS):
+        raise CheckpointError(f"format is {wanted!r}, expected one of {FORMATS}")
+    check_taps(config, where="the drafter")
+    reasons = []
+    for name in FORMATS if wanted is None else (wanted,):
+        reason = (
+            deepspec.why_not_deepspec(config, complete=True)
+            if name == "deepspec"
+            else speculators.why_not_speculators(config)
+        )
+        if reason is None:
+            return name
+        reasons.append(reason)
+    raise CheckpointError("; ".join(reasons))
+
+
+def save_draft_checkpoint(
+    folder: str | Path,
+    drafter: DraftModel,
+    target_model: DenseDecoder | None = None,
+    *,
+    format: str | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    pruned_head: bool = True,
+) -> None:
+    """Writes a drafter with checksums, whole or not at all.
+
+    Args:
+      folder: where; must be new or empty unless `overwrite`.
+      drafter: what to write.
+      target_model: also writes copies of its embedding and LM head, without which
+        other programs cannot use the folder. None: a small folder for jaxspark alone,
+        in DeepSpec's layout.
+      format: "deepspec" or "speculators"; by default DeepSpec's, and speculators' for
+        what DeepSpec cannot read (see `draft_format`).
+      overwrite: whether to replace a checkpoint that is there.
+      shard_bytes: weights are split into files of at most this size.
+      pruned_head: False leaves out the rows of a pruned head, which are the target's
+        and are taken from it at loading; for jaxspark alone.
+
+    Raises:
+      CheckpointError: the folder is taken, the format cannot say this drafter or lacks
+        `target_model`, or the drafter does not fit it.
+    """
+    config = drafter.config
+    complete = target_model is not None and pruned_head
+    check_taps(config, where=str(folder))
+    if target_model is not None:
+        check_fits(config, target_model.config, where=str(folder))
+    if complete:
+        format = draft_format(config, format)
+    elif format == "speculators":
+        raise CheckpointError(
+            f"{folder}: speculators wants the target's matrices: give target_model, "
+            "and the pruned head"
+        )
+    elif reason := deepspec.why_not_deepspec(config, complete=False):
+        raise CheckpointError(f"{folder}: {reason}")
+    written: dict[str, Any]
+    if format == "speculators" and target_model is not None:
+        written = speculators.draft_config_to_speculators(
+            config, target_model.config, dtype=drafter.dtype
+        )
+    else:
+        written = deepspec.draft_config_to_deepspec(
+            config, dtype=drafter.dtype, complete=complete
+        )
+    with folders.new_folder(Path(folder), overwrite=overwrite) as new:
+        write_json(new / "config.json", written)
+        arrays = tensors_from_drafter(drafter, target_model, pruned_head=pruned_head)
+        write_safetensors(new, arrays.items(), shard_bytes=shard_bytes)
