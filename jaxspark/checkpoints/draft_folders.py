@@ -1,9 +1,10 @@
 """Folders of drafters: their format is told apart when read, chosen when written."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
-from jaxspark.checkpoints import deepspec, folders, speculators
+from jaxspark.checkpoints import deepspec, folders, hub, speculators
 from jaxspark.checkpoints.deepseek_v4_folder import SHARD_BYTES
 from jaxspark.checkpoints.draft_tensors import (
     DraftConfig,
@@ -16,6 +17,7 @@ from jaxspark.checkpoints.draft_tensors import (
 from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.fields import read_json, write_json
 from jaxspark.checkpoints.safetensors_files import open_safetensors, write_safetensors
+from jaxspark.drafters import Eagle3Config
 from jaxspark.models import DenseConfig, DenseDecoder
 
 FORMATS = ("deepspec", "speculators")
@@ -72,6 +74,7 @@ def save_draft_checkpoint(
     drafter: DraftModel,
     target_model: DenseDecoder | None = None,
     *,
+    target_name: str | None = None,
     format: str | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
@@ -85,6 +88,8 @@ def save_draft_checkpoint(
       target_model: also writes copies of its embedding and LM head, without which
         other programs cannot use the folder. None: a small folder for jaxspark alone,
         in DeepSpec's layout.
+      target_name: the target's Hub id or folder, which speculators' folders name; its
+        loader of Eagle3 drafters demands one.
       format: "deepspec" or "speculators"; by default DeepSpec's, and speculators' for
         what DeepSpec cannot read (see `draft_format`).
       overwrite: whether to replace a checkpoint that is there.
@@ -113,7 +118,10 @@ def save_draft_checkpoint(
     written: dict[str, Any]
     if format == "speculators" and target_model is not None:
         written = speculators.draft_config_to_speculators(
-            config, target_model.config, dtype=drafter.dtype
+            config,
+            target_model.config,
+            dtype=drafter.dtype,
+            verifier=_verifier(config, target_name, where=str(folder)),
         )
     else:
         written = deepspec.draft_config_to_deepspec(
@@ -123,3 +131,19 @@ def save_draft_checkpoint(
         write_json(new / "config.json", written)
         arrays = tensors_from_drafter(drafter, target_model, pruned_head=pruned_head)
         write_safetensors(new, arrays.items(), shard_bytes=shard_bytes)
+
+
+def _verifier(config: DraftConfig, name: str | None, *, where: str) -> str | None:
+    """The target's Hub id or absolute path, if it has one."""
+    if name is not None and Path(name).is_dir():
+        return str(Path(name).resolve())
+    if name is not None and hub.is_hub_id(name):
+        return name
+    if isinstance(config, Eagle3Config):
+        warnings.warn(
+            f"{where}: speculators loads an Eagle3 drafter with its target's "
+            f"configuration only, and target_name {name!r} is no Hub id or folder; put "
+            "one into config.json: speculators_config.verifier.name_or_path",
+            stacklevel=3,
+        )
+    return None

@@ -160,9 +160,17 @@ def _speculative_tokens(fields: Fields) -> int:
 
 
 def draft_config_to_speculators(
-    config: DraftConfig, target: DenseConfig, *, dtype
+    config: DraftConfig, target: DenseConfig, *, dtype, verifier: str | None
 ) -> dict[str, Any]:
-    """The `config.json` of a drafter folder."""
+    """The `config.json` of a drafter folder.
+
+    Args:
+      config: the drafter's.
+      target: the target's.
+      dtype: of the tensors.
+      verifier: the target's Hub id or folder; None: speculators uses the copies of its
+        matrices alone, which is not enough for Eagle3.
+    """
     if isinstance(config, Eagle3Config):
         kind, drafts = "eagle3", config.ttt_length
     else:
@@ -180,7 +188,7 @@ def draft_config_to_speculators(
             ],
             "default_proposal_method": "greedy",
             "verifier": {
-                "name_or_path": None,
+                "name_or_path": verifier,
                 "architectures": dense_config_to_hf(target, dtype=dtype)[
                     "architectures"
                 ],

@@ -64,6 +64,7 @@ def main() -> None:
             out,
             drafter,
             None if FLAGS.compact else target.model,
+            target_name=target.name,
             format=FLAGS.format,
             overwrite=FLAGS.overwrite,
             pruned_head=not FLAGS.compact,

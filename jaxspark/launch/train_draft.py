@@ -378,7 +378,13 @@ def main() -> int:
             on_metrics=show,
         )
     trained = trainer.drafter(state)
-    save_draft_checkpoint(out / "drafter", trained, target.model, overwrite=True)
+    save_draft_checkpoint(
+        out / "drafter",
+        trained,
+        target.model,
+        target_name=target.name,
+        overwrite=True,
+    )
     size = sum(array.nbytes for array in named_parameters(trained).values())
     console.print(
         f"step {int(state.step)}: {out / 'drafter'} ({common.size(size)})"

@@ -107,19 +107,19 @@ def record_choices(model):
     return chosen
 
 
-def main():
-    """Serves requests until standard input ends."""
+def serve(answer):
+    """Answers requests until standard input ends."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     replies, sys.stdout = sys.stdout, sys.stderr
-    models = {}
     for line in sys.stdin:
         try:
-            reply = answer(json.loads(line), models)
+            reply = answer(json.loads(line))
         except Exception:
             reply = {"error": traceback.format_exc()}
         print(json.dumps(reply), file=replies, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    models = {}
+    serve(lambda request: answer(request, models))

@@ -1,4 +1,4 @@
-"""Starts the oracle (see `oracle.py`) in its own interpreter and talks to it."""
+"""Starts an oracle (`oracle.py`, `peers.py`) in its own interpreter, talks to it."""
 
 import json
 import os
@@ -24,11 +24,11 @@ def oracle_python() -> str | None:
 class Oracle:
     """One running oracle process."""
 
-    def __init__(self, python: str):
+    def __init__(self, python: str, program: str = "oracle.py"):
         self.folder = tempfile.TemporaryDirectory(prefix="oracle-")
         self.errors = open(Path(self.folder.name, "stderr"), "w+")
         self.process = subprocess.Popen(
-            [python, str(HERE / "oracle.py")],
+            [python, str(HERE / program)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -41,7 +41,7 @@ class Oracle:
         """Sends a request without "out"; returns its arrays by name."""
         out = Path(self.folder.name, "out.npz")
         out.unlink(missing_ok=True)
-        wanted = "tokens" in request or "text" in request or "save" in request
+        wanted = bool(request)
         if wanted:
             request = request | {"out": str(out)}
         try:
