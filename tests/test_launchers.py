@@ -173,6 +173,19 @@ def test_a_compact_drafter_is_the_same(place):
     assert sizes[0] < sizes[1]
 
 
+def test_a_drafter_changes_its_format(place):
+    """Its pruned vocabulary is nothing for DeepSpec."""
+    arguments = ("--draft=run/drafter", "--out=theirs")
+    said = place.run("convert", *arguments, "--format=deepspec", fails=True)
+    assert "DeepSpec cannot read pruned vocabularies: draft_vocab_size is 64" in said
+    place.run("convert", *arguments, "--format=speculators")
+    config = place.json("theirs/config.json")
+    assert config["speculators_model_type"] == "dspark"
+    assert config["aux_hidden_state_layer_ids"] == [1]
+    named = config["speculators_config"]["verifier"]["name_or_path"]
+    assert named == str(place.folder / "target")
+
+
 def test_drafters_are_timed_beside_each_other(place):
     said = place.run(
         "bench",

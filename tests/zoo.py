@@ -31,6 +31,8 @@ DRAFTERS = (
     "hybrid",
     "hybrid-pruned",
 )
+# Like them, a pruned Eagle3 of Llama's layers with all its norms, for fewer tests.
+SPECULATORS = "eagle3-speculators"
 # Those with parameters and a context of their own.
 NEURAL = tuple(n for n in DRAFTERS if not n.startswith(("ngram", "hybrid")))
 
@@ -53,10 +55,20 @@ def drafter(name: str, model: DenseDecoder, seed: int = 1):
         lookup = NgramDrafter(block_length=BLOCK, shortest=1)
         return hybrid(lookup, drafter(name, model, seed))
     if kind == "eagle3":
-        pruned = VOCAB // 2 if variant else None
         config = draft_configs.eagle3(
-            model.config, block_size=BLOCK, draft_vocab_size=pruned
+            model.config,
+            block_size=BLOCK,
+            draft_vocab_size=VOCAB // 2 if variant else None,
         )
+        if variant == "speculators":
+            # What speculators trains unless told otherwise.
+            config = replace(
+                config,
+                backbone=replace(config.backbone, qk_norm=False),
+                norm_before_fc=True,
+                norm_before_residual=True,
+                norm_output=True,
+            )
         return _pruned(Eagle3Drafter(config, rngs=nnx.Rngs(seed)), model)
     if kind == "dflash":
         config = draft_configs.dflash(model.config, **options)

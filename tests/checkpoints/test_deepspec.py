@@ -1,8 +1,10 @@
 """Drafters in DeepSpec's format load as they are, and ours read back equal."""
 
 import json
+import warnings
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -53,16 +55,19 @@ def pruned_drafter():
     return made
 
 
-@pytest.mark.parametrize("pruned", [None, 20])
-def test_an_exported_eagle3_drafter_loads_equal(tmp_path, pruned):
-    config = Eagle3Config(
+def eagle3_config(pruned=None):
+    return Eagle3Config(
         backbone=replace(dense(qk_norm=True), num_hidden_layers=1),
         ttt_length=5,
         target_layer_ids=(0,),
         num_target_layers=2,
         draft_vocab_size=pruned,
     )
-    saved = Eagle3Drafter(config, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("pruned", [None, 20])
+def test_an_exported_eagle3_drafter_loads_equal(tmp_path, pruned):
+    saved = Eagle3Drafter(eagle3_config(pruned), rngs=nnx.Rngs(0))
     save_draft_checkpoint(tmp_path / "d", saved)
     assert_equal(load_draft_checkpoint(tmp_path / "d", TARGET), saved)
     written = json.loads((tmp_path / "d" / "config.json").read_text())
@@ -193,6 +198,54 @@ def test_an_export_carries_copies_of_the_targets_matrices(tmp_path):
     config = json.loads((tmp_path / "d" / "config.json").read_text())
     assert config["architectures"] == ["Qwen3DSparkModel"]
     assert config["layer_types"] == ["full_attention"]
+
+
+def test_deepspec_gets_all_that_it_demands_or_refuses_the_folder(tmp_path):
+    """It would draw a missing embedding and head at random, with a warning only."""
+    model = target().model
+    eagle3 = Eagle3Drafter(eagle3_config(), rngs=nnx.Rngs(0))
+    for made, key in ((drafter(), "num_anchors"), (eagle3, "draft_num_hidden_layers")):
+        for name, copied in (("whole", model), ("compact", None)):
+            folder = tmp_path / f"{name}_{key}"
+            save_draft_checkpoint(folder, made, copied)
+            config = json.loads((folder / "config.json").read_text())
+            assert (key in config) == (copied is not None)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "lm_head.weight"])
+def test_copies_of_another_targets_matrices_are_refused(tmp_path, name):
+    model, folder = target().model, altered(tmp_path)
+    matrix = load_file(folder / "model.safetensors")[name]
+    random = np.random.default_rng(0).standard_normal(matrix.shape).astype("f4")
+
+    def load(changed):
+        return load_draft_checkpoint(altered(tmp_path, tensors={name: changed}), model)
+
+    for other in (-matrix, matrix.std() * random, np.full_like(matrix, np.nan)):
+        with pytest.raises(CheckpointError, match=f"{name} is not the target's"):
+            load(other)
+    with pytest.raises(CheckpointError, match=f"{name} has type int32"):
+        load(matrix.astype("i4"))
+    # A target in 4 bits beside copies of the whole one.
+    near = matrix + 0.1 * matrix.std() * random
+    with pytest.warns(UserWarning, match=f"{name} is not the target's: .* is 0.1 of"):
+        assert_equal(load(near), drafter())
+    one = matrix.copy()
+    one[17, 3] += 0.01 * matrix.std()
+    with pytest.warns(UserWarning, match=f"{name} is not the target's"):
+        load(one)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("own", ["float32", "bfloat16"])
+def test_copies_may_be_rounded(tmp_path, stored, own):
+    graphdef, params = nnx.split(target().model)
+    model = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(own), params))
+    matrix = np.asarray(target().model.head_VD).astype(stored)
+    folder = altered(tmp_path, tensors={"lm_head.weight": matrix})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_draft_checkpoint(folder, model)
 
 
 def test_a_pruned_vocabulary_is_stored_as_offsets(tmp_path):

@@ -36,7 +36,7 @@ def spied(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("kind", zoo.NEURAL)
+@pytest.mark.parametrize("kind", (*zoo.NEURAL, zoo.SPECULATORS))
 def test_training_drafts_what_decoding_drafts(kind, monkeypatch):
     """Logits and confidences of a block equal those of `propose`, fed the truth."""
     model, batch = zoo.target(), made.packed(20, 25)

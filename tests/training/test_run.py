@@ -16,6 +16,7 @@ from jaxspark.checkpoints import load_draft_checkpoint, save_target
 from jaxspark.checkpoints.tree import named_parameters
 from jaxspark.training.data.packing import Batches
 from jaxspark.training.features import FeatureSource
+from jaxspark.training.objective import DSPARK
 from jaxspark.training.run import has_checkpoint, train
 from jaxspark.training.trainer import TrainConfig, Trainer
 from tests import zoo
@@ -127,6 +128,16 @@ def test_an_interrupted_run_goes_on_to_the_bit(place, number, after):
         np.testing.assert_array_equal(mine[name], array, err_msg=name)
 
 
+def test_a_drafter_without_a_confidence_head_has_no_such_term():
+    """It would report a constant, ln 2."""
+    model = zoo.target()
+    config = TrainConfig(steps=1, block_length=2, objective=DSPARK)
+    for kind, weight in (("dspark-vanilla", 1.0), ("dflash", 0.0), ("eagle3", 0.0)):
+        trainer, _ = Trainer.create(zoo.drafter(kind, model), model, config)
+        assert trainer.config.objective.confidence == weight
+        assert trainer.config.objective.l1 == DSPARK.l1
+
+
 def test_training_lowers_the_loss(place):
     lines = metrics(place, "whole")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -146,6 +157,7 @@ def test_a_finished_run_has_nothing_left_to_do(place):
     [
         (["--learning_rate=2e-3"], "learning_rate was 0.001, now 0.002"),
         (["--taps=7"], "must lie in -1..1"),
+        (["--taps=1"], "has the target's last layer 1, expected earlier"),
         (["--block_length=0"], "0 is not a positive integer"),
         (["--data=nowhere.jsonl"], "nowhere.jsonl: no such file or folder"),
         (["--sequences=3"], "--held_out=2 is less than a batch of --sequences=3"),
