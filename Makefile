@@ -30,7 +30,7 @@ help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 demo: $(VENV)/.demo ## Make .venv, install, and run the demo: plain against speculative decoding
-	@$(BIN)/python -m launch.demo
+	@$(BIN)/python -m jaxspark demo
 
 test: $(VENV)/.test oracle aot-tpu lint ## The same environment plus what tests need; lint and run the tests
 	@echo "==> tests"

@@ -25,8 +25,30 @@ Axis letters, as suffixes of local arrays (`q_TNH`) and in einsum strings:
     P pages             m taps
 """
 
-from jaxspark.checkpoints import load_drafter, load_target
-from jaxspark.decoding import Completion, generate
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxspark.checkpoints import load_drafter, load_target
+    from jaxspark.decoding import Completion, generate
 
 __all__ = ["Completion", "generate", "load_drafter", "load_target"]
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Completion": "jaxspark.decoding",
+    "generate": "jaxspark.decoding",
+    "load_drafter": "jaxspark.checkpoints",
+    "load_target": "jaxspark.checkpoints",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for: a command line that lists launchers needs no JAX."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

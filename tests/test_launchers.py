@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from jaxspark import load_drafter, load_target
 from jaxspark.checkpoints import save_target
 from jaxspark.checkpoints.tree import named_parameters
 from tests.checkpoints.tiny import target
-from tests.programs import environment
+from tests.programs import environment, launcher
 
 DOMAINS = ("math", "code", "chat")
 DRAFT = ["--depth=1", "--taps=0", "--rank=8", "--block_length=3", "--draft_vocab=64"]
@@ -50,7 +49,7 @@ class Place:
         """Runs a launcher in the folder; returns what it printed, or its error."""
         done = subprocess.run(
             [
-                *(sys.executable, "-m", f"launch.{program}", *arguments),
+                *(*launcher(program), *arguments),
                 *(["--target=target"] if target else []),
             ],
             cwd=self.folder,

@@ -43,7 +43,7 @@ def load_calibration(source: str | Path, coupling: Coupling) -> Calibration:
     seen = [f"{e['coupling']}{', hybrid' if e['hybrid'] else ''}" for e in entries]
     raise MissingCalibration(
         f"{path}: has no calibration for {source} under coupling {coupling!r} (it has: "
-        f"{'; '.join(seen) or 'none'}); make one with launch.calibrate"
+        f"{'; '.join(seen) or 'none'}); make one with `jaxspark calibrate`"
     )
 
 

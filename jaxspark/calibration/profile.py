@@ -115,7 +115,7 @@ class CostProfile:
             if mine != theirs:
                 raise ValueError(
                     f"the cost profile was made for another {name}: {mine!r}, this is "
-                    f"{theirs!r}; make one with launch.profile_cost"
+                    f"{theirs!r}; make one with `jaxspark profile_cost`"
                 )
 
 

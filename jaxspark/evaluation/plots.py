@@ -106,7 +106,7 @@ def plot_load(path: str | Path, figures: Mapping[str, Mapping], *, title="") -> 
 
     Args:
       path: PNG file.
-      figures: by number of requests what `launch.bench --suite=load` found.
+      figures: by number of requests what `jaxspark bench --suite=load` found.
       title: of the figure.
     """
     figure, _ = _figure()

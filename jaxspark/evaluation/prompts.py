@@ -1,9 +1,13 @@
 """Evaluation prompts: JSON lines with a domain and user turns, as token ids."""
 
+import importlib.resources
 import json
 from pathlib import Path
 
 DOMAINS = ("math", "code", "chat")
+# What comes with the package: 20 prompts of each domain, and questions to calibrate by.
+PROMPTS = Path(str(importlib.resources.files(__package__))) / "data"
+CALIBRATION = tuple(PROMPTS / f"{domain}_calibration.jsonl" for domain in DOMAINS)
 
 
 def load_prompts(

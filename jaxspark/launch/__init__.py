@@ -1,1 +1,1 @@
-"""absl launchers: `python -m launch.<name> --help`."""
+"""absl launchers: `jaxspark NAME --help`, in a clone `python -m launch.NAME` too."""

@@ -1,17 +1,17 @@
 """Audits exactness: speculation must not change a token, nor a distribution.
 
-  python -m launch.audit --suite=greedy      guarantee 1, on real prompts
-  python -m launch.audit --suite=sampling    guarantee 2, enumeration and chi-square
-  python -m launch.audit --suite=gumbel      guarantee 3, on real prompts
-  python -m launch.audit --suite=schedules   all three, tiny models: every drafter,
-                                             schedule, coupling, bucket set and batch
-  python -m launch.audit --suite=all         schedules, sampling, and a part of greedy
-                                             and gumbel with schedules
-  python -m launch.audit --suite=quick       a share of schedules, two minutes
-  python -m launch.audit --suite=settings    that share under every global JAX setting
-                                             a program may have chosen
-  python -m launch.audit --suite=deepseek_v4 everything for DeepSeek-V4 and its
-                                             drafters, random weights
+  jaxspark audit --suite=greedy         guarantee 1, on real prompts
+  jaxspark audit --suite=sampling       guarantee 2, enumeration and chi-square
+  jaxspark audit --suite=gumbel         guarantee 3, on real prompts
+  jaxspark audit --suite=schedules      all three, tiny models: every drafter, schedule,
+                                        coupling, bucket set and batch
+  jaxspark audit --suite=all            schedules, sampling, and a part of greedy and
+                                        gumbel with schedules
+  jaxspark audit --suite=quick          a share of schedules, two minutes
+  jaxspark audit --suite=settings       that share under every global JAX setting a
+                                        program may have chosen
+  jaxspark audit --suite=deepseek_v4    everything for DeepSeek-V4 and its drafters,
+                                        random weights
 
 Prints violations and near-ties (the two best choices within 1e-4 in float32, where
 rounding decides); exits 1 if there is a violation. In bfloat16 the rate of differences
@@ -36,9 +36,8 @@ from jaxspark.decoding.generate import round_capacity
 from jaxspark.drafters import DeepSeekV4DSpark, DSparkDrafter, MTPDrafter
 from jaxspark.evaluation import sampling_checks, suites
 from jaxspark.evaluation.audit import AuditResult, plain_outputs
-from jaxspark.evaluation.prompts import load_prompts
 from jaxspark.evaluation.tiny_models import DRAFTERS, Family
-from jaxspark.launch import common
+from jaxspark.launch import common, program
 from jaxspark.launch.audit_report import checked, found, total
 from jaxspark.launch.audit_schedules import audit_schedules
 from jaxspark.launch.audit_settings import audit_settings
@@ -62,9 +61,7 @@ flags.DEFINE_enum(
     ],
     "What to audit.",
 )
-flags.DEFINE_string(
-    "prompts_dir", "../shared/data/eval", "Folder with <domain>_prompts.jsonl files."
-)
+common.define_prompts_flag()
 flags.DEFINE_integer("prompts_per_domain", 20, "Prompts per domain.", lower_bound=1)
 flags.DEFINE_integer("max_new_tokens", 128, "Output budget.", lower_bound=1)
 flags.DEFINE_list(
@@ -76,10 +73,12 @@ flags.DEFINE_list(
 flags.DEFINE_list("block_lengths", [str(g) for g in range(1, 9)], "Block lengths.")
 flags.DEFINE_list("slots", ["1", "5"], "Batch sizes; larger ones mix temperatures.")
 flags.DEFINE_list(
-    "schedules", ["fixed"], "Schedules that take turns, see launch.generate."
+    "schedules", ["fixed"], "Schedules that take turns, see jaxspark generate."
 )
 flags.DEFINE_bool("full", False, "Every grid cell on every prompt, not on its share.")
-flags.DEFINE_integer("most", None, "At most this many prompts per grid cell.")
+flags.DEFINE_integer(
+    "most", None, "At most this many prompts per grid cell.", lower_bound=1
+)
 flags.DEFINE_integer(
     "samples", 200_000, "First tokens of the chi-square test.", lower_bound=2000
 )
@@ -110,7 +109,11 @@ PARTS: dict[str, dict] = {
 
 
 def audited_drafter(name: str, target):
-    """A drafter by name; random weights propose badly, the harder test of exactness."""
+    """A drafter by name; random weights propose badly, the harder test of exactness.
+
+    Raises:
+      ValueError: there is none of that name for the target.
+    """
     kind, _, head = name.partition("-")
     options = {"depth": 1, "block_size": 8}
     random = {"dtype": target.model.dtype, "rngs": nnx.Rngs(7)}
@@ -122,12 +125,14 @@ def audited_drafter(name: str, target):
     if kind == "dspark" and head:
         # One head on the full vocabulary, the others on pruned ones.
         vocab = target.model.config.vocab_size
-        pruned = {"vanilla": None, "gated": vocab // 6, "rnn": vocab // 12}[head]
+        pruned = {"vanilla": None, "gated": vocab // 6, "rnn": vocab // 12}
+        if head not in pruned:
+            raise ValueError(f"--drafters={name}: expected dspark-{'|'.join(pruned)}")
         config = draft_configs.dspark(
             target.model.config,
             markov_rank=64,
             markov_head_type=head,
-            draft_vocab_size=pruned,
+            draft_vocab_size=pruned[head],
             **options,
         )
     elif kind == "dflash":
@@ -156,33 +161,36 @@ def random_v4() -> Target:
     return Target(model=model, tokenizer=Bytes(), stop_ids=(), name="deepseek_v4_tiny")
 
 
-def audit_tokens(console: Console, target, suite: str) -> dict:
-    """The greedy or gumbel suite over the grid; returns its figures."""
-    coupling = "rejection" if suite == "greedy" else "gumbel"
-    domains = load_prompts(
-        FLAGS.prompts_dir,
+def audited_requests(target) -> list[Request]:
+    """Greedy requests for the prompts of all domains, one of each in turn."""
+    domains = common.load_domains(
         target.tokenizer,
         per_domain=FLAGS.prompts_per_domain,
         max_tokens=MAX_PROMPT_TOKENS,
     )
-    requests = [
+    return [
         Request(
             prompt=tuple(prompt),
             max_new_tokens=FLAGS.max_new_tokens,
             name=f"{domain}/{i}",
         )
-        for i in range(FLAGS.prompts_per_domain)
+        for i in range(max(map(len, domains.values())))
         for domain, prompts in domains.items()
-        for prompt in [prompts[i]]
+        for prompt in prompts[i : i + 1]
     ]
+
+
+def audit_tokens(console: Console, target, requests, suite: str) -> dict:
+    """The greedy or gumbel suite over the grid; returns its figures."""
+    coupling = "rejection" if suite == "greedy" else "gumbel"
     if suite == "gumbel":
         requests = suites.sampled_requests(requests)
-    block_lengths = [int(g) for g in FLAGS.block_lengths]
+    block_lengths = common.positive("block_lengths")
     grid = list(
         suites.cells(
             FLAGS.drafters,
             block_lengths,
-            [int(slots) for slots in FLAGS.slots],
+            common.positive("slots"),
             len(requests),
             schedules=[
                 name
@@ -198,6 +206,7 @@ def audit_tokens(console: Console, target, suite: str) -> dict:
         "target": target.name,
         "dtype": FLAGS.dtype,
         "prompts": len(requests),
+        "prompts_dir": FLAGS.prompts_dir,
         "max_new_tokens": FLAGS.max_new_tokens,
         "full": FLAGS.full,
         "most": FLAGS.most,
@@ -333,6 +342,15 @@ def main() -> int:
                 setattr(FLAGS, name, value)
     if FLAGS.suite == "deepseek_v4":
         target, family = random_v4(), "deepseek_v4"
+    requests = []
+    if {"greedy", "gumbel"}.intersection(chosen):
+        # What is wrong with them shows before anything is audited.
+        target = target or common.load_text_target()
+        requests = audited_requests(target)
+        for name in FLAGS.drafters:
+            audited_drafter(name, target)
+        for name in FLAGS.schedules:
+            parse_schedule(name)
     figures = {}
     begin = time.perf_counter()
     for suite in chosen:
@@ -345,8 +363,7 @@ def main() -> int:
                 console, quick=suite == "quick", family=family
             )
         else:
-            target = target or common.load_text_target()
-            figures[suite] = audit_tokens(console, target, suite)
+            figures[suite] = audit_tokens(console, target, requests, suite)
         jax.clear_caches()
     violations = sum(each.get("violations", 0) for each in figures.values())
     minutes = (time.perf_counter() - begin) / 60
@@ -357,4 +374,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    program.run(main)

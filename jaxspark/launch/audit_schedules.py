@@ -1,4 +1,4 @@
-"""`launch.audit --suite=schedules`: all guarantees under every schedule."""
+"""`jaxspark audit --suite=schedules`: all guarantees under every schedule."""
 
 import contextlib
 import functools

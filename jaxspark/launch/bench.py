@@ -1,18 +1,19 @@
 """Benchmarks: ratios of things run alternately in one process, medians after warm-up.
 
-  python -m launch.bench --suite=decode                 plain, n-gram, rows per round
-  python -m launch.bench --suite=decode --peer_python=.venv-oracle/bin/python
-                                                        ... beside HF transformers
-  python -m launch.bench --suite=layout                 why activations are columns
-  python -m launch.bench --suite=draft --draft=FOLDER   a drafter alone, in hybrid, and
-                                                        n-gram, at every block length
-  python -m launch.bench --suite=load --draft=dspark    many requests at once: fixed
-                                                        lengths against the schedule
-  python -m launch.bench --suite=overhead               what scheduling itself costs
+  jaxspark bench --suite=decode                 plain, n-gram, rows per round
+  jaxspark bench --suite=decode --peer_python=.venv-oracle/bin/python
+                                                ... beside HF transformers
+  jaxspark bench --suite=layout                 why activations are columns
+  jaxspark bench --suite=draft --draft=FOLDER   a drafter alone, in hybrid, and n-gram,
+                                                at every block length
+  jaxspark bench --suite=load --draft=dspark    many requests at once: fixed lengths
+                                                against the schedule
+  jaxspark bench --suite=overhead               what scheduling itself costs
 
 Compilation is never part of a figure.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -33,9 +34,8 @@ from jaxspark.decoding import DecodeOptions
 from jaxspark.decoding.generate import default_buckets
 from jaxspark.drafters import NgramDrafter, PlainDrafter, hybrid
 from jaxspark.evaluation.acceptance import macro_average
-from jaxspark.evaluation.prompts import load_prompts
 from jaxspark.evaluation.timing import alternate, decode_seconds, medians, timed
-from jaxspark.launch import common
+from jaxspark.launch import common, program
 from jaxspark.launch.bench_load import bench_load
 from jaxspark.launch.bench_overhead import bench_overhead
 from jaxspark.models import FlatTokens
@@ -49,8 +49,8 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_string("draft", "dspark", "Drafter of --suite=draft, load and overhead.")
 flags.DEFINE_list("draft_blocks", ["2", "3", "4", "5", "6", "7"], "Its block lengths.")
-flags.DEFINE_string("prompts_dir", "../shared/data/eval", "Their prompts.")
-flags.DEFINE_integer("prompts_per_domain", 3, "How many of each.", lower_bound=1)
+common.define_prompts_flag()
+flags.DEFINE_integer("prompts_per_domain", 3, "Prompts per domain.", lower_bound=1)
 flags.DEFINE_integer("new_tokens", 64, "Tokens per timed run.", lower_bound=8)
 flags.DEFINE_integer("repeats", 5, "Timed runs of each contestant.", lower_bound=3)
 flags.DEFINE_integer("capacity", 512, "Cache positions per slot.", lower_bound=128)
@@ -71,7 +71,7 @@ PROMPTS = (
 
 
 class Peer:
-    """The transformers program of `launch.peers`, kept running."""
+    """The transformers program of `peers`, kept running."""
 
     def __init__(self, python: str, folder: str):
         program = pathlib.Path(__file__).parent / "peers" / "hf_transformers.py"
@@ -93,11 +93,10 @@ class Peer:
 
     def decode(self, prompt: list[int], tokens: int) -> dict:
         """Greedy tokens and the seconds they took."""
-        print(
-            json.dumps({"prompt": prompt, "tokens": tokens}),
-            file=self.process.stdin,
-            flush=True,
-        )
+        request = json.dumps({"prompt": prompt, "tokens": tokens})
+        # One that has ended says so when it is read from.
+        with contextlib.suppress(BrokenPipeError):
+            print(request, file=self.process.stdin, flush=True)
         return self._read()
 
 
@@ -267,9 +266,7 @@ def bench_draft(console: Console) -> dict:
     """Tokens per second by domain, one sequence, greedy; every drafter and block."""
     target = common.load_text_target()
     model = load_drafter(FLAGS.draft, target)
-    prompts = load_prompts(
-        FLAGS.prompts_dir, target.tokenizer, per_domain=FLAGS.prompts_per_domain
-    )
+    prompts = common.load_domains(target.tokenizer, per_domain=FLAGS.prompts_per_domain)
     counters: dict[str, dict] = {}
     by_domain: dict[str, dict[str, list[float]]] = {}
 
@@ -316,7 +313,7 @@ def bench_draft(console: Console) -> dict:
     table.add_column("")
     for column in (*prompts, "average", "accepted length"):
         table.add_column(column, justify="right")
-    tokens = FLAGS.new_tokens * FLAGS.prompts_per_domain
+    tokens = {domain: FLAGS.new_tokens * len(few) for domain, few in prompts.items()}
     # The first run of each compiles and is not counted.
     middle = {
         name: {domain: median(runs[1:]) for domain, runs in each.items()}
@@ -327,7 +324,7 @@ def bench_draft(console: Console) -> dict:
         ratio = {d: middle["plain"][d] / seconds[d] for d in prompts}
         accepted = macro_average(list(counters[name].values()))
         figures[name] = {
-            "tokens_per_second": {d: tokens / seconds[d] for d in prompts},
+            "tokens_per_second": {d: tokens[d] / seconds[d] for d in prompts},
             "against_plain": ratio | {"average": macro_average(list(ratio.values()))},
             "accepted_length": counters[name] | {"average": accepted},
         }
@@ -360,4 +357,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    program.run(main)

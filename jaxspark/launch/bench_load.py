@@ -1,4 +1,4 @@
-"""`launch.bench --suite=load`: throughput against the number of requests at once.
+"""`jaxspark bench --suite=load`: throughput against the number of requests at once.
 
 For every concurrency: no speculation (without any drafter), blocks of every fixed
 length, and the schedule, in turn, on the same prompts, sampled. A run is some rounds
@@ -36,7 +36,7 @@ from jaxspark.decoding.schedule_state import ScheduleState
 from jaxspark.decoding.state import Counters
 from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.evaluation.plots import plot_load
-from jaxspark.evaluation.prompts import in_turn, load_prompts
+from jaxspark.evaluation.prompts import in_turn
 from jaxspark.launch import common
 from jaxspark.launch.progress import CellProgress, bars
 
@@ -47,9 +47,14 @@ flags.DEFINE_list(
     "fixed_lengths", ["1", "2", "3", "4", "5", "7"], "Fixed lengths, each drafted so."
 )
 flags.DEFINE_integer(
-    "load_prompts", 12, "Prompts that few requests at once take in turns."
+    "load_prompts",
+    12,
+    "Prompts that few requests at once take in turns.",
+    lower_bound=1,
 )
-flags.DEFINE_integer("load_block", 4, "Drafts the schedule chooses from.")
+flags.DEFINE_integer(
+    "load_block", 4, "Drafts the schedule chooses from.", lower_bound=1
+)
 flags.DEFINE_integer("load_rounds", 16, "Rounds of each run.", lower_bound=1)
 flags.DEFINE_float("load_temperature", 1.0, "Of --suite=load.", lower_bound=0.0)
 flags.DEFINE_string(
@@ -189,8 +194,7 @@ def bench_load(console: Console) -> dict:
     for length in (FLAGS.load_block, *common.positive("fixed_lengths")):
         check_block_length(drafter, length)
     calibration.check(FLAGS.load_block, "rejection")
-    domains = load_prompts(
-        FLAGS.prompts_dir,
+    domains = common.load_domains(
         target.tokenizer,
         per_domain=FLAGS.prompts_per_domain,
         max_tokens=FLAGS.capacity // 2,

@@ -1,4 +1,4 @@
-"""`launch.bench --suite=overhead`: what scheduling and packing cost.
+"""`jaxspark bench --suite=overhead`: what scheduling and packing cost.
 
 Two measurements at one number of slots. An ablation: rounds that verify every draft,
 once because a schedule with calibrated confidences and many buckets chose so, once
@@ -32,7 +32,7 @@ from jaxspark.decoding.costs import bucket_ladder, draft_ladder, within_ladder
 from jaxspark.decoding.couplings import entropy
 from jaxspark.decoding.generate import check_block_length
 from jaxspark.decoding.schedule_state import remembered
-from jaxspark.evaluation.prompts import in_turn, load_prompts
+from jaxspark.evaluation.prompts import in_turn
 from jaxspark.evaluation.timing import alternate, medians, timed
 from jaxspark.launch import common
 from jaxspark.launch.bench_load import Contestant, House
@@ -86,8 +86,7 @@ def bench_overhead(console: Console) -> dict:
     block_length = check_block_length(drafter, None)
     slots = FLAGS.overhead_slots
     sizes = bucket_ladder(slots, block_length)
-    domains = load_prompts(
-        FLAGS.prompts_dir,
+    domains = common.load_domains(
         target.tokenizer,
         per_domain=FLAGS.prompts_per_domain,
         max_tokens=FLAGS.capacity // 2,

@@ -1,6 +1,6 @@
 r"""Calibrates a drafter's confidences, and shows how reliable they are.
 
-  python -m launch.calibrate --draft=dspark --out=runs/calibration \
+  jaxspark calibrate --draft=dspark --out=runs/calibration \
       --data=math_heldout.jsonl,code_heldout.jsonl,chat_heldout.jsonl
 
 Decodes the questions of --data (JSON lines with `messages`) and records what the
@@ -29,19 +29,26 @@ from jaxspark.checkpoints.load import drafter_folder
 from jaxspark.decoding import Calibration
 from jaxspark.decoding.generate import check_block_length
 from jaxspark.evaluation.plots import plot_reliability
-from jaxspark.evaluation.prompts import in_turn, load_prompts
+from jaxspark.evaluation.prompts import CALIBRATION, in_turn
 from jaxspark.jsonlines import same_settings
-from jaxspark.launch import common
+from jaxspark.launch import common, program
 from jaxspark.launch.progress import bars
 from jaxspark.training.data import Conversation, read_conversations
 
 common.define_model_flags(draft="dspark")
-flags.DEFINE_list("data", None, "JSON lines whose questions are decoded for the fit.")
-flags.DEFINE_string("prompts_dir", "../shared/data/eval", "Judge the fit by these.")
+flags.DEFINE_list(
+    "data",
+    None,
+    "JSON lines whose questions are decoded for the fit; by default those that come "
+    "with jaxspark, 64 of each domain.",
+)
+common.define_prompts_flag()
 flags.DEFINE_string("out", None, "Folder for recorded rounds and figures.")
 flags.DEFINE_integer("fit_prompts", 192, "Questions of --data decoded.", lower_bound=1)
-flags.DEFINE_integer("test_prompts", 40, "Prompts per domain to judge.", lower_bound=1)
-flags.DEFINE_integer("max_prompt_tokens", 256, "Longer ones are passed over.")
+flags.DEFINE_integer("test_prompts", 20, "Prompts per domain to judge.", lower_bound=1)
+flags.DEFINE_integer(
+    "max_prompt_tokens", 256, "Longer ones are passed over.", lower_bound=1
+)
 flags.DEFINE_integer("max_new_tokens", 96, "Output budget.", lower_bound=1)
 flags.DEFINE_list("temperatures", ["0", "1"], "Sampling temperatures to fit at.")
 common.define_coupling_flag()
@@ -53,7 +60,7 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_integer("slots", 32, "Prompts decoded together.", lower_bound=1)
 flags.DEFINE_bool("save", True, "Write the fit beside the drafter's weights.")
-flags.mark_flags_as_required(["data", "out"])
+flags.mark_flags_as_required(["out"])
 FLAGS = flags.FLAGS
 WAYS = {
     "temperatures": {},
@@ -69,7 +76,7 @@ def questions(tokenizer) -> list[list[int]]:
       ValueError: there are too few.
     """
     columns = []
-    for source in FLAGS.data:
+    for source in CALIBRATION if FLAGS.data is None else FLAGS.data:
         rows = [r for r in read_conversations([source]) if isinstance(r, Conversation)]
         columns.append([_first_question(tokenizer, row) for row in rows])
     turns = itertools.zip_longest(*columns)
@@ -146,8 +153,7 @@ def main() -> None:
     drafter = load_drafter(FLAGS.draft, target)
     block_length = check_block_length(drafter, FLAGS.block_length)
     fit_prompts = questions(target.tokenizer)
-    domains = load_prompts(
-        FLAGS.prompts_dir,
+    domains = common.load_domains(
         target.tokenizer,
         per_domain=FLAGS.test_prompts,
         max_tokens=FLAGS.max_prompt_tokens,
@@ -197,4 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    program.run(main)

@@ -1,19 +1,13 @@
-"""What the launchers share: flags, errors a person can read, a compilation cache."""
+"""Flags that launchers share, and what they stand for."""
 
-import contextlib
 import dataclasses
 import json
-import logging
 import math
-import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
 
-import jax
 import jax.numpy as jnp
-from absl import app, flags
-from absl import logging as absl_logging
+from absl import flags
 
 from jaxspark import load_target
 from jaxspark.calibration.files import MissingCalibration, load_calibration
@@ -21,12 +15,20 @@ from jaxspark.calibration.profile import Setting, find_profile, load_profiles
 from jaxspark.decoding import Fixed, parse_schedule
 from jaxspark.decoding.couplings import COUPLINGS
 from jaxspark.decoding.schedule import CostAware
+from jaxspark.evaluation.prompts import PROMPTS, load_prompts
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def define_model_flags(*, draft: str | None = "ngram") -> None:
-    """--target, --dtype and, unless `draft` is None, --draft and --block_length."""
+def define_model_flags(
+    *, draft: str | None = "ngram", keep_quantized: bool = True
+) -> None:
+    """--target and --dtype, with flags for drafters and quantized matrices.
+
+    Args:
+      draft: default of --draft, which --block_length goes with; None defines neither.
+      keep_quantized: whether to define --keep_quantized.
+    """
     flags.DEFINE_string(
         "target",
         "smollm2-135m-instruct",
@@ -34,11 +36,12 @@ def define_model_flags(*, draft: str | None = "ngram") -> None:
         "Hugging Face Hub id.",
     )
     flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Type of weights and caches.")
-    flags.DEFINE_bool(
-        "keep_quantized",
-        False,
-        "Leave the FP8 and FP4 matrices of a DeepSeek-V4 folder so in memory.",
-    )
+    if keep_quantized:
+        flags.DEFINE_bool(
+            "keep_quantized",
+            False,
+            "Leave the FP8 and FP4 matrices of a DeepSeek-V4 folder so in memory.",
+        )
     if draft is not None:
         flags.DEFINE_string(
             "draft",
@@ -68,9 +71,48 @@ def define_sampling_flags() -> None:
     )
 
 
-def define_coupling_flag(text: str = "See launch.generate.") -> None:
+def define_coupling_flag(text: str = "See jaxspark generate.") -> None:
     """--coupling."""
     flags.DEFINE_enum("coupling", "rejection", COUPLINGS, text)
+
+
+def define_prompts_flag() -> None:
+    """--prompts_dir, for `load_domains`."""
+    flags.DEFINE_string(
+        "prompts_dir",
+        None,
+        "Folder with <domain>_prompts.jsonl files of math, code and chat; by default "
+        "the prompts that come with jaxspark, 20 of each.",
+    )
+
+
+def load_domains(
+    tokenizer, *, per_domain: int, max_tokens: int = 384
+) -> dict[str, list[list[int]]]:
+    """The prompts of --prompts_dir as token ids by domain, evenly chosen.
+
+    Says what is used where it is not what the package brings, or less than asked for.
+
+    Args:
+      tokenizer: with a chat template.
+      per_domain: prompts wanted of each domain.
+      max_tokens: longer prompts are passed over.
+
+    Raises:
+      ValueError: a file is missing, malformed or without prompts.
+    """
+    folder = flags.FLAGS.prompts_dir
+    domains = load_prompts(
+        PROMPTS if folder is None else folder,
+        tokenizer,
+        per_domain=per_domain,
+        max_tokens=max_tokens,
+    )
+    counts = {domain: len(prompts) for domain, prompts in domains.items()}
+    if folder is not None or min(counts.values()) < per_domain:
+        used = ", ".join(f"{count} of {domain}" for domain, count in counts.items())
+        print(f"prompts of {folder or 'jaxspark'}: {used}", file=sys.stderr)
+    return domains
 
 
 def positive(name: str) -> list[int]:
@@ -99,7 +141,7 @@ def define_schedule_flags() -> None:
     flags.DEFINE_string(
         "costs",
         None,
-        "JSON of launch.profile_cost; without it costs are measured at the start.",
+        "JSON of jaxspark profile_cost; without it costs are measured at the start.",
     )
 
 
@@ -118,11 +160,19 @@ def chosen_schedule(target, drafter, *, slots, block_length, capacity, temperatu
       schedule: with its costs, if --costs has them.
       calibration: None if there is none, or nothing to calibrate.
       capacity: cache positions to decode with, those of the costs.
+
+    Raises:
+      ValueError: costs of something else, or for a schedule that weighs none.
     """
     schedule = parse_schedule(flags.FLAGS.schedule)
+    if flags.FLAGS.costs is not None and not isinstance(schedule, CostAware):
+        raise ValueError(
+            "--costs are for schedules that weigh them (causal, lagged, free), not "
+            f"--schedule={flags.FLAGS.schedule}"
+        )
     if isinstance(schedule, Fixed):
         return schedule, None, capacity
-    if isinstance(schedule, CostAware) and flags.FLAGS.costs:
+    if flags.FLAGS.costs is not None:
         profiles = load_profiles(flags.FLAGS.costs)
         roomy = [
             profile.setting.capacity
@@ -198,48 +248,3 @@ def _without_nan(value):
     if isinstance(value, list):
         return [_without_nan(each) for each in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def quiet() -> None:
-    """Silences what libraries report of themselves."""
-    # JAX reports every accelerator plugin it does not find.
-    logging.getLogger("jax").setLevel(logging.WARNING)
-    # Orbax tells of every option it was given.
-    absl_logging.set_verbosity(absl_logging.WARNING)
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless the environment chose a place."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-        folder = pathlib.Path(home).expanduser() / "jaxspark" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-
-
-@contextlib.contextmanager
-def readable_errors() -> Iterator[None]:
-    """Errors about what the user gave end the program with their message alone."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if os.environ.get("JAXSPARK_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def run(main: Callable[[], int | None]) -> None:
-    """Starts an absl program whose `main` takes no arguments."""
-
-    def start(argv):
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected argument {argv[1]!r}; all are --flags")
-        quiet()
-        use_compilation_cache()
-        with readable_errors():
-            sys.exit(main())
-
-    app.run(start)

@@ -1,11 +1,11 @@
 r"""Converts checkpoints: targets to Hugging Face folders, drafters between formats.
 
-  python -m launch.convert --target=model.gguf --out=model-safetensors
-  python -m launch.convert --target=Qwen/Qwen3-4B --out=drafter --dtype=bfloat16 \
+  jaxspark convert --target=model.gguf --out=model-safetensors
+  jaxspark convert --target=Qwen/Qwen3-4B --out=drafter --dtype=bfloat16 \
       --draft=deepseek-ai/dspark_qwen3_4b_block7
-  python -m launch.convert --target=meta-llama/Llama-3.1-8B-Instruct --out=drafter \
+  jaxspark convert --target=meta-llama/Llama-3.1-8B-Instruct --out=drafter \
       --draft=runs/dspark/drafter --format=speculators
-  python -m launch.convert --draft=runs/dspark/drafter --out=small --dtype=bfloat16 \
+  jaxspark convert --draft=runs/dspark/drafter --out=small --dtype=bfloat16 \
       --compact                                       without the target's head rows
 
 Written under a temporary name and renamed when complete, with a SHA256SUMS file that is
@@ -23,9 +23,9 @@ from jaxspark.checkpoints import (
     save_draft_checkpoint,
     save_target,
 )
-from jaxspark.launch import common
+from jaxspark.launch import common, program
 
-common.define_model_flags(draft=None)
+common.define_model_flags(draft=None, keep_quantized=False)
 flags.DEFINE_string(
     "draft",
     None,
@@ -75,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    program.run(main)

@@ -1,7 +1,7 @@
 """The demo: a real chat model answers with and without speculation, same tokens.
 
-  python -m launch.demo
-  python -m launch.demo --drafts=ngram,hybrid:runs/dspark/drafter@4
+  jaxspark demo
+  jaxspark demo --drafts=ngram,hybrid:runs/dspark/drafter@4
 
 For one math, one code and one chat prompt it decodes plainly and with every drafter in
 turn (one sequence, greedy), and shows the text, all speeds, accepted lengths
@@ -17,13 +17,13 @@ from rich.table import Table
 
 from jaxspark import Completion, generate, load_drafter
 from jaxspark.drafters import Drafter
-from jaxspark.launch import common
+from jaxspark.launch import common, program
 
 common.define_model_flags(draft=None)
 flags.DEFINE_list(
     "drafts",
     ["ngram@3", "dspark@3", "hybrid:dspark@3"],
-    "Drafters, named as for launch.generate; @G sets the drafts per round.",
+    "Drafters, named as for jaxspark generate; @G sets the drafts per round.",
 )
 flags.DEFINE_integer("max_new_tokens", 160, "Output budget per prompt.", lower_bound=8)
 flags.DEFINE_integer("repeats", 2, "Timed runs of each kind per prompt.", lower_bound=1)
@@ -122,4 +122,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    program.run(main)

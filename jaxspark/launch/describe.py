@@ -1,7 +1,7 @@
 """What a model weighs, without allocating it.
 
-  python -m launch.describe --config=deepseek_v4_flash
-  python -m launch.describe --config=deepseek_v4_pro --context=4096,1048576 \
+  jaxspark describe --config=deepseek_v4_flash
+  jaxspark describe --config=deepseek_v4_pro --context=4096,1048576 \
       --json_out=pro.json
 
 Parameters in all and per token, cache bytes per token by part, operations per token at
@@ -27,7 +27,7 @@ from jaxspark.evaluation.footprint import (
     footprint,
     parameter_shapes,
 )
-from jaxspark.launch import common
+from jaxspark.launch import common, program
 from jaxspark.models import DeepSeekV4, DeepSeekV4Config
 
 PRESETS = {
@@ -128,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    program.run(main)

@@ -1,11 +1,12 @@
 """Measures a drafter: accepted length, acceptance by place, tokens per second.
 
-  python -m launch.evaluate --draft=runs/dspark/drafter
-  python -m launch.evaluate --draft=hybrid:runs/dspark/drafter --temperature=1
-  python -m launch.evaluate --draft=... --json_out=dspark.json --plot=dspark.png
-  python -m launch.evaluate --draft=dspark --temperature=1 --thresholds=0,0.3,0.6
+  jaxspark evaluate --draft=runs/dspark/drafter
+  jaxspark evaluate --draft=hybrid:runs/dspark/drafter --temperature=1
+  jaxspark evaluate --draft=... --json_out=dspark.json --plot=dspark.png
+  jaxspark evaluate --draft=dspark --temperature=1 --thresholds=0,0.3,0.6
 
-Prompts are JSON lines with `turns`, one file <domain>_prompts.jsonl per domain.
+Prompts are 20 of each domain that come with jaxspark, or those of --prompts_dir: JSON
+lines with `turns`, one file <domain>_prompts.jsonl per domain.
 """
 
 from dataclasses import asdict
@@ -17,25 +18,34 @@ from rich.table import Table
 
 from jaxspark import load_drafter
 from jaxspark.decoding import DecodeOptions, Threshold
-from jaxspark.decoding.generate import default_buckets, round_capacity
+from jaxspark.decoding.generate import (
+    check_block_length,
+    default_buckets,
+    round_capacity,
+)
 from jaxspark.drafters import PlainDrafter
 from jaxspark.evaluation.acceptance import macro_average, measure_acceptance
 from jaxspark.evaluation.plots import plot_acceptance, plot_lines
-from jaxspark.evaluation.prompts import load_prompts
 from jaxspark.evaluation.timing import alternate, decode_seconds, medians
-from jaxspark.launch import common
+from jaxspark.launch import common, program
 from jaxspark.launch.progress import bars
 
 common.define_model_flags()
-flags.DEFINE_string("prompts_dir", "../shared/data/eval", "Folder of the prompts.")
-flags.DEFINE_integer("prompts_per_domain", 20, "How many of each.", lower_bound=1)
-flags.DEFINE_integer("max_prompt_tokens", 256, "Longer ones are passed over.")
+common.define_prompts_flag()
+flags.DEFINE_integer("prompts_per_domain", 20, "Prompts per domain.", lower_bound=1)
+flags.DEFINE_integer(
+    "max_prompt_tokens", 256, "Longer ones are passed over.", lower_bound=1
+)
 flags.DEFINE_integer("max_new_tokens", 128, "Output budget.", lower_bound=1)
 flags.DEFINE_float("temperature", 0.0, "0 decodes greedily.", lower_bound=0.0)
 common.define_coupling_flag()
-flags.DEFINE_integer("slots", 8, "Prompts decoded together for acceptance.")
+flags.DEFINE_integer(
+    "slots", 8, "Prompts decoded together for acceptance.", lower_bound=1
+)
 flags.DEFINE_integer("seed", 0, "Of sampling.")
-flags.DEFINE_integer("speed_prompts", 2, "Prompts per domain timed alone; 0: none.")
+flags.DEFINE_integer(
+    "speed_prompts", 2, "Prompts per domain timed alone; 0: none.", lower_bound=0
+)
 flags.DEFINE_integer("speed_tokens", 64, "Tokens per timed run.", lower_bound=8)
 flags.DEFINE_integer("repeats", 3, "Timed runs of each contestant.", lower_bound=1)
 flags.DEFINE_string("json_out", None, "File for the figures.")
@@ -143,10 +153,9 @@ def main() -> None:
     console = Console()
     target = common.load_text_target()
     drafter = load_drafter(FLAGS.draft, target)
-    block_length = FLAGS.block_length or drafter.block_length
+    block_length = check_block_length(drafter, FLAGS.block_length)
     thresholds = {text: Threshold(float(text)) for text in FLAGS.thresholds}
-    prompts = load_prompts(
-        FLAGS.prompts_dir,
+    prompts = common.load_domains(
         target.tokenizer,
         per_domain=FLAGS.prompts_per_domain,
         max_tokens=FLAGS.max_prompt_tokens,
@@ -187,6 +196,7 @@ def main() -> None:
         "block_length": block_length,
         **{name: FLAGS[name].value for name in settings},
         "prompts_per_domain": FLAGS.prompts_per_domain,
+        "prompts_used": {name: len(each) for name, each in prompts.items()},
         "device": jax.devices()[0].device_kind,
         "domains": domains,
         "macro_average": average,
@@ -229,4 +239,4 @@ def _text(value) -> str:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    program.run(main)

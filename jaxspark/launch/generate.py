@@ -1,9 +1,9 @@
 """Generates text with speculative decoding; streams it, then prints one summary line.
 
-  python -m launch.generate --chat="Why is the sky blue?"
-  python -m launch.generate --prompt="def fibonacci(n):" --draft=none
-  python -m launch.generate --chat="Tell me a story." --temperature=0.8 --seed=3
-  python -m launch.generate --chat="Tell me a story." --draft=dspark --schedule=lagged
+  jaxspark generate --chat="Why is the sky blue?"
+  jaxspark generate --prompt="def fibonacci(n):" --draft=none
+  jaxspark generate --chat="Tell me a story." --temperature=0.8 --seed=3
+  jaxspark generate --chat="Tell me a story." --draft=dspark --schedule=lagged
 
 The tokens are those of plain decoding: at temperature 0 always, at other temperatures
 with --coupling=gumbel for the same seed (with --coupling=rejection, in distribution).
@@ -16,7 +16,7 @@ from absl import flags
 
 from jaxspark import generate, load_drafter
 from jaxspark.decoding.generate import check_block_length, round_capacity
-from jaxspark.launch import common
+from jaxspark.launch import common, program
 
 common.define_model_flags()
 common.define_sampling_flags()
@@ -33,14 +33,16 @@ def prompt_ids(tokenizer) -> list[int]:
     """The token ids of --prompt or --chat.
 
     Raises:
-      ValueError: neither or both are given.
+      ValueError: neither or both are given, or --system with --prompt.
     """
     if (FLAGS.prompt is None) == (FLAGS.chat is None):
         raise ValueError("give either --prompt or --chat")
     if FLAGS.prompt is not None:
+        if FLAGS.system is not None:
+            raise ValueError("--system goes before --chat; --prompt is taken as it is")
         return tokenizer.encode(FLAGS.prompt)
     messages = [{"role": "user", "content": FLAGS.chat}]
-    if FLAGS.system:
+    if FLAGS.system is not None:
         messages.insert(0, {"role": "system", "content": FLAGS.system})
     return tokenizer.chat(messages)
 
@@ -114,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    program.run(main, may_be_empty=("prompt", "chat", "system"))

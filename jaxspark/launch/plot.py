@@ -1,8 +1,10 @@
-r"""Draws what `launch.evaluate --json_out` measured.
+r"""Draws what `jaxspark evaluate --json_out` measured.
 
-python -m launch.plot --results=dspark.json,dflash.json --out=acceptance.png
-python -m launch.plot --results=depth1.json,depth2.json --out=depth.png \
+  jaxspark plot --results=dspark.json,dflash.json --out=acceptance.png
+  jaxspark plot --results=depth1.json,depth2.json --out=depth.png \
       --x=depth --at=1,2                    accepted length over anything
+
+Without --x it draws conditional acceptance by place.
 """
 
 import json
@@ -11,9 +13,9 @@ import pathlib
 from absl import flags
 
 from jaxspark.evaluation.plots import plot_acceptance, plot_lines
-from jaxspark.launch import common
+from jaxspark.launch import program
 
-flags.DEFINE_list("results", None, "Files of launch.evaluate.")
+flags.DEFINE_list("results", None, "Files of jaxspark evaluate.")
 flags.DEFINE_list("names", None, "What to call them; by default their file names.")
 flags.DEFINE_string("out", None, "PNG file.")
 flags.DEFINE_string("x", None, "Draw accepted length by domain over this quantity.")
@@ -26,7 +28,9 @@ FLAGS = flags.FLAGS
 def main() -> None:
     """Reads and draws."""
     results = [json.loads(pathlib.Path(path).read_text()) for path in FLAGS.results]
-    names = FLAGS.names or [pathlib.Path(path).stem for path in FLAGS.results]
+    names = FLAGS.names
+    if names is None:
+        names = [pathlib.Path(path).stem for path in FLAGS.results]
     for name, given in (("names", names), ("at", FLAGS.at)):
         if given is not None and len(given) != len(results):
             raise ValueError(f"{len(results)} results, but {len(given)} {name}")
@@ -35,6 +39,8 @@ def main() -> None:
             raise ValueError(
                 f"--{name} must differ, got {', '.join(repeated)} more than once"
             )
+    if (FLAGS.x is None) != (FLAGS.at is None):
+        raise ValueError("--x needs --at, one value per result, and --at needs --x")
     if FLAGS.x is None:
         curves = {
             name: [
@@ -44,8 +50,6 @@ def main() -> None:
         }
         plot_acceptance(FLAGS.out, curves, title=FLAGS.title)
         return
-    if FLAGS.at is None:
-        raise ValueError("--x needs --at, one per result")
     values = [float(value) for value in FLAGS.at]
     lines = {
         domain: {
@@ -60,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    program.run(main)

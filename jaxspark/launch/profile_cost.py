@@ -1,6 +1,6 @@
 """Measures what a round costs on this machine, for cost-aware schedules.
 
-  python -m launch.profile_cost --draft=hybrid:dspark --slots=1,8,64 --out=costs.json
+  jaxspark profile_cost --draft=hybrid:dspark --slots=1,8,64 --out=costs.json
 
 Times whole rounds of every draft length, with every token bucket, in turn. The file
 says what it was made for; commands refuse it on another device, with other models,
@@ -17,7 +17,7 @@ from jaxspark.calibration.profile import (
     measured_with_progress,
     save_profiles,
 )
-from jaxspark.launch import common
+from jaxspark.launch import common, program
 
 common.define_model_flags(draft="dspark")
 flags.DEFINE_list("slots", ["1", "8", "64"], "Numbers of requests decoded together.")
@@ -77,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    program.run(main)

@@ -1,7 +1,7 @@
 """Lets the target answer conversations, as training data for its drafter.
 
-  python -m launch.regenerate --data=math.jsonl,code.jsonl --out=answers.jsonl
-  python -m launch.regenerate --data=a.jsonl --out=sampled.jsonl --temperature=0.8
+  jaxspark regenerate --data=math.jsonl,code.jsonl --out=answers.jsonl
+  jaxspark regenerate --data=a.jsonl --out=sampled.jsonl --temperature=0.8
 
 Data are JSON lines with {"messages": [...]}, or Hugging Face dataset folders; several
 are taken in turn, each shuffled, and a prompt that comes again is passed over. The same
@@ -17,7 +17,7 @@ from absl import flags
 from rich.console import Console
 
 from jaxspark.jsonlines import JsonLines, same_settings
-from jaxspark.launch import common
+from jaxspark.launch import common, program
 from jaxspark.launch.progress import bars
 from jaxspark.training.data import (
     Conversation,
@@ -128,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    program.run(main)

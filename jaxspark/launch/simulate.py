@@ -1,13 +1,13 @@
 r"""Simulates serving: throughput of all users against the speed of one.
 
-  python -m launch.simulate --json_out=results/simulated_v4_flash.json
-  python -m launch.simulate --trace=runs/calibration/test_rejection_1.npz \
+  jaxspark simulate --json_out=results/simulated_v4_flash.json
+  jaxspark simulate --trace=runs/calibration/test_rejection_1.npz \
       --costs=costs.json --draft=dspark
 
-What drafts are worth is stated (--acceptance), or was recorded by launch.calibrate
-(--trace). What rounds cost was measured by launch.profile_cost (--costs, for a trace),
-or follows from a roofline of DeepSeek-V4-Flash on 8 GPUs and on a TPU slice; every
-assumption is printed and kept in the file. Nothing it prints was measured.
+What drafts are worth is stated (--acceptance), or was recorded by jaxspark calibrate
+(--trace). What rounds cost was measured by jaxspark profile_cost (--costs, for a
+trace), or follows from a roofline of DeepSeek-V4-Flash on 8 GPUs and on a TPU slice;
+every assumption is printed and kept in the file. Nothing it prints was measured.
 """
 
 from dataclasses import asdict
@@ -22,7 +22,7 @@ from jaxspark.decoding import Costs, Fixed, Lagged
 from jaxspark.decoding.costs import draft_ladder
 from jaxspark.evaluation.plots import plot_frontier
 from jaxspark.evaluation.simulate import Load, Simulated, Trace, simulate, speed_at
-from jaxspark.launch import common
+from jaxspark.launch import common, program
 from jaxspark.launch.progress import bars
 from jaxspark.launch.simulate_v4 import (
     MACHINES,
@@ -48,9 +48,9 @@ flags.DEFINE_integer(
     "Rounds of 100 users or more; fewer users play as many rounds all together.",
     lower_bound=20,
 )
-flags.DEFINE_string("trace", None, "Rounds recorded by launch.calibrate.")
+flags.DEFINE_string("trace", None, "Rounds recorded by jaxspark calibrate.")
 flags.DEFINE_string(
-    "costs", None, "Costs for --trace, of launch.profile_cost; else the roofline's."
+    "costs", None, "Costs for --trace, of jaxspark profile_cost; else the roofline's."
 )
 flags.DEFINE_string("draft", None, "Calibrate --trace as this drafter's confidences.")
 flags.DEFINE_float("temperature", 1.0, "The trace's, for its calibration.")
@@ -161,8 +161,10 @@ def main() -> None:
     """Simulates, prints, writes."""
     console = Console()
     figures: dict[str, dict] = {"simulated": True}
-    if FLAGS.costs and not FLAGS.trace:
-        raise ValueError("--costs are for a --trace (see launch.calibrate)")
+    if not FLAGS.trace and (FLAGS.costs or FLAGS.draft):
+        raise ValueError("--costs and --draft are for a --trace of jaxspark calibrate")
+    if FLAGS.trace and FLAGS.acceptance:
+        raise ValueError("a --trace has its own acceptance; leave --acceptance out")
     if FLAGS.trace:
         block = recorded()
     else:
@@ -198,4 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    program.run(main)

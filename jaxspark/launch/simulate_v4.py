@@ -1,4 +1,4 @@
-"""What `launch.simulate` supposes of DeepSeek-V4-Flash and of machines for it."""
+"""What `jaxspark simulate` supposes of DeepSeek-V4-Flash and of machines for it."""
 
 import json
 import pathlib
@@ -67,8 +67,8 @@ def weighs(name: str, layers: int, file_bytes: float, **options) -> Network:
     )
 
 
-# Bytes and active parameters are those of launch.describe. Of an embedding a pass reads
-# a few rows; the drafters read the target's head.
+# Bytes and active parameters are those of jaxspark describe. Of an embedding a pass
+# reads a few rows; the drafters read the target's head.
 V4_FLASH = weighs(
     "DeepSeek-V4-Flash, FP8 and FP4 experts",
     43,

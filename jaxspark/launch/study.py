@@ -1,6 +1,6 @@
 r"""Short equal training runs that differ in one thing, evaluated alike.
 
-  python -m launch.study --suite=depth --out=studies \
+  jaxspark study --suite=depth --out=studies \
       --train="--data=answers.jsonl --steps=500 --draft_vocab=8192" \
       --evaluate="--prompts_per_domain=10 --max_new_tokens=96"
 
@@ -21,7 +21,7 @@ from rich.table import Table
 
 from jaxspark.evaluation.plots import plot_acceptance, plot_lines
 from jaxspark.jsonlines import same_settings
-from jaxspark.launch import common
+from jaxspark.launch import common, program
 
 SUITES = {
     "drafters": {kind: {"drafter": kind} for kind in ("dspark", "dflash", "eagle3")},
@@ -45,23 +45,25 @@ NUMBERS = {"depth": "draft layers", "block": "block length"}
 flags.DEFINE_enum("suite", None, list(SUITES), "What differs.")
 flags.DEFINE_string("out", None, "Folder of the study.")
 flags.DEFINE_string(
-    "train", "", "Flags of launch.train_draft for all runs, each --name=value."
+    "train", "", "Flags of jaxspark train_draft for all runs, each --name=value."
 )
-flags.DEFINE_string("evaluate", "", "Flags of launch.evaluate for all runs.")
+flags.DEFINE_string("evaluate", "", "Flags of jaxspark evaluate for all runs.")
 flags.DEFINE_list("temperatures", ["0", "1"], "Evaluated temperatures.")
 flags.mark_flags_as_required(["suite", "out"])
 FLAGS = flags.FLAGS
 
 
-def run(program: str, *arguments: str) -> None:
+def run(launcher: str, *arguments: str) -> None:
     """Runs a launcher; its output is this program's.
 
     Raises:
       ValueError: it failed.
     """
-    done = subprocess.run([sys.executable, "-m", f"launch.{program}", *arguments])
+    done = subprocess.run([sys.executable, "-m", "jaxspark", launcher, *arguments])
     if done.returncode:
-        raise ValueError(f"launch.{program} failed with exit status {done.returncode}")
+        raise ValueError(
+            f"jaxspark {launcher} failed with exit status {done.returncode}"
+        )
 
 
 def folder(variant: str, changes: dict) -> pathlib.Path:
@@ -160,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    program.run(main)

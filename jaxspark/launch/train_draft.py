@@ -1,8 +1,8 @@
 """Trains a drafter for a target on conversations that the target has answered.
 
-  python -m launch.train_draft --data=answers.jsonl --out=runs/dspark --steps=3000
-  python -m launch.train_draft --drafter=dflash --data=... --out=... --steps=3000
-  python -m launch.train_draft ... --dry_run        what it would do, and its memory
+  jaxspark train_draft --data=answers.jsonl --out=runs/dspark --steps=3000
+  jaxspark train_draft --drafter=dflash --data=... --out=... --steps=3000
+  jaxspark train_draft ... --dry_run        what it would do, and its memory
 
 A stopped run (SIGTERM, SIGKILL, power) goes on with the same command, to the bit. The
 finished drafter is <out>/drafter, a folder that DeepSpec reads too, or speculators if
@@ -38,7 +38,7 @@ from jaxspark.configs import drafters as draft_configs
 from jaxspark.drafters import DSparkDrafter, Eagle3Drafter
 from jaxspark.drafters.heads import HEAD_TYPES
 from jaxspark.jsonlines import same_settings
-from jaxspark.launch import common
+from jaxspark.launch import common, program
 from jaxspark.training import initialise, least_squares, objective
 from jaxspark.training.data import read_conversations
 from jaxspark.training.data.documents import read_documents
@@ -394,4 +394,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    program.run(main)

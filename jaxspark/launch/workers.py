@@ -17,7 +17,7 @@ from concurrent.futures import (
 import jax
 from rich.progress import Progress
 
-from jaxspark.launch import common
+from jaxspark.launch import program
 
 # Every worker process holds JAX and models of its own.
 MOST = 8
@@ -66,8 +66,8 @@ def _start(few_optimizations: bool) -> None:
     """Sets a worker process up; it ends with the one that started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
-    common.quiet()
-    common.use_compilation_cache()
+    program.quiet()
+    program.use_compilation_cache()
     # Every core has a worker: parts of a program are not compiled side by side.
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_parallel_codegen_split_count=1"

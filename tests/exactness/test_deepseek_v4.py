@@ -1,6 +1,6 @@
 """The guarantees on DeepSeek-V4, with its own drafters, prompt lookup and a hybrid.
 
-Small ones of `launch.audit --suite=deepseek_v4`, random weights.
+Small ones of `jaxspark audit --suite=deepseek_v4`, random weights.
 """
 
 import pytest

@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -21,7 +20,7 @@ from jaxspark.training.run import has_checkpoint, train
 from jaxspark.training.trainer import TrainConfig, Trainer
 from tests import zoo
 from tests.checkpoints.tiny import target
-from tests.programs import environment
+from tests.programs import environment, launcher
 from tests.training import made
 
 STEPS = 30
@@ -50,7 +49,7 @@ def place(tmp_path_factory):
 
 def arguments(folder, out, *more):
     return [
-        *(sys.executable, "-m", "launch.train_draft"),
+        *launcher("train_draft"),
         f"--target={folder / 'target'}",
         f"--data={folder / 'data.jsonl'}",
         f"--out={folder / out}",
