@@ -1,12 +1,13 @@
 r"""Calibrates a drafter's confidences, and shows how reliable they are.
 
-  jaxspark calibrate --draft=dspark --out=runs/calibration \
-      --data=math_heldout.jsonl,code_heldout.jsonl,chat_heldout.jsonl
+  jaxspark calibrate --draft=runs/dspark/drafter --out=runs/calibration
+  jaxspark calibrate --draft=runs/dspark/drafter --out=runs/calibration \
+      --data=math.jsonl,code.jsonl --prompts_dir=prompts --test_prompts=60
 
-Decodes the questions of --data (JSON lines with `messages`) and records what the
-drafter expected and what was accepted; fits, at each sampling temperature, one
-temperature per draft (sequential temperature scaling), then a bias too, then what the
-draft's sharpness counts too; and judges each on other prompts, those of --prompts_dir.
+Decodes questions (those that come with jaxspark, or of --data: JSON lines with
+`messages`) and records what the drafter expected and what was accepted; fits, at each
+sampling temperature, one temperature per draft (sequential temperature scaling), then a
+bias too, then what the draft's sharpness counts too; and judges each on other prompts.
 Writes the last (see --keep) beside the drafter's weights, and <out>/<name>.json and
 .png with calibration error, ranking and Brier score before and after. Recorded rounds
 stay in --out and are used again.

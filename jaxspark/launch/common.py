@@ -91,7 +91,7 @@ def load_domains(
 ) -> dict[str, list[list[int]]]:
     """The prompts of --prompts_dir as token ids by domain, evenly chosen.
 
-    Says what is used where it is not what the package brings, or less than asked for.
+    Says what is used where that is not what the package brings.
 
     Args:
       tokenizer: with a chat template.
@@ -108,10 +108,9 @@ def load_domains(
         per_domain=per_domain,
         max_tokens=max_tokens,
     )
-    counts = {domain: len(prompts) for domain, prompts in domains.items()}
-    if folder is not None or min(counts.values()) < per_domain:
-        used = ", ".join(f"{count} of {domain}" for domain, count in counts.items())
-        print(f"prompts of {folder or 'jaxspark'}: {used}", file=sys.stderr)
+    if folder is not None:
+        used = ", ".join(f"{len(each)} of {name}" for name, each in domains.items())
+        print(f"prompts of {folder}: {used}", file=sys.stderr)
     return domains
 
 

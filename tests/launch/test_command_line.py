@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import jaxspark
+import launch
 from jaxspark import __main__ as command_line
 from jaxspark.launch import program
 from tests.programs import ROOT, environment, launcher
@@ -40,6 +41,10 @@ def test_listing_launchers_imports_no_jax(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "jaxspark generate" in done.stdout
+
+
+def test_a_clone_has_the_launchers_under_their_short_name():
+    assert list(launch.__path__) == [str(Path(program.__file__).parent)]
 
 
 def run(monkeypatch, *arguments) -> int | None:
