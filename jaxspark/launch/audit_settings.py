@@ -1,4 +1,4 @@
-"""`launch.audit --suite=settings`: the quick audit under global JAX settings."""
+"""`jaxspark audit --suite=settings`: the quick audit under global JAX settings."""
 
 import functools
 from concurrent.futures import as_completed
