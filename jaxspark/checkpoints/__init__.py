@@ -19,7 +19,7 @@ from jaxspark.checkpoints.load import (
     load_target,
     save_target,
 )
-from jaxspark.checkpoints.tokenizer import TextStream, Tokenizer
+from jaxspark.text import TextStream, Tokenizer
 
 __all__ = [
     "BUILT_IN",

@@ -15,7 +15,7 @@ from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.fields import Fields
 from jaxspark.checkpoints.gguf_file import gguf_stop_ids
 from jaxspark.checkpoints.gguf_header import GGUFFile
-from jaxspark.checkpoints.tokenizer import Tokenizer
+from jaxspark.text import Tokenizer
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types, llama.cpp's llama_token_type
 _ROLES = {
@@ -24,6 +24,7 @@ _ROLES = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
+_TEMPLATE = "tokenizer.chat_template"
 # Llama 3 and Qwen2 differ in how many digits make a word: up to three, or one.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
@@ -76,8 +77,20 @@ def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
         core=core,
         stop_ids=gguf_stop_ids(file),
         special_tokens=special,
-        chat_template=fields.text("tokenizer.chat_template", None),
+        chat_template=_chat_templates(fields),
     )
+
+
+def _chat_templates(fields: Fields) -> dict[str, str] | None:
+    """The default template and others by name, e.g. `tool_use`."""
+    keys = {_TEMPLATE: "default"} | {
+        key: key.removeprefix(f"{_TEMPLATE}.")
+        for key in fields.values
+        if key.startswith(f"{_TEMPLATE}.")
+    }
+    return {
+        name: fields.text(key) for key, name in keys.items() if key in fields
+    } or None
 
 
 def _texts(fields: Fields, key: str) -> list[str]:

@@ -40,7 +40,7 @@ from jaxspark.checkpoints.hf_config import (
     stop_ids_from_hf,
 )
 from jaxspark.checkpoints.safetensors_files import open_safetensors, write_safetensors
-from jaxspark.checkpoints.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from jaxspark.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from jaxspark.checkpoints.tree import (
     Tensors,
     check_depth,
@@ -60,6 +60,7 @@ from jaxspark.models import (
     DenseDecoder,
 )
 from jaxspark.settings import standard_settings
+from jaxspark.text import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,8 +214,11 @@ def _target_from_folder(
     if tokenizer is not None:
         _check_tokenizer(tokenizer, config, str(folder))
     stop_ids = stop_ids_from_hf(settings, raw, where=str(folder))
-    if not stop_ids and tokenizer is not None:
-        stop_ids = tokenizer.stop_ids
+    if tokenizer is not None:
+        # As servers do, the tokenizer's end of text stops too. Whoever cuts texts where
+        # generation would have stopped asks the tokenizer: both hold the same ids.
+        stop_ids = tuple(dict.fromkeys(stop_ids + tokenizer.stop_ids))
+        tokenizer = tokenizer.with_stop_ids(stop_ids)
     tensors = open_safetensors(folder)
     model: DenseDecoder | DeepSeekV4
     if isinstance(config, DeepSeekV4Config):
@@ -236,12 +240,20 @@ def _target_from_folder(
 def _check_tokenizer(
     tokenizer: Tokenizer, config: DenseConfig | DeepSeekV4Config, where: str
 ) -> None:
-    # Models often pad their vocabulary, so fewer tokens than rows are fine.
-    if tokenizer.vocab_size > config.vocab_size:
+    # Models often pad their vocabulary, so fewer tokens than rows are fine. Beyond the
+    # rows, tokens that were added for padding are common; prompts cannot hold them.
+    if tokenizer.base_size > config.vocab_size:
         raise CheckpointError(
             f"{where}: the tokenizer has {tokenizer.vocab_size} ids, the model's "
             f"vocab_size is {config.vocab_size}"
         )
+    for stop in tokenizer.stop_ids:
+        if stop >= config.vocab_size:
+            text = tokenizer.core.id_to_token(stop)
+            raise CheckpointError(
+                f"{where}: the tokenizer ends texts with {text!r}, id {stop}; the "
+                f"model's vocab_size is {config.vocab_size}"
+            )
 
 
 def _without_prefix(tensors: Tensors) -> Tensors:

@@ -1,203 +1,128 @@
-"""Text <-> token ids, chat prompts, and text that appears while ids arrive.
+"""Tokenizer files of a Hugging Face folder, read and written by transformers.
 
-The tokenization itself is the `tokenizers` library's. Special tokens are recognised
-inside text, as in transformers, which is what lets a rendered chat template become
-control tokens.
+Which class reads a folder, and what it makes of the files there, has a history of its
+own: added tokens stand in any of five places, some classes build their rules anew and
+take only the vocabulary, `LlamaTokenizer` means two things. `AutoTokenizer` knows it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+import re
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Core
 
-from jaxspark.checkpoints.chat_template import Message, render_chat
 from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.fields import Fields, read_json, write_json
+from jaxspark.text.tokenizer import Tokenizer
+from jaxspark.text.transformers_library import quiet_transformers
 
-_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tokenizer:
-    """A checkpoint's tokenizer.
-
-    Attributes:
-      core: the `tokenizers` object.
-      stop_ids: ids that end a text, in the checkpoint's order.
-      special_tokens: text of `bos_token`, `eos_token`, ... as far as there are any.
-      chat_template: Jinja source, None if the checkpoint has none.
-    """
-
-    core: Core
-    stop_ids: tuple[int, ...] = ()
-    special_tokens: Mapping[str, str] = field(default_factory=dict)
-    chat_template: str | None = None
-
-    def __post_init__(self):
-        # A tokenizer.json may carry its training run's cutting and padding.
-        self.core.no_truncation()
-        self.core.no_padding()
-
-    @cached_property
-    def vocab_size(self) -> int:
-        """One more than the largest id."""
-        return max(self.core.get_vocab(with_added_tokens=True).values()) + 1
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a plain text, after a beginning-of-text token if the model has one."""
-        return self.core.encode(text).ids
-
-    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of ids; control tokens are left out unless `skip_special` is False."""
-        return self.core.decode([int(i) for i in ids], skip_special_tokens=skip_special)
-
-    def chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        add_generation_prompt: bool = True,
-        **variables: Any,
-    ) -> list[int]:
-        """Ids of a conversation, ready for the assistant to continue.
-
-        Args:
-          messages: objects with `role` and `content`, oldest first.
-          add_generation_prompt: whether to open the assistant's turn at the end.
-          **variables: more variables of the template, e.g. `enable_thinking=False`.
-
-        Raises:
-          CheckpointError: no chat template, or one that fails on these messages.
-        """
-        if self.chat_template is None:
-            raise CheckpointError(
-                "this checkpoint has no chat template; encode a plain prompt instead"
-            )
-        text = render_chat(
-            self.chat_template,
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            variables={**self.special_tokens, **variables},
-        )
-        # The template writes its own beginning-of-text token.
-        return self.core.encode(text, add_special_tokens=False).ids
-
-    def stream(self) -> "TextStream":
-        """A fresh decoder for ids that arrive piece by piece."""
-        return TextStream(self)
-
-
-class TextStream:
-    """Turns arriving ids into text, never printing half a character.
-
-    A character's UTF-8 bytes may be spread over tokens; its text is held back until it
-    is whole. The pieces joined, `flush()` last, are `decode` of all ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._printed = 0
-
-    def push(self, ids: Iterable[int]) -> str:
-        """The text that became certain with these new ids."""
-        ids = [int(i) for i in ids]
-        if not ids:
-            return ""
-        self._window += ids
-        text = self._tokenizer.decode(self._window)
-        certain = text.rstrip(_INCOMPLETE)
-        piece = certain[self._printed :]
-        self._printed = max(self._printed, len(certain))
-        if certain == text:
-            # Only the newest ids are kept, as context for decoders that treat the
-            # first token of a text differently: the work does not grow with the text.
-            self._window = ids
-            self._printed = len(self._tokenizer.decode(ids))
-        return piece
-
-    def flush(self) -> str:
-        """What was held back, at the end of the ids."""
-        piece = self._tokenizer.decode(self._window)[self._printed :]
-        self._window, self._printed = [], 0
-        return piece
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_CONFIG = "tokenizer_config.json"
+_OTHERS = (_CONFIG, "special_tokens_map.json", "added_tokens.json")
+# Of a model's configuration, only what the choice of a class depends on: the rest may
+# be newer or looser than transformers accepts, and is checked where models are loaded.
+_CHOOSING = ("tokenizer_class", "model_name")
+_CLASS = re.compile(r"\w*Tokenizer(Fast)?|\w+Backend")
+# What transformers notes about where it read a tokenizer from.
+_NOT_WRITTEN = ("is_local", "local_files_only")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face folder, None if it has no `tokenizer.json`.
+    """The tokenizer of a Hugging Face folder, None if it has no vocabulary file.
+
+    It is the one that `transformers.AutoTokenizer` gives; nothing is downloaded and no
+    code from the folder is run.
 
     Raises:
-      CheckpointError: a file is damaged, or names a token that does not exist.
+      CheckpointError: a file is damaged, or needs code or packages that are not here.
     """
-    path = folder / "tokenizer.json"
-    if not path.exists():
+    if not any((folder / name).exists() for name in _VOCABULARIES):
         return None
+    config = _read_if_there(folder / _CONFIG)
+    model = _read_if_there(folder / "config.json")
+    for fields in (config, model):
+        _check_class(fields)
     try:
-        core = Core.from_str(path.read_bytes().decode("utf-8"))
-    except Exception as error:  # The library raises plain Exception.
-        raise CheckpointError(f"{path}: is not a tokenizer ({error})") from error
-    config_path = folder / "tokenizer_config.json"
-    config = read_json(config_path) if config_path.exists() else {}
-    special = _special_tokens(config)
-    stop_ids: tuple[int, ...] = ()
-    if "eos_token" in special:
-        stop = core.token_to_id(special["eos_token"])
-        if stop is None:
-            raise CheckpointError(
-                f"{config_path}: eos_token is {special['eos_token']!r}, expected a "
-                "token of tokenizer.json"
+        with quiet_transformers() as transformers:
+            hf = transformers.AutoTokenizer.from_pretrained(
+                folder,
+                config=_model_config(transformers, model),
+                local_files_only=True,
+                trust_remote_code=False,
             )
-        stop_ids = (stop,)
-    return Tokenizer(
-        core=core,
-        stop_ids=stop_ids,
-        special_tokens=special,
-        chat_template=_chat_template(folder, Fields(config, str(config_path))),
+    except Exception as error:  # Files can be wrong in any way.
+        raise _diagnosis(folder, config, error) from error
+    if not isinstance(hf, transformers.PreTrainedTokenizerFast):
+        raise CheckpointError(
+            f"{folder}: its tokenizer is a {type(hf).__name__}, expected one that the "
+            "library tokenizers can run"
+        )
+    _check_templates(hf.chat_template, config)
+    stop_ids = () if hf.eos_token_id is None else (hf.eos_token_id,)
+    return Tokenizer(hf, stop_ids=stop_ids)
+
+
+def _read_if_there(path: Path) -> Fields:
+    return Fields(read_json(path) if path.exists() else {}, str(path))
+
+
+def _check_class(fields: Fields) -> None:
+    """Any name in transformers would do for AutoTokenizer, even that of a model."""
+    name = fields.text("tokenizer_class", None)
+    if name is not None and not _CLASS.fullmatch(name):
+        raise fields.wrong("tokenizer_class", "the name of a tokenizer's class")
+
+
+def _model_config(transformers: Any, model: Fields) -> Any:
+    chosen = {key: model.values[key] for key in _CHOOSING if key in model}
+    kind = model.text("model_type", "")
+    try:
+        return transformers.AutoConfig.for_model(kind, **chosen)
+    except ValueError:  # A kind of model that transformers does not know.
+        return transformers.PreTrainedConfig(model_type=kind, **chosen)
+
+
+def _diagnosis(folder: Path, config: Fields, error: Exception) -> CheckpointError:
+    """The file that is to blame, where it can be found."""
+    path = folder / "tokenizer.json"
+    try:
+        for name in _OTHERS:
+            _read_if_there(folder / name)
+        if path.exists():
+            Core.from_str(path.read_bytes().decode("utf-8"))
+    except CheckpointError as found:
+        return found
+    except Exception as damage:  # The library raises plain Exception.
+        return CheckpointError(f"{path}: is not a tokenizer ({damage})")
+    if "auto_map" in config:
+        return CheckpointError(
+            f"{config.where}: auto_map is {config.values['auto_map']}, which is code, "
+            "and a checkpoint's code is never run; if tokenizer.json says it all, take "
+            "auto_map out"
+        )
+    return CheckpointError(
+        f"{folder}: the tokenizer cannot be read; expected files that "
+        f"transformers.AutoTokenizer reads, which says: {error}"
     )
 
 
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Tokens are written as text or as an object with `content`."""
-    values = {role: config.get(role) for role in _ROLES}
-    texts = {
-        role: value.get("content") if isinstance(value, dict) else value
-        for role, value in values.items()
-    }
-    return {role: text for role, text in texts.items() if isinstance(text, str)}
-
-
-def _chat_template(folder: Path, config: Fields) -> str | None:
-    """Its own file, else the configuration's (a text, or a list of named ones)."""
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        try:
-            return path.read_bytes().decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    template = config.values.get("chat_template")
-    if isinstance(template, list):
-        named = {
-            entry.get("name"): entry.get("template")
-            for entry in template
-            if isinstance(entry, dict)
-        }
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
+def _check_templates(templates: Any, config: Fields) -> None:
+    every = templates.values() if isinstance(templates, dict) else [templates]
+    if not all(isinstance(each, str | None) for each in every):
         raise config.wrong("chat_template", "Jinja source")
-    return template
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Writes `tokenizer.json` and `tokenizer_config.json`."""
-    tokenizer.core.save(str(folder / "tokenizer.json"))
-    config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        **tokenizer.special_tokens,
-    }
-    if tokenizer.chat_template is not None:
-        config["chat_template"] = tokenizer.chat_template
-    write_json(folder / "tokenizer_config.json", config)
+    """Writes `tokenizer.json` and `tokenizer_config.json`, with everything in them."""
+    with quiet_transformers():
+        tokenizer.hf.save_pretrained(folder, save_jinja_files=False)
+    path = folder / _CONFIG
+    config = read_json(path)
+    for key in _NOT_WRITTEN:
+        config.pop(key, None)
+    # The names that transformers 4 knows too.
+    if config["tokenizer_class"] == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    write_json(path, config)

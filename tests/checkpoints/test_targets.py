@@ -10,11 +10,13 @@ import pytest
 
 from jaxspark.checkpoints import CheckpointError, load_target, save_target
 from jaxspark.checkpoints import load as load_file
+from jaxspark.checkpoints.tokenizer import save_tokenizer
 from jaxspark.checkpoints.tree import named_parameters
 from tests.checkpoints.tiny import (
     LLAMA,
     QWEN3,
     target,
+    tokenizer,
     weights,
     write_folder,
     write_shards,
@@ -222,6 +224,28 @@ def test_a_tokenizer_larger_than_the_model_is_rejected(tmp_path):
     (tmp_path / "m" / "SHA256SUMS").unlink()
     write_folder(tmp_path / "m", config, weights(config))
     rejected(tmp_path / "m", "tokenizer has 258 ids.*vocab_size is 200")
+
+
+def test_texts_end_at_the_same_ids_wherever_that_is_asked(tmp_path):
+    """Those of generation_config.json, and the tokenizer's end of text."""
+    folder = write_folder(tmp_path / "m", LLAMA, weights(LLAMA))
+    save_tokenizer(folder, tokenizer())
+    (folder / "generation_config.json").write_text('{"eos_token_id": [256, 7]}')
+    loaded = load_target(folder)
+    assert loaded.stop_ids == loaded.tokenizer.stop_ids == (256, 7, 257)
+    path = folder / "tokenizer_config.json"
+    path.write_text('{"eos_token": "<gone>", "tokenizer_class": "TokenizersBackend"}')
+    config = LLAMA | {"vocab_size": 258}
+    write_folder(folder, config, weights(config))
+    rejected(folder, "ends texts with '<gone>', id 258; the model's vocab_size is 258")
+
+
+def test_a_padding_token_beyond_the_model_is_left_alone(tmp_path):
+    config = LLAMA | {"vocab_size": 258}
+    folder = write_folder(tmp_path / "m", config, weights(config))
+    save_tokenizer(folder, tokenizer())
+    (folder / "special_tokens_map.json").write_text('{"pad_token": "[PAD]"}')
+    assert load_target(folder).tokenizer.encode("[PAD]") == [258]
 
 
 def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from jaxspark.checkpoints import CheckpointError, Tokenizer
-from jaxspark.checkpoints.chat_template import render_chat
+from jaxspark.checkpoints import CheckpointError
 from jaxspark.checkpoints.gguf_header import GGUFFile
 from jaxspark.checkpoints.gguf_tokenizer import tokenizer_from_gguf
 from jaxspark.checkpoints.tokenizer import load_tokenizer, save_tokenizer
@@ -78,21 +77,6 @@ def test_streamed_pieces_join_to_the_text(smollm2, text, step):
         assert "".join(pieces) + stream.flush() == text
 
 
-def test_half_a_character_is_never_printed():
-    tokenizer = tiny.tokenizer()
-    stream, text = tokenizer.stream(), "a🎉é"
-    pieces = [stream.push([i]) for i in tokenizer.encode(text)]
-    assert pieces == ["a", "", "", "", "🎉", "", "é"]
-    assert stream.flush() == ""
-
-
-def test_a_character_that_never_ends_appears_at_the_flush():
-    tokenizer = tiny.tokenizer()
-    stream = tokenizer.stream()
-    assert stream.push(tokenizer.encode("a🎉")[:3]) == "a"
-    assert stream.flush() == "\ufffd"
-
-
 def test_an_exported_tokenizer_is_the_same(smollm2, tmp_path):
     save_tokenizer(tmp_path, smollm2.tokenizer)
     loaded = load_tokenizer(tmp_path)
@@ -134,51 +118,6 @@ def test_the_template_may_be_a_file_a_text_or_a_named_list(tmp_path):
     assert chat_with("overridden") == "F"
 
 
-def test_special_tokens_and_own_variables_reach_the_template():
-    tokenizer = Tokenizer(
-        core=tiny.tokenizer().core,
-        special_tokens={"bos_token": "<s>"},
-        chat_template="{{ bos_token }}{% if thinking %}hm{% endif %}",
-    )
-    assert tokenizer.chat([], thinking=True) == [256, *tokenizer.encode("hm")]
-    assert tokenizer.chat([]) == [256]
-
-
-@pytest.mark.parametrize(
-    "template, words",
-    [
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{% for %}", "chat template fails"),
-        ("{{ messages[9]['content'] + 'x' }}", "chat template fails"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe|fails"),
-        ("{{ messages.append(1) }}", "unsafe|fails"),
-        ("{{ 1 / 0 }}", "broken"),
-        ("{{ range(10**9) | list }}", "fails|broken"),
-    ],
-)
-def test_a_template_that_fails_or_breaks_out_is_an_error(template, words):
-    with pytest.raises(CheckpointError, match=words):
-        render(template)
-
-
-def render(template, messages=({"role": "user", "content": "hi"},)):
-    return render_chat(template, messages, add_generation_prompt=True, variables={})
-
-
-def test_templates_have_the_environment_of_transformers():
-    assert render("{{ {'a': 'é<'} | tojson }}") == '{"a": "é<"}'
-    assert render("{% generation %}x{% endgeneration %}y") == "xy"
-    loop = "{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}"
-    assert render(loop + "{% endfor %}") == "01"
-    assert render("{% if true %}\n  a\n{% endif %}\n") == "  a\n"
-    assert len(render("{{ strftime_now('%Y') }}")) == 4
-
-
-def test_messages_must_have_roles():
-    with pytest.raises(CheckpointError, match="message 0 is 'hi', expected an object"):
-        tiny.tokenizer().chat(["hi"])
-
-
 def test_damaged_tokenizer_files_are_named(tmp_path):
     save_tokenizer(tmp_path, tiny.tokenizer())
     path = tmp_path / "tokenizer.json"
@@ -188,11 +127,63 @@ def test_damaged_tokenizer_files_are_named(tmp_path):
         with pytest.raises(CheckpointError, match="tokenizer.json: is not a tokenizer"):
             load_tokenizer(tmp_path)
     path.write_bytes(data)
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<gone>"}')
-    with pytest.raises(CheckpointError, match="eos_token is '<gone>'"):
-        load_tokenizer(tmp_path)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / name).write_text("{")
+        with pytest.raises(CheckpointError, match=f"{name}: is not valid JSON"):
+            load_tokenizer(tmp_path)
+        (tmp_path / name).unlink()
     path.unlink()
     assert load_tokenizer(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ({"tokenizer_class": 3}, "tokenizer_class is 3, expected a string"),
+        ({"tokenizer_class": "AutoModel"}, "'AutoModel', expected the name of a token"),
+        ({"added_tokens_decoder": [1]}, "cannot be read.*transformers.AutoTokenizer"),
+        ({"tokenizer_object": "x"}, "cannot be read"),
+        ({"auto_map": {"AutoTokenizer": ["code.Own", None]}}, "code.Own.*is never run"),
+    ],
+)
+def test_a_configuration_that_cannot_be_followed_is_named(tmp_path, config, words):
+    """Names of classes are looked up in transformers alone; code is never run."""
+    (tmp_path / "code.py").write_text("raise SystemExit('run')")
+    save_tokenizer(tmp_path, tiny.tokenizer())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"{tmp_path}.*{words}"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_class_that_transformers_does_not_know_reads_tokenizer_json(tmp_path):
+    """As does a model's configuration that it does not accept."""
+    save_tokenizer(tmp_path, tiny.tokenizer())
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text('{"tokenizer_class": "OwnTokenizer", "eos_token": "</s>"}')
+    broken = {"model_type": "llama", "hidden_size": 2.5, "rope_scaling": {"type": "x"}}
+    for config in (broken, {"model_type": "unknown"}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        loaded = load_tokenizer(tmp_path)
+        assert loaded.encode("a</s>") == tiny.tokenizer().encode("a</s>")
+        assert loaded.stop_ids == (257,)
+
+
+def test_what_transformers_notes_is_not_written(tmp_path):
+    """The folder says nothing of this machine, and transformers 4 can read it."""
+    core = tiny.tokenizer().core
+    core.save(str(tmp_path / "tokenizer.json"))
+    config = {"additional_special_tokens": ["<new>"], "model_max_length": 77, "own": 1}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = load_tokenizer(tmp_path)
+    save_tokenizer(tmp_path, loaded)
+    written = (tmp_path / "tokenizer_config.json").read_text()
+    assert str(tmp_path) not in written and "local" not in written
+    written = json.loads(written)
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config.items() <= written.items() and "extra_special_tokens" not in written
+    assert (
+        loaded.vocab_size == 259 and len(load_tokenizer(tmp_path).encode("<new>")) == 1
+    )
 
 
 def metadata(tmp_path, **changes):
@@ -225,6 +216,19 @@ def test_each_splitting_rule_cuts_digits_its_own_way(tmp_path):
     assert pieces("smollm") == ["Is", " ", "1", "2", "3", "4", "'", "S", "\n"]
     assert pieces("llama-bpe") == ["Is", " ", "123", "4", "'S", "\n"]
     assert pieces("qwen2") == ["Is", " ", "1", "2", "3", "4", "'S", "\n"]
+
+
+def test_named_templates_are_read_from_gguf(tmp_path):
+    file = metadata(tmp_path)
+    assert tokenizer_from_gguf(file).chat_template is None
+    file.metadata["tokenizer.chat_template"] = "D"
+    assert tokenizer_from_gguf(file).chat_template == "D"
+    file.metadata["tokenizer.chat_templates"] = ["tool_use"]
+    file.metadata["tokenizer.chat_template.tool_use"] = "T"
+    tokenizer = tokenizer_from_gguf(file)
+    assert tokenizer.chat_template == {"default": "D", "tool_use": "T"}
+    save_tokenizer(tmp_path, tokenizer)
+    assert load_tokenizer(tmp_path).chat_template == tokenizer.chat_template
 
 
 def test_control_tokens_are_found_and_not_printed_user_ones_are(tmp_path):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from jaxspark.checkpoints import Tokenizer
 from jaxspark.decoding import generate
 from jaxspark.evaluation.looping import is_looping
 from jaxspark.training.data import (
@@ -45,6 +46,24 @@ def test_only_answers_are_trainable():
     assert [tok.decode(ids) for ids in answers if ids] == ["cd", "fg"]
 
 
+def test_an_answer_ends_at_its_first_stop_whichever_that_is():
+    """Where generation stops at two ids, what follows either is not an answer."""
+    tok = tokenizer().with_stop_ids((257, 256))
+    document = encode(tok, conversation("ab", "c<s>d"))
+    assert tok.decode(document.ids_L[document.trainable_L]) == "c"
+
+
+def test_a_first_message_by_the_assistant_answers_nothing():
+    tok = tokenizer()
+    hello = {"role": "assistant", "content": "hello"}
+    rest = conversation("ab", "cd").messages
+    document = encode(tok, Conversation(messages=(hello, *rest)))
+    assert tok.decode(document.ids_L[document.trainable_L]) == "cd"
+    assert "hello" in tok.decode(document.ids_L)
+    with pytest.raises(ValueError, match="f:1: no message by the assistant that answ"):
+        encode(tok, Conversation(messages=(hello,), where="f:1"))
+
+
 def test_known_answer_ids_are_taken_as_they_are():
     tok = tokenizer()
     # A control token inside leaves no text; encoding the text would not bring it back.
@@ -71,14 +90,14 @@ def test_answer_ids_of_another_target_are_refused():
 def test_a_template_that_rewrites_the_past_is_refused():
     tok = tokenizer()
     forgetful = tok.chat_template.replace("in messages", "in messages[-2:]")
-    object.__setattr__(tok, "chat_template", forgetful)
+    tok = Tokenizer(core=tok.core, stop_ids=tok.stop_ids, chat_template=forgetful)
     with pytest.raises(ValueError, match="file:1: the template rewrites"):
         encode(tok, conversation("ab", "cd", "e", "fg"))
 
 
 def test_a_template_that_fails_is_named():
-    tok = tokenizer()
-    object.__setattr__(tok, "chat_template", "{{ raise_exception('no tools here') }}")
+    template = "{{ raise_exception('no tools here') }}"
+    tok = Tokenizer(core=tokenizer().core, chat_template=template)
     with pytest.raises(ValueError, match="file:1: .*no tools here"):
         encode(tok, conversation("ab", "cd"))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxspark.checkpoints import CheckpointError, Tokenizer
+from jaxspark.text import Tokenizer
 from jaxspark.training.data.conversations import Conversation, Problem
 
 
@@ -26,8 +26,10 @@ class Document:
 def encode(tokenizer: Tokenizer, conversation: Conversation) -> Document:
     """Applies the chat template; the assistant's tokens are trainable.
 
-    An answer ends with its stop token; what a template writes after it is not the
-    assistant's. Where `answer_ids` are known, the last answer is these very ids.
+    An answer ends with its first stop token, where generation stops too; what the
+    template writes after it is not the assistant's. A first message by the assistant
+    answers nothing and is context. Where `answer_ids` are known, the last answer is
+    these very ids.
 
     Raises:
       ValueError: no answer, answer ids that are not the answer's text, or a template
@@ -40,7 +42,7 @@ def encode(tokenizer: Tokenizer, conversation: Conversation) -> Document:
     last = len(messages) - 1
     try:
         for index, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or index == 0:
                 continue
             prompt = tokenizer.chat(messages[:index])
             if index == last and conversation.answer_ids is not None:
@@ -58,10 +60,12 @@ def encode(tokenizer: Tokenizer, conversation: Conversation) -> Document:
             between = prompt[len(ids) :]
             ids += between + answer
             trainable += [False] * len(between) + [True] * len(answer)
-    except (CheckpointError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{conversation.where}: {error}") from error
     if not ids:
-        raise ValueError(f"{conversation.where}: no message by the assistant")
+        raise ValueError(
+            f"{conversation.where}: no message by the assistant that answers one"
+        )
     return Document(np.array(ids, np.int32), np.array(trainable))
 
 
