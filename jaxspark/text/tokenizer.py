@@ -103,8 +103,25 @@ class Tokenizer:
         return max(self.core.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a plain text, after a beginning-of-text token if the model has one."""
-        return self.hf.encode(text, verbose=False)
+        """Ids of a plain text, after a beginning-of-text token if the model has one.
+
+        Raises:
+          ValueError: the text holds half of a surrogate pair, which JSON can.
+        """
+        return self._encode(text, add_special_tokens=True)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text is no Unicode: {text[error.start]!r} at {error.start}, "
+                f"after {text[max(error.start - 20, 0) : error.start]!r}, is half of a "
+                "surrogate pair"
+            ) from error
+        return self.hf.encode(
+            text, add_special_tokens=add_special_tokens, verbose=False
+        )
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of ids; control tokens are left out unless `skip_special` is False."""
@@ -142,6 +159,7 @@ class Tokenizer:
 
         Raises:
           CheckpointError: no chat template, or one that fails on these messages.
+          ValueError: as for `encode`.
         """
         if self.chat_template is None:
             raise CheckpointError(
@@ -170,7 +188,7 @@ class Tokenizer:
                 f"the chat template fails on these {len(messages)} messages: {error}"
             ) from error
         # The template writes its own beginning-of-text token.
-        return self.hf.encode(text, add_special_tokens=False, verbose=False)
+        return self._encode(text, add_special_tokens=False)
 
     def stream(self) -> TextStream:
         """A fresh decoder for ids that arrive piece by piece."""

@@ -43,8 +43,9 @@ CHATML = """{%- if tools %}<|im_start|>system
 {% endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-STRICT = """{{ bos_token }}{% for message in messages %}
-{%- if message.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}
+STRICT = """{{ bos_token }}{% if messages[0].role == 'tool' %}
+{{- raise_exception('no tool has been called') }}{% endif %}
+{%- for message in messages %}
 {%- if message.role == 'assistant' %}{% generation %}{{ message['content'] | trim }}
 {{- eos_token }}{% endgeneration %}
 {%- else %}[{{ message.role }}] {{ message['content'] | trim }} {% endif %}

@@ -137,3 +137,12 @@ def test_messages_that_are_none_are_named():
         tiny.tokenizer().chat([])
     with pytest.raises(CheckpointError, match="has no chat template"):
         Tokenizer(core=tiny.tokenizer().core).chat(HI)
+
+
+def test_half_of_a_surrogate_pair_is_named():
+    """JSON can hold it; no tokenizer can."""
+    tokenizer = tiny.tokenizer()
+    with pytest.raises(ValueError, match=r"'\\ud83d' at 2, after 'ab'"):
+        tokenizer.encode("ab\ud83d")
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        tokenizer.chat([{"role": "user", "content": "\ud83d"}])
