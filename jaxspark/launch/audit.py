@@ -67,8 +67,7 @@ flags.DEFINE_integer("max_new_tokens", 128, "Output budget.", lower_bound=1)
 flags.DEFINE_list(
     "drafters",
     ["ngram", "dspark-vanilla", "dspark-gated", "dspark-rnn", "dflash"],
-    "Drafters: ngram, dspark-<head> and dflash with random weights, or DeepSpec "
-    "folders.",
+    "Drafters: ngram, dspark-<head> and dflash with random weights, or folders.",
 )
 flags.DEFINE_list("block_lengths", [str(g) for g in range(1, 9)], "Block lengths.")
 flags.DEFINE_list("slots", ["1", "5"], "Batch sizes; larger ones mix temperatures.")

@@ -47,7 +47,7 @@ def define_model_flags(
             "draft",
             draft,
             'Drafter: "ngram" (prompt lookup), "none" (plain decoding), "dspark" (the '
-            "trained one for the default target), a DeepSpec folder or a Hugging Face "
+            "trained one for the default target), a folder or a Hugging Face "
             'Hub id; "hybrid:" before one puts prompt lookup beside it.',
         )
         flags.DEFINE_integer(
