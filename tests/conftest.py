@@ -1,13 +1,50 @@
 """What all tests share."""
 
+import atexit
+import os
+import secrets
+import shutil
+import tempfile
+
+# Before JAX is imported, and for the processes that tests start: tiny programs run for
+# milliseconds, so they are compiled quickly rather than well, and once for all.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = tempfile.mkdtemp(prefix="jaxspark-compiled-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+# Workers of a run share its seed, so this is done before they are started.
+os.environ.setdefault("JAXSPARK_TEST_SEED", str(secrets.randbelow(2**31)))
+
 import gc
 import importlib.util
+import zlib
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from jaxspark import load_target
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says how to repeat the run."""
+    seed = os.environ["JAXSPARK_TEST_SEED"]
+    terminalreporter.write_line(f"random numbers of JAXSPARK_TEST_SEED={seed}")
+
+
+@pytest.fixture
+def seed(request) -> int:
+    """Differs between tests, and between runs unless JAXSPARK_TEST_SEED is set."""
+    run = os.environ["JAXSPARK_TEST_SEED"]
+    return zlib.crc32(f"{run} {request.node.nodeid}".encode()) >> 1
+
+
+@pytest.fixture
+def random(seed) -> np.random.Generator:
+    """Random numbers of the test's own."""
+    return np.random.default_rng(seed)
 
 
 @pytest.fixture(scope="module", autouse=True)

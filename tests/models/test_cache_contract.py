@@ -21,8 +21,10 @@ from jaxspark.models import (
     FlatTokens,
     RopeConfig,
 )
-from tests.driver import Session
+from tests.driver import Session, forward
 
+# Most passes have one shape, so that most tests share one program.
+SLOTS, LENGTH, CHUNK = 4, 40, 8
 TOLERANCE = 1e-3  # float32 rounding: 1.5e-4 at worst in 700 seeds, logits up to 20
 TINY = {
     "vocab_size": 53,
@@ -54,6 +56,7 @@ def small_v4():
         sliding_window=6,
         hca_ratio=8,
         index_topk=2,
+        hc_sinkhorn_iters=3,
         compress_ratios=(4, 8),
     )
     model = DeepSeekV4(config, rngs=nnx.Rngs(1))
@@ -83,16 +86,18 @@ def dense(request):
     return small_dense(request.param)
 
 
-@pytest.fixture
-def random():
-    """Fresh numbers every run; the seed is shown when a test fails."""
-    seed = int(np.random.default_rng().integers(2**31))
-    print(f"{seed=}")
-    return np.random.default_rng(seed)
-
-
 def some_tokens(random, *lengths):
     return [random.integers(0, TINY["vocab_size"], n) for n in lengths]
+
+
+def session(model, **options):
+    return Session(model, SLOTS, LENGTH, **options)
+
+
+def feed(session, rows, *, chunk=CHUNK, **options):
+    """Logits of the new tokens of the first slots; the others get none."""
+    idle = [[]] * (SLOTS - len(rows))
+    return session.feed([*rows, *idle], chunk=chunk, **options)[0][: len(rows)]
 
 
 def assert_same(ours, expected, tolerance=TOLERANCE):
@@ -107,7 +112,7 @@ def test_earlier_tokens_matter(model, random):
     (row,) = some_tokens(random, 12)
     other = row.copy()
     other[0] = (other[0] + 1) % TINY["vocab_size"]
-    logits = Session(model, 2, 16).feed([row, other], chunk=4)[0]
+    logits = feed(session(model), [row, other])
     assert np.abs(logits[0][-1] - logits[1][-1]).max() > 100 * TOLERANCE
 
 
@@ -116,116 +121,105 @@ def test_rewind_equals_never_having_seen(model, random):
         a, b, c = random.integers(0, 13, (3, 3))
         a, c = np.maximum(a, 1), np.maximum(c, 1)
         kept, dropped, new = (some_tokens(random, *n) for n in (a, b, c))
-        session = Session(model, 3, 40)
-        session.feed([np.concatenate(pair) for pair in zip(kept, dropped)], chunk=26)
-        session.rewind(a)
-        logits, _ = session.feed(new, chunk=13)
-        straight = Session(model, 3, 40)
-        straight.feed(kept, chunk=26)
-        assert_same(logits, straight.feed(new, chunk=13)[0])
+        rewound, straight = session(model), session(model)
+        feed(rewound, [np.concatenate(pair) for pair in zip(kept, dropped)])
+        rewound.rewind([*a, 0])
+        feed(straight, kept)
+        assert_same(feed(rewound, new), feed(straight, new))
 
 
 def test_rewind_to_nothing_frees_a_slot(model, random):
     (old, new, neighbour) = some_tokens(random, 20, 8, 30)
-    session = Session(model, 2, 32)
-    session.feed([old, neighbour[:20]], chunk=20)
-    session.rewind([0, 20])
-    logits, _ = session.feed([new, neighbour[20:]], chunk=10)
-    assert_same(logits[:1], Session(model, 2, 32).feed([new, []], chunk=10)[0][:1])
+    reused = session(model)
+    feed(reused, [old, neighbour[:20]])
+    reused.rewind([0, 20, 0, 0])
+    logits = feed(reused, [new, neighbour[20:]])
+    assert_same(logits[:1], feed(session(model), [new]))
 
 
 def test_garbage_beyond_the_length_is_never_read(model, random):
-    rows = some_tokens(random, 9, 3)
-    clean, dirty = Session(model, 2, 24), Session(model, 2, 24)
-    noise = np.random.default_rng(0)
+    rows = some_tokens(random, 19, 3)
+    clean, dirty = session(model), session(model)
     dirty.cache = jax.tree.map(
-        lambda x: jnp.asarray(1e4 * noise.standard_normal(x.shape), x.dtype),
+        lambda x: jnp.asarray(1e4 * random.standard_normal(x.shape), x.dtype),
         dirty.cache,
     )
-    assert_same(dirty.feed(rows, chunk=4)[0], clean.feed(rows, chunk=4)[0])
+    assert_same(feed(dirty, rows), feed(clean, rows))
 
 
 def test_slots_are_interchangeable(model, random):
     rows = some_tokens(random, 14, 1, 8, 5)
     order = random.permutation(4)
-    straight = Session(model, 4, 16).feed(rows, chunk=5)[0]
-    permuted = Session(model, 4, 16).feed([rows[i] for i in order], chunk=5)[0]
+    straight = feed(session(model), rows)
+    permuted = feed(session(model), [rows[i] for i in order])
     assert_same(permuted, [straight[i] for i in order])
 
 
 def test_a_slot_does_not_see_its_neighbours(model, random):
     rows = some_tokens(random, 11, 11, 11)
-    together = Session(model, 3, 16).feed(rows, chunk=4)[0]
+    together = feed(session(model), rows)
     for slot, row in enumerate(rows):
         alone = [row if other == slot else [] for other in range(3)]
-        assert_same(
-            [together[slot]], [Session(model, 3, 16).feed(alone, chunk=4)[0][slot]]
-        )
+        assert_same([together[slot]], [feed(session(model), alone)[slot]])
 
 
-@pytest.mark.parametrize("chunk", (1, 2, 5, 16))
+@pytest.mark.parametrize("chunk", (1, 5, CHUNK))
 def test_passes_may_be_cut_anywhere(model, random, chunk):
     rows = some_tokens(random, 19, 7)
-    whole = Session(model, 2, 24).feed(rows)[0]
-    assert_same(Session(model, 2, 24).feed(rows, chunk=chunk)[0], whole)
+    whole = feed(session(model), rows, chunk=None)
+    assert_same(feed(session(model), rows, chunk=chunk), whole)
 
 
-@pytest.mark.parametrize("capacity", (13, 16, 40))
+@pytest.mark.parametrize("capacity", (13, 40))
 def test_bucket_size_does_not_matter(model, random, capacity):
-    """13 tokens in a bucket of 13, 16 or 40, the rest padding."""
+    """13 tokens in a bucket of 13 or 40, the rest padding; else in one of 32."""
     rows = some_tokens(random, 8, 0, 5)
-    exact = Session(model, 3, 16).feed(rows)[0]
-    assert_same(Session(model, 3, 16).feed(rows, capacity=capacity)[0], exact)
+    seen = feed(session(model), rows, capacity=capacity)
+    assert_same(seen, feed(session(model), rows))
 
 
 def test_ids_of_padding_do_not_matter(model, random):
-    graphdef, params = nnx.split(model)
-
-    @jax.jit
-    def run(params, tokens):
-        model = nnx.merge(graphdef, params)
-        x_DT, _, cache = model(tokens, model.init_cache(2, 8))
-        return model.logits(x_DT), cache
-
-    ids_BQ = random.integers(0, 53, (2, 4))
-    counts_B, starts_B = np.array([3, 2]), np.zeros(2, np.int32)
+    ids_BQ = random.integers(0, 53, (SLOTS, CHUNK))
+    counts_B, starts_B = np.array([3, 2, 0, 8]), np.zeros(SLOTS, np.int32)
     results = []
     for fill in (0, 52):
-        ids_BQ[0, 3:] = ids_BQ[1, 2:] = fill
-        tokens = FlatTokens.from_rows(jnp.asarray(ids_BQ), starts_B, counts_B)
-        logits_TV, cache = run(params, tokens)
-        results.append((logits_TV[:5], cache))
+        ids_BQ[np.arange(CHUNK) >= counts_B[:, None]] = fill
+        fresh = session(model)
+        results.append(
+            forward(
+                fresh.graphdef, fresh.params, fresh.cache, ids_BQ, starts_B, counts_B
+            )
+        )
     for first, second in zip(*map(jax.tree.leaves, results)):
         assert (np.asarray(first) == np.asarray(second)).all()
 
 
 def test_padding_writes_nothing(dense, random):
-    session = Session(dense, 2, 8)
-    session.feed(some_tokens(random, 3, 1), capacity=16)
-    for layer in session.cache:
+    written = session(dense)
+    feed(written, some_tokens(random, 3, 1))
+    for layer in written.cache:
         for rows_BKSH in (layer.k_BKSH, layer.v_BKSH):
             written_BS = np.abs(np.asarray(rows_BKSH)).sum((1, 3)) > 0
-            assert written_BS.sum(axis=1).tolist() == [3, 1]
+            assert written_BS.sum(axis=1).tolist() == [3, 1, 0, 0]
             assert written_BS[0, :3].all() and written_BS[1, 0]
 
 
 def test_tokens_past_the_cache_are_dropped_and_hurt_nobody(model, random):
     """A slot that runs over its cache's end must not write into its neighbour."""
-    rows = some_tokens(random, 12, 6)
-    session = Session(model, 2, 8)
-    session.feed([[], rows[1][:3]], chunk=12)
-    session.feed([rows[0], []], chunk=12)
-    logits, _ = session.feed([[], rows[1][3:]], chunk=3)
-    alone = Session(model, 2, 8)
-    alone.feed([[], rows[1][:3]], chunk=12)
-    assert_same([logits[1]], [alone.feed([[], rows[1][3:]], chunk=3)[0][1]])
+    long, row = some_tokens(random, LENGTH + 4, 6)
+    beside, alone = session(model), session(model)
+    # The last of these passes begins inside the cache and ends outside.
+    for rows in ([long[:3], row[:3]], [long[3:], []]):
+        feed(beside, rows)
+    feed(alone, [[], row[:3]])
+    assert_same(*(feed(each, [[], row[3:]])[1:] for each in (beside, alone)))
 
 
 def test_heads_stored_in_128_lanes_give_the_same(dense, random):
     rows = some_tokens(random, 15, 4)
-    narrow, wide = (Session(dense, 2, 16, lanes=lanes) for lanes in (1, 128))
+    narrow, wide = (session(dense, lanes=lanes) for lanes in (1, 128))
     assert wide.cache[0].k_BKSH.shape[-1] == 128
-    assert_same(wide.feed(rows, chunk=6)[0], narrow.feed(rows, chunk=6)[0])
+    assert_same(feed(wide, rows), feed(narrow, rows))
 
 
 def test_taps_come_in_the_order_asked_and_end_in_the_logits(dense, random):
