@@ -187,8 +187,12 @@ def test_the_paper_s_example_is_biased_where_it_says_so_and_nowhere_else():
     assert len(lawful) == 2 and all(check.holds for check in lawful), lawful
 
 
+# Two that tempt: whoever may look ahead is biased in some of the rounds below.
+TEMPTING = (costs(1.2, 1.83, 2.53, 2.68), costs(0.98, 1.56, 1.58, 1.63))
+
+
 def random_round(seed):
-    """Target, drafter, costs and an earlier survival, drawn anew."""
+    """Target, drafter and an earlier survival, drawn anew, and costs."""
     rng = np.random.default_rng(seed)
     vocab, length = 2, 3
     p, q = rng.dirichlet(np.ones(vocab), 2) * 0.96 + 0.02
@@ -197,13 +201,11 @@ def random_round(seed):
         for n in range(length)
         for before in itertools.product(range(vocab), repeat=n)
     }
-    steps = rng.exponential((1.0, 0.3, 0.3, 0.3)) + (0.5, 0, 0, 0)
-    table = costs(*np.cumsum(steps).tolist())
     earlier = jnp.array(np.cumprod(rng.uniform(size=length)), jnp.float32)
-    return dict(p=p, q=q, confidence=confidence, earlier_G=earlier), table
+    return dict(p=p, q=q, confidence=confidence, earlier_G=earlier), TEMPTING[seed % 2]
 
 
-SEEDS = range(12)
+SEEDS = range(6)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -223,7 +225,7 @@ def test_the_free_one_is_not():
         kwargs, table = random_round(seed)
         seen, true = distribution(**kwargs, schedule=Unlawful(costs=table))
         errors.append(np.abs(seen - true).max())
-    assert max(errors) > 1e-3
+    assert sum(error > 1e-3 for error in errors) >= 2
 
 
 SHARPENED = Calibration(
