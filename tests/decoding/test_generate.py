@@ -34,7 +34,7 @@ def ngram(model):
 
 def step_by_step(model, prompt, count):
     """Greedy decoding with the bare model only; tokens and log-probabilities."""
-    session = Session(model, 1, len(prompt) + count + 1)
+    session = Session(model, 1, 64)
     row, tokens, log_probs = prompt, [], []
     for _ in range(count):
         [logits], _ = session.feed([row])
@@ -91,8 +91,8 @@ def test_a_stop_token_inside_an_accepted_block_ends_the_output(model, ngram):
 
 
 def test_streaming_delivers_the_same_tokens_piece_by_piece(model, ngram):
-    prompts = zoo.prompts(3, 20)
-    pieces = {0: [], 1: []}
+    prompts = zoo.prompts(3, 20, 5)
+    pieces = {0: [], 1: [], 2: []}
     calls = []
 
     def on_tokens(slot, tokens):
@@ -101,7 +101,7 @@ def test_streaming_delivers_the_same_tokens_piece_by_piece(model, ngram):
 
     seen = generate(model, prompts, ngram, max_new_tokens=40, on_tokens=on_tokens)
     whole = generate(model, prompts, ngram, max_new_tokens=40)
-    assert [pieces[0], pieces[1]] == [each.tokens for each in seen]
+    assert list(pieces.values()) == [each.tokens for each in seen]
     assert [each.tokens for each in seen] == [each.tokens for each in whole]
     assert len(calls) > 4
 
@@ -126,19 +126,19 @@ def test_the_round_is_pure_inside_a_callers_own_jit(model, ngram):
     options = DecodeOptions(block_length=3)
 
     @jax.jit
-    def three_rounds(model, state):
-        for _ in range(3):
+    def two_rounds(model, state):
+        for _ in range(2):
             state = decode_round(model, ngram, state, options)
         return state
 
     state = init_state(model, ngram, prompts, [40, 40], Sampling.of(2), block_length=3)
     state = prefill(model, ngram, state, chunk=16)
-    state = three_rounds(model, state)
+    state = two_rounds(model, state)
     expected = generate(model, prompts, max_new_tokens=20)
     for slot, prompt in enumerate(prompts):
         length = int(state.lengths_B[slot])
         seen = np.asarray(state.tokens_BS)[slot, len(prompt) : length].tolist()
-        assert 3 <= len(seen) <= 12
+        assert 2 <= len(seen) <= 8
         assert seen == expected[slot].tokens[: len(seen)]
 
 

@@ -187,7 +187,7 @@ def test_the_paper_s_example_is_biased_where_it_says_so_and_nowhere_else():
     assert len(lawful) == 2 and all(check.holds for check in lawful), lawful
 
 
-# Two that tempt: whoever may look ahead is biased in some of the rounds below.
+# Two that tempt: whoever may look ahead is biased in one of the rounds below.
 TEMPTING = (costs(1.2, 1.83, 2.53, 2.68), costs(0.98, 1.56, 1.58, 1.63))
 
 
@@ -225,7 +225,7 @@ def test_the_free_one_is_not():
         kwargs, table = random_round(seed)
         seen, true = distribution(**kwargs, schedule=Unlawful(costs=table))
         errors.append(np.abs(seen - true).max())
-    assert sum(error > 1e-3 for error in errors) >= 2
+    assert max(errors) > 1e-3
 
 
 SHARPENED = Calibration(

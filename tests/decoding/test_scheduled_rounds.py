@@ -29,7 +29,8 @@ from jaxspark.decoding import (
 from tests import zoo
 
 PROMPTS = zoo.prompts(3, 17, 8)
-OPTIONS = {"max_new_tokens": 40, "temperature": 1.0, "coupling": "gumbel"}
+PLAIN = {"max_new_tokens": 40, "temperature": 1.0, "coupling": "gumbel"}
+OPTIONS = {"block_length": 4, **PLAIN}
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +40,14 @@ def model():
 
 @pytest.fixture(scope="module")
 def plain(model):
-    return [each.tokens for each in generate(model, PROMPTS, **OPTIONS)]
+    return [each.tokens for each in generate(model, PROMPTS, **PLAIN)]
 
 
-def run(model, plain, schedule, drafter="dspark-gated", **options):
+def run(model, plain, schedule, *, prompts=PROMPTS, **options):
     seen = generate(
         model,
-        PROMPTS,
-        zoo.drafter(drafter, model),
-        block_length=4,
+        prompts,
+        zoo.drafter("dspark-gated", model),
         schedule=schedule,
         **OPTIONS | options,
     )
@@ -56,7 +56,7 @@ def run(model, plain, schedule, drafter="dspark-gated", **options):
 
 
 def costs(draft_seconds, slope=1.0):
-    sizes = (3, 6, 15)
+    sizes = (3, 15)
     seconds = tuple(1 + draft_seconds + slope * (size - 3) for size in sizes)
     return zoo.costs(sizes, seconds, plain=1.0, length=4)
 
@@ -96,18 +96,16 @@ def test_requests_begin_with_the_memory_of_those_before_them(model):
     assert drafted == {0: 1, 1: 0, 2: 0, 3: 1}
 
 
-@pytest.mark.parametrize("kind", [Lagged, Causal])
-def test_drafts_that_cost_nothing_are_all_verified(model, plain, kind):
-    seen = run(model, plain, kind(costs=costs(0.0, slope=0.0)))
+def test_drafts_that_cost_nothing_are_all_verified(model, plain):
+    seen = run(model, plain, Causal(costs=costs(0.0, slope=0.0)))
     assert all(each.drafted == each.rounds for each in seen)
     assert sum(e.verified for e in seen) > 3 * sum(e.rounds for e in seen)
 
 
-@pytest.mark.parametrize("kind", [Lagged, Causal])
-def test_short_blocks_are_drafted_where_long_ones_are_dear(model, plain, kind):
+def test_short_blocks_are_drafted_where_long_ones_are_dear(model, plain):
     lengths = {0: 5.0, 1: 1.0, 4: 9.0}
     curves = (CostCurve(g, (3 * (g + 1),), (cost,)) for g, cost in lengths.items())
-    schedule = kind(costs=Costs(tuple(curves)), probe_share=0.4)
+    schedule = Lagged(costs=Costs(tuple(curves)), probe_share=0.4)
     for each in run(model, plain, schedule):
         assert each.drafted == each.rounds
         # A whole block once in twenty rounds, the first of them at the beginning.
@@ -141,7 +139,8 @@ def test_nothing_is_drafted_with_a_fixed_length_of_none(model, plain):
 
 
 def test_each_request_keeps_its_floor_and_cap(model, plain):
-    seen = run(model, plain, Threshold(1.0), draft_floor=[0, 2, 1], draft_cap=[4, 4, 1])
+    bounds = {"draft_floor": [0, 2, 1], "draft_cap": [4, 4, 1]}
+    seen = run(model, plain, Threshold(1.0), buckets=(15,), **bounds)
     assert seen[0].verified == 0
     # The last rounds have less room.
     assert 2 * (seen[1].rounds - 3) <= seen[1].verified <= 2 * seen[1].rounds
@@ -179,7 +178,8 @@ def test_calibration_changes_what_is_verified(model, plain):
             coupling="gumbel", fitted_at=(1.0,), temperatures=((t,) * 4,)
         )
         # Sharp confidences are 0 or 1, flat ones a half at every place.
-        seen = run(model, plain, Threshold(0.45), calibration=calibration)
+        options = {"calibration": calibration, "buckets": (15,)}
+        seen = run(model, plain, Threshold(0.45), **options)
         verified.append([each.verified / each.rounds for each in seen])
     assert np.ptp(verified[1]) < 0.2 and verified[0] != verified[1]
 
@@ -260,10 +260,11 @@ def test_malformed_calibrations_are_refused(changes, message):
 
 
 def test_costs_are_measured_where_there_are_none(model, plain, capsys):
-    run(model, plain, Lagged())
-    assert "measuring what rounds of 3 cost" in capsys.readouterr().out
+    few = {"prompts": PROMPTS[:1], "block_length": 1}
+    run(model, plain[:1], Lagged(), **few)
+    assert "measuring what rounds of 1 cost" in capsys.readouterr().out
     # Once is enough.
-    run(model, plain, Causal())
+    run(model, plain[:1], Causal(), **few)
     assert "measuring" not in capsys.readouterr().out
 
 
