@@ -9,6 +9,8 @@ from types import ModuleType
 import pytest
 from absl import flags
 
+import jaxspark.launch
+
 PACKAGE = "jaxspark.launch"
 
 
@@ -34,6 +36,8 @@ def _alone(name: str) -> Iterator[ModuleType]:
     finally:
         _forget()
         sys.modules |= modules
+        for key, module in modules.items():
+            setattr(jaxspark.launch, key.rpartition(".")[2], module)
         for module, flag in defined:
             flags.DEFINE_flag(flag, module_name=module)
         flags.FLAGS.unparse_flags()
@@ -47,6 +51,7 @@ def _forget() -> None:
     """Removes launchers and their flags from this process."""
     for name in [key for key in sys.modules if _ours(key)]:
         del sys.modules[name]
+        vars(jaxspark.launch).pop(name.rpartition(".")[2], None)
     for name in list(flags.FLAGS):
         if _ours(flags.FLAGS.find_module_defining_flag(name)):
             delattr(flags.FLAGS, name)

@@ -59,8 +59,10 @@ def test_no_shared_flag_is_shown_and_not_obeyed(name, load):
     shared = {flag.name for flag in modules.get("jaxspark.launch.common", ())}
     # The launcher, its helper modules, and what they call of the common one.
     called = functions("common")
+    source = (FOLDER / f"{name}.py").read_text("utf-8")
+    assert bool(shared) == ("common.define_" in source)
     stems = {path.stem for path in FOLDER.glob("*.py")} - {"common", *LAUNCHERS}
-    todo = [(FOLDER / f"{name}.py").read_text("utf-8")]
+    todo = [source]
     read, seen = "", set()
     while todo:
         read += (text := todo.pop())
