@@ -1,10 +1,84 @@
-"""Files of JSON lines that a stopped program goes on with."""
+"""Files of JSON lines: read line by line, or appended to by a program that goes on.
+
+A line ends at a line feed and nowhere else: JSON texts may hold U+2028, U+0085 and
+other characters at which `str.splitlines` splits. A line that cannot be read is a
+`Problem` of its own and ends nothing.
+"""
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+_BOM, _GZIP = b"\xef\xbb\xbf", b"\x1f\x8b"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A line, or a row of a dataset, that cannot be used, and why."""
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+def read_json_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """Yields ("file:line", value) for every line that is not blank.
+
+    The value is a `Problem` where the line is none. A byte order mark at the beginning
+    and carriage returns before line feeds are passed over.
+
+    Raises:
+      ValueError: the file is compressed.
+      OSError: it cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                if line.startswith(_GZIP):
+                    raise ValueError(f"{path}: is compressed by gzip; unpack it first")
+                line = line.removeprefix(_BOM)
+            if line.strip():
+                where = f"{path}:{number}"
+                try:
+                    yield where, _parse(line)
+                except (ValueError, RecursionError) as error:
+                    yield where, Problem(where, _reason(error))
+
+
+def _parse(line: bytes) -> Any:
+    """The value of one line; `ValueError` or `RecursionError` if it has none."""
+    value = json.loads(line.decode("utf-8"))
+    if b"\\ud" in line.lower():
+        # An escape may stand for half a character, which is no text.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
+def _reason(error: ValueError | RecursionError) -> str:
+    match error:
+        case UnicodeDecodeError():
+            return f"is not UTF-8 ({error.reason} at byte {error.start})"
+        case UnicodeEncodeError():
+            half = ord(error.object[error.start])
+            return f"holds half of a surrogate pair (\\u{half:x}), which is no text"
+        case json.JSONDecodeError():
+            message = error.msg.removesuffix(" at")
+            return f"is not JSON ({message} at column {error.colno})"
+        case RecursionError():
+            return "is not JSON that can be read (nested too deep)"
+    return f"is not JSON that can be read ({error})"
+
+
+def first_reasons(problems: Sequence[Problem], most: int = 3) -> str:
+    """Problems as one text for people: the first few, and how many more there are."""
+    shown = "; ".join(map(str, problems[:most]))
+    more = len(problems) - most
+    return f"{shown}; and {more} more" if more > 0 else shown
 
 
 class JsonLines:
@@ -19,23 +93,17 @@ class JsonLines:
         self.entries: list[Any] = []
         if not self.path.exists():
             return
+        self._cut_unfinished_line()
+        for _, entry in read_json_lines(self.path):
+            if isinstance(entry, Problem):
+                raise ValueError(f"{entry}; remove the line, or name another file")
+            self.entries.append(entry)
+
+    def _cut_unfinished_line(self) -> None:
         data = self.path.read_bytes()
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
             os.truncate(self.path, whole)
-        self.entries = [
-            self._parse(number, line)
-            for number, line in enumerate(data[:whole].splitlines(), 1)
-        ]
-
-    def _parse(self, number: int, line: bytes) -> Any:
-        try:
-            return json.loads(line.decode("utf-8"))
-        except ValueError as error:
-            raise ValueError(
-                f"{self.path}:{number}: is not JSON ({error}); remove the line, or "
-                "name another file"
-            ) from error
 
     def add(self, entry: Any) -> None:
         """Appends one entry."""

@@ -1,8 +1,13 @@
 """Evaluation prompts: JSON lines with a domain and user turns, as token ids."""
 
 import importlib.resources
-import json
+import itertools
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from jaxspark.jsonlines import Problem, first_reasons, read_json_lines
 
 DOMAINS = ("math", "code", "chat")
 # What comes with the package: 20 prompts of each domain, and questions to calibrate by.
@@ -21,42 +26,52 @@ def load_prompts(
     """Chat prompts of each domain from `<folder>/<domain>_prompts.jsonl`.
 
     The first user turn of every line goes through the chat template. Prompts longer
-    than `max_tokens` are passed over; the rest are taken evenly from the file.
+    than `max_tokens` are passed over; the rest are taken evenly from the file, all of
+    them where it has fewer than `per_domain`. Warnings say what is fewer, and which
+    lines are no prompts.
 
     Raises:
-      ValueError: a missing file, a malformed line, or too few prompts.
+      ValueError: a missing file, or one without any prompt that fits.
     """
     prompts = {}
     for domain in domains:
         path = Path(folder) / f"{domain}_prompts.jsonl"
         if not path.is_file():
             raise ValueError(f"{path}: no such file; expected one per domain {domains}")
+        read = [
+            _prompt_ids(where, row, tokenizer) for where, row in read_json_lines(path)
+        ]
+        problems = [each for each in read if isinstance(each, Problem)]
         fitting = [
             ids
-            for line, text in enumerate(path.read_text("utf-8").splitlines(), 1)
-            if len(ids := _prompt_ids(path, line, text, tokenizer)) <= max_tokens
+            for ids in read
+            if not isinstance(ids, Problem) and len(ids) <= max_tokens
         ]
-        if len(fitting) < per_domain:
-            raise ValueError(
-                f"{path}: has {len(fitting)} prompts of at most {max_tokens} tokens, "
-                f"{per_domain} were asked for"
-            )
-        prompts[domain] = [
-            fitting[i * len(fitting) // per_domain] for i in range(per_domain)
-        ]
+        said = f"{path}: has {len(fitting)} prompts of at most {max_tokens} tokens"
+        if problems:
+            said += f", {len(problems)} lines are none ({first_reasons(problems)})"
+        if not fitting:
+            raise ValueError(said)
+        count = min(per_domain, len(fitting))
+        if problems or count < per_domain:
+            warnings.warn(f"{said}; {count} are used", stacklevel=2)
+        prompts[domain] = [fitting[i * len(fitting) // count] for i in range(count)]
     return prompts
 
 
-def _prompt_ids(path, line, text, tokenizer) -> list[int]:
+def _prompt_ids(where: str, row: Any, tokenizer) -> list[int] | Problem:
+    if isinstance(row, Problem):
+        return row
+    turns = row.get("turns") if isinstance(row, Mapping) else None
+    if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
+        return Problem(where, "expected an object with a list of texts `turns`")
     try:
-        turns = json.loads(text)["turns"]
         return tokenizer.chat([{"role": "user", "content": turns[0]}])
-    except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(
-            f"{path}:{line}: expected an object with a list `turns`, got {text[:80]!r}"
-        ) from error
+    except Exception as error:  # Templates raise whatever they like.
+        return Problem(where, str(error))
 
 
 def in_turn(domains: dict[str, list[list[int]]]) -> list[list[int]]:
     """The prompts of all domains in one list, one of each domain in turn."""
-    return [prompt for turn in zip(*domains.values()) for prompt in turn]
+    turns = itertools.zip_longest(*domains.values())
+    return [prompt for turn in turns for prompt in turn if prompt is not None]

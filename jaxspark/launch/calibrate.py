@@ -15,6 +15,7 @@ stay in --out and are used again.
 
 import itertools
 import pathlib
+import sys
 
 import numpy as np
 from absl import flags
@@ -31,7 +32,7 @@ from jaxspark.decoding import Calibration
 from jaxspark.decoding.generate import check_block_length
 from jaxspark.evaluation.plots import plot_reliability
 from jaxspark.evaluation.prompts import CALIBRATION, in_turn
-from jaxspark.jsonlines import same_settings
+from jaxspark.jsonlines import Problem, first_reasons, same_settings
 from jaxspark.launch import common, program
 from jaxspark.launch.progress import bars
 from jaxspark.training.data import Conversation, read_conversations
@@ -73,32 +74,47 @@ WAYS = {
 def questions(tokenizer) -> list[list[int]]:
     """First questions of --data as token ids, file by file in turn.
 
+    As many as there are of --fit_prompts; says where that is fewer, and what was
+    dropped.
+
     Raises:
-      ValueError: there are too few.
+      ValueError: there is none.
     """
-    columns = []
+    columns, dropped = [], []
     for source in CALIBRATION if FLAGS.data is None else FLAGS.data:
-        rows = [r for r in read_conversations([source]) if isinstance(r, Conversation)]
-        columns.append([_first_question(tokenizer, row) for row in rows])
+        column = []
+        for row in read_conversations([source]):
+            asked = _first_question(tokenizer, row)
+            if isinstance(asked, Problem):
+                dropped.append(asked)
+            elif len(asked) <= FLAGS.max_prompt_tokens:
+                column.append(asked)
+        columns.append(column)
     turns = itertools.zip_longest(*columns)
-    fitting = [
-        ids
-        for turn in turns
-        for ids in turn
-        if ids is not None and len(ids) <= FLAGS.max_prompt_tokens
-    ]
-    if len(fitting) < FLAGS.fit_prompts:
-        raise ValueError(
-            f"--data has {len(fitting)} questions of at most {FLAGS.max_prompt_tokens} "
-            f"tokens, --fit_prompts={FLAGS.fit_prompts}"
-        )
+    fitting = [ids for turn in turns for ids in turn if ids is not None]
+    said = (
+        f"--data has {len(fitting)} questions of at most {FLAGS.max_prompt_tokens} "
+        f"tokens, --fit_prompts={FLAGS.fit_prompts}"
+    )
+    if dropped:
+        said += f"; {len(dropped)} dropped: {first_reasons(dropped)}"
+    if not fitting:
+        raise ValueError(said)
+    if dropped or len(fitting) < FLAGS.fit_prompts:
+        print(said, file=sys.stderr)
     return fitting[: FLAGS.fit_prompts]
 
 
-def _first_question(tokenizer, row: Conversation) -> list[int] | None:
-    asked = itertools.takewhile(lambda m: m["role"] != "assistant", row.messages)
-    messages = list(asked)
-    return tokenizer.chat(messages) if messages else None
+def _first_question(tokenizer, row: Conversation | Problem) -> list[int] | Problem:
+    if isinstance(row, Problem):
+        return row
+    asked = list(itertools.takewhile(lambda m: m["role"] != "assistant", row.messages))
+    if not asked:
+        return Problem(row.where, "no message before the assistant's")
+    try:
+        return tokenizer.chat(asked, tools=row.tools)
+    except Exception as error:  # Templates raise whatever they like.
+        return Problem(row.where, str(error))
 
 
 def recorded(

@@ -103,16 +103,15 @@ def main() -> None:
         ):
             if isinstance(result, Regenerated):
                 spoken = result.conversation
-                out.add(
-                    {
-                        "key": result.key,
-                        "domain": spoken.domain,
-                        "source": spoken.source,
-                        "finish_reason": result.finish_reason,
-                        "messages": list(spoken.messages),
-                        "answer_ids": list(spoken.answer_ids),
-                    }
-                )
+                entry = {
+                    "key": result.key,
+                    "domain": spoken.domain,
+                    "source": spoken.source,
+                    "finish_reason": result.finish_reason,
+                    "messages": list(spoken.messages),
+                    "answer_ids": list(spoken.answer_ids),
+                }
+                out.add(entry | ({"tools": spoken.tools} if spoken.tools else {}))
                 tokens += len(spoken.answer_ids)
             else:
                 dropped.add(

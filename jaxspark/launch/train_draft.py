@@ -11,6 +11,7 @@ its vocabulary is pruned.
 
 import pathlib
 import signal
+import sys
 import zlib
 from dataclasses import replace
 
@@ -37,7 +38,7 @@ from jaxspark.checkpoints.tree import named_parameters
 from jaxspark.configs import drafters as draft_configs
 from jaxspark.drafters import DSparkDrafter, Eagle3Drafter
 from jaxspark.drafters.heads import HEAD_TYPES
-from jaxspark.jsonlines import same_settings
+from jaxspark.jsonlines import first_reasons, same_settings
 from jaxspark.launch import common, program
 from jaxspark.training import initialise, least_squares, objective
 from jaxspark.training.data import read_conversations
@@ -281,7 +282,7 @@ def main() -> int:
     out = pathlib.Path(FLAGS.out)
     target = common.load_text_target()
     with console.status("reading and packing"):
-        documents, cut = read_documents(
+        documents, cut, dropped = read_documents(
             target.tokenizer,
             read_conversations(FLAGS.data),
             max_tokens=FLAGS.sequence_length,
@@ -290,6 +291,9 @@ def main() -> int:
         packed = pack(documents, FLAGS.sequence_length)
     if cut:
         console.print(f"{cut} documents were cut to {FLAGS.sequence_length} tokens")
+    if dropped:
+        count = f"{len(dropped)} of {len(dropped) + len(documents)} lines dropped"
+        print(f"{count}: {first_reasons(dropped)}", file=sys.stderr)
     if 0 < FLAGS.held_out < FLAGS.sequences:
         raise ValueError(
             f"--held_out={FLAGS.held_out} is less than a batch of "

@@ -17,7 +17,7 @@ from jaxspark.training.data import (
     regenerate,
 )
 from jaxspark.training.data.documents import encode, read_documents
-from tests.checkpoints.tiny import target, tokenizer
+from tests.checkpoints.tiny import TEMPLATE, target, tokenizer
 
 
 def conversation(*texts, answer_ids=None):
@@ -81,7 +81,7 @@ def test_answer_ids_of_another_target_are_refused():
     # A model may have more rows than its tokenizer has tokens.
     ids = (*tok.encode("cd"), 300)
     rows = [conversation("ab", "cd", answer_ids=ids)]
-    [document], _ = read_documents(tok, rows, max_tokens=64, vocab_size=301)
+    [document], _, _ = read_documents(tok, rows, max_tokens=64, vocab_size=301)
     assert document.ids_L[-1] == 300
     with pytest.raises(ValueError, match="file:1: holds token 300, .* 300 tokens"):
         read_documents(tok, rows, max_tokens=64, vocab_size=300)
@@ -105,7 +105,7 @@ def test_a_template_that_fails_is_named():
 def test_long_documents_are_cut_and_counted():
     rows = [conversation("ab", "c" * 60), conversation("ab", "cd")]
     whole = [len(encode(tokenizer(), row).ids_L) for row in rows]
-    documents, cut = read_documents(tokenizer(), rows, max_tokens=whole[1])
+    documents, cut, _ = read_documents(tokenizer(), rows, max_tokens=whole[1])
     assert (cut, [len(each.ids_L) for each in documents]) == (1, [whole[1]] * 2)
 
 
@@ -142,6 +142,143 @@ def test_dataset_folders_read_like_lines(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="expected a Hugging Face dataset folder"):
         list(read_conversations([tmp_path / "empty"]))
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "saved"])
+def test_only_the_training_split_of_a_dataset_is_read(tmp_path, form):
+    datasets = pytest.importorskip("datasets")
+    splits = {
+        name: datasets.Dataset.from_list(
+            [{"messages": [{"role": "user", "content": f"{name} {i}"}]} for i in (0, 1)]
+        )
+        for name in ("test", "train", "validation")
+    }
+    folder = tmp_path / "data"
+    folder.mkdir()
+    if form == "saved":
+        datasets.DatasetDict(splits).save_to_disk(folder)
+    for name, rows in splits.items():
+        if form == "jsonl":
+            rows.to_json(folder / f"{name}.jsonl")
+        elif form == "parquet":
+            rows.to_parquet(folder / f"{name}.parquet")
+    with pytest.warns(UserWarning, match="train is read, .*(test|validation) left out"):
+        rows = list(read_conversations([folder]))
+    assert [row.messages[0]["content"] for row in rows] == ["train 0", "train 1"]
+
+
+def test_a_dataset_that_does_not_say_what_to_train_on_is_refused(tmp_path):
+    pytest.importorskip("datasets")
+    line = json.dumps({"messages": [{"role": "user", "content": "q"}]}) + "\n"
+    (tmp_path / "test.jsonl").write_text(line)
+    with pytest.warns(UserWarning, match="test is read, the only split"):
+        assert len(list(read_conversations([tmp_path]))) == 1
+    (tmp_path / "validation.jsonl").write_text(line)
+    with pytest.raises(ValueError, match="splits .*test.*, expected train"):
+        list(read_conversations([tmp_path]))
+
+
+def test_a_bad_line_in_a_dataset_folder_is_its_own_problem(tmp_path):
+    pytest.importorskip("datasets")
+    good = json.dumps({"messages": [{"role": "user", "content": "q"}]})
+    (tmp_path / "train.jsonl").write_text(f"{good}\n{{broken\n{good}\n")
+    first, bad, last = read_conversations([tmp_path])
+    assert first.messages == last.messages
+    assert str(bad).startswith(f"{tmp_path / 'train.jsonl'}:2: is not JSON")
+
+
+def test_tools_and_calls_without_text_reach_the_template(tmp_path):
+    row = {
+        "tools": [{"name": "add"}],
+        "messages": [
+            {"role": "user", "content": "1+1"},
+            {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]},
+        ],
+    }
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(row))
+    [spoken] = read_conversations([path])
+    tok = tokenizer()
+    template = (
+        "{{ tools[0].name }}|{% for m in messages %}{{ m.content or '' }}"
+        "{% for call in m.tool_calls or [] %}<s>{{ call.name }}</s>{% endfor %}"
+        "{% endfor %}"
+    )
+    object.__setattr__(tok, "chat_template", template)
+    document = encode(tok, spoken)
+    assert tok.decode(document.ids_L) == "add|1+1add"
+    assert tok.decode(document.ids_L[document.trainable_L]) == "add"
+    path.write_text(json.dumps(row | {"tools": None}))
+    [other] = read_conversations([path])
+    assert other.key != spoken.key
+
+
+NO_CONVERSATIONS = {
+    "half a surrogate pair": (
+        '{"messages":[{"role":"user","content":"cut \\ud83d"},'
+        '{"role":"assistant","content":"ok"}]}'
+    ),
+    "5,000 digits": '{"messages": ' + "1" * 5000 + "}",
+    "100,000 brackets": "[" * 100_000,
+    "a huge token id": (
+        '{"messages":[{"role":"user","content":"q"},'
+        '{"role":"assistant","content":"a"}],"answer_ids":[99999999999999999999999]}'
+    ),
+    "a token the target does not have": (
+        '{"messages":[{"role":"user","content":"q"},'
+        '{"role":"assistant","content":"a"}],"answer_ids":[64, 777]}'
+    ),
+    "a role that is no text": '{"messages":[{"role":7,"content":"q"}]}',
+    "no text": '{"messages":[{"role":"user","content":null}]}',
+    "parts instead of a text": (
+        '{"messages":[{"role":"user","content":[{"type":"text","text":"q"}]}]}'
+    ),
+    "tools that are no list": (
+        '{"messages":[{"role":"user","content":"q"},'
+        '{"role":"assistant","content":"a"}],"tools":"[]"}'
+    ),
+    "a template that refuses it": (
+        '{"messages":[{"role":"system","content":"s"},{"role":"user","content":"q"},'
+        '{"role":"assistant","content":"a"}]}'
+    ),
+}
+PICKY = TEMPLATE.replace(
+    "<s>", "{% if message.role == 'system' %}{{ 1 + message.role }}{% endif %}<s>", 1
+)
+
+
+def test_bad_lines_end_no_run(tmp_path):
+    model = target()
+    object.__setattr__(model.tokenizer, "chat_template", PICKY)
+    good = (
+        '{"messages":[{"role":"user","content":"%s"},'
+        '{"role":"assistant","content":"answer"}]}'
+    )
+    path = tmp_path / "data.jsonl"
+    lines = [good % "first", *NO_CONVERSATIONS.values(), good % "last"]
+    path.write_text("\n".join(lines))
+    named = {f"{path}:{i}" for i in range(2, len(lines))}
+    documents, _, dropped = read_documents(
+        model.tokenizer, read_conversations([path]), max_tokens=64, vocab_size=300
+    )
+    assert len(documents) == 2
+    assert {each.where for each in dropped if each.reason} == named
+    rows = read_conversations([path])
+    found = list(
+        regenerate(model, rows, slots=2, max_prompt_tokens=60, max_new_tokens=4)
+    )
+    # Where only the old answer is bad, the target writes another.
+    place = list(NO_CONVERSATIONS).index("a token the target does not have") + 2
+    dropped = [each for each in found if isinstance(each, Dropped)]
+    assert {each.where for each in dropped} == named - {f"{path}:{place}"}
+    assert len(found) - len(dropped) == 3
+
+
+def test_data_of_nothing_but_bad_lines_are_an_error_with_reasons(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("[\n" * 5)
+    with pytest.raises(ValueError, match=r"data.jsonl:1: is not JSON.*and 2 more"):
+        read_documents(tokenizer(), read_conversations([path]), max_tokens=9)
 
 
 def questions(count):

@@ -1,10 +1,7 @@
 """From conversations in files to packed training sequences."""
 
-from jaxspark.training.data.conversations import (
-    Conversation,
-    Problem,
-    read_conversations,
-)
+from jaxspark.jsonlines import Problem
+from jaxspark.training.data.conversations import Conversation, read_conversations
 from jaxspark.training.data.regeneration import Dropped, Regenerated, regenerate
 
 __all__ = [

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Bool, Int
 
+from jaxspark.jsonlines import Problem, first_reasons
 from jaxspark.text import Tokenizer
-from jaxspark.training.data.conversations import Conversation, Problem
+from jaxspark.training.data.conversations import Conversation
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,17 @@ def encode(tokenizer: Tokenizer, conversation: Conversation) -> Document:
     trainable: list[bool] = []
     messages = conversation.messages
     last = len(messages) - 1
+    chat = partial(tokenizer.chat, tools=conversation.tools)
     try:
         for index, message in enumerate(messages):
             if message["role"] != "assistant" or index == 0:
                 continue
-            prompt = tokenizer.chat(messages[:index])
+            prompt = chat(messages[:index])
             if index == last and conversation.answer_ids is not None:
                 answer = list(conversation.answer_ids)
-                _check_answer(tokenizer, answer, message["content"])
+                _check_answer(tokenizer, answer, message["content"] or "")
             else:
-                whole = tokenizer.chat(
-                    messages[: index + 1], add_generation_prompt=False
-                )
+                whole = chat(messages[: index + 1], add_generation_prompt=False)
                 if whole[: len(prompt)] != prompt:
                     raise ValueError("the template rewrites the prompt of an answer")
                 answer = _up_to_stop(whole[len(prompt) :], tokenizer.stop_ids)
@@ -60,7 +61,7 @@ def encode(tokenizer: Tokenizer, conversation: Conversation) -> Document:
             between = prompt[len(ids) :]
             ids += between + answer
             trainable += [False] * len(between) + [True] * len(answer)
-    except ValueError as error:
+    except Exception as error:  # Templates raise whatever they like.
         raise ValueError(f"{conversation.where}: {error}") from error
     if not ids:
         raise ValueError(
@@ -91,25 +92,37 @@ def read_documents(
     *,
     max_tokens: int,
     vocab_size: int | None = None,
-) -> tuple[list[Document], int]:
-    """All documents in order, and how many were cut to `max_tokens`.
+) -> tuple[list[Document], int, list[Problem]]:
+    """Conversations as documents; one that is no good ends nothing.
 
-    A document of which no answer is left is passed over.
+    Args:
+      tokenizer: with a chat template.
+      conversations: what to encode.
+      max_tokens: longer documents are cut.
+      vocab_size: how many tokens the target has.
+
+    Returns:
+      The documents in order; how many were cut; and what was dropped: lines that are no
+      conversation, that the template refuses, that hold a token the target does not
+      have, or whose answers `max_tokens` leaves out.
 
     Raises:
-      ValueError: a line that is no conversation, one the template refuses, or one with
-        a token that a target of `vocab_size` does not have.
+      ValueError: no document is left; names the first reasons.
     """
-    documents, cut = [], 0
+    documents: list[Document] = []
+    dropped: list[Problem] = []
+    cut = 0
     for each in conversations:
         if isinstance(each, Problem):
-            raise ValueError(str(each))
-        document = encode(tokenizer, each)
-        if vocab_size is not None and document.ids_L.max() >= vocab_size:
-            raise ValueError(
-                f"{each.where}: holds token {document.ids_L.max()}, the target has "
-                f"{vocab_size} tokens"
-            )
+            dropped.append(each)
+            continue
+        try:
+            document = encode(tokenizer, each)
+            _check_vocabulary(document, vocab_size)
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{each.where}: ")
+            dropped.append(Problem(each.where, reason))
+            continue
         if len(document.ids_L) > max_tokens:
             cut += 1
             document = Document(
@@ -118,6 +131,18 @@ def read_documents(
         # An anchor and its label must both be part of an answer.
         if np.any(document.trainable_L[:-1] & document.trainable_L[1:]):
             documents.append(document)
+        else:
+            reason = f"no answer of two tokens within {max_tokens}"
+            dropped.append(Problem(each.where, reason))
     if not documents:
-        raise ValueError("the data hold no answer of at least two tokens")
-    return documents, cut
+        raise ValueError(
+            "the data hold no answer of at least two tokens"
+            + (f"; dropped: {first_reasons(dropped)}" if dropped else "")
+        )
+    return documents, cut, dropped
+
+
+def _check_vocabulary(document: Document, vocab_size: int | None) -> None:
+    largest = document.ids_L.max()
+    if vocab_size is not None and largest >= vocab_size:
+        raise ValueError(f"holds token {largest}, the target has {vocab_size} tokens")

@@ -7,10 +7,10 @@ they reply to an answer that somebody else gave.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from jaxspark.checkpoints import CheckpointError
 from jaxspark.decoding import Request, generate_stream
 from jaxspark.evaluation.looping import is_looping
-from jaxspark.training.data.conversations import Conversation, Problem
+from jaxspark.jsonlines import Problem
+from jaxspark.training.data.conversations import Conversation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +80,14 @@ def regenerate(
                         Dropped(key=each.where, where=each.where, reason=each.reason)
                     )
                 continue
-            if each.key in seen:
+            key = each.key
+            if key in seen:
                 continue
-            seen.add(each.key)
+            seen.add(key)
             try:
                 prompt = _prompt(target.tokenizer, each, max_prompt_tokens)
-            except (CheckpointError, ValueError) as error:
-                dropped.append(
-                    Dropped(key=each.key, where=each.where, reason=str(error))
-                )
+            except Exception as error:  # Templates raise whatever they like.
+                dropped.append(Dropped(key=key, where=each.where, reason=str(error)))
                 continue
             waiting[index] = each
             index += 1
@@ -119,6 +118,7 @@ def regenerate(
         yield Regenerated(
             conversation=Conversation(
                 messages=(*asked.first_turn, answer),
+                tools=asked.tools,
                 domain=asked.domain,
                 source=asked.source,
                 answer_ids=tuple(completion.tokens),
@@ -133,7 +133,7 @@ def regenerate(
 def _prompt(tokenizer, conversation: Conversation, most: int) -> list[int]:
     if not conversation.first_turn:
         raise ValueError("no message by the user")
-    prompt = tokenizer.chat(conversation.first_turn)
+    prompt = tokenizer.chat(conversation.first_turn, tools=conversation.tools)
     if len(prompt) > most:
         raise ValueError(f"prompt of {len(prompt)} tokens, the limit is {most}")
     return prompt
