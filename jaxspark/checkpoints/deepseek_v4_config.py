@@ -6,12 +6,19 @@ end), `num_hash_layers` and `rope_scaling`; transformers writes `layer_types`,
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 
 from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.fields import Fields
+from jaxspark.checkpoints.rope_settings import (
+    contradiction,
+    read_rope,
+    rope_scaling_to_hf,
+    rope_tables,
+)
 from jaxspark.models.deepseek_v4 import DeepSeekV4Config
 from jaxspark.models.layers.rope import RopeConfig
 
@@ -37,6 +44,7 @@ _SIZES = (
     "hc_sinkhorn_iters",
     "max_position_embeddings",
 )
+_ROPES = ("default", "yarn")
 _NUMBERS = ("routed_scaling_factor", "swiglu_limit", "hc_eps", "rms_norm_eps")
 # What the model computes one way only, and what each key must say.
 _FIXED = {
@@ -46,6 +54,7 @@ _FIXED = {
     "norm_topk_prob": True,
     "tie_word_embeddings": False,
     "attention_bias": False,
+    "mlp_bias": False,
 }
 
 
@@ -95,9 +104,19 @@ def v4_config_from_hf(
 
 
 def _turning(fields: Fields) -> int:
+    """Channels of a head that turn, said as a number, a share, or both."""
     width = fields.integer("head_dim")
-    factor = fields.number("partial_rotary_factor", 64 / 512)
-    return fields.integer("qk_rope_head_dim", int(width * factor))
+    turning = fields.integer("qk_rope_head_dim", width // 8)
+    if "partial_rotary_factor" not in fields:
+        return turning
+    share = fields.number("partial_rotary_factor")
+    if "qk_rope_head_dim" in fields and not _is_share(share, turning, width):
+        raise fields.wrong("partial_rotary_factor", f"{turning}/{width}")
+    return turning if _is_share(share, turning, width) else int(width * share)
+
+
+def _is_share(share: float, part: int, whole: int) -> bool:
+    return share == part / whole or int(whole * share) == part
 
 
 def _ratios(fields: Fields, rates: Mapping[str, int]) -> tuple[int, ...]:
@@ -130,49 +149,55 @@ def _hash_layers(fields: Fields) -> int:
 
 def _ropes(fields: Fields) -> tuple[RopeConfig, RopeConfig]:
     """Rope of window layers, and of layers with entries."""
-    rope = fields.table("rope_parameters") or fields.table("rope_scaling")
-    rope = rope or Fields({}, fields.where)
+    read = [_read_ropes(fields, table) for table in rope_tables(fields)]
+    plain = _read_ropes(fields, Fields({}, fields.where))
+    if len(read) == 2 and read[1] not in (read[0], plain):
+        raise contradiction(fields)
+    return read[0] if read else plain
+
+
+def _read_ropes(fields: Fields, rope: Fields) -> tuple[RopeConfig, RopeConfig]:
     main, compress = rope.table("main"), rope.table("compress")
+    if main is not None and compress is not None:
+        return _nested_rope(fields, main), _nested_rope(fields, compress)
     theta = fields.number("rope_theta", 10000.0)
     compress_theta = fields.number("compress_rope_theta", 160000.0)
-    if main is not None and compress is not None:
-        theta = main.number("rope_theta", theta)
-        compress_theta = compress.number("rope_theta", compress_theta)
-        rope = compress
-    kind = rope.text("rope_type", rope.text("type", "default"))
-    plain = RopeConfig(rope_theta=theta)
-    if kind == "default":
-        return plain, RopeConfig(rope_theta=compress_theta)
-    if kind != "yarn":
-        raise rope.wrong("rope_type", "'yarn' or 'default'")
-    return plain, RopeConfig(
-        rope_type="yarn",
-        rope_theta=compress_theta,
-        factor=rope.number("factor"),
-        original_max_position_embeddings=rope.integer(
-            "original_max_position_embeddings"
-        ),
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
+    if rope.number("rope_theta", theta) not in (theta, compress_theta):
+        raise rope.wrong("rope_theta", f"{theta} or {compress_theta}, as beside it")
+    scaled = read_rope(rope, fields, compress_theta, _ROPES)
+    if scaled.rope_type == "yarn" and scaled.attention_factor is None:
         # The released models do not scale cos and sin, whatever YaRN says.
-        attention_factor=1.0,
-    )
+        scaled = replace(scaled, attention_factor=1.0)
+    return RopeConfig(rope_theta=theta), scaled
+
+
+def _nested_rope(fields: Fields, rope: Fields) -> RopeConfig:
+    width, turning = fields.integer("head_dim"), _turning(fields)
+    share = rope.number("partial_rotary_factor", turning / width)
+    if not _is_share(share, turning, width):
+        raise rope.wrong("partial_rotary_factor", f"{turning}/{width}")
+    return read_rope(rope, fields, rope.number("rope_theta"), _ROPES)
 
 
 def v4_config_to_hf(
     config: DeepSeekV4Config, *, dtype, stop_ids: tuple[int, ...] = ()
 ) -> dict[str, Any]:
-    """A `config.json` that both the released code's and transformers' readers take."""
+    """A `config.json` that both the released code's and transformers' readers take.
+
+    Raises:
+      CheckpointError: rope that it cannot say.
+    """
     rope = config.compress_rope
-    scaling: dict[str, Any] = {"rope_type": rope.rope_type}
+    scaling = rope_scaling_to_hf(rope) or {"rope_type": "default"}
     if rope.rope_type == "yarn":
-        scaling |= {
-            "type": "yarn",
-            "factor": rope.factor,
-            "original_max_position_embeddings": rope.original_max_position_embeddings,
-            "beta_fast": rope.beta_fast,
-            "beta_slow": rope.beta_slow,
-        }
+        scaling["type"] = "yarn"  # as the released code calls it
+        # Never left out: absent, it is 1 for some readers and YaRN's own for others.
+        scaling["attention_factor"] = rope.frequencies(config.qk_rope_head_dim)[1]
+    if config.rope.rope_type != "default":
+        raise CheckpointError(
+            f"rope of window layers is {config.rope.rope_type}, expected default: the "
+            "released form has no other"
+        )
     result = {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,

@@ -1,9 +1,9 @@
 """Hugging Face `config.json` <-> `DenseConfig`, for Llama and Qwen3.
 
-Both spellings of rope are read: transformers v4 (`rope_theta` and `rope_scaling`,
-whose type is `rope_type` or, older, `type`) and v5 (`rope_parameters`). Defaults are
-those of transformers' `LlamaConfig` and `Qwen3Config`. What the decoder does not
-compute, such as sliding windows or a partial rotation, is an error, never ignored.
+Defaults are those of transformers' `LlamaConfig` and `Qwen3Config`. What these classes
+read and the decoder does not compute, such as sliding windows, is an error, never
+ignored; keys that only other classes read (`logits_scaling`, ...) change nothing there
+and nothing here.
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.fields import Fields
-from jaxspark.models import DenseConfig, RopeConfig
-from jaxspark.models.layers.rope import ROPE_TYPES
+from jaxspark.checkpoints.rope_settings import rope_from_hf, rope_scaling_to_hf
+from jaxspark.models import DenseConfig
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}
 # Qwen3Config sets 128 where Llama divides the width.
@@ -53,7 +53,7 @@ def dense_config_from_hf(
             num_key_value_heads=fields.integer("num_key_value_heads", heads),
             head_dim=_head_dim(fields, family),
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-            rope=_rope_from_hf(fields),
+            rope=rope_from_hf(fields),
             max_position_embeddings=fields.integer("max_position_embeddings"),
             tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
             qk_norm=family == "qwen3",
@@ -77,22 +77,29 @@ def _head_dim(fields: Fields, family: str) -> int:
 
 
 def _family(fields: Fields) -> str:
+    """The class that transformers would load: `model_type` chooses it there."""
+    kinds = list(ARCHITECTURES.values())
+    kind = fields.text("model_type", None)
+    if kind not in (None, *kinds):
+        raise fields.wrong("model_type", f"one of {kinds}")
     architectures = fields.values.get("architectures")
-    if architectures:
-        for name, family in ARCHITECTURES.items():
-            if architectures == [name]:
-                return family
-        raise fields.wrong("architectures", f"one of {list(ARCHITECTURES)}")
-    model_type = fields.text("model_type")
-    if model_type not in ARCHITECTURES.values():
-        raise fields.wrong("model_type", f"one of {list(ARCHITECTURES.values())}")
-    return model_type
+    if not architectures:
+        if kind is None:
+            raise fields.wrong("model_type", f"one of {kinds}")
+        return kind
+    for name, family in ARCHITECTURES.items():
+        if architectures == [name] and kind in (None, family):
+            return family
+    expected = [n for n, family in ARCHITECTURES.items() if kind in (None, family)]
+    raise fields.wrong("architectures", f"one of {expected}")
 
 
 def _reject_unsupported(fields: Fields) -> None:
     """Raises for what the decoder would silently compute differently."""
-    if fields.text("hidden_act", "silu") != "silu":
-        raise fields.wrong("hidden_act", "'silu'")
+    if fields.text("hidden_act", "silu") not in ("silu", "swish"):
+        raise fields.wrong("hidden_act", "'silu' (also called 'swish')")
+    if not fields.boolean("is_causal", True):
+        raise fields.wrong("is_causal", "true (a decoder)")
     if fields.boolean("use_sliding_window", False):
         raise fields.wrong("use_sliding_window", "false (full attention)")
     layer_types = fields.values.get("layer_types")
@@ -102,65 +109,8 @@ def _reject_unsupported(fields: Fields) -> None:
         and all(kind == "full_attention" for kind in layer_types)
     ):
         raise fields.wrong("layer_types", "one 'full_attention' per layer")
-    _reject_partial(fields)
     if fields.values.get("quantization_config"):
         raise fields.wrong("quantization_config", "none (unquantized weights)")
-
-
-def _reject_partial(fields: Fields) -> None:
-    if fields.number("partial_rotary_factor", 1.0) != 1.0:
-        raise fields.wrong("partial_rotary_factor", "1 (whole heads turn)")
-
-
-def _rope_from_hf(fields: Fields) -> RopeConfig:
-    rope = fields.table("rope_parameters") or fields.table("rope_scaling")
-    theta = fields.number("rope_theta", 10000.0)
-    if rope is None:
-        return RopeConfig(rope_theta=theta)
-    theta = rope.number("rope_theta", theta)
-    key = "rope_type" if "rope_type" in rope else "type"
-    kind = rope.text(key, "default")
-    if kind not in ROPE_TYPES:
-        raise rope.wrong(key, f"one of {list(ROPE_TYPES)}")
-    _reject_partial(rope)
-    if any(isinstance(value, dict) for value in rope.values.values()):
-        raise CheckpointError(
-            f"{rope.where} is {dict(rope.values)}, expected one set of parameters for "
-            "all layers"
-        )
-    if kind == "default":
-        return RopeConfig(rope_theta=theta)
-    if kind == "linear":
-        return RopeConfig(
-            rope_theta=theta, rope_type=kind, factor=rope.number("factor")
-        )
-    positions = fields.integer("max_position_embeddings")
-    original = rope.integer(
-        "original_max_position_embeddings",
-        fields.integer("original_max_position_embeddings", positions),
-    )
-    if kind == "llama3":
-        return RopeConfig(
-            rope_theta=theta,
-            rope_type=kind,
-            factor=rope.number("factor"),
-            original_max_position_embeddings=original,
-            low_freq_factor=rope.number("low_freq_factor"),
-            high_freq_factor=rope.number("high_freq_factor"),
-        )
-    return RopeConfig(
-        rope_theta=theta,
-        rope_type=kind,
-        # transformers derives an absent yarn factor from the two context lengths.
-        factor=rope.number("factor", positions / original),
-        original_max_position_embeddings=original,
-        attention_factor=rope.number("attention_factor", None),
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
-        mscale=rope.number("mscale", None),
-        mscale_all_dim=rope.number("mscale_all_dim", None),
-        truncate=rope.boolean("truncate", True),
-    )
 
 
 def dense_config_to_hf(
@@ -194,41 +144,13 @@ def dense_config_to_hf(
         "tie_word_embeddings": config.tie_word_embeddings,
         "attention_bias": config.attention_bias,
         "rope_theta": config.rope.rope_theta,
-        "rope_scaling": _rope_scaling_to_hf(config.rope),
+        "rope_scaling": rope_scaling_to_hf(config.rope),
     }
     if family == "llama":
         result["mlp_bias"] = config.mlp_bias
     if stop_ids:
         result["eos_token_id"] = list(stop_ids)
     return result
-
-
-def _rope_scaling_to_hf(rope: RopeConfig) -> dict[str, Any] | None:
-    keys = {
-        "default": [],
-        "linear": ["factor"],
-        "llama3": [
-            "factor",
-            "original_max_position_embeddings",
-            "low_freq_factor",
-            "high_freq_factor",
-        ],
-        "yarn": [
-            "factor",
-            "original_max_position_embeddings",
-            "attention_factor",
-            "beta_fast",
-            "beta_slow",
-            "mscale",
-            "mscale_all_dim",
-            "truncate",
-        ],
-    }[rope.rope_type]
-    if not keys:
-        return None
-    values = {key: getattr(rope, key) for key in keys}
-    present = {key: value for key, value in values.items() if value is not None}
-    return {"rope_type": rope.rope_type, **present}
 
 
 def stop_ids_from_hf(

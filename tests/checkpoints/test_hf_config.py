@@ -19,6 +19,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 ROPES = {
     "linear": RopeConfig(rope_type="linear", factor=2.0),
     "llama3": RopeConfig(**LLAMA3_ROPE),
@@ -56,6 +57,49 @@ def test_an_exported_configuration_reads_back_equal(name, qk_norm):
     config = dense(rope=ROPES[name], qk_norm=qk_norm, attention_bias=True)
     exported = dense_config_to_hf(config, dtype=jnp.float32)
     assert dense_config_from_hf(exported) == config
+
+
+def test_rope_scaling_counts_beside_rope_parameters_that_agree():
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    for config in (
+        LLAMA | {"rope_scaling": YARN, "rope_parameters": plain},
+        LLAMA | {"rope_scaling": YARN, "rope_parameters": YARN | {"rope_theta": 1e4}},
+        LLAMA | {"rope_scaling": YARN, "rope_parameters": {}},
+        LLAMA | {"rope_scaling": {}, "rope_parameters": YARN},
+        LLAMA | {"rope_scaling": None, "rope_parameters": YARN},
+        LLAMA | {"rope_scaling": YARN, "original_max_position_embeddings": 32},
+        LLAMA | {"rope_scaling": YARN | {"finetuned": True, "mscale": None}},
+    ):
+        assert dense_config_from_hf(config).rope == RopeConfig(rope_theta=1e4, **YARN)
+
+
+@pytest.mark.parametrize(
+    "scaling, parameters",
+    [
+        (YARN, {"rope_type": "default", "rope_theta": 1e6}),
+        (YARN, YARN | {"factor": 2.0}),
+        ({"rope_type": "default"}, YARN),
+        (LLAMA3_ROPE, YARN),
+    ],
+)
+def test_rope_settings_that_contradict_each_other_are_refused(scaling, parameters):
+    """transformers would take the first and forget the second, its theta too."""
+    both = {"rope_scaling": scaling, "rope_parameters": parameters}
+    with pytest.raises(CheckpointError, match="rope_scaling .* contradict each other"):
+        dense_config_from_hf(LLAMA | both)
+
+
+def test_the_theta_among_the_rope_parameters_counts():
+    inside = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    rope = dense_config_from_hf(LLAMA | {"rope_theta": 1e4} | inside).rope
+    assert rope == RopeConfig(rope_theta=1e6)
+
+
+def test_keys_that_the_classes_do_not_read_change_nothing():
+    """As in transformers, whose Llama and Qwen3 know no such multipliers."""
+    foreign = {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "pretraining_tp": 2}
+    assert dense_config_from_hf(LLAMA | foreign) == dense_config_from_hf(LLAMA)
+    assert dense_config_from_hf(LLAMA | {"hidden_act": "swish"}) == dense()
 
 
 def test_the_original_context_defaults_to_the_positions():
@@ -105,6 +149,20 @@ def test_absent_optional_keys_have_the_defaults_of_transformers():
         ({"partial_rotary_factor": 0.5, "rope_scaling": {"factor": 1}}, "partial"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "all layers"),
+        ({"is_causal": False}, "is_causal is False, expected true"),
+        ({"model_type": "granite"}, "model_type is 'granite', expected one of"),
+        ({"model_type": "qwen3"}, "architectures is .*Llama.*, expected .*Qwen3"),
+        ({"rope_scaling": YARN | {"attn_factor": 2}}, "attn_factor is 2.*type yarn"),
+        ({"rope_scaling": {"factor": 4.0}}, "factor is 4.0.*type default"),
+        ({"rope_scaling": YARN | {"short_factor": [1.0]}}, "short_factor is"),
+        ({"rope_scaling": YARN | {"truncate": None}}, "truncate is None"),
+        ({"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "partial"),
+        ({"rope_scaling": YARN | {"attention_factor": "1"}}, "attention_factor is '1'"),
+        ({"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 1.0}}, "more than low"),
+        (
+            {"rope_scaling": YARN, "original_max_position_embeddings": 64},
+            "original_max_position_embeddings is 32, expected 64, as beside",
+        ),
     ],
 )
 def test_what_is_not_supported_is_named(changes, words):
