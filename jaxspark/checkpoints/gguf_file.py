@@ -3,7 +3,8 @@
 Matrices are dequantized tensor by tensor with the `gguf` library. Llama files store the
 rows of q and k in interleaved-rope order (x0 y0 x1 y1 ... per head instead of x0 x1 ...
 y0 y1 ...), which is undone here; Qwen3 files do not. The head is tied where
-`output.weight` is absent.
+`output.weight` is absent. Metadata that would change what the model computes, and that
+the decoder does not know, is an error.
 """
 
 import math
@@ -15,8 +16,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.fields import Fields
 from jaxspark.checkpoints.gguf_header import GGUFFile
+from jaxspark.checkpoints.gguf_rope import check_neutral, float32, rope_from_gguf
 from jaxspark.checkpoints.tree import Tensors
-from jaxspark.models import DenseConfig, RopeConfig
+from jaxspark.models import DenseConfig
 
 ARCHITECTURES = ("llama", "qwen3")
 _TOP = {
@@ -39,6 +41,35 @@ _LAYER = {
 }
 _ROPE_FACTORS = "rope_freqs.weight"
 _BLOCKS_PER_ROW = 256
+# Keys that change results elsewhere, and the values with which they change nothing.
+_NEUTRAL: dict[str, tuple[float, ...]] = {
+    "attention.causal": (1,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.output_scale": (0, 1),
+    "attention.shared_kv_layers": (0,),
+    "attention.sliding_window": (0,),
+    "attention.temperature_length": (0,),
+    "attention.temperature_scale": (0, 1),
+    "attn_logit_softcapping": (0,),
+    "embedding_scale": (0, 1),
+    "expert_count": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "nextn_predict_layers": (0,),
+    "residual_scale": (0, 1),
+    "use_parallel_residual": (0,),
+}
+_CONTROL, _USER_DEFINED = 3, 4  # token types, llama.cpp's llama_token_type
+# Tokens that llama.cpp takes for the end of a text by their names, in any model.
+_ENDS = frozenset(
+    """<|eot_id|> <|eom_id|> <|im_end|> <|end|> <|endoftext|> <|end_of_text|> </s> <eos>
+    <EOT> _<EOT> [EOT] [EOS] <end_of_turn> <end_of_utterance> <|return|> <|call|>
+    <|calls|> <|flush|> <turn|> <|tool_response> <｜end▁of▁sentence｜>
+    <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo>
+    <REPO> <reponame> <|file_sep|>""".split()
+)
+_END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 
 
 def dense_config_from_gguf(file: GGUFFile) -> DenseConfig:
@@ -58,10 +89,7 @@ def dense_config_from_gguf(file: GGUFFile) -> DenseConfig:
     for key in ("attention.value_length", "rope.dimension_count"):
         if fields.integer(f"{arch}.{key}", head_dim) != head_dim:
             raise fields.wrong(f"{arch}.{key}", f"{head_dim}, the width of a head")
-    if f"{arch}.attention.sliding_window" in fields:
-        raise fields.wrong(f"{arch}.attention.sliding_window", "none (full attention)")
-    if fields.integer(f"{arch}.expert_count", 0, least=0):
-        raise fields.wrong(f"{arch}.expert_count", "none (a dense model)")
+    _check_neutral(fields, arch, head_dim)
     if "token_embd.weight" not in file.tensors:
         raise CheckpointError(f"{file.path}: tensor token_embd.weight is missing")
     try:
@@ -75,10 +103,10 @@ def dense_config_from_gguf(file: GGUFFile) -> DenseConfig:
                 f"{arch}.attention.head_count_kv", heads
             ),
             head_dim=head_dim,
-            rms_norm_eps=_float32(
+            rms_norm_eps=float32(
                 fields.number(f"{arch}.attention.layer_norm_rms_epsilon")
             ),
-            rope=_rope(file, fields, arch, head_dim),
+            rope=rope_from_gguf(fields, arch, head_dim, _rope_divisors(file)),
             max_position_embeddings=fields.integer(f"{arch}.context_length"),
             tie_word_embeddings="output.weight" not in file.tensors,
             qk_norm=arch == "qwen3",
@@ -91,64 +119,22 @@ def dense_config_from_gguf(file: GGUFFile) -> DenseConfig:
         raise CheckpointError(f"{file.path}: {error}") from error
 
 
-def _float32(value: float) -> float:
-    """The shortest decimal of a stored float32: 1e-5, not 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
+def _check_neutral(fields: Fields, arch: str, head_dim: int) -> None:
+    for name, values in _NEUTRAL.items():
+        check_neutral(fields, f"{arch}.{name}", values)
+    scale = f"{arch}.attention.scale"
+    if fields.values.get(scale) and not math.isclose(
+        fields.number(scale), head_dim**-0.5, rel_tol=1e-6
+    ):
+        raise fields.wrong(scale, f"none, or 1/sqrt({head_dim})")
+    if fields.integer("split.count", 1, least=0) > 1:
+        raise fields.wrong("split.count", "one whole file; merge the parts first")
 
 
-def _rope(file: GGUFFile, fields: Fields, arch: str, head_dim: int) -> RopeConfig:
-    theta = _float32(fields.number(f"{arch}.rope.freq_base", 10000.0))
-    scaling = f"{arch}.rope.scaling"
-    kind = fields.text(f"{scaling}.type", "none")
-    if _ROPE_FACTORS in file.tensors:
-        if kind != "none":
-            raise fields.wrong(f"{scaling}.type", f"'none' beside {_ROPE_FACTORS}")
-        return _llama3_rope(file, theta, head_dim)
-    if kind == "none":
-        return RopeConfig(rope_theta=theta)
-    if kind not in ("linear", "yarn"):
-        raise fields.wrong(f"{scaling}.type", "one of ('none', 'linear', 'yarn')")
-    factor = _float32(fields.number(f"{scaling}.factor"))
-    if kind == "linear":
-        return RopeConfig(rope_theta=theta, rope_type=kind, factor=factor)
-    return RopeConfig(
-        rope_theta=theta,
-        rope_type=kind,
-        factor=factor,
-        original_max_position_embeddings=fields.integer(
-            f"{scaling}.original_context_length",
-            fields.integer(f"{arch}.context_length"),
-        ),
-        beta_fast=_float32(fields.number(f"{scaling}.yarn_beta_fast", 32.0)),
-        beta_slow=_float32(fields.number(f"{scaling}.yarn_beta_slow", 1.0)),
-    )
-
-
-def _llama3_rope(file: GGUFFile, theta: float, head_dim: int) -> RopeConfig:
-    """Recovers `llama3` parameters from the stored divisor of each frequency.
-
-    The file has no parameters, only their result. All released Llama 3.x models share
-    low 1, high 4 and 8192 original positions, and the largest divisor is the factor;
-    other divisors are refused, since they would need another form of `RopeConfig`.
-    """
-    divisors_h = _dequantize(file, _ROPE_FACTORS).reshape(-1)
-    rope = RopeConfig(
-        rope_theta=theta,
-        rope_type="llama3",
-        factor=float(divisors_h.max()),
-        original_max_position_embeddings=8192,
-    )
-    plain_h, _ = RopeConfig(rope_theta=theta).frequencies(head_dim)
-    same_size = divisors_h.shape == plain_h.shape
-    if same_size and np.isfinite(divisors_h).all() and (divisors_h > 0).all():
-        expected_h, _ = rope.frequencies(head_dim)
-        if np.allclose(plain_h / divisors_h, expected_h, rtol=1e-4, atol=0):
-            return rope
-    raise CheckpointError(
-        f"{file.path}: {_ROPE_FACTORS} holds divisors that Llama 3.x scaling (8192 "
-        f"original positions, factors 1 and 4) does not give for theta {theta} and "
-        f"head width {head_dim}"
-    )
+def _rope_divisors(file: GGUFFile) -> np.ndarray | None:
+    if _ROPE_FACTORS not in file.tensors:
+        return None
+    return _dequantize(file, _ROPE_FACTORS).reshape(-1)
 
 
 def gguf_tensors(file: GGUFFile, config: DenseConfig) -> Tensors:
@@ -214,10 +200,28 @@ def gguf_name(file: GGUFFile) -> str:
 
 
 def gguf_stop_ids(file: GGUFFile) -> tuple[int, ...]:
-    """End-of-sequence and end-of-turn ids of the metadata."""
+    """Ids that end a text: those the metadata name, then those llama.cpp knows by name.
+
+    Raises:
+      CheckpointError: an id that is no token of the file.
+    """
     fields = Fields(file.metadata, str(file.path))
-    keys = ("eos_token_id", "eot_token_id")
-    present = [f"tokenizer.ggml.{key}" for key in keys]
-    return tuple(
-        dict.fromkeys(fields.integer(k, least=0) for k in present if k in fields)
-    )
+    tokens = fields.values.get("tokenizer.ggml.tokens") or []
+    kinds = fields.values.get("tokenizer.ggml.token_type") or []
+    named = []
+    for key in (f"tokenizer.ggml.{end}_token_id" for end in _END_KEYS):
+        if key in fields:
+            named.append(fields.integer(key, least=0))
+            if tokens and named[-1] >= len(tokens):
+                raise fields.wrong(key, f"an id below {len(tokens)}")
+    known = {
+        token: index
+        for index, (token, kind) in enumerate(zip(tokens, kinds))
+        if kind in (_CONTROL, _USER_DEFINED) and token in _ENDS
+    }
+    for others in ({"<|return|>", "<|call|>"}, {"<|flush|>", "<|calls|>"}):
+        if others <= known.keys():
+            known.pop("<|end|>", None)  # ends a message there, not the answer
+    if "<|tool_response>" in known:
+        known.pop("</s>", None)
+    return tuple(dict.fromkeys([*named, *known.values()]))

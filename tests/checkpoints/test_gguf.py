@@ -1,13 +1,16 @@
 """GGUF files of Llama and Qwen3 are the same models as their safetensors."""
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 
 from jaxspark.checkpoints import CheckpointError, load_target
 from jaxspark.checkpoints import load as load_file
-from jaxspark.checkpoints.gguf_file import dense_config_from_gguf
-from jaxspark.checkpoints.gguf_header import open_gguf
+from jaxspark.checkpoints.gguf_file import dense_config_from_gguf, gguf_stop_ids
+from jaxspark.checkpoints.gguf_header import GGUFFile, open_gguf
 from jaxspark.checkpoints.tree import named_parameters
 from jaxspark.models import RopeConfig
 from tests.checkpoints.tiny import LLAMA, QWEN3, tokenizer, weights, write_folder
@@ -165,12 +168,144 @@ def test_llama3_scaling_is_recovered_from_its_divisors(tmp_path):
             rope_of(tmp_path, add(damaged), head_dim=64)
 
 
+def add_all(values):
+    """Writes metadata below `llama.`, a type by the Python type of each value."""
+
+    def add(writer):
+        kinds = {str: "string", float: "float32", bool: "bool", int: "uint32"}
+        for key, value in values.items():
+            getattr(writer, f"add_{kinds[type(value)]}")(f"llama.{key}", value)
+
+    return add
+
+
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+YARN_ROPE = RopeConfig(
+    rope_type="yarn", factor=4.0, original_max_position_embeddings=128
+)
+LINEAR_ROPE = RopeConfig(rope_type="linear", factor=4.0)
+
+
+@pytest.mark.parametrize(
+    "values, rope",
+    [
+        ({"rope.scale_linear": 4.0}, LINEAR_ROPE),
+        ({"rope.scaling.factor": 4.0}, LINEAR_ROPE),
+        ({"rope.scaling.factor": 4.0, "rope.scale_linear": 2.0}, LINEAR_ROPE),
+        ({"rope.scaling.type": "linear"}, RopeConfig()),
+        ({"rope.scaling.factor": 1.0}, RopeConfig()),
+        ({"rope.scaling.factor": 0.0}, RopeConfig()),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, RopeConfig()),
+        ({"rope.scaling.finetuned": True}, RopeConfig()),
+        (YARN, YARN_ROPE),
+        (YARN | {"rope.scaling.attn_factor": 1.0}, YARN_ROPE),
+        (YARN | {"rope.scaling.yarn_ext_factor": 1.0}, YARN_ROPE),
+        (
+            YARN | {"rope.scaling.yarn_attn_factor": 0.1 * float(np.log(4)) + 1},
+            YARN_ROPE,
+        ),
+        (
+            YARN | {"rope.scaling.yarn_beta_fast": 16.0},
+            dataclasses.replace(YARN_ROPE, beta_fast=16.0),
+        ),
+    ],
+    ids=str,
+)
+def test_rope_metadata_mean_what_llama_cpp_takes_them_for(tmp_path, values, rope):
+    assert rope_of(tmp_path, add_all(values)) == rope
+
+
+def test_the_attention_factor_multiplies_that_of_yarn(tmp_path):
+    plain = rope_of(tmp_path, add_all(YARN))
+    scaled = rope_of(tmp_path, add_all(YARN | {"rope.scaling.attn_factor": 2.0}))
+    frequencies, scale = scaled.frequencies(8)
+    np.testing.assert_array_equal(frequencies, plain.frequencies(8)[0])
+    assert scale == 2 * plain.frequencies(8)[1]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rope.scaling.attn_factor": 2.0},
+        YARN | {"rope.scaling.yarn_attn_factor": 1.0},
+        YARN | {"rope.scaling.yarn_ext_factor": 0.5},
+        YARN | {"rope.scaling.yarn_log_multiplier": 0.1},
+        {"rope.scaling.alpha": 1000.0},
+        {"rope.freq_base_swa": 10000.0},
+        {"attention.scale": 0.5},
+        {"attention.causal": False},
+        {"attention.clamp_kqv": 8.0},
+        {"attn_logit_softcapping": 50.0},
+        {"final_logit_softcapping": 30.0},
+        {"logit_scale": 0.0625},
+        {"residual_scale": 0.22},
+        {"embedding_scale": 12.0},
+        {"nextn_predict_layers": 1},
+    ],
+    ids=str,
+)
+def test_metadata_that_would_change_results_are_refused(tmp_path, values):
+    with pytest.raises(
+        CheckpointError, match=f"llama.{list(values)[-1]} is .*expected"
+    ):
+        rope_of(tmp_path, add_all(values))
+
+
+def test_metadata_that_change_nothing_are_accepted(tmp_path):
+    values = {
+        "attention.causal": True,
+        "attention.scale": 8**-0.5,
+        "attention.sliding_window": 0,
+        "expert_count": 0,
+        "logit_scale": 1.0,
+        "final_logit_softcapping": 0.0,
+        "vocab_size": 259,
+    }
+    assert rope_of(tmp_path, add_all(values)) == RopeConfig()
+
+
+def test_a_part_of_a_split_file_is_named(tmp_path):
+    def add(writer):
+        writer.add_uint16("split.count", 3)
+
+    with pytest.raises(CheckpointError, match="split.count is 3, expected one whole"):
+        rope_of(tmp_path, add)
+
+
+def ends(names, *, eos=0, kind=3, **ids):
+    """The texts of the tokens that end a text, of a vocabulary with `names`."""
+    tokens = ["a", "b", *names]
+    metadata = {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1, 1] + [kind] * len(names),
+        "tokenizer.ggml.eos_token_id": eos,
+        **{f"tokenizer.ggml.{key}_token_id": value for key, value in ids.items()},
+    }
+    data = GGUFFile(path=Path("m.gguf"), metadata=metadata, tensors={}, data=None)
+    return [tokens[index] for index in gguf_stop_ids(data)]
+
+
+def test_texts_end_at_the_tokens_that_llama_cpp_counts():
+    llama3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"]
+    assert ends(llama3, eos=3) == llama3[1:]
+    qwen = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|file_sep|>"]
+    assert ends(qwen, eos=4) == ["<|im_end|>", "<|endoftext|>", "<|file_sep|>"]
+    assert ends(["x", "y"], eot=2, eom=3) == ["a", "x", "y"]
+    assert ends(["<|im_end|>"], kind=4) == ["a", "<|im_end|>"]  # as a user's
+    assert ends(["<|im_end|>"], kind=1) == ["a"]  # a word like any other
+    harmony = ["<|end|>", "<|return|>", "<|call|>"]
+    assert ends(harmony) == ["a", "<|return|>", "<|call|>"]
+    assert ends(harmony[:1]) == ["a", "<|end|>"]
+    with pytest.raises(CheckpointError, match="eot_token_id is 9, expected .* below 3"):
+        ends(["x"], eot=9)
+
+
 @pytest.mark.parametrize(
     "key, value, words",
     [
         ("llama.rope.scaling.type", "longrope", "longrope.*none.*linear.*yarn"),
         ("llama.rope.dimension_count", 4, "dimension_count is 4, expected 8"),
-        ("llama.expert_count", 8, "expert_count is 8.*dense"),
+        ("llama.expert_count", 8, "expert_count is 8, expected none or 0"),
         ("llama.attention.sliding_window", 64, "sliding_window is 64"),
     ],
 )
