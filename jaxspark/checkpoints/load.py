@@ -214,6 +214,12 @@ def _target_from_folder(
     if tokenizer is not None:
         _check_tokenizer(tokenizer, config, str(folder))
     stop_ids = stop_ids_from_hf(settings, raw, where=str(folder))
+    for stop in stop_ids:
+        if not 0 <= stop < config.vocab_size:
+            raise CheckpointError(
+                f"{folder}: eos_token_id is {stop}, expected an id of the vocabulary "
+                f"0..{config.vocab_size - 1}"
+            )
     if tokenizer is not None:
         # As servers do, the tokenizer's end of text stops too. Whoever cuts texts where
         # generation would have stopped asks the tokenizer: both hold the same ids.

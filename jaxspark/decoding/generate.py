@@ -1,5 +1,6 @@
 """`generate`: prompts in, completions out, over the compiled decode loop."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -148,6 +149,7 @@ def generate(
     stop: list = list(getattr(target, "stop_ids", ()) if stop_ids is None else stop_ids)
     if not (stop and np.ndim(stop[0])):  # one list serves every prompt
         stop = [stop] * len(prompts)
+    stop = [check_ids(model, "stop_ids", each) for each in stop]
     if capacity is None:
         capacity = round_capacity(max(limits) + block_length)
     state = init_state(
@@ -286,44 +288,72 @@ def check_prompt(model, index: int, prompt) -> list[int]:
     """The ids of a prompt.
 
     Raises:
-      ValueError: it is no list, empty, or has an id outside the vocabulary.
+      ValueError: it is no list, empty, or has what is no id of the vocabulary.
     """
     if np.ndim(prompt) != 1:
         raise ValueError(
             f"prompt {index} must be text or a list of token ids, got {prompt!r}; "
             "prompts is a list of prompts"
         )
-    ids = [int(token) for token in prompt]
+    ids = check_ids(model, f"prompt {index}", prompt)
     if not ids:
         raise ValueError(f"prompt {index} is empty; give at least one token")
-    vocab = model.config.vocab_size
-    wrong = [token for token in ids if not 0 <= token < vocab]
-    if wrong:
-        raise ValueError(
-            f"prompt {index} has token id {wrong[0]}, "
-            f"outside the vocabulary 0..{vocab - 1}"
-        )
     return ids
+
+
+def check_ids(model, name: str, ids) -> list[int]:
+    """Token ids as Python's integers; `name` says in errors what they are of.
+
+    Raises:
+      ValueError: one that is no whole number, or outside the vocabulary.
+    """
+    vocab = model.config.vocab_size
+    whole = []
+    for token in ids:
+        try:
+            number = -1 if isinstance(token, bool) else operator.index(token)
+        except TypeError:  # not a whole number, though it may have the value of one
+            number = -1
+        if not 0 <= number < vocab:
+            raise ValueError(
+                f"{name} has token id {token!r}, expected whole numbers inside the "
+                f"vocabulary 0..{vocab - 1}"
+            )
+        whole.append(number)
+    return whole
+
+
+def is_whole(values) -> bool:
+    """Whether these are integers by type; truth values are none."""
+    return np.issubdtype(np.asarray(values).dtype, np.integer)
+
+
+def check_length(model, name: str, length: int, budget: int) -> None:
+    """Raises `ValueError` if a prompt and its output exceed the target's positions."""
+    most = model.config.max_position_embeddings
+    if length + budget > most:
+        raise ValueError(
+            f"{name} of {length} tokens and {budget} new ones exceed the target's "
+            f"{most} positions"
+        )
 
 
 def _limits(model, prompts, max_new_tokens) -> list[int]:
     budgets = np.asarray(max_new_tokens)
-    whole = np.issubdtype(budgets.dtype, np.integer)
-    if not whole or budgets.shape not in ((), (len(prompts),)) or np.any(budgets < 1):
+    if (
+        not is_whole(budgets)
+        or budgets.shape not in ((), (len(prompts),))
+        or np.any(budgets < 1)
+    ):
         raise ValueError(
             f"max_new_tokens must be a whole positive number or {len(prompts)}, "
             f"got {max_new_tokens}"
         )
-    most = model.config.max_position_embeddings
     limits = []
-    for index, budget in enumerate(np.broadcast_to(budgets, (len(prompts),))):
+    for index, budget in enumerate(np.broadcast_to(budgets, (len(prompts),)).tolist()):
         length = len(prompts[index])
-        if length + int(budget) > most:
-            raise ValueError(
-                f"prompt {index} of {length} tokens and {int(budget)} new ones exceed "
-                f"the target's {most} positions"
-            )
-        limits.append(length + int(budget))
+        check_length(model, f"prompt {index}", length, budget)
+        limits.append(length + budget)
     return limits
 
 
@@ -331,8 +361,8 @@ def _seeds(seed, count: int) -> np.ndarray:
     """One seed per prompt; a single one gives each prompt its own stream."""
     if np.ndim(seed):
         return np.asarray(seed)
-    if not 0 <= int(seed) < 2**32:
-        raise ValueError(f"seed must lie in [0, 2**32), got {seed}")
+    if not 0 <= seed < 2**32 or seed != int(seed):
+        raise ValueError(f"seed must be whole and lie in [0, 2**32), got {seed}")
     return spread_seed(int(seed), np.arange(count, dtype=np.uint64))
 
 

@@ -23,11 +23,14 @@ from jaxspark.decoding.generate import (
     as_model,
     check_block_length,
     check_floors,
+    check_ids,
+    check_length,
     check_prompt,
     completions,
     costed,
     decode_rounds,
     default_buckets,
+    is_whole,
     prefill_chunk,
     round_capacity,
     spread_seed,
@@ -114,6 +117,7 @@ def generate_stream(
     options.check(slots)
     options = costed(options, model, drafter, slots=slots, capacity=capacity)
     group = max(1, slots // 4) if newcomers is None else min(newcomers, slots)
+    check_ids(model, "the target's stop_ids", getattr(target, "stop_ids", ()))
     make = _StateMaker(target, model, drafter, block_length, capacity)
     waiting = enumerate(requests)
     # A request that does nothing fills empty slots; its slot is done from the start.
@@ -195,13 +199,17 @@ class _StateMaker:
     def check(self, index: int, request: Request) -> None:
         """Raises `ValueError` if the request is malformed or does not fit."""
         check_prompt(self.model, index, request.prompt)
-        if request.max_new_tokens < 1:
+        budget, name = request.max_new_tokens, f"request {index}"
+        if not is_whole(budget) or budget < 1:
             raise ValueError(
-                f"request {index}: max_new_tokens must be positive, got "
-                f"{request.max_new_tokens}"
+                f"{name}: max_new_tokens must be a whole positive number, got {budget}"
             )
+        check_length(self.model, name, len(request.prompt), budget)
+        if request.stop_ids is not None:
+            check_ids(self.model, f"{name}: stop_ids", request.stop_ids)
         cap = self.block_length if request.draft_cap is None else request.draft_cap
-        if not 0 <= request.draft_floor <= cap <= self.block_length:
+        whole = is_whole(request.draft_floor) and is_whole(cap)
+        if not whole or not 0 <= request.draft_floor <= cap <= self.block_length:
             raise ValueError(
                 f"request {index}: drafts verified must satisfy 0 <= floor <= cap <= "
                 f"{self.block_length}, got floor {request.draft_floor} and cap "

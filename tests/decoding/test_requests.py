@@ -1,0 +1,59 @@
+"""What a request may not ask for is refused, in a stream as in `generate`."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxspark import generate
+from jaxspark.decoding import Request, generate_stream
+from tests.checkpoints import tiny
+
+POSITIONS = 128
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny.target(max_position_embeddings=POSITIONS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": 126}, "request 1 of 3 tokens and 126 new ones exceed"),
+        ({"max_new_tokens": 2.5}, "request 1: max_new_tokens must be a whole positive"),
+        (
+            {"max_new_tokens": True},
+            "request 1: max_new_tokens must be a whole positive",
+        ),
+        ({"prompt": [1, 2.0, 3]}, "prompt 1 has token id 2.0, expected whole"),
+        ({"prompt": [1, 300, 3]}, "prompt 1 has token id 300, .* 0..299"),
+        ({"prompt": "abc"}, "prompt 1 must be text or a list"),
+        ({"stop_ids": [2.5]}, "request 1: stop_ids has token id 2.5"),
+        ({"stop_ids": [-1]}, "request 1: stop_ids has token id -1"),
+        ({"draft_floor": 0.5}, "request 1: drafts verified must satisfy"),
+    ],
+    ids=str,
+)
+def test_a_stream_names_the_request_it_refuses(target, change, message):
+    good = {"prompt": [1, 2, 3], "max_new_tokens": 2}
+    requests = [Request(**good), Request(**(good | change))]
+    with pytest.raises(ValueError, match=message):
+        list(generate_stream(target, requests, slots=2, capacity=256, newcomers=2))
+
+
+def test_the_last_position_is_used_and_none_after_it(target):
+    request = Request(prompt=[1, 2, 3], max_new_tokens=POSITIONS - 3, stop_ids=())
+    [(_, done)] = generate_stream(target, [request], slots=1, capacity=256)
+    assert len(done.tokens) == POSITIONS - 3
+
+
+def test_ids_may_be_integers_of_any_kind(target):
+    expected = generate(target, [[1, 2, 3]], max_new_tokens=4)[0].tokens
+    for prompt in (
+        np.array([1, 2, 3], np.uint16),
+        [np.int64(1), 2, np.uint8(3)],
+        jnp.array([1, 2, 3]),
+        (1, 2, 3),
+    ):
+        [done] = generate(target, [prompt], max_new_tokens=4, stop_ids=np.array([257]))
+        assert done.tokens == expected
