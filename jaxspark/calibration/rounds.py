@@ -17,7 +17,13 @@ from jaxtyping import Bool, Float, Int
 
 from jaxspark.decoding import DecodeOptions, Sampling, decode, init_state, prefill
 from jaxspark.decoding.couplings import Coupling
-from jaxspark.decoding.generate import as_model, check_block_length, prefill_chunk
+from jaxspark.decoding.generate import (
+    as_model,
+    check_block_length,
+    check_length,
+    check_prompt,
+    prefill_chunk,
+)
 from jaxspark.decoding.stream import capacity_for
 from jaxspark.drafters import Drafter
 
@@ -115,9 +121,15 @@ def record_rounds(
       slots: prompts decoded together.
       seed: of sampling.
       on_group: called with the number of prompts done after every group.
+
+    Raises:
+      ValueError: a prompt that is malformed or exceeds the target's positions.
     """
     model = as_model(target)
     block_length = check_block_length(drafter, block_length)
+    for index, prompt in enumerate(prompts):
+        check_prompt(model, index, prompt)
+        check_length(model, f"prompt {index}", len(prompt), max_new_tokens)
     full = slots * (block_length + 1)
     options = DecodeOptions(
         block_length=block_length,

@@ -330,6 +330,16 @@ def test_what_gives_no_example_is_listed_with_its_reason():
     assert sum(isinstance(each, Regenerated) for each in found) == 2
 
 
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_dropped():
+    model = target()  # 128 positions
+    rows = [*questions(1), conversation("x" * 120, "")]
+    found = list(regenerate(model, rows, max_new_tokens=6, max_prompt_tokens=999))
+    [dropped] = [each for each in found if isinstance(each, Dropped)]
+    assert dropped.reason.endswith("tokens, the limit is 122") and len(found) == 2
+    with pytest.raises(ValueError, match="no room for a prompt: .* 128 positions"):
+        next(regenerate(model, rows, max_new_tokens=128))
+
+
 def test_looping_answers_are_dropped():
     model = target()
     # All logits equal: always the first token.

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from jaxspark.decoding import Request, generate_stream
+from jaxspark.decoding.generate import check_ids
 from jaxspark.evaluation.looping import is_looping
 from jaxspark.jsonlines import Problem
 from jaxspark.training.data.conversations import Conversation
@@ -65,7 +66,17 @@ def regenerate(
       temperature: of sampling; 0 is greedy.
       top_p: of sampling.
       seed: of sampling.
+
+    Raises:
+      ValueError: the target has too few positions for any prompt and its answer.
     """
+    room = target.model.config.max_position_embeddings - max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"answers of {max_new_tokens} tokens leave no room for a prompt: the "
+            f"target has {room + max_new_tokens} positions"
+        )
+    longest = min(max_prompt_tokens, room)
     seen = set(done)
     waiting: dict[int, Conversation] = {}
     dropped: list[Dropped] = []
@@ -85,7 +96,7 @@ def regenerate(
                 continue
             seen.add(key)
             try:
-                prompt = _prompt(target.tokenizer, each, max_prompt_tokens)
+                prompt = _prompt(target, each, longest)
             except Exception as error:  # Templates raise whatever they like.
                 dropped.append(Dropped(key=key, where=each.where, reason=str(error)))
                 continue
@@ -130,10 +141,13 @@ def regenerate(
     yield from dropped
 
 
-def _prompt(tokenizer, conversation: Conversation, most: int) -> list[int]:
+def _prompt(target, conversation: Conversation, most: int) -> list[int]:
     if not conversation.first_turn:
         raise ValueError("no message by the user")
-    prompt = tokenizer.chat(conversation.first_turn, tools=conversation.tools)
+    prompt = target.tokenizer.chat(conversation.first_turn, tools=conversation.tools)
+    if not prompt:
+        raise ValueError("empty prompt")
+    check_ids(target.model, "prompt", prompt)
     if len(prompt) > most:
         raise ValueError(f"prompt of {len(prompt)} tokens, the limit is {most}")
     return prompt
