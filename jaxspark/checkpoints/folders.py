@@ -3,6 +3,7 @@
 A folder is written under a temporary sibling name and renamed when complete, so a crash
 leaves nothing that looks like a checkpoint. `SHA256SUMS` (the format of `sha256sum`)
 covers every file; loading verifies it first, since safetensors has no checksum of data.
+A file is read for that once, and again after it has changed (see `stamps`).
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from jaxspark.checkpoints import stamps
 from jaxspark.checkpoints.errors import CheckpointError
 
 SUMS = "SHA256SUMS"
@@ -89,6 +91,24 @@ def sha256(path: Path) -> str:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
 
 
+def verified_sha256(path: Path, expected: str, *, again: bool = False) -> str:
+    """The SHA-256 of a file; `expected` where the file was found to have that before.
+
+    `again`, or the environment variable JAXSPARK_VERIFY, has it computed anyway.
+    """
+    again = again or bool(os.environ.get("JAXSPARK_VERIFY"))
+    if not again and stamps.is_stamped(path, expected):
+        return expected
+    try:
+        before = stamps.state(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    seen = sha256(path)
+    if seen == expected:
+        stamps.stamp(path, seen, before)
+    return seen
+
+
 def write_sums(folder: Path) -> None:
     """Writes `SHA256SUMS` over every file of `folder`."""
     names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
@@ -107,23 +127,24 @@ def cover(folder: Path, name: str) -> None:
         path.write_text("".join(lines), encoding="utf-8")
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path, *, again: bool = False) -> None:
     """Checks a folder against its `SHA256SUMS`, or its files against the Hub cache.
 
-    A folder without either is accepted: nothing is known about its bytes.
+    A folder without either is accepted: nothing is known about its bytes. Files that
+    have not changed since they were checked are checked `again` only if asked for.
 
     Raises:
       CheckpointError: a file differs from its checksum, is missing, or could be read
         but is not covered; names the file.
     """
     if (folder / SUMS).exists():
-        _verify_sums(folder)
+        _verify_sums(folder, again)
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and path.suffix in READ_SUFFIXES:
-            _verify_blob(path)
+            _verify_blob(path, again)
 
 
-def _verify_sums(folder: Path) -> None:
+def _verify_sums(folder: Path, again: bool) -> None:
     path = folder / SUMS
     try:
         text = path.read_bytes().decode("utf-8")
@@ -139,7 +160,7 @@ def _verify_sums(folder: Path) -> None:
     if len(expected) != len(entries):
         raise CheckpointError(f"{path}: lists a file twice")
     for name, digest in expected.items():
-        seen = sha256(folder / name)
+        seen = verified_sha256(folder / name, digest, again=again)
         if seen != digest:
             raise CheckpointError(
                 f"{folder / name}: has SHA-256 {seen}, but {SUMS} says {digest}; "
@@ -150,14 +171,14 @@ def _verify_sums(folder: Path) -> None:
             raise CheckpointError(f"{file}: is not listed in {SUMS}")
 
 
-def _verify_blob(link: Path) -> None:
+def _verify_blob(link: Path, again: bool) -> None:
     """The download cache names blobs by SHA-256, or by Git's SHA-1 if small."""
     blob = link.resolve()
     name = blob.name
     if not blob.is_file():
         raise CheckpointError(f"{link}: is a link to a file that does not exist")
     if re.fullmatch(r"[0-9a-f]{64}", name):
-        seen = sha256(blob)
+        seen = verified_sha256(blob, name, again=again)
     elif re.fullmatch(r"[0-9a-f]{40}", name):
         data = blob.read_bytes()
         seen = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

@@ -148,8 +148,9 @@ def dense_config_to_hf(
     }
     if family == "llama":
         result["mlp_bias"] = config.mlp_bias
-    if stop_ids:
-        result["eos_token_id"] = list(stop_ids)
+    # Said even where there is none: LlamaConfig's own default is token 2.
+    if stop_ids or family == "llama":
+        result["eos_token_id"] = list(stop_ids) or None
     return result
 
 

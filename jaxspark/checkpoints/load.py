@@ -1,12 +1,13 @@
 """Loading and saving targets and drafters, whatever they are stored as."""
 
 import importlib.util
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxspark.checkpoints import folders, hub
@@ -99,17 +100,24 @@ class Target:
       tokenizer: None if the checkpoint has none.
       stop_ids: ids that end a text.
       name: for messages and summaries.
+      generation_config: what its makers recommend for sampling, under transformers'
+        names. Nothing here follows it unasked; it is written where the model is.
     """
 
     model: DenseDecoder | DeepSeekV4
     tokenizer: Tokenizer | None
     stop_ids: tuple[int, ...]
     name: str
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @standard_settings()
 def load_target(
-    source: str | Path, *, dtype: Any = jnp.float32, keep_quantized: bool = False
+    source: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    keep_quantized: bool = False,
+    verify: bool = False,
 ) -> Target:
     """Loads a Llama, Qwen3 or DeepSeek-V4 model.
 
@@ -119,6 +127,8 @@ def load_target(
       dtype: type of parameters, activations and caches: float32 or bfloat16.
       keep_quantized: whether the FP8 and FP4 matrices of a released DeepSeek-V4 folder
         stay so in memory and are dequantized to `dtype` in each product.
+      verify: compares every file with its checksum, also those that have not changed
+        since they were compared. JAXSPARK_VERIFY=1 in the environment asks for it too.
 
     Raises:
       CheckpointError: nothing there, damaged, unsupported; says what was expected.
@@ -130,10 +140,11 @@ def load_target(
     if str(source) in BUILT_IN:
         packaged = BUILT_IN[str(source)]
         path = _packaged_file(packaged)
-        return _target_from_gguf(path, dtype, str(source), sha256=packaged.sha256)
+        _check_packaged(path, packaged.sha256, verify)
+        return _target_from_gguf(path, dtype, str(source))
     if path.is_file():
         return _target_from_gguf(path, dtype)
-    folder = resolve_folder(source)
+    folder = resolve_folder(source, verify=verify)
     return _target_from_folder(folder, dtype, str(source), keep_quantized)
 
 
@@ -149,8 +160,11 @@ def check_dtype(dtype: Any) -> None:
         raise CheckpointError(f"dtype is {dtype}, expected float32 or bfloat16")
 
 
-def resolve_folder(source: str | Path) -> Path:
-    """A local folder, or the downloaded folder of a Hub id, verified by checksums."""
+def resolve_folder(source: str | Path, *, verify: bool = False) -> Path:
+    """A local folder, or the downloaded folder of a Hub id, verified by checksums.
+
+    `verify` has them computed anew, as for `load_target`.
+    """
     path = Path(source)
     if not path.is_dir():
         if not hub.is_hub_id(str(source)):
@@ -159,7 +173,7 @@ def resolve_folder(source: str | Path) -> Path:
                 f"(organisation/name); built-in models: {', '.join(BUILT_IN)}"
             )
         path = hub.download(str(source))
-    folders.verify(path)
+    folders.verify(path, again=verify)
     return path
 
 
@@ -178,14 +192,16 @@ def _packaged_file(packaged: Packaged) -> Path:
     return path
 
 
-def _target_from_gguf(
-    path: Path, dtype: Any, name: str | None = None, *, sha256: str | None = None
-) -> Target:
-    if sha256 is not None and (seen := folders.sha256(path)) != sha256:
+def _check_packaged(path: Path, expected: str, again: bool) -> None:
+    seen = folders.verified_sha256(path, expected, again=again)
+    if seen != expected:
         raise CheckpointError(
-            f"{path}: has SHA-256 {seen}, expected {sha256}; the file was truncated or "
-            "altered, install its package again"
+            f"{path}: has SHA-256 {seen}, expected {expected}; the file was truncated "
+            "or altered, install its package again"
         )
+
+
+def _target_from_gguf(path: Path, dtype: Any, name: str | None = None) -> Target:
     file = open_gguf(path)
     config = dense_config_from_gguf(file)
     tokenizer = tokenizer_from_gguf(file)
@@ -201,6 +217,11 @@ def _target_from_gguf(
 def _target_from_folder(
     folder: Path, dtype: Any, name: str, keep_quantized: bool
 ) -> Target:
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder}: holds adapter_config.json; expected a whole model, so merge "
+            "the adapter into its weights and save that"
+        )
     config_path = folder / "config.json"
     raw = read_json(config_path)
     config: DenseConfig | DeepSeekV4Config
@@ -240,6 +261,7 @@ def _target_from_folder(
         tokenizer=tokenizer,
         stop_ids=stop_ids,
         name=name,
+        generation_config=settings,
     )
 
 
@@ -264,23 +286,40 @@ def _check_tokenizer(
 
 def _without_prefix(tensors: Tensors) -> Tensors:
     """Drops "model." from names, and the rope buffers that old exports carry."""
-    kept = {
-        name.removeprefix("model."): name
-        for name in tensors.shapes
-        if not name.endswith("rotary_emb.inv_freq")
-    }
+    kept: dict[str, str] = {}
+    for name in tensors.shapes:
+        short = name.removeprefix("model.")
+        if short in kept:
+            raise CheckpointError(f"{tensors.where}: has both {kept[short]} and {name}")
+        if not name.endswith("rotary_emb.inv_freq"):
+            kept[short] = name
     return tensors.renamed(kept)
 
 
 def _decoder(config: DenseConfig, tensors: Tensors, dtype: Any) -> DenseDecoder:
     if config.tie_word_embeddings:
-        # Some exports repeat the tied head; the embedding is the one that counts.
-        names = {n: n for n in tensors.shapes if n != "lm_head.weight"}
-        tensors = tensors.renamed(names)
+        config, tensors = _tied(config, tensors)
     check_depth(tensors, config.num_hidden_layers)
     return load_module(
         lambda: DenseDecoder(config, dtype=dtype, rngs=nnx.Rngs(0)), tensors
     )
+
+
+def _tied(config: DenseConfig, tensors: Tensors) -> tuple[DenseConfig, Tensors]:
+    """A model whose configuration ties head and embedding, as its tensors are.
+
+    One of the two is enough, and a copy is dropped; two that differ are not tied
+    (transformers 5 does the same: full fine-tunes leave such checkpoints).
+    """
+    embedding, head = "embed_tokens.weight", "lm_head.weight"
+    names = {name: name for name in tensors.shapes if name != head}
+    if head not in tensors.shapes:
+        return config, tensors
+    if embedding not in tensors.shapes:
+        return config, tensors.renamed({embedding: head, **names})
+    if np.array_equal(tensors.read(embedding), tensors.read(head)):
+        return config, tensors.renamed(names)
+    return replace(config, tie_word_embeddings=False), tensors
 
 
 def save_target(
@@ -316,8 +355,10 @@ def save_target(
         )
     with folders.new_folder(Path(folder), overwrite=overwrite) as new:
         write_json(new / "config.json", config)
+        generation = dict(target.generation_config)
         if target.stop_ids:
-            generation = {"eos_token_id": list(target.stop_ids)}
+            generation["eos_token_id"] = list(target.stop_ids)
+        if generation:
             write_json(new / "generation_config.json", generation)
         if target.tokenizer is not None:
             save_tokenizer(new, target.tokenizer)

@@ -65,6 +65,59 @@ def test_redundant_tensors_of_old_exports_are_ignored(tmp_path):
     assert model.lm_head is None
 
 
+def test_a_head_that_differs_from_the_embedding_is_used_though_tied(tmp_path):
+    tensors = weights(LLAMA)
+    folder = write_folder(
+        tmp_path / "m", LLAMA | {"tie_word_embeddings": True}, tensors
+    )
+    loaded = load_target(folder)
+    np.testing.assert_array_equal(loaded.model.head_VD, tensors["lm_head.weight"])
+    assert not loaded.model.config.tie_word_embeddings
+    save_target(tmp_path / "saved", loaded)
+    assert_same_parameters(load_target(tmp_path / "saved").model, loaded.model)
+
+
+def test_one_of_two_tied_matrices_is_enough(tmp_path):
+    tensors = weights(LLAMA)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    folder = write_folder(
+        tmp_path / "m", LLAMA | {"tie_word_embeddings": True}, tensors
+    )
+    model = load_target(folder).model
+    assert model.lm_head is None
+    np.testing.assert_array_equal(model.head_VD, tensors["lm_head.weight"])
+    rejected(write_folder(tmp_path / "m", LLAMA, tensors), "embed_tokens.weight")
+
+
+def test_a_tensor_under_two_names_is_rejected(tmp_path):
+    tensors = weights(LLAMA)
+    tensors["norm.weight"] = tensors["model.norm.weight"] + 1
+    folder = write_folder(tmp_path / "m", LLAMA, tensors)
+    rejected(folder, "has both (model.norm.weight and norm|norm.weight and model)")
+
+
+def test_an_adapter_beside_the_weights_is_rejected(tmp_path):
+    folder = write_folder(tmp_path / "m", LLAMA, weights(LLAMA))
+    (folder / "adapter_config.json").write_text("{}")
+    rejected(folder, "holds adapter_config.json; expected a whole model")
+
+
+@pytest.mark.parametrize("stop", [-1, 300])
+def test_an_end_of_text_outside_the_vocabulary_is_rejected(tmp_path, stop):
+    config = LLAMA | {"eos_token_id": [2, stop]}
+    folder = write_folder(tmp_path / "m", config, weights(LLAMA))
+    rejected(folder, f"eos_token_id is {stop}, expected an id of the vocabulary 0..299")
+
+
+def test_what_its_makers_recommend_is_kept_when_a_model_is_saved(tmp_path):
+    settings = {"temperature": 0.7, "top_p": 0.8, "eos_token_id": [5, 6]}
+    folder = write_folder(tmp_path / "m", LLAMA, weights(LLAMA))
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    save_target(tmp_path / "saved", load_target(folder))
+    written = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert written == settings
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("shard_bytes", [5 * 10**9, 20_000])
 def test_a_saved_target_loads_equal(tmp_path, dtype, shard_bytes):
