@@ -5,6 +5,7 @@
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ class Fields:
             return value
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.wrong(key, expected)
-        if not 0 < value < float("inf"):
+        if not 0 < value <= sys.float_info.max:
             raise self.wrong(key, expected)
         return float(value)
 

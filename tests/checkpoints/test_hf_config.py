@@ -136,6 +136,7 @@ def test_absent_optional_keys_have_the_defaults_of_transformers():
         ({"num_key_value_heads": 3}, "4 query heads cannot share 3"),
         ({"head_dim": 7}, "head_dim must be even.*7"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000.*, expected a positive number"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
