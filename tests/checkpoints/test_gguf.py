@@ -8,7 +8,7 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 
 from jaxspark.checkpoints import CheckpointError, load_target
-from jaxspark.checkpoints import load as load_file
+from jaxspark.checkpoints.built_in import BUILT_IN, Packaged
 from jaxspark.checkpoints.gguf_file import dense_config_from_gguf, gguf_stop_ids
 from jaxspark.checkpoints.gguf_header import GGUFFile, open_gguf
 from jaxspark.checkpoints.tree import named_parameters
@@ -399,11 +399,10 @@ class TestBuiltIn:
         assert smollm2.tokenizer.decode([int(logits[-1].argmax())]) == " Paris"
 
     def test_an_altered_file_is_an_error(self, tmp_path, monkeypatch):
-        packaged = load_file.BUILT_IN["smollm2-135m-instruct"]
-        data = bytearray(load_file._packaged_file(packaged).read_bytes())
+        data = bytearray(BUILT_IN["smollm2-135m-instruct"].find().read_bytes())
         data[50_000_000] ^= 1
         (tmp_path / "m.gguf").write_bytes(data)
-        monkeypatch.setattr(load_file, "_packaged_file", lambda _: tmp_path / "m.gguf")
+        monkeypatch.setattr(Packaged, "find", lambda self: tmp_path / "m.gguf")
         with pytest.raises(CheckpointError, match="SHA-256.*truncated or altered"):
             load_target("smollm2-135m-instruct")
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ from jaxspark.checkpoints import (
     save_target,
     stamps,
 )
-from jaxspark.checkpoints import load as load_file
+from jaxspark.checkpoints.built_in import Packaged
 from tests.checkpoints.tiny import LLAMA, target, weights, write_folder
 
 
@@ -134,10 +135,11 @@ def test_the_built_in_file_is_verified_once(tmp_path, read, monkeypatch):
     path = tmp_path / "m.gguf"
     path.write_bytes(b"not a model")
     digest = hashlib.sha256(b"not a model").hexdigest()
-    load_file._check_packaged(path, digest, False)
-    load_file._check_packaged(path, digest, False)
+    packaged = Packaged(package="m", version="1", file="m.gguf", sha256=digest)
+    packaged.check(path, again=False)
+    packaged.check(path, again=False)
     assert read == ["m.gguf"]
-    load_file._check_packaged(path, digest, True)
+    packaged.check(path, again=True)
     assert len(read) == 2
     with pytest.raises(CheckpointError, match="install its package again"):
-        load_file._check_packaged(path, "0" * 64, False)
+        replace(packaged, sha256="0" * 64).check(path, again=False)
