@@ -1,5 +1,6 @@
 """Conversations are read, answered by the target, marked; nothing is lost quietly."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -204,7 +205,7 @@ def test_tools_and_calls_without_text_reach_the_template(tmp_path):
         "{% for call in m.tool_calls or [] %}<s>{{ call.name }}</s>{% endfor %}"
         "{% endfor %}"
     )
-    object.__setattr__(tok, "chat_template", template)
+    tok = Tokenizer(core=tok.core, stop_ids=tok.stop_ids, chat_template=template)
     document = encode(tok, spoken)
     assert tok.decode(document.ids_L) == "add|1+1add"
     assert tok.decode(document.ids_L[document.trainable_L]) == "add"
@@ -248,8 +249,9 @@ PICKY = TEMPLATE.replace(
 
 
 def test_bad_lines_end_no_run(tmp_path):
-    model = target()
-    object.__setattr__(model.tokenizer, "chat_template", PICKY)
+    core = tokenizer().core
+    picky = Tokenizer(core=core, stop_ids=(257,), chat_template=PICKY)
+    model = dataclasses.replace(target(), tokenizer=picky)
     good = (
         '{"messages":[{"role":"user","content":"%s"},'
         '{"role":"assistant","content":"answer"}]}'
