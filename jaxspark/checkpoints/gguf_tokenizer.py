@@ -71,8 +71,7 @@ def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
     core.add_special_tokens(_added(tokens, kinds, _CONTROL))
     core.add_tokens(_added(tokens, kinds, _USER_DEFINED))
     special = _special_tokens(fields, tokens)
-    if fields.boolean("tokenizer.ggml.add_bos_token", rule in _LLAMA3):
-        _prepend_bos(core, fields, special)
+    _frame(core, fields, special, bos_unsaid=rule in _LLAMA3)
     return Tokenizer(
         core=core,
         stop_ids=gguf_stop_ids(file),
@@ -151,9 +150,21 @@ def _special_tokens(fields: Fields, tokens: Sequence[str]) -> dict[str, str]:
     return special
 
 
-def _prepend_bos(core: Core, fields: Fields, special: dict[str, str]) -> None:
-    bos = fields.integer("tokenizer.ggml.bos_token_id", least=0)
-    text = special["bos_token"]
-    core.post_processor = processors.TemplateProcessing(
-        single=f"{text} $A", special_tokens=[(text, bos)]
-    )
+def _frame(
+    core: Core, fields: Fields, special: dict[str, str], *, bos_unsaid: bool
+) -> None:
+    """Tokens that begin and end every plain text, if the file wants any."""
+    ids: dict[str, int] = {}
+
+    def token(role: str, unsaid: bool) -> list[str]:
+        if not fields.boolean(f"tokenizer.ggml.add_{role}_token", unsaid):
+            return []
+        index = fields.integer(f"tokenizer.ggml.{role}_token_id", least=0)
+        ids[special[f"{role}_token"]] = index
+        return [special[f"{role}_token"]]
+
+    frame = [*token("bos", bos_unsaid), "$A", *token("eos", False)]
+    if ids:
+        core.post_processor = processors.TemplateProcessing(
+            single=frame, special_tokens=list(ids.items())
+        )

@@ -248,6 +248,16 @@ def test_llama3_begins_texts_but_not_chats_with_its_token(tmp_path):
     ).encode("12") == [256]
 
 
+def test_a_file_may_end_every_plain_text_with_its_token(tmp_path):
+    file = metadata(tmp_path, pre="gpt-2", eos_token_id=257, add_eos_token=True)
+    assert tokenizer_from_gguf(file).encode("12") == [256, 257]
+    file.metadata |= {
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.add_bos_token": True,
+    }
+    assert tokenizer_from_gguf(file).encode("12") == [1, 256, 257]
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
