@@ -13,7 +13,8 @@ from jaxspark.drafters.eagle3 import Eagle3Cache
 from jaxspark.models import FlatTokens
 from tests import zoo
 
-LENGTH = 48
+# Of every pass, so that tests share two programs for each drafter.
+SLOTS, ROWS, LENGTH = 3, 12, 48
 
 
 @pytest.fixture(scope="module", params=zoo.NEURAL)
@@ -45,14 +46,14 @@ def case(request):
     return drafter, observe, propose
 
 
-def taps_of(drafter, slots, rows, seed):
-    shape = (slots, len(drafter.taps), rows, zoo.TARGETS["llama"].hidden_size)
+def taps_of(drafter, seed):
+    shape = (SLOTS, len(drafter.taps), ROWS, zoo.TARGETS["llama"].hidden_size)
     return jnp.asarray(np.random.default_rng(seed).normal(0, 3, shape), jnp.float32)
 
 
-def tokens_of(slots, seed=5):
+def tokens(seed=5):
     random = np.random.default_rng(seed)
-    return jnp.asarray(random.integers(0, zoo.VOCAB, (slots, LENGTH)), jnp.int32)
+    return jnp.asarray(random.integers(0, zoo.VOCAB, (SLOTS, LENGTH)), jnp.int32)
 
 
 def close(a, b):
@@ -60,73 +61,71 @@ def close(a, b):
         np.testing.assert_allclose(x, y, atol=2e-5)
 
 
-def starts(*values):
+def each(*values):
+    """One number for each slot."""
     return jnp.array(values, jnp.int32)
+
+
+NONE = each(0, 0, 0)
 
 
 def test_rewind_equals_never_having_seen(case):
     """Context A+B, a block drafted, rewind to A, context C: as A+C."""
     drafter, observe, propose = case
-    a, b, c = (taps_of(drafter, 1, rows, rows) for rows in (9, 7, 5))
-    tokens = tokens_of(1)
-    cache = observe(drafter.init_cache(1, LENGTH), a, starts(0), starts(9))
-    cache = observe(cache, b, starts(9), starts(7))
-    *_, cache = propose(cache, tokens, starts(17))
-    cache = observe(cache, c, starts(9), starts(5))
-    seen = propose(cache, tokens, starts(15))[:3]
-    cache = observe(drafter.init_cache(1, LENGTH), a, starts(0), starts(9))
-    cache = observe(cache, c, starts(9), starts(5))
-    close(seen, propose(cache, tokens, starts(15))[:3])
+    a, b, c = (taps_of(drafter, seed) for seed in (9, 7, 5))
+    kept, dropped, new = each(9, 12, 1), each(7, 1, 12), each(5, 2, 9)
+    straight = observe(drafter.init_cache(SLOTS, LENGTH), a, NONE, kept)
+    cache = observe(straight, b, kept, dropped)
+    *_, cache = propose(cache, tokens(), kept + dropped + 1)
+    seen, expected = (
+        propose(observe(before, c, kept, new), tokens(), kept + new + 1)[:3]
+        for before in (cache, straight)
+    )
+    close(seen, expected)
 
 
 def test_context_matters(case):
     drafter, observe, propose = case
-    tokens = tokens_of(1)
-    seen = []
+    counts, seen = each(9, 1, 12), []
     for seed in (1, 2):
-        taps = taps_of(drafter, 1, 9, seed)
-        cache = observe(drafter.init_cache(1, LENGTH), taps, starts(0), starts(9))
-        seen.append(propose(cache, tokens, starts(10))[2])
-    assert np.abs(seen[0] - seen[1]).max() > 1e-2
+        empty = drafter.init_cache(SLOTS, LENGTH)
+        cache = observe(empty, taps_of(drafter, seed), NONE, counts)
+        seen.append(propose(cache, tokens(), counts + 1)[2])
+    assert (np.abs(seen[0] - seen[1]).max(axis=(1, 2)) > 1e-2).all()
 
 
 def test_context_may_come_in_pieces(case):
     drafter, observe, propose = case
-    taps, tokens = taps_of(drafter, 1, 12, 0), tokens_of(1)
-    whole = observe(drafter.init_cache(1, LENGTH), taps, starts(0), starts(12))
-    cache = drafter.init_cache(1, LENGTH)
+    taps, full = taps_of(drafter, 0), each(12, 12, 12)
+    whole = observe(drafter.init_cache(SLOTS, LENGTH), taps, NONE, full)
+    cache = drafter.init_cache(SLOTS, LENGTH)
     for begin, end in ((0, 5), (5, 6), (6, 12)):
-        cache = observe(
-            cache, taps[:, :, begin:end], starts(begin), starts(end - begin)
-        )
-    close(
-        propose(cache, tokens, starts(13))[:3], propose(whole, tokens, starts(13))[:3]
+        piece = jnp.roll(taps, -begin, axis=2)
+        cache = observe(cache, piece, NONE + begin, NONE + end - begin)
+    seen, expected = (
+        propose(cache, tokens(), full + 1),
+        propose(whole, tokens(), full + 1),
     )
+    close(seen[:3], expected[:3])
 
 
 def test_slots_do_not_see_each_other(case):
     """Permuting slots permutes proposals, at different lengths."""
     drafter, observe, propose = case
-    taps, tokens = taps_of(drafter, 3, 12, 0), tokens_of(3)
-    counts, order = starts(12, 3, 7), np.array([2, 0, 1])
+    taps, counts, order = taps_of(drafter, 0), each(12, 3, 7), np.array([2, 0, 1])
 
     def run(order):
-        cache = observe(
-            drafter.init_cache(3, LENGTH), taps[order], starts(0, 0, 0), counts[order]
-        )
-        return propose(cache, tokens[order], counts[order] + 1)[:3]
+        empty = drafter.init_cache(SLOTS, LENGTH)
+        cache = observe(empty, taps[order], NONE, counts[order])
+        return propose(cache, tokens()[order], counts[order] + 1)[:3]
 
     close(jax.tree.map(lambda x: x[order], run(np.arange(3))), run(order))
 
 
 def test_padding_writes_nothing(case):
     drafter, observe, _ = case
-    cache = observe(
-        drafter.init_cache(2, LENGTH),
-        taps_of(drafter, 2, 4, 0),
-        starts(3, 5),
-        starts(0, 2),
-    )
+    empty = drafter.init_cache(SLOTS, LENGTH)
+    cache = observe(empty, taps_of(drafter, 0), each(3, 5, 0), each(0, 2, 0))
     if isinstance(cache, Eagle3Cache):
         features_BS = np.abs(np.asarray(cache.features_BSD)).sum(axis=2) > 0
         assert np.argwhere(features_BS).tolist() == [[1, 5], [1, 6]]
@@ -139,18 +138,15 @@ def test_padding_writes_nothing(case):
         assert np.argwhere(written_BS).tolist() == places
 
 
-def test_a_pruned_vocabulary_proposes_only_its_own_tokens():
-    model = zoo.target()
-    drafter = zoo.drafter("dspark-pruned", model)
-
-    def draw(logits_BW, j, ids_W):
-        return ids_W[jnp.argmax(logits_BW, -1)], logits_BW, logits_BW[:, 0]
-
-    proposal, _ = drafter.propose(
-        model, drafter.init_cache(2, LENGTH), tokens_of(2), starts(4, 9), draw, 4
-    )
-    assert proposal.log_q_BGW.shape == (2, 4, zoo.VOCAB // 2)
-    assert np.isin(proposal.tokens_BG, drafter.draft_ids[...]).all()
+def test_drafts_are_tokens_of_the_drafters_vocabulary(case):
+    drafter, _, propose = case
+    empty = drafter.init_cache(SLOTS, LENGTH)
+    drafts_BG, _, log_q_BGW, _ = propose(empty, tokens(), each(1, 4, 9))
+    pruned = drafter.draft_ids is not None
+    ids_W = drafter.draft_ids[...] if pruned else np.arange(zoo.VOCAB)
+    assert len(ids_W) == (zoo.VOCAB // 2 if pruned else zoo.VOCAB)
+    assert log_q_BGW.shape == (SLOTS, zoo.BLOCK, len(ids_W))
+    assert np.isin(drafts_BG, ids_W).all()
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from tests.parity.v4_cases import lengths, random_config
 from tests.parity.v4_weights import random_weights
 
 VOCAB = 61
-TINY = deepseek_v4_tiny(VOCAB)
+TINY = replace(deepseek_v4_tiny(VOCAB), hc_sinkhorn_iters=3)
 FLASH_ROPE = deepseek_v4_flash().compress_rope
 RANDOM = np.random.default_rng(0)
 
@@ -51,7 +51,8 @@ def model_of(*ratios, **changes):
 
 
 def logits(model, row):
-    return Session(model, 1, 160).feed([row])[0][0]
+    """Passes of one size, so that texts of all lengths share a model's program."""
+    return Session(model, 1, 160).feed([row], chunk=40)[0][0]
 
 
 def ids(count, seed=0):
@@ -286,11 +287,12 @@ def test_14_padding_is_not_compressed():
 def test_14_a_slot_may_be_set_back_by_64_and_no_more():
     model, row = model_of(0, 4, 32), ids(150)
     session, straight = Session(model, 1, 256), Session(model, 1, 256)
-    session.feed([row[:100]])
-    straight.feed([row[:100]])
-    session.feed([ids(model.max_rewind, 7)])
+    for each in (session, straight):
+        each.feed([row[:100]], chunk=50)
+    session.feed([ids(model.max_rewind, 7)], chunk=50)
     session.rewind([100])
-    seen, expected = (each.feed([row[100:]])[0][0] for each in (session, straight))
+    rest = row[100:]
+    seen, expected = (e.feed([rest], chunk=50)[0][0] for e in (session, straight))
     np.testing.assert_allclose(seen, expected, atol=1e-3)
     one = Sampling.of(1, temperature=0.0)
     with pytest.raises(ValueError, match="forget at most 64 rejected drafts"):
@@ -318,24 +320,30 @@ def test_15_sinks_take_weight_and_give_nothing():
     assert np.abs(nothing).max() == 0  # and no NaN
 
 
-def proposals(drafter, model, *, counts=(20,), change=None):
-    """What it drafts, after so many context rows; `change` alters one of them."""
-    slots, D = len(counts), TINY.hidden_size
-    size = (len(drafter.taps), D, slots * 20)
-    taps = np.random.default_rng(1).normal(size=size).astype(np.float32)
+def proposals(drafter, model, *, change=None):
+    """What it drafts after 20 context rows; `change` alters one of them."""
+    taps = np.random.default_rng(1).normal(
+        size=(len(drafter.taps), TINY.hidden_size, 20)
+    )
     if change is not None:
         taps[:, :, change] += 3.0
-    ids_BQ, starts_B = jnp.zeros((slots, 20), jnp.int32), jnp.zeros(slots, jnp.int32)
-    tokens = FlatTokens.from_rows(ids_BQ, starts_B, jnp.array(counts))
-    cache = drafter.observe(drafter.init_cache(slots, 64), jnp.asarray(taps), tokens)
+    return proposal(drafter, model, jnp.asarray(taps, jnp.float32))
+
+
+@jax.jit
+def proposal(drafter, model, taps_mDT):
+    count = jnp.full(1, taps_mDT.shape[-1])
+    ids_1Q = jnp.zeros((1, taps_mDT.shape[-1]), jnp.int32)
+    tokens = FlatTokens.from_rows(ids_1Q, jnp.zeros(1, jnp.int32), count)
+    cache = drafter.observe(drafter.init_cache(1, 64), taps_mDT, tokens)
 
     def draw(logits_BV, j, ids_W):
         best_B = jnp.argmax(logits_BV, -1).astype(jnp.int32)
         return best_B, logits_BV, logits_BV[:, 0]
 
-    answer = jnp.tile(jnp.arange(64, dtype=jnp.int32) % VOCAB, (slots, 1))
-    lengths, block_length = jnp.array(counts) + 1, drafter.block_length
-    return drafter.propose(model, cache, answer, lengths, draw, block_length)[0]
+    answer_1S = jnp.arange(64, dtype=jnp.int32)[None] % VOCAB
+    length = drafter.block_length
+    return drafter.propose(model, cache, answer_1S, count + 1, draw, length)[0]
 
 
 @pytest.fixture(scope="module")
@@ -356,15 +364,16 @@ def test_16_the_drafter_sees_every_context_row_of_its_window(drafting):
 def test_16_a_block_sees_itself_and_begins_after_its_context(drafting):
     """The first row changes with the noise behind it; rows know their places."""
     drafter, model = drafting
-    hidden = drafter.backbone(
-        model, drafter.init_cache(1, 64), jnp.array([5]), jnp.array([0]), 5
-    )
     other = DeepSeekV4DSpark(
         replace(drafter.config, dspark_noise_token_id=3), rngs=nnx.Rngs(1)
     )
-    changed = other.backbone(
-        model, other.init_cache(1, 64), jnp.array([5]), jnp.array([0]), 5
-    )
+
+    @jax.jit
+    def backbone(drafter):
+        cache = drafter.init_cache(1, 64)
+        return drafter.backbone(model, cache, jnp.array([5]), jnp.array([0]), 5)
+
+    hidden, changed = backbone(drafter), backbone(other)
     assert np.abs(hidden[:, 0, 0] - changed[:, 0, 0]).max() > 1e-4
     assert np.abs(hidden[:, 0, 1] - hidden[:, 0, 2]).max() > 1e-4
 
