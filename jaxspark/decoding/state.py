@@ -113,9 +113,9 @@ def init_state(
       draft_cap: most drafts verified in a round; None: all.
 
     Raises:
-      ValueError: an empty prompt, one that its limit or the capacity cannot hold, more
-        drafts per round than the target's caches can forget, or not one limit, stop
-        list and sampling parameter per prompt.
+      ValueError: ids that are no integers, an empty prompt, one that its limit or the
+        capacity cannot hold, more drafts per round than the target's caches can forget,
+        or not one limit, stop list and sampling parameter per prompt.
     """
     slots = len(prompts)
     stop_ids = [()] * slots if stop_ids is None else stop_ids
@@ -133,7 +133,7 @@ def init_state(
             f"block length {block_length}: this target's caches can forget at most "
             f"{most} rejected drafts"
         )
-    needed = max(limits) + block_length
+    needed = int(_whole("limits", limits).max()) + block_length
     capacity = needed if capacity is None else capacity
     if capacity < needed:
         raise ValueError(
@@ -148,12 +148,12 @@ def init_state(
             raise ValueError(
                 f"prompt {slot} has {len(prompt)} tokens, more than its limit {limit}"
             )
-        tokens_BS[slot, : len(prompt)] = prompt
+        tokens_BS[slot, : len(prompt)] = _whole(f"prompt {slot}", prompt)
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     limits_B = np.array(limits, np.int32)
     stop_ids_BX = np.full((slots, max(1, *map(len, stop_ids))), -1, np.int32)
     for slot, ids in enumerate(stop_ids):
-        stop_ids_BX[slot, : len(ids)] = ids
+        stop_ids_BX[slot, : len(ids)] = _whole("stop_ids", ids)
     return DecodeState(
         tokens_BS=jnp.asarray(tokens_BS),
         lengths_B=jnp.asarray(lengths_B),
@@ -172,3 +172,11 @@ def init_state(
         log_probs_BS=jnp.zeros((slots, capacity if log_probs else 0), jnp.float32),
         counters=Counters.zeros(slots, block_length),
     )
+
+
+def _whole(name: str, values: Sequence[int]) -> np.ndarray:
+    """The values as an array; NumPy would cut what is no integer without a word."""
+    array = np.asarray(values)
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} must be whole numbers, got {array.tolist()}")
+    return array

@@ -8,6 +8,7 @@ A chat template comes from the checkpoint, so it is untrusted: transformers rend
 in Jinja's sandbox, with plain data and a few harmless functions.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -126,7 +127,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of ids; control tokens are left out unless `skip_special` is False."""
         return self.hf.decode(
-            [int(i) for i in ids],
+            [operator.index(i) for i in ids],
             skip_special_tokens=skip_special,
             clean_up_tokenization_spaces=self.cleans_up,
         )

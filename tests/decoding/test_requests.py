@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from jaxspark import generate
-from jaxspark.decoding import Request, generate_stream
+from jaxspark.decoding import Request, Sampling, generate_stream, init_state
+from jaxspark.drafters import PlainDrafter
 from tests.checkpoints import tiny
 
 POSITIONS = 128
@@ -45,6 +46,23 @@ def test_the_last_position_is_used_and_none_after_it(target):
     request = Request(prompt=[1, 2, 3], max_new_tokens=POSITIONS - 3, stop_ids=())
     [(_, done)] = generate_stream(target, [request], slots=1, capacity=256)
     assert len(done.tokens) == POSITIONS - 3
+
+
+@pytest.mark.parametrize("place", [0, 1, "stop_ids"])
+def test_a_state_is_not_made_of_numbers_that_are_cut(target, place):
+    arguments = [[[1, 2, 3]], [8]]
+    options = {"block_length": 1, "stop_ids": [[5]]}
+    if place == "stop_ids":
+        options[place] = [[5.5]]
+    else:
+        arguments[place] = [[[1.7]], [8.5]][place]
+    with pytest.raises(ValueError, match="must be whole numbers, got"):
+        init_state(target.model, PlainDrafter(), *arguments, Sampling.of(1), **options)
+
+
+def test_text_is_of_whole_ids_alone(target):
+    with pytest.raises(TypeError, match="float"):
+        target.tokenizer.decode([65.7])
 
 
 def test_ids_may_be_integers_of_any_kind(target):
