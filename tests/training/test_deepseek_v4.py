@@ -177,20 +177,21 @@ def test_the_indexers_loss_reaches_the_indexer_alone():
     model.embed_tokens.weight[...] *= 30.0
     tokens = texts(30, 22)
 
-    def loss(model, dense):
-        return sum(
-            r.index_L.sum() for r in forward(model, tokens, dense_index=dense)[1]
-        )
+    @partial(jax.jit, static_argnames=("dense",))
+    @partial(jax.value_and_grad, allow_int=True)
+    def loss_and_gradients(model, dense):
+        _, reports = forward(model, tokens, dense_index=dense)
+        return sum(each.index_L.sum() for each in reports)
 
     for dense in (True, False):
-        grads = jax.grad(loss, allow_int=True)(model, dense)
+        loss, grads = loss_and_gradients(model, dense=dense)
         for path, value in nnx.to_flat_state(nnx.split(grads)[1]):
             array = value.get_value()
             if array.dtype == jax.dtypes.float0:
                 continue
             moved = float(jnp.abs(array).max()) > 0
             assert moved == ("indexer" in path), path
-        assert loss(model, dense) > 0
+        assert loss > 0
 
 
 def test_an_indexer_that_says_what_attention_does_has_no_loss():
@@ -241,7 +242,9 @@ def test_balance_is_one_when_even_and_grows_with_skew():
 
 def test_a_short_run_learns_and_evens_out_loads():
     """Loss falls, and the most loaded expert gets below 1.5 times the mean."""
-    config = replace(deepseek_v4_tiny(VOCAB), compress_ratios=(0, 4, 32))
+    config = replace(
+        deepseek_v4_tiny(VOCAB), compress_ratios=(0, 4, 32), hc_sinkhorn_iters=3
+    )
     model = DeepSeekV4(config, rngs=nnx.Rngs(0))
     mtp = MTPDrafter(config, rngs=nnx.Rngs(1))
     skew = jnp.linspace(0.05, -0.05, config.n_routed_experts)
@@ -268,7 +271,7 @@ def test_a_short_run_learns_and_evens_out_loads():
 
     random = np.random.default_rng(0)
     seen = []
-    for _ in range(60):
+    for _ in range(40):
         # Texts that count up by a step of their own.
         first, by = random.integers(0, VOCAB, (2, 8, 1))
         ids_BQ = (first + (1 + by % 5) * np.arange(48)) % VOCAB
