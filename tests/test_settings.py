@@ -15,8 +15,8 @@ from jaxspark.decoding import (
     sampling,
 )
 from jaxspark.drafters import NgramDrafter
-from jaxspark.evaluation.settings_checks import SETTINGS
-from jaxspark.evaluation.tiny_models import DRAFTERS, tiny_models
+from jaxspark.exactness.global_settings import SETTINGS
+from jaxspark.exactness.tiny_models import DRAFTERS, tiny_models
 from tests.checkpoints import tiny
 
 JITTED = [setting for setting in SETTINGS.values() if not setting.eager]

@@ -37,7 +37,7 @@ from jaxspark.decoding.costs import bucket_ladder, draft_ladder, within_ladder
 from jaxspark.decoding.couplings import Coupling
 from jaxspark.decoding.generate import as_model, check_block_length
 from jaxspark.drafters import Drafter
-from jaxspark.evaluation.timing import alternate
+from jaxspark.timing import alternate
 
 FORMAT = "jaxspark-cost-profile-2"
 _PERIOD = 16

@@ -1,1 +1,1 @@
-"""How we know: exactness audits, exact enumeration, statistics and timing."""
+"""How good a drafter is: accepted length, the prompts for it, plots."""

@@ -20,7 +20,7 @@ from jaxspark.decoding.couplings import Coupling
 from jaxspark.decoding.schedule import Fixed, Scheduler, Threshold
 from jaxspark.decoding.stream import capacity_for
 from jaxspark.drafters import Drafter
-from jaxspark.evaluation.looping import is_looping
+from jaxspark.text.looping import is_looping
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,9 +34,9 @@ from jaxspark.configs import targets as target_configs
 from jaxspark.decoding import Request, parse_schedule
 from jaxspark.decoding.generate import round_capacity
 from jaxspark.drafters import DeepSeekV4DSpark, DSparkDrafter, MTPDrafter
-from jaxspark.evaluation import sampling_checks, suites
-from jaxspark.evaluation.audit import AuditResult, plain_outputs
-from jaxspark.evaluation.tiny_models import DRAFTERS, Family
+from jaxspark.exactness import audit_grid, rejection
+from jaxspark.exactness.audit import AuditResult, plain_outputs
+from jaxspark.exactness.tiny_models import DRAFTERS, Family
 from jaxspark.launch import common, program
 from jaxspark.launch.audit_report import checked, found, total
 from jaxspark.launch.audit_schedules import audit_schedules
@@ -183,10 +183,10 @@ def audit_tokens(console: Console, target, requests, suite: str) -> dict:
     """The greedy or gumbel suite over the grid; returns its figures."""
     coupling = "rejection" if suite == "greedy" else "gumbel"
     if suite == "gumbel":
-        requests = suites.sampled_requests(requests)
+        requests = audit_grid.sampled_requests(requests)
     block_lengths = common.positive("block_lengths")
     grid = list(
-        suites.cells(
+        audit_grid.cells(
             FLAGS.drafters,
             block_lengths,
             common.positive("slots"),
@@ -236,7 +236,7 @@ def audit_tokens(console: Console, target, requests, suite: str) -> dict:
             progress.update(bar, description=f"{suite}: {cell.name}")
             if cell.name not in finished.cells:
                 begin = time.perf_counter()
-                result = suites.run_cell(
+                result = audit_grid.run_cell(
                     target,
                     audited_drafter(cell.drafter, target),
                     cell,
@@ -322,7 +322,7 @@ def audit_sampling(console: Console, family: Family) -> dict:
     """Guarantee 2 on tiny models: enumeration, chi-square, acceptance formulas."""
     with bars(console) as progress, compile_workers() as workers:
         checking = [
-            workers.submit(sampling_checks.run, FLAGS.samples, [name], family)
+            workers.submit(rejection.run, FLAGS.samples, [name], family)
             for name in DRAFTERS[family]
         ]
         by_drafter = collect(progress, checking, "sampling")

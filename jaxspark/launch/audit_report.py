@@ -5,8 +5,8 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
-from jaxspark.evaluation.audit import AuditResult
-from jaxspark.evaluation.sampling_checks import Check
+from jaxspark.exactness.audit import AuditResult
+from jaxspark.exactness.rejection import Check
 
 
 def found(result: AuditResult) -> dict:

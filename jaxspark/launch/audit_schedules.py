@@ -13,11 +13,16 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxspark.evaluation import schedule_checks, schedule_sampling
-from jaxspark.evaluation.appendix import appendix_checks
-from jaxspark.evaluation.sampling_checks import Check
-from jaxspark.evaluation.schedule_checks import ScheduleCell, ScheduleResult
-from jaxspark.evaluation.tiny_models import DRAFTERS, Family
+from jaxspark.exactness import rejection_under_schedules
+from jaxspark.exactness.appendix import appendix_checks
+from jaxspark.exactness.audit_schedules import (
+    ScheduleAudit,
+    ScheduleCell,
+    ScheduleResult,
+    grid_of_schedules,
+)
+from jaxspark.exactness.rejection import Check
+from jaxspark.exactness.tiny_models import DRAFTERS, Family
 from jaxspark.launch.audit_report import checked, found, total
 from jaxspark.launch.progress import CellProgress, bars
 from jaxspark.launch.workers import collect, compile_workers
@@ -55,14 +60,14 @@ def few_optimizations() -> Iterator[None]:
 
 
 def _audit_schedules(console: Console, *, quick: bool, family: Family) -> dict:
-    grid = schedule_checks.grid(every=QUICK if quick else 1, family=family)
+    grid = grid_of_schedules(every=QUICK if quick else 1, family=family)
     progress_file = FLAGS.progress and f"{FLAGS.progress}.schedules"
     settings = {"suite": "schedules", "quick": quick, "family": family}
     finished = CellProgress(progress_file, settings)
     todo = [cell for cell in grid if cell.name not in finished.cells]
     own = ("hybrid-asks",) if quick else DRAFTERS[family]
-    drafters = (schedule_sampling.TELLTALE, *own)
-    lawful = schedule_sampling.schedules_for_rejection()
+    drafters = (rejection_under_schedules.LEAKY, *own)
+    lawful = rejection_under_schedules.schedules_for_rejection()
     schedules = ("causal", "lagged") if quick else tuple(lawful)
     samples = 20_000 if quick else FLAGS.samples
 
@@ -129,9 +134,9 @@ def _audit_schedules(console: Console, *, quick: bool, family: Family) -> dict:
 
 
 @functools.cache
-def _audit(family: Family) -> schedule_checks.ScheduleAudit:
+def _audit(family: Family) -> ScheduleAudit:
     """Models, requests and their plain outputs: of a worker, for all its cells."""
-    return schedule_checks.ScheduleAudit(family=family)
+    return ScheduleAudit(family=family)
 
 
 def _run_cell(family: Family, cell: ScheduleCell) -> tuple[ScheduleResult, float]:
@@ -145,14 +150,14 @@ def _run_cell(family: Family, cell: ScheduleCell) -> tuple[ScheduleResult, float
 
 
 def _enumerate(family: Family, drafter: str) -> list[Check]:
-    checks = schedule_sampling.enumeration_checks([drafter], family=family)
+    checks = rejection_under_schedules.enumeration_checks([drafter], family=family)
     jax.clear_caches()
     return checks
 
 
 def _sample(family: Family, name: str, samples: int) -> list[Check]:
-    schedule = schedule_sampling.schedules_for_rejection()[name]
-    return schedule_sampling.frequency_checks(samples, {name: schedule}, family)
+    schedule = rejection_under_schedules.schedules_for_rejection()[name]
+    return rejection_under_schedules.frequency_checks(samples, {name: schedule}, family)
 
 
 def _choice(names: tuple[str, str], group: list[dict]) -> Check:

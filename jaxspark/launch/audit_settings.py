@@ -7,9 +7,13 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from jaxspark.evaluation import schedule_checks, schedule_sampling
-from jaxspark.evaluation.schedule_checks import ScheduleAudit, ScheduleCell
-from jaxspark.evaluation.settings_checks import SETTINGS, Setting, audit_setting
+from jaxspark.exactness import rejection_under_schedules
+from jaxspark.exactness.audit_schedules import (
+    ScheduleAudit,
+    ScheduleCell,
+    grid_of_schedules,
+)
+from jaxspark.exactness.global_settings import SETTINGS, Setting, audit_setting
 from jaxspark.launch.audit_report import checked, found, total
 from jaxspark.launch.audit_schedules import QUICK, few_optimizations
 from jaxspark.launch.progress import bars
@@ -22,7 +26,7 @@ SAMPLES = 20_000
 
 def audit_settings(console: Console) -> dict:
     """Tokens and distributions under every setting, on tiny models."""
-    cells = schedule_checks.grid(every=QUICK)
+    cells = grid_of_schedules(every=QUICK)
     jitted = [name for name, setting in SETTINGS.items() if not setting.eager]
     eager = [name for name, setting in SETTINGS.items() if setting.eager]
     with few_optimizations(), bars(console) as progress, compile_workers() as workers:
@@ -78,9 +82,9 @@ def _run_cell(names: list[str], cell: ScheduleCell) -> list[dict]:
     return entries
 
 
-def _sample(name: str) -> list[schedule_sampling.Check]:
-    schedule = schedule_sampling.schedules_for_rejection()["lagged"]
+def _sample(name: str) -> list[rejection_under_schedules.Check]:
+    schedule = rejection_under_schedules.schedules_for_rejection()["lagged"]
     with SETTINGS[name].applied():
-        return schedule_sampling.frequency_checks(
+        return rejection_under_schedules.frequency_checks(
             SAMPLES, {f"lagged, {name}": schedule}
         )

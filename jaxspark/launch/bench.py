@@ -29,16 +29,17 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
+from jaxspark.benchmark.sequences import decode_seconds
 from jaxspark.checkpoints import load_drafter, save_target
 from jaxspark.decoding import DecodeOptions
 from jaxspark.decoding.generate import default_buckets
 from jaxspark.drafters import NgramDrafter, PlainDrafter, hybrid
 from jaxspark.evaluation.acceptance import macro_average
-from jaxspark.evaluation.timing import alternate, decode_seconds, medians, timed
 from jaxspark.launch import common, program
 from jaxspark.launch.bench_load import bench_load
 from jaxspark.launch.bench_overhead import bench_overhead
 from jaxspark.models import FlatTokens
+from jaxspark.timing import alternate, medians, timed
 
 common.define_model_flags(draft=None)
 flags.DEFINE_enum(

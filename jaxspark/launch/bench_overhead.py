@@ -33,11 +33,11 @@ from jaxspark.decoding.couplings import entropy
 from jaxspark.decoding.generate import check_block_length
 from jaxspark.decoding.schedule_state import remembered
 from jaxspark.evaluation.prompts import in_turn
-from jaxspark.evaluation.timing import alternate, medians, timed
 from jaxspark.launch import common
 from jaxspark.launch.bench_load import Contestant, House
 from jaxspark.models import FlatTokens
 from jaxspark.settings import random_key
+from jaxspark.timing import alternate, medians, timed
 
 flags.DEFINE_integer("overhead_slots", 64, "Slots of --suite=overhead.", lower_bound=1)
 FLAGS = flags.FLAGS

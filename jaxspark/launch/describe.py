@@ -21,14 +21,14 @@ from jaxspark.checkpoints.deepseek_v4_released import inventory
 from jaxspark.configs import drafters as draft_configs
 from jaxspark.configs import targets as target_configs
 from jaxspark.drafters import DeepSeekV4DSpark, MTPDrafter
-from jaxspark.evaluation.footprint import (
+from jaxspark.launch import common, program
+from jaxspark.models import DeepSeekV4, DeepSeekV4Config
+from jaxspark.simulation.footprint import (
     V32_BYTES_PER_TOKEN,
     Footprint,
     footprint,
     parameter_shapes,
 )
-from jaxspark.launch import common, program
-from jaxspark.models import DeepSeekV4, DeepSeekV4Config
 
 PRESETS = {
     name: make

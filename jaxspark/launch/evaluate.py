@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxspark import load_drafter
+from jaxspark.benchmark.sequences import decode_seconds
 from jaxspark.decoding import DecodeOptions, Threshold
 from jaxspark.decoding.generate import (
     check_block_length,
@@ -26,9 +27,9 @@ from jaxspark.decoding.generate import (
 from jaxspark.drafters import PlainDrafter
 from jaxspark.evaluation.acceptance import macro_average, measure_acceptance
 from jaxspark.evaluation.plots import plot_acceptance, plot_lines
-from jaxspark.evaluation.timing import alternate, decode_seconds, medians
 from jaxspark.launch import common, program
 from jaxspark.launch.progress import bars
+from jaxspark.timing import alternate, medians
 
 common.define_model_flags()
 common.define_prompts_flag()

@@ -21,7 +21,6 @@ from jaxspark.calibration.rounds import Rounds
 from jaxspark.decoding import Costs, Fixed, Lagged
 from jaxspark.decoding.costs import draft_ladder
 from jaxspark.evaluation.plots import plot_frontier
-from jaxspark.evaluation.simulate import Load, Simulated, Trace, simulate, speed_at
 from jaxspark.launch import common, program
 from jaxspark.launch.progress import bars
 from jaxspark.launch.simulate_v4 import (
@@ -31,6 +30,7 @@ from jaxspark.launch.simulate_v4 import (
     roofline_policies,
     stated_trace,
 )
+from jaxspark.simulation.simulate import Load, Simulated, Trace, simulate, speed_at
 
 flags.DEFINE_list(
     "users", [str(2**n) for n in range(11)], "Requests decoded together (closed loop)."

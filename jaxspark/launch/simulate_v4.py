@@ -7,8 +7,8 @@ import numpy as np
 from absl import flags
 
 from jaxspark.decoding import Fixed, Lagged
-from jaxspark.evaluation.roofline import Machine, Network, roofline_costs
-from jaxspark.evaluation.simulate import Load, Trace
+from jaxspark.simulation.roofline import Machine, Network, roofline_costs
+from jaxspark.simulation.simulate import Load, Trace
 
 flags.DEFINE_string(
     "acceptance",

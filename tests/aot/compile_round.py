@@ -39,7 +39,7 @@ from jaxspark.drafters import (
     NgramDrafter,
     hybrid,
 )
-from jaxspark.evaluation.schedule_checks import made_up_costs, scheduler
+from jaxspark.exactness.audit_schedules import scheduler, synthetic_costs
 from jaxspark.models import DenseConfig, DenseDecoder, RopeConfig
 from tests.aot.hlo import new_arrays
 
@@ -179,7 +179,7 @@ def compile_decode(case: Case, device, lanes: int):
     full = SLOTS * (BLOCK + 1)
     # As `generate` chooses them for a drafter that may propose nothing.
     sizes = (SLOTS if case.drafter == "ngram" else full // 2, full)
-    costs = made_up_costs(sizes, SLOTS, draft_lengths=(1, BLOCK))
+    costs = synthetic_costs(sizes, SLOTS, draft_lengths=(1, BLOCK))
     schedule = scheduler(case.schedule, costs)
     options = DecodeOptions(
         block_length=BLOCK,

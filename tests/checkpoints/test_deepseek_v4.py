@@ -32,7 +32,7 @@ from jaxspark.configs.drafters import deepseek_v4_dspark
 from jaxspark.configs.targets import deepseek_v4_tiny
 from jaxspark.decoding import Request
 from jaxspark.drafters import DeepSeekV4DSpark, MTPDrafter
-from jaxspark.evaluation.audit import audit, decode_requests, plain_outputs
+from jaxspark.exactness.audit import audit, decode_requests, plain_outputs
 from jaxspark.models import DeepSeekV4
 from jaxspark.quantization import blocks
 from pallas_kernels.quantized import Quantized, dense

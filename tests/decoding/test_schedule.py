@@ -20,7 +20,7 @@ from jaxspark.decoding import (
     Threshold,
 )
 from jaxspark.decoding.costs import bucket_ladder
-from jaxspark.evaluation.appendix import Unlawful, appendix_checks, distribution
+from jaxspark.exactness.appendix import LeakySchedule, appendix_checks, distribution
 from tests import zoo
 
 
@@ -223,7 +223,7 @@ def test_the_free_one_is_not():
     errors = []
     for seed in SEEDS:
         kwargs, table = random_round(seed)
-        seen, true = distribution(**kwargs, schedule=Unlawful(costs=table))
+        seen, true = distribution(**kwargs, schedule=LeakySchedule(costs=table))
         errors.append(np.abs(seen - true).max())
     assert max(errors) > 1e-3
 

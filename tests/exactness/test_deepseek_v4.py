@@ -6,9 +6,9 @@ Small ones of `jaxspark audit --suite=deepseek_v4`, random weights.
 import pytest
 
 from jaxspark.decoding import Request, generate_stream
-from jaxspark.evaluation import sampling_checks
-from jaxspark.evaluation.audit import audit, decode_requests, plain_outputs
-from jaxspark.evaluation.tiny_models import tiny_models
+from jaxspark.exactness import rejection
+from jaxspark.exactness.audit import audit, decode_requests, plain_outputs
+from jaxspark.exactness.tiny_models import tiny_models
 from tests import zoo
 
 NAMES = ("ngram", "deepseek_v4_dspark", "mtp", "hybrid")
@@ -79,6 +79,6 @@ def test_slots_are_refilled_and_not_one_token_changes(models, asked, name):
 
 
 def test_a_round_has_the_targets_distribution():
-    checks = sampling_checks.enumeration_checks(NAMES, family="deepseek_v4")
+    checks = rejection.enumeration_checks(NAMES, family="deepseek_v4")
     assert len(checks) == len(NAMES)
     assert not [check for check in checks if not check.holds]

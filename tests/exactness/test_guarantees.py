@@ -7,7 +7,7 @@ every drafter, block length, batch, bucket and schedule.
 import pytest
 
 from jaxspark.decoding import Fixed, Request
-from jaxspark.evaluation.audit import audit, decode_requests, plain_outputs
+from jaxspark.exactness.audit import audit, decode_requests, plain_outputs
 from tests import zoo
 
 LENGTHS = (1, 2, 17, 40, 5)

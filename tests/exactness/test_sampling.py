@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from jaxspark.decoding import Fixed, Sampling, couplings
-from jaxspark.evaluation import sampling_checks
-from jaxspark.evaluation.enumeration import (
+from jaxspark.exactness import rejection
+from jaxspark.exactness.enumeration import (
     EnumeratedRound,
     sequence_log_probs,
     target_distribution,
 )
-from jaxspark.evaluation.statistics import chi_square
-from jaxspark.evaluation.tiny_models import tiny_models
+from jaxspark.exactness.statistics import chi_square
+from jaxspark.exactness.tiny_models import tiny_models
 
 DRAFTERS = (
     "ngram",
@@ -40,7 +40,7 @@ def assert_all_hold(checks):
 
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_a_round_is_exact_by_enumeration(name):
-    assert_all_hold(sampling_checks.enumeration_checks([name]))
+    assert_all_hold(rejection.enumeration_checks([name]))
 
 
 @pytest.mark.parametrize("length", [0, 1])
@@ -52,7 +52,7 @@ def test_a_round_is_exact_by_enumeration(name):
 def test_a_round_is_exact_under_any_length_and_warp(settings, length):
     target, drafters = tiny_models("dense", 3)
     drafter = drafters["dspark-rnn"]
-    sampling, prompt = Sampling.of(1, **settings), sampling_checks.PROMPT
+    sampling, prompt = Sampling.of(1, **settings), rejection.PROMPT
     table = sequence_log_probs(target, prompt, 3, sampling)
     round_ = EnumeratedRound(target, drafter, [prompt], table, sampling)
     seen = round_.distribution(Fixed(length))
@@ -60,24 +60,24 @@ def test_a_round_is_exact_under_any_length_and_warp(settings, length):
 
 
 def test_enumeration_catches_a_biased_rule():
-    checks = sampling_checks.enumeration_checks(["dspark-gated"], accept=too_generous)
+    checks = rejection.enumeration_checks(["dspark-gated"], accept=too_generous)
     assert [check.figure > 1e-3 and not check.holds for check in checks] == [True]
 
 
 def test_frequencies_of_200000_first_tokens_and_acceptance_formulas():
-    assert_all_hold(sampling_checks.frequency_checks(200_000, ["dspark-gated"]))
+    assert_all_hold(rejection.frequency_checks(200_000, ["dspark-gated"]))
 
 
 def test_frequencies_with_a_pruned_vocabulary_and_with_point_masses():
     names = ["dspark-pruned", "ngram", "hybrid-copies"]
-    assert_all_hold(sampling_checks.frequency_checks(40_000, names))
+    assert_all_hold(rejection.frequency_checks(40_000, names))
 
 
 def test_frequencies_catch_a_biased_rule(monkeypatch):
     monkeypatch.setattr(couplings, "acceptance_probability", too_generous)
     jax.clear_caches()
     try:
-        checks = sampling_checks.frequency_checks(200_000, ["dspark-gated"])
+        checks = rejection.frequency_checks(200_000, ["dspark-gated"])
     finally:
         jax.clear_caches()
     failed = [check.name for check in checks if not check.holds]

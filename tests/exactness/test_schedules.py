@@ -4,47 +4,49 @@ import jax.numpy as jnp
 import pytest
 
 from jaxspark.decoding import Outlook
-from jaxspark.evaluation import schedule_checks, schedule_sampling
-from jaxspark.evaluation.appendix import Unlawful
-from jaxspark.launch import audit_schedules
+from jaxspark.exactness import rejection_under_schedules
+from jaxspark.exactness.appendix import LeakySchedule
+from jaxspark.exactness.audit_schedules import grid_of_schedules
+from jaxspark.launch.audit_schedules import QUICK
 
-UNLAWFUL = {"unlawful": Unlawful(costs=schedule_sampling.COSTS)}
+LEAKY = {"leaky": LeakySchedule(costs=rejection_under_schedules.COSTS)}
 
 
-@pytest.mark.parametrize("drafter", ["telltale", "hybrid-copies"])
+@pytest.mark.parametrize("drafter", ["leaky", "hybrid-copies"])
 def test_rejection_sampling_is_exact_where_requests_compete(drafter):
-    checks = schedule_sampling.enumeration_checks([drafter])
+    checks = rejection_under_schedules.enumeration_checks([drafter])
     assert len(checks) == 6 and all(check.holds for check in checks), checks
 
 
 def test_enumeration_finds_a_schedule_that_looks_ahead():
-    [check] = schedule_sampling.enumeration_checks(["telltale"], UNLAWFUL)
+    [check] = rejection_under_schedules.enumeration_checks(["leaky"], LEAKY)
     assert check.figure > 1e-3 and not check.holds
 
 
 def test_frequencies_find_it_too():
-    [check] = schedule_sampling.frequency_checks(20_000, UNLAWFUL)
+    [check] = rejection_under_schedules.frequency_checks(20_000, LEAKY)
     assert check.figure < 1e-6 and not check.holds
 
 
 def test_frequencies_of_the_compiled_round_are_right():
-    lawful = schedule_sampling.schedules_for_rejection()
-    checks = schedule_sampling.frequency_checks(20_000, {"lagged": lawful["lagged"]})
+    lawful = rejection_under_schedules.schedules_for_rejection()
+    chosen = {"lagged": lawful["lagged"]}
+    checks = rejection_under_schedules.frequency_checks(20_000, chosen)
     assert all(check.holds for check in checks), checks
 
 
 def test_what_was_drafted_decides_how_much_is_drafted_next():
-    lagged = schedule_sampling.schedules_for_rejection()["lagged"]
+    lagged = rejection_under_schedules.schedules_for_rejection()["lagged"]
     for survival, length in (((0.8, 0.76), 2), ((0.8, 0.0008), 1), ((0.1, 0.0), 0)):
         outlook = Outlook.of(jnp.array([survival] * 2))
         pick = lagged.draft(outlook, jnp.zeros((2, 2), int))
-        assert schedule_sampling.COSTS.draft_lengths[int(pick)] == length
+        assert rejection_under_schedules.COSTS.draft_lengths[int(pick)] == length
 
 
 def test_the_grid_has_every_choice_and_its_part_most():
     whole, part = (
-        schedule_checks.grid(),
-        schedule_checks.grid(every=audit_schedules.QUICK),
+        grid_of_schedules(),
+        grid_of_schedules(every=QUICK),
     )
     # Free is refused with rejection sampling.
     assert len(whole) == 9 * (2 * 7 - 1) * 3 and len(set(whole)) == len(whole)

@@ -4,7 +4,7 @@ import pytest
 
 from jaxspark import load_drafter
 from jaxspark.decoding import Request
-from jaxspark.evaluation.audit import audit, decode_requests, plain_outputs
+from jaxspark.exactness.audit import audit, decode_requests, plain_outputs
 
 QUESTIONS = (
     "What is 17 times 3? Show each step.",

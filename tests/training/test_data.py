@@ -8,7 +8,7 @@ import pytest
 
 from jaxspark.checkpoints import Tokenizer
 from jaxspark.decoding import generate
-from jaxspark.evaluation.looping import is_looping
+from jaxspark.text.looping import is_looping
 from jaxspark.training.data import (
     Conversation,
     Dropped,

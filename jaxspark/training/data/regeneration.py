@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from jaxspark.decoding import Request, generate_stream
 from jaxspark.decoding.generate import check_ids
-from jaxspark.evaluation.looping import is_looping
 from jaxspark.jsonlines import Problem
+from jaxspark.text.looping import is_looping
 from jaxspark.training.data.conversations import Conversation
 
 

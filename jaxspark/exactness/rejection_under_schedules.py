@@ -31,20 +31,20 @@ from jaxspark.decoding import (
 from jaxspark.decoding.schedule import CostAware
 from jaxspark.decoding.state import DecodeState
 from jaxspark.drafters import Proposal
-from jaxspark.evaluation.enumeration import (
+from jaxspark.exactness.audit_schedules import SCHEDULES, scheduler, spread_confidences
+from jaxspark.exactness.enumeration import (
     EnumeratedRound,
     sequence_log_probs,
     target_distribution,
 )
-from jaxspark.evaluation.sampling_checks import PROMPT, Check
-from jaxspark.evaluation.schedule_checks import SCHEDULES, hesitant, scheduler
-from jaxspark.evaluation.statistics import chi_square
-from jaxspark.evaluation.tiny_models import BLOCK_LENGTH, DRAFTERS, Family, tiny_models
+from jaxspark.exactness.rejection import PROMPT, Check
+from jaxspark.exactness.statistics import chi_square
+from jaxspark.exactness.tiny_models import BLOCK_LENGTH, DRAFTERS, Family, tiny_models
 from jaxspark.settings import standard_settings
 
 VOCAB = 3
 SLOTS = 2
-TELLTALE = "telltale"
+LEAKY = "leaky"
 # Three drafts of two requests, or none; two first drafts of 0.8 alone do not pay, where
 # four tokens are drafted. Where only two are, they do: next time no more are drafted.
 COSTS = Costs(
@@ -82,7 +82,7 @@ NEIGHBOURS = ("new", "first new", "done", "bounded")
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class TelltaleDrafter:
+class LeakyDrafter:
     """Drafts from a fixed distribution; sure of what follows token 0, of nothing else.
 
     Attributes:
@@ -126,9 +126,9 @@ class TelltaleDrafter:
 
 
 @standard_settings()
-def telltale() -> TelltaleDrafter:
+def leaky_drafter() -> LeakyDrafter:
     """One for three tokens."""
-    return TelltaleDrafter(jnp.log(jnp.array([0.4, 0.35, 0.25])))
+    return LeakyDrafter(jnp.log(jnp.array([0.4, 0.35, 0.25])))
 
 
 def schedules_for_rejection() -> dict[str, Scheduler]:
@@ -149,8 +149,8 @@ def enumeration_checks(
     then beside requests that are new, done, or bounded otherwise; each with few token
     buckets and with more. How sharp drafts are counts too.
     """
-    names = (TELLTALE, *DRAFTERS[family]) if drafters is None else drafters
-    own = [name for name in names if name != TELLTALE]
+    names = (LEAKY, *DRAFTERS[family]) if drafters is None else drafters
+    own = [name for name in names if name != LEAKY]
     target, tried = tiny_models(family, VOCAB, drafters=own)
     sampling = Sampling.of(1, temperature=0.8)
     ones = ((1.0,) * BLOCK_LENGTH,)
@@ -167,7 +167,7 @@ def enumeration_checks(
     ]
     checks = []
     for name in names:
-        drafter = telltale() if name == TELLTALE else hesitant(tried[name])
+        drafter = leaky_drafter() if name == LEAKY else spread_confidences(tried[name])
         round_ = EnumeratedRound(target, drafter, [PROMPT, PROMPT[1:]], table, sampling)
         for label, schedule in (schedules or schedules_for_rejection()).items():
             fine = schedule
@@ -207,7 +207,8 @@ def frequency_checks(
     checks = []
     for label, schedule in (schedules or schedules_for_rejection()).items():
         seeds = np.arange(samples // SLOTS * SLOTS, dtype=np.uint32)
-        tokens_N2 = _first_two(target, telltale(), seeds.reshape(-1, SLOTS), schedule)
+        seeds_NB = seeds.reshape(-1, SLOTS)
+        tokens_N2 = _first_two(target, leaky_drafter(), seeds_NB, schedule)
         counts = np.zeros((VOCAB, VOCAB), int)
         np.add.at(counts, tuple(np.asarray(tokens_N2).T), 1)
         p_value = chi_square(counts, exact)

@@ -11,8 +11,8 @@ from itertools import cycle
 
 from jaxspark.decoding import Fixed, Request
 from jaxspark.drafters import Drafter
-from jaxspark.evaluation.audit import AuditResult, audit, decode_requests
-from jaxspark.evaluation.schedule_checks import made_up_costs, scheduler
+from jaxspark.exactness.audit import AuditResult, audit, decode_requests
+from jaxspark.exactness.audit_schedules import scheduler, synthetic_costs
 
 # Temperatures of the slots that fill up a batch beside the audited ones.
 COMPANIONS = (1.0, 0.7)
@@ -111,7 +111,7 @@ def run_cell(
     sizes = tuple(sorted({cell.slots, 2 * cell.slots, full}))
     # Compiling takes most of the time: one draft or all, not every length between.
     lengths = sorted({1, cell.block_length})
-    costs = made_up_costs(sizes, cell.slots, draft_lengths=lengths)
+    costs = synthetic_costs(sizes, cell.slots, draft_lengths=lengths)
     schedule = scheduler(cell.schedule, costs)
     own = schedule == Fixed() or schedule.costs is not None
     step = cell.slots - (len(COMPANIONS) if cell.slots > len(COMPANIONS) else 0)

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import chdtrc
 
 from jaxspark.decoding.couplings import Coupling, q_at
 from jaxspark.decoding.round import DecodeOptions, decode, prefill
 from jaxspark.decoding.sampling import Sampling
 from jaxspark.decoding.state import init_state
-from jaxspark.evaluation.enumeration import draft_blocks
+from jaxspark.exactness.enumeration import draft_blocks
 from jaxspark.settings import standard_settings
 
 
@@ -99,7 +100,7 @@ def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
         counts, expected = counts[~rare], expected[~rare]
     statistic = np.sum((counts - expected) ** 2 / expected)
     freedom = max(len(counts) - 1, 1)
-    return float(jax.scipy.special.gammaincc(freedom / 2, statistic / 2))
+    return float(chdtrc(freedom, statistic))
 
 
 def rejection_acceptance(p_V: np.ndarray, q_V: np.ndarray) -> float:

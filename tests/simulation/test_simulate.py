@@ -5,8 +5,8 @@ import pytest
 
 from jaxspark.calibration.rounds import Rounds
 from jaxspark.decoding import Calibration, Causal, CostCurve, Costs, Fixed, Lagged
-from jaxspark.evaluation.roofline import Machine, Network, roofline_costs
-from jaxspark.evaluation.simulate import Load, Simulated, Trace, simulate, speed_at
+from jaxspark.simulation.roofline import Machine, Network, roofline_costs
+from jaxspark.simulation.simulate import Load, Simulated, Trace, simulate, speed_at
 from tests import zoo
 
 FLAT = zoo.costs((4, 8, 20), (1.0, 1.0, 1.0), plain=1.0, length=4)

@@ -2,8 +2,8 @@
 
 Every drafter, schedule, coupling and set of buckets decodes each *mix* of requests -
 one alone, a batch, and a stream whose slots finish and are taken over by requests with
-other settings - and must give the tokens of plain decoding (`schedule_sampling` has
-guarantee 2).
+other settings - and must give the tokens of plain decoding (`rejection_under_schedules`
+has guarantee 2).
 
 The targets are random, their vocabulary small: drafts are accepted now and then, so
 that rounds of all lengths occur. Costs are made up such that schedules hesitate.
@@ -28,8 +28,8 @@ from jaxspark.decoding.costs import within_ladder
 from jaxspark.decoding.couplings import COUPLINGS, Coupling
 from jaxspark.decoding.schedule import CostAware
 from jaxspark.drafters.hybrid import HybridDrafter
-from jaxspark.evaluation.audit import AuditResult, audit, plain_outputs
-from jaxspark.evaluation.tiny_models import DRAFTERS, Family, tiny_models
+from jaxspark.exactness.audit import AuditResult, audit, plain_outputs
+from jaxspark.exactness.tiny_models import DRAFTERS, Family, tiny_models
 
 SLOTS, BLOCK_LENGTH, CAPACITY = 4, 4, 64
 VOCAB = 8
@@ -76,7 +76,9 @@ class ScheduleResult:
     verified: int = 0
 
 
-def grid(*, every: int = 1, family: Family = "dense") -> list[ScheduleCell]:
+def grid_of_schedules(
+    *, every: int = 1, family: Family = "dense"
+) -> list[ScheduleCell]:
     """All cells, or one in `every`; an odd prime spreads them over all choices."""
     return [
         ScheduleCell(
@@ -90,7 +92,7 @@ def grid(*, every: int = 1, family: Family = "dense") -> list[ScheduleCell]:
     ][::every]
 
 
-def made_up_costs(
+def synthetic_costs(
     sizes: Sequence[int], slots: int = SLOTS, draft_lengths: Sequence[int] = (1, 4)
 ) -> Costs:
     """Rounds twice as long with all drafts as with none, in uneven steps."""
@@ -113,7 +115,7 @@ def scheduler(name: str, costs: Costs) -> Scheduler:
     return chosen
 
 
-def hesitant(drafter):
+def spread_confidences(drafter):
     """The drafter with confidences that spread over (0, 1)."""
     model = drafter.model if isinstance(drafter, HybridDrafter) else drafter
     head = getattr(model, "confidence_head", None)
@@ -130,7 +132,9 @@ class ScheduleAudit:
         self.target, drafters = tiny_models(
             family, VOCAB, seed=seed, layers=1, block_length=BLOCK_LENGTH
         )
-        self.drafters = {name: hesitant(each) for name, each in drafters.items()}
+        self.drafters = {
+            name: spread_confidences(each) for name, each in drafters.items()
+        }
         random = np.random.default_rng(seed)
         self.mixes = {mix: list(_requests(mix, random)) for mix in MIXES}
         self.plain = {
@@ -172,7 +176,7 @@ class ScheduleAudit:
         sizes = BUCKETS[cell.buckets]
         # Every length with every set would be compiling most of the time.
         lengths = (1, BLOCK_LENGTH) if cell.buckets == "two" else (BLOCK_LENGTH,)
-        costs = made_up_costs(sizes, draft_lengths=lengths)
+        costs = synthetic_costs(sizes, draft_lengths=lengths)
         schedule = scheduler(cell.schedule, costs)
         done = dict(
             generate_stream(

@@ -8,7 +8,7 @@ from jaxspark.configs.targets import (
     smollm2_135m,
     tiny_llama,
 )
-from jaxspark.evaluation.footprint import V32_BYTES_PER_TOKEN, footprint
+from jaxspark.simulation.footprint import V32_BYTES_PER_TOKEN, footprint
 
 PUBLISHED = {
     deepseek_v4_flash: (284_332_240_471, 13.27e9, 3514),

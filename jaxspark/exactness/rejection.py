@@ -11,19 +11,19 @@ import numpy as np
 
 from jaxspark.decoding.couplings import Coupling, acceptance_probability
 from jaxspark.decoding.sampling import Sampling
-from jaxspark.evaluation.enumeration import (
+from jaxspark.exactness.enumeration import (
     EnumeratedRound,
     sequence_log_probs,
     target_distribution,
 )
-from jaxspark.evaluation.statistics import (
+from jaxspark.exactness.statistics import (
     chi_square,
     first_draft_distribution,
     gumbel_acceptance,
     rejection_acceptance,
     sample_first_tokens,
 )
-from jaxspark.evaluation.tiny_models import BLOCK_LENGTH, Family, tiny_models
+from jaxspark.exactness.tiny_models import BLOCK_LENGTH, Family, tiny_models
 from jaxspark.settings import standard_settings
 
 # Repeats itself, so that lookup finds a long match.

@@ -19,8 +19,8 @@ import numpy as np
 from jaxspark.decoding import Causal, CostCurve, Costs, Free, Lagged, Sampling
 from jaxspark.decoding.couplings import COUPLINGS
 from jaxspark.drafters import Proposal
-from jaxspark.evaluation.enumeration import EnumeratedRound, target_distribution
-from jaxspark.evaluation.sampling_checks import Check
+from jaxspark.exactness.enumeration import EnumeratedRound, target_distribution
+from jaxspark.exactness.rejection import Check
 from jaxspark.settings import standard_settings
 
 A, B = 0, 1
@@ -34,7 +34,7 @@ BIASED = (0.85, 0.15)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unlawful(Free):
+class LeakySchedule(Free):
     """Lets a draft decide whether it is verified itself, under any coupling."""
 
     couplings: ClassVar = COUPLINGS
@@ -127,7 +127,7 @@ def distribution(
 @standard_settings()
 def appendix_checks() -> list[Check]:
     """The example, under the schedule it warns of and under those that are lawful."""
-    seen, _ = distribution(**EXAMPLE, schedule=Unlawful(costs=COSTS))
+    seen, _ = distribution(**EXAMPLE, schedule=LeakySchedule(costs=COSTS))
     error = float(np.abs(seen.sum((1, 2)) - BIASED).max())
     checks = [
         Check(

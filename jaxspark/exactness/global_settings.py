@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import jax
 
-from jaxspark.evaluation.schedule_checks import (
+from jaxspark.exactness.audit_schedules import (
     MIXES,
     ScheduleAudit,
     ScheduleCell,

@@ -1,0 +1,1 @@
+"""What decoding costs here: ratios of things run alternately in one process."""

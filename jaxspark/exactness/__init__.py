@@ -1,0 +1,1 @@
+"""The guarantees as programs: audits, exact enumeration, statistical tests."""

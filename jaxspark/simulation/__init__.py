@@ -1,0 +1,1 @@
+"""Speed and memory on machines we do not have: footprints, rooflines, replay."""
