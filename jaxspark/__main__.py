@@ -5,8 +5,8 @@ Nothing heavy is imported before a launcher is chosen: summaries are read from s
 
 import ast
 import difflib
+import importlib
 import importlib.util
-import runpy
 import sys
 from pathlib import Path
 
@@ -59,8 +59,8 @@ def main() -> None:
             )
         else:
             sys.argv = [name, *arguments]
-            module = f"jaxspark.launch.{name}"
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            launcher = importlib.import_module(f"jaxspark.launch.{name}")
+            program.run(launcher.main, launcher.Config)
 
 
 if __name__ == "__main__":

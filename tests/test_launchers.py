@@ -1,7 +1,6 @@
 """The path of a researcher, command by command, on a tiny target."""
 
 import json
-import subprocess
 
 import numpy as np
 import pytest
@@ -9,16 +8,29 @@ import pytest
 from jaxspark import load_drafter, load_target
 from jaxspark.checkpoints import save_target
 from jaxspark.checkpoints.tree import named_parameters
+from jaxspark.launch import (
+    bench,
+    convert,
+    evaluate,
+    plot,
+    regenerate,
+    study,
+    train_draft,
+)
 from tests.checkpoints.tiny import target
-from tests.programs import environment, launcher
+from tests.programs import call
 
 DOMAINS = ("math", "code", "chat")
-DRAFT = ["--depth=1", "--taps=0", "--rank=8", "--block_length=3", "--draft_vocab=64"]
-TRAIN = [
-    *("--steps=2", "--sequences=2", "--anchors=8", "--sequence_length=96"),
-    *("--held_out=2", "--evaluate_every=2", "--fit_sequences=8"),
-]
-EVALUATE = ["--prompts_per_domain=2", "--max_new_tokens=12", "--speed_prompts=0"]
+DRAFT = {"depth": 1, "taps": (0,), "rank": 8, "block_length": 3, "draft_vocab": 64}
+TRAIN = {
+    **{"steps": 2, "sequences": 2, "anchors": 8, "sequence_length": 96},
+    **{"held_out": 2, "evaluate_every": 2, "fit_sequences": 8},
+}
+REGENERATE = {
+    **{"data": ("questions.jsonl",), "out": "answers.jsonl", "slots": 4},
+    **{"max_new_tokens": 24, "temperature": 1.0},
+}
+EVALUATE = {"prompts_per_domain": 2, "max_new_tokens": 12, "speed_prompts": 0}
 
 
 class Place:
@@ -45,21 +57,19 @@ class Place:
         """Writes JSON lines."""
         (self.folder / name).write_text("\n".join(map(json.dumps, rows)) + "\n")
 
-    def run(self, program, *arguments, target=True, fails=False):
-        """Runs a launcher in the folder; returns what it printed, or its error."""
-        done = subprocess.run(
-            [
-                *(*launcher(program), *arguments),
-                *(["--target=target"] if target else []),
-            ],
-            cwd=self.folder,
-            env=environment(self.folder),
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == (2 if fails else 0), done.stdout + done.stderr
-        return done.stderr if fails else done.stdout
+    def run(self, launcher, **options):
+        """Calls a launcher in the folder; returns what it printed."""
+        if "target" in launcher.Config.__dataclass_fields__:
+            options.setdefault("target", "target")
+        status, printed = call(self.folder, launcher, **options)
+        assert status == 0, printed
+        return printed
+
+    def refusal(self, launcher, **options):
+        """What a launcher says of options that cannot be."""
+        with pytest.raises(ValueError) as error:
+            self.run(launcher, **options)
+        return str(error.value)
 
     def json(self, name):
         """Reads a JSON file."""
@@ -70,39 +80,27 @@ class Place:
 def place(tmp_path_factory):
     """Questions answered by the target, and a drafter trained on the answers."""
     place = Place(tmp_path_factory.mktemp("path"))
-    said = place.run(
-        "regenerate",
-        *("--data=questions.jsonl", "--out=answers.jsonl", "--slots=4"),
-        *("--max_new_tokens=24", "--temperature=1"),
-    )
+    said = place.run(regenerate, **REGENERATE)
     answers = (place.folder / "answers.jsonl").read_text().splitlines()
     assert answers, said
-    place.run(
-        "train_draft",
-        "--data=answers.jsonl,questions.jsonl",
-        "--out=run",
-        *DRAFT,
-        *TRAIN,
-    )
+    both = ("answers.jsonl", "questions.jsonl")
+    place.run(train_draft, data=both, out="run", **DRAFT, **TRAIN)
     return place
 
 
 def test_regenerating_again_adds_nothing(place):
     before = (place.folder / "answers.jsonl").read_bytes()
-    place.run(
-        "regenerate",
-        *("--data=questions.jsonl", "--out=answers.jsonl", "--slots=4"),
-        *("--max_new_tokens=24", "--temperature=1"),
-    )
+    place.run(regenerate, **REGENERATE)
     assert (place.folder / "answers.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("draft", ["run/drafter", "hybrid:run/drafter", "ngram"])
 def test_evaluation_reports_every_domain(place, draft):
     place.run(
-        "evaluate",
-        *(f"--draft={draft}", "--prompts_dir=.", "--json_out=out.json", *EVALUATE),
-        *("--plot=out.png", "--speed_prompts=1", "--speed_tokens=8", "--repeats=1"),
+        evaluate,
+        **EVALUATE | {"speed_prompts": 1, "speed_tokens": 8, "repeats": 1},
+        **{"draft": draft, "prompts_dir": "."},
+        **{"json_out": "out.json", "plot": "out.png"},
     )
     found = place.json("out.json")
     assert set(found["domains"]) == set(DOMAINS)
@@ -114,26 +112,29 @@ def test_evaluation_reports_every_domain(place, draft):
     assert (place.folder / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+def flags(**options):
+    """Options as a command line has them."""
+    return " ".join(f"--{name}={value}" for name, value in options.items())
+
+
 def test_a_study_compares_equal_runs(place):
-    arguments = (
-        *("--suite=head", "--out=studies", "--temperatures=0"),
-        "--train="
-        + " ".join(
-            ["--target=target --data=questions.jsonl --head=gated", *DRAFT, *TRAIN]
-        ),
-        "--evaluate=" + " ".join(["--target=target --prompts_dir=.", *EVALUATE]),
-    )
-    said = place.run("study", *arguments, target=False)
+    train = {"target": "target", "data": "questions.jsonl", "optimizer": "adam"}
+    options = {
+        **{"suite": "optimizer", "out": "studies", "temperatures": (0.0,)},
+        "train": flags(**train, **DRAFT | {"taps": 0}, **TRAIN),
+        "evaluate": flags(target="target", prompts_dir=".", **EVALUATE),
+    }
+    said = place.run(study, **options)
     table = said[said.rindex("accepted length") :]
-    found = place.json("studies/head.json")
-    assert set(found) == {"vanilla", "gated", "rnn"} and "rnn" in table
-    assert (place.folder / "studies" / "head.png").exists()
+    found = place.json("studies/optimizer.json")
+    assert set(found) == {"muon", "adam"} and "muon" in table
+    assert (place.folder / "studies" / "optimizer.png").exists()
     # What --train says already is no variant of its own.
     runs = sorted(path.parent.name for path in place.folder.glob("studies/**/run"))
-    assert runs == ["base", "rnn", "vanilla"]
+    assert runs == ["base", "muon"]
     # Nor is a figure taken from another evaluation.
-    said = place.run("study", *arguments, "--evaluate=", target=False, fails=True)
-    assert "begun with other settings (evaluate was" in said.replace("\n", " ")
+    said = place.refusal(study, **options | {"evaluate": ""})
+    assert "begun with other settings (evaluate was" in said
 
 
 def test_results_are_drawn(place):
@@ -143,20 +144,17 @@ def test_results_are_drawn(place):
     }
     for name in ("a.json", "b.json"):
         (place.folder / name).write_text(json.dumps(figures))
-    both = "--results=a.json,b.json"
-    place.run("plot", both, "--out=a.png", target=False)
-    depths = ("--x=depth", "--at=1,2")
-    place.run("plot", both, "--out=b.png", *depths, target=False)
+    both = ("a.json", "b.json")
+    place.run(plot, results=both, out="a.png")
+    place.run(plot, results=both, out="b.png", x="depth", at=(1.0, 2.0))
     for name in ("a.png", "b.png"):
         assert (place.folder / name).read_bytes().startswith(b"\x89PNG")
-    said = place.run(
-        "plot", "--results=a.json,a.json", "--out=c.png", target=False, fails=True
-    )
+    said = place.refusal(plot, results=("a.json", "a.json"), out="c.png")
     assert "--names must differ, got a more than once" in said
 
 
 def test_a_compact_drafter_is_the_same(place):
-    place.run("convert", "--draft=run/drafter", "--out=small", "--compact")
+    place.run(convert, draft="run/drafter", out="small", compact=True)
     model = load_target(place.folder / "target")
     mine, whole = (
         named_parameters(load_drafter(place.folder / name, model))
@@ -174,10 +172,10 @@ def test_a_compact_drafter_is_the_same(place):
 
 def test_a_drafter_changes_its_format(place):
     """Its pruned vocabulary is nothing for DeepSpec."""
-    arguments = ("--draft=run/drafter", "--out=theirs")
-    said = place.run("convert", *arguments, "--format=deepspec", fails=True)
+    theirs = {"draft": "run/drafter", "out": "theirs"}
+    said = place.refusal(convert, **theirs, format="deepspec")
     assert "DeepSpec cannot read pruned vocabularies: draft_vocab_size is 64" in said
-    place.run("convert", *arguments, "--format=speculators")
+    place.run(convert, **theirs, format="speculators")
     config = place.json("theirs/config.json")
     assert config["speculators_model_type"] == "dspark"
     assert config["aux_hidden_state_layer_ids"] == [1]
@@ -187,10 +185,10 @@ def test_a_drafter_changes_its_format(place):
 
 def test_drafters_are_timed_beside_each_other(place):
     said = place.run(
-        "bench",
-        *("--suite=draft", "--draft=run/drafter", "--draft_blocks=2"),
-        *("--prompts_dir=.", "--prompts_per_domain=1", "--new_tokens=8"),
-        *("--repeats=3", "--capacity=128", "--json_out=bench.json"),
+        bench,
+        **{"suite": "draft", "draft": "run/drafter", "draft_blocks": (2,)},
+        **{"prompts_dir": ".", "prompts_per_domain": 1, "new_tokens": 8},
+        **{"repeats": 3, "capacity": 128, "json_out": "bench.json"},
     )
     assert "hybrid:run/drafter, block 2" in said
     plain = place.json("bench.json")["figures"]["plain"]

@@ -2,11 +2,14 @@
 
 import importlib.resources
 import itertools
+import sys
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxspark.configuration import Configuration, option
 from jaxspark.jsonlines import Problem, first_reasons, read_json_lines
 
 DOMAINS = ("math", "code", "chat")
@@ -75,3 +78,41 @@ def in_turn(domains: dict[str, list[list[int]]]) -> list[list[int]]:
     """The prompts of all domains in one list, one of each domain in turn."""
     turns = itertools.zip_longest(*domains.values())
     return [prompt for turn in turns for prompt in turn if prompt is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions(Configuration):
+    """The prompts that something is measured on."""
+
+    prompts_dir: str | None = option(
+        "Folder with <domain>_prompts.jsonl files of math, code and chat; by default "
+        "the prompts that come with jaxspark, 20 of each.",
+        None,
+    )
+
+    def read(
+        self, tokenizer, *, per_domain: int, max_tokens: int = 384
+    ) -> dict[str, list[list[int]]]:
+        """The prompts as token ids by domain, evenly chosen.
+
+        Says what is used where that is not what the package brings.
+
+        Args:
+          tokenizer: with a chat template.
+          per_domain: prompts wanted of each domain.
+          max_tokens: longer prompts are passed over.
+
+        Raises:
+          ValueError: a file is missing, malformed or without prompts.
+        """
+        folder = self.prompts_dir
+        domains = load_prompts(
+            PROMPTS if folder is None else folder,
+            tokenizer,
+            per_domain=per_domain,
+            max_tokens=max_tokens,
+        )
+        if folder is not None:
+            used = ", ".join(f"{len(each)} of {name}" for name, each in domains.items())
+            print(f"prompts of {folder}: {used}", file=sys.stderr)
+        return domains

@@ -13,8 +13,8 @@ checked when the folder is loaded.
 """
 
 import pathlib
-
-from absl import flags
+from dataclasses import dataclass
+from typing import Any
 
 from jaxspark import load_target
 from jaxspark.checkpoints import (
@@ -23,51 +23,56 @@ from jaxspark.checkpoints import (
     save_draft_checkpoint,
     save_target,
 )
+from jaxspark.configuration import option
 from jaxspark.launch import common, program
 
-common.define_model_flags(draft=None, keep_quantized=False)
-flags.DEFINE_string(
-    "draft",
-    None,
-    "Drafter to convert: a DeepSpec or speculators folder or Hub id made for --target.",
-)
-flags.DEFINE_enum(
-    "format",
-    None,
-    FORMATS,
-    "Of the drafter's folder; deepspec if not set, or speculators for what DeepSpec "
-    "cannot read.",
-)
-flags.DEFINE_string("out", None, "Folder to write.", required=True)
-flags.DEFINE_bool(
-    "compact", False, "Leave out of a drafter what is the target's, for jaxspark alone."
-)
-flags.DEFINE_bool("overwrite", False, "Replace a folder that is not empty.")
-FLAGS = flags.FLAGS
+
+@dataclass(frozen=True, kw_only=True)
+class Config(common.ModelOptions):
+    """What to convert to what."""
+
+    draft: str | None = option(
+        "Drafter to convert: a DeepSpec or speculators folder or Hub id made for "
+        "--target.",
+        None,
+    )
+    format: str | None = option(
+        "Format of the drafter's folder; deepspec if not set, or speculators for what "
+        "DeepSpec cannot read.",
+        None,
+        choices=FORMATS,
+    )
+    out: str = option("Folder to write.")
+    compact: bool = option(
+        "Leave out of a drafter what is the target's, for jaxspark alone.", False
+    )
+    overwrite: bool = option("Replace a folder that is not empty.", False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.compact and self.draft is None:
+            raise ValueError("--compact needs --draft: it is about drafters")
+        if self.format and (self.draft is None or self.compact):
+            raise ValueError("--format is about drafters that are not --compact")
 
 
-def main() -> None:
+def main(config: Config) -> None:
     """Reads one format, writes the other."""
-    target = load_target(FLAGS.target, dtype=common.DTYPES[FLAGS.dtype])
-    out = pathlib.Path(FLAGS.out)
-    if FLAGS.compact and FLAGS.draft is None:
-        raise ValueError("--compact needs --draft: it is about drafters")
-    if FLAGS.format and (FLAGS.draft is None or FLAGS.compact):
-        raise ValueError("--format is about drafters that are not --compact")
-    if FLAGS.draft is None:
-        save_target(out, target, overwrite=FLAGS.overwrite)
+    target = load_target(config.target, dtype=common.DTYPES[config.dtype])
+    model: Any = target.model
+    out = pathlib.Path(config.out)
+    if config.draft is None:
+        save_target(out, target, overwrite=config.overwrite)
     else:
-        drafter = load_draft_checkpoint(
-            FLAGS.draft, target.model, dtype=target.model.dtype
-        )
+        drafter = load_draft_checkpoint(config.draft, model, dtype=model.dtype)
         save_draft_checkpoint(
             out,
             drafter,
-            None if FLAGS.compact else target.model,
+            None if config.compact else model,
             target_name=target.name,
-            format=FLAGS.format,
-            overwrite=FLAGS.overwrite,
-            pruned_head=not FLAGS.compact,
+            format=config.format,
+            overwrite=config.overwrite,
+            pruned_head=not config.compact,
         )
     files = [path for path in out.iterdir() if path.is_file()]
     size = sum(path.stat().st_size for path in files)
@@ -75,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, Config)

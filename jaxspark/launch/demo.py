@@ -8,26 +8,14 @@ turn (one sequence, greedy), and shows the text, all speeds, accepted lengths
 and whether the tokens are identical.
 """
 
-import time
 from dataclasses import dataclass
 
-from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxspark import Completion, generate, load_drafter
-from jaxspark.drafters import Drafter
+from jaxspark.benchmark.contestants import Contestant, compare
+from jaxspark.configuration import option
 from jaxspark.launch import common, program
-
-common.define_model_flags(draft=None)
-flags.DEFINE_list(
-    "drafts",
-    ["ngram@3", "dspark@3", "hybrid:dspark@3"],
-    "Drafters, named as for jaxspark generate; @G sets the drafts per round.",
-)
-flags.DEFINE_integer("max_new_tokens", 160, "Output budget per prompt.", lower_bound=8)
-flags.DEFINE_integer("repeats", 2, "Timed runs of each kind per prompt.", lower_bound=1)
-FLAGS = flags.FLAGS
 
 PROMPTS = {
     "math": "A baker makes 12 trays of 8 rolls. She sells 70 rolls in the morning and "
@@ -39,69 +27,37 @@ PROMPTS = {
 }
 
 
-@dataclass(frozen=True)
-class Contestant:
-    """A way to decode; without a drafter plainly."""
+@dataclass(frozen=True, kw_only=True)
+class Config(common.TargetOptions):
+    """Who takes part, and how long."""
 
-    name: str
-    drafter: Drafter | None = None
-    block_length: int | None = None
-
-    @classmethod
-    def of(cls, draft: str, target) -> "Contestant":
-        """What a value of --drafts means.
-
-        Raises:
-          ValueError: what follows @ is no number of drafts.
-        """
-        name, at, block = draft.rpartition("@")
-        if not at:
-            return cls(draft, load_drafter(draft, target))
-        if not block.isdecimal() or int(block) < 1:
-            raise ValueError(f"--drafts={draft}: {block!r} is not a number of drafts")
-        return cls(draft, load_drafter(name, target), int(block))
-
-    def decode(self, target, prompt: list[int]) -> tuple[Completion, float]:
-        """One completion and its seconds."""
-        begin = time.perf_counter()
-        [completion] = generate(
-            target,
-            [prompt],
-            self.drafter,
-            max_new_tokens=FLAGS.max_new_tokens,
-            block_length=self.block_length,
-        )
-        return completion, time.perf_counter() - begin
+    drafts: tuple[str, ...] = option(
+        "Drafters, named as for jaxspark generate; @G sets the drafts per round.",
+        ("ngram@3", "dspark@3", "hybrid:dspark@3"),
+    )
+    max_new_tokens: int = option("Output budget per prompt.", 160, at_least=8)
+    repeats: int = option("Timed runs of each kind per prompt.", 2, at_least=1)
 
 
-def compare(target, prompt: list[int], contestants: list[Contestant]):
-    """Each one's completion and its best seconds, of runs in turn."""
-    # The first ones compile.
-    completions = [each.decode(target, prompt)[0] for each in contestants]
-    rounds = [
-        [each.decode(target, prompt)[1] for each in contestants]
-        for _ in range(FLAGS.repeats)
-    ]
-    return completions, [min(runs) for runs in zip(*rounds)]
-
-
-def main() -> int:
+def main(config: Config) -> int:
     """Runs the three prompts; exit status 1 if any token differs."""
     console = Console()
-    with console.status(f"loading {FLAGS.target}"):
-        target = common.load_text_target()
+    with console.status(f"loading {config.target}"):
+        target, tokenizer = config.load()
         contestants = [Contestant("plain")]
-        contestants += [Contestant.of(draft, target) for draft in FLAGS.drafts]
-    table = Table(title=f"{target.name} · one sequence · greedy, {FLAGS.dtype}")
+        contestants += [Contestant.of(draft, target) for draft in config.drafts]
+    table = Table(title=f"{target.name} · one sequence · greedy, {config.dtype}")
     table.add_column("prompt")
     table.add_column("drafts", min_width=max(len(each.name) for each in contestants))
     for column in ("tokens/s", "speed-up", "accepted length", "identical"):
         table.add_column(column, justify="right")
     identical = True
     for name, text in PROMPTS.items():
-        prompt = target.tokenizer.chat([{"role": "user", "content": text}])
+        prompt = tokenizer.chat([{"role": "user", "content": text}])
         with console.status(f"{name}: decoding {len(contestants)} ways in turn"):
-            completions, seconds = compare(target, prompt, contestants)
+            completions, seconds = compare(
+                target, prompt, contestants, config.max_new_tokens, config.repeats
+            )
         plain = completions[0]
         console.rule(f"{name}: {text}", align="left", style="dim")
         console.print(completions[-1].text, markup=False, highlight=False)
@@ -122,4 +78,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, Config)

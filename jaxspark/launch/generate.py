@@ -9,111 +9,127 @@ The tokens are those of plain decoding: at temperature 0 always, at other temper
 with --coupling=gumbel for the same seed (with --coupling=rejection, in distribution).
 """
 
-import time
+from dataclasses import dataclass
 
 import jax
-from absl import flags
 
 from jaxspark import generate, load_drafter
+from jaxspark.calibration.chosen import chosen_schedule
+from jaxspark.configuration import option
+from jaxspark.decoding import parse_schedule
 from jaxspark.decoding.generate import check_block_length, round_capacity
+from jaxspark.decoding.schedule import CostAware
 from jaxspark.launch import common, program
-
-common.define_model_flags()
-common.define_sampling_flags()
-common.define_schedule_flags()
-flags.DEFINE_string("prompt", None, "Text to continue as it is.")
-flags.DEFINE_string("chat", None, "A user message, put through the chat template.")
-flags.DEFINE_string("system", None, "A system message before --chat.")
-flags.DEFINE_integer("max_new_tokens", 256, "Output budget.", lower_bound=1)
-flags.DEFINE_bool("log_probs", False, "Print each token's log-probability afterwards.")
-FLAGS = flags.FLAGS
+from jaxspark.text import Tokenizer
+from jaxspark.text.printing import Printer
 
 
-def prompt_ids(tokenizer) -> list[int]:
-    """The token ids of --prompt or --chat.
+@dataclass(frozen=True, kw_only=True)
+class Config(common.TargetOptions, common.DraftOptions, common.CouplingOptions):
+    """What to continue, and how."""
 
-    Raises:
-      ValueError: neither or both are given, or --system with --prompt.
-    """
-    if (FLAGS.prompt is None) == (FLAGS.chat is None):
-        raise ValueError("give either --prompt or --chat")
-    if FLAGS.prompt is not None:
-        if FLAGS.system is not None:
+    prompt: str | None = option("Text to continue as it is.", None, may_be_empty=True)
+    chat: str | None = option(
+        "A user message, put through the chat template.", None, may_be_empty=True
+    )
+    system: str | None = option(
+        "A system message before --chat.", None, may_be_empty=True
+    )
+    max_new_tokens: int = option("Output budget.", 256, at_least=1)
+    temperature: float = option(
+        "Sampling temperature; 0 decodes greedily.", 0.0, at_least=0
+    )
+    top_k: int = option("Keep the k most likely tokens; 0 keeps all.", 0, at_least=0)
+    top_p: float = option(
+        "Keep the most likely tokens of this mass.", 1.0, at_least=0, at_most=1
+    )
+    min_p: float = option(
+        "Keep tokens this likely relative to the best.", 0.0, at_least=0, at_most=1
+    )
+    seed: int = option("Seed of the request's randomness.", 0)
+    schedule: str = option(
+        "What is verified: fixed (all drafts), fixed:LENGTH, threshold:SURVIVAL, or by "
+        "what rounds cost: causal, lagged, lagged:LAG, free (needs --coupling=gumbel).",
+        "fixed",
+    )
+    costs: str | None = option(
+        "JSON of jaxspark profile_cost; without it costs are measured at the start.",
+        None,
+    )
+    log_probs: bool = option("Print each token's log-probability afterwards.", False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        weighs = isinstance(parse_schedule(self.schedule), CostAware)
+        if self.costs is not None and not weighs:
+            raise ValueError(
+                "--costs are for schedules that weigh them (causal, lagged, free), not "
+                f"--schedule={self.schedule}"
+            )
+        if (self.prompt is None) == (self.chat is None):
+            raise ValueError("give either --prompt or --chat")
+        if self.prompt is not None and self.system is not None:
             raise ValueError("--system goes before --chat; --prompt is taken as it is")
-        return tokenizer.encode(FLAGS.prompt)
-    messages = [{"role": "user", "content": FLAGS.chat}]
-    if FLAGS.system is not None:
-        messages.insert(0, {"role": "system", "content": FLAGS.system})
-    return tokenizer.chat(messages)
+
+    def prompt_ids(self, tokenizer: Tokenizer) -> list[int]:
+        """The token ids of the prompt or the chat."""
+        if self.prompt is not None:
+            return tokenizer.encode(self.prompt)
+        messages = [{"role": "user", "content": self.chat}]
+        if self.system is not None:
+            messages.insert(0, {"role": "system", "content": self.system})
+        return tokenizer.chat(messages)
 
 
-class Printer:
-    """Prints text as it grows and remembers when."""
-
-    def __init__(self, tokenizer, stop_ids):
-        self.stream, self.stop_ids = tokenizer.stream(), stop_ids
-        self.arrivals: list[tuple[float, int]] = []
-
-    def __call__(self, slot: int, tokens: list[int]) -> None:
-        """Prints what the new tokens add."""
-        shown = [token for token in tokens if token not in self.stop_ids]
-        print(self.stream.push(shown), end="", flush=True)
-        self.arrivals.append((time.perf_counter(), len(tokens)))
-
-    def tokens_per_second(self) -> float | None:
-        """Decoding speed after the first arrival, which includes compilation."""
-        if len(self.arrivals) < 2:
-            return None
-        elapsed = self.arrivals[-1][0] - self.arrivals[0][0]
-        return sum(count for _, count in self.arrivals[1:]) / elapsed
-
-
-def main() -> None:
+def main(config: Config) -> None:
     """Loads, generates, streams."""
-    target = common.load_text_target()
-    drafter = load_drafter(FLAGS.draft, target)
-    printer = Printer(target.tokenizer, target.stop_ids)
-    ids = prompt_ids(target.tokenizer)
-    block_length = check_block_length(drafter, FLAGS.block_length)
-    schedule, calibration, capacity = common.chosen_schedule(
+    target, tokenizer = config.load()
+    drafter = load_drafter(config.draft, target)
+    printer = Printer(tokenizer, target.stop_ids)
+    ids = config.prompt_ids(tokenizer)
+    block_length = check_block_length(drafter, config.block_length)
+    schedule, calibration, capacity = chosen_schedule(
+        config.schedule,
+        config.costs,
         target,
         drafter,
-        slots=1,
+        draft=config.draft,
         block_length=block_length,
-        capacity=round_capacity(len(ids) + FLAGS.max_new_tokens + block_length),
-        temperature=FLAGS.temperature,
+        capacity=round_capacity(len(ids) + config.max_new_tokens + block_length),
+        coupling=config.coupling,
+        temperature=config.temperature,
     )
     [completion] = generate(
         target,
         [ids],
         drafter,
-        max_new_tokens=FLAGS.max_new_tokens,
-        temperature=FLAGS.temperature,
-        top_k=FLAGS.top_k,
-        top_p=FLAGS.top_p,
-        min_p=FLAGS.min_p,
-        seed=FLAGS.seed,
-        coupling=FLAGS.coupling,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        seed=config.seed,
+        coupling=config.coupling,
         block_length=block_length,
         schedule=schedule,
         calibration=calibration,
         capacity=capacity,
-        log_probs=FLAGS.log_probs,
+        log_probs=config.log_probs,
         on_tokens=printer,
     )
     print(printer.stream.flush())
     if completion.log_probs is not None:
         for token, log_prob in zip(completion.tokens, completion.log_probs):
-            print(f"{log_prob:8.3f}  {target.tokenizer.decode([token])!r}")
+            print(f"{log_prob:8.3f}  {tokenizer.decode([token])!r}")
     speed = printer.tokens_per_second()
     print(
         f"[{len(completion.tokens)} tokens"
         + (f" · {speed:.1f} tokens/s" if speed else "")
         + f" · accepted length {completion.accepted_length:.2f}"
         f" · {completion.rounds} rounds · {completion.finish_reason}"
-        f" · draft {FLAGS.draft} · {FLAGS.dtype} · {jax.default_backend()}]"
+        f" · draft {config.draft} · {config.dtype} · {jax.default_backend()}]"
     )
 
 
 if __name__ == "__main__":
-    program.run(main, may_be_empty=("prompt", "chat", "system"))
+    program.run(main, Config)

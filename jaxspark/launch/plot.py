@@ -9,59 +9,75 @@ Without --x it draws conditional acceptance by place.
 
 import json
 import pathlib
+from collections import Counter
+from dataclasses import dataclass
 
-from absl import flags
-
+from jaxspark.configuration import Configuration, option
 from jaxspark.evaluation.plots import plot_acceptance, plot_lines
 from jaxspark.launch import program
 
-flags.DEFINE_list("results", None, "Files of jaxspark evaluate.")
-flags.DEFINE_list("names", None, "What to call them; by default their file names.")
-flags.DEFINE_string("out", None, "PNG file.")
-flags.DEFINE_string("x", None, "Draw accepted length by domain over this quantity.")
-flags.DEFINE_list("at", None, "Its value for each file.")
-flags.DEFINE_string("title", "", "Of the plot.")
-flags.mark_flags_as_required(["results", "out"])
-FLAGS = flags.FLAGS
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Configuration):
+    """What to draw."""
+
+    results: tuple[str, ...] = option("Files of jaxspark evaluate.")
+    names: tuple[str, ...] | None = option(
+        "What to call them; by default their file names.", None
+    )
+    out: str = option("PNG file.")
+    x: str | None = option("Draw accepted length by domain over this quantity.", None)
+    at: tuple[float, ...] | None = option("Value of --x for each file.", None)
+    title: str = option("Title of the plot.", "")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.x is None) != (self.at is None):
+            raise ValueError("--x needs --at, one value per result, and --at needs --x")
+        for name, values in (("names", self.labels), ("at", self.at or ())):
+            if values and len(values) != len(self.results):
+                raise ValueError(
+                    f"{len(self.results)} results, but {len(values)} {name}"
+                )
+            repeated = [str(each) for each, n in Counter(values).items() if n > 1]
+            if repeated:
+                raise ValueError(
+                    f"--{name} must differ, got {', '.join(repeated)} more than once"
+                )
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What each result is called."""
+        return self.names or tuple(pathlib.Path(path).stem for path in self.results)
 
 
-def main() -> None:
+def main(config: Config) -> None:
     """Reads and draws."""
-    results = [json.loads(pathlib.Path(path).read_text()) for path in FLAGS.results]
-    names = FLAGS.names
-    if names is None:
-        names = [pathlib.Path(path).stem for path in FLAGS.results]
-    for name, given in (("names", names), ("at", FLAGS.at)):
-        if given is not None and len(given) != len(results):
-            raise ValueError(f"{len(results)} results, but {len(given)} {name}")
-        repeated = {each for each in given or () if given.count(each) > 1}
-        if repeated:
-            raise ValueError(
-                f"--{name} must differ, got {', '.join(repeated)} more than once"
-            )
-    if (FLAGS.x is None) != (FLAGS.at is None):
-        raise ValueError("--x needs --at, one value per result, and --at needs --x")
-    if FLAGS.x is None:
+    results = [json.loads(pathlib.Path(path).read_text()) for path in config.results]
+    if config.at is None:
         curves = {
             name: [
                 rate or 0.0 for rate in each["macro_average"]["conditional_acceptance"]
             ]
-            for name, each in zip(names, results)
+            for name, each in zip(config.labels, results)
         }
-        plot_acceptance(FLAGS.out, curves, title=FLAGS.title)
+        plot_acceptance(config.out, curves, title=config.title)
         return
-    values = [float(value) for value in FLAGS.at]
     lines = {
         domain: {
             value: each["domains"][domain]["accepted_length"]
-            for value, each in zip(values, results)
+            for value, each in zip(config.at, results)
         }
         for domain in results[0]["domains"]
     }
     plot_lines(
-        FLAGS.out, lines, xlabel=FLAGS.x, ylabel="accepted length", title=FLAGS.title
+        config.out,
+        lines,
+        xlabel=str(config.x),
+        ylabel="accepted length",
+        title=config.title,
     )
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, Config)

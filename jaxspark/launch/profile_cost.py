@@ -7,74 +7,55 @@ says what it was made for; commands refuse it on another device, with other mode
 another number of slots, or for greedy requests if --temperature is not 0.
 """
 
-from absl import flags
+from dataclasses import dataclass
+
 from rich.console import Console
-from rich.table import Table
 
 from jaxspark import load_drafter
-from jaxspark.calibration.profile import (
-    CostProfile,
-    measured_with_progress,
-    save_profiles,
-)
+from jaxspark.calibration.profile import measured_with_progress, save_profiles
+from jaxspark.calibration.report import report_costs
+from jaxspark.configuration import option
 from jaxspark.launch import common, program
 
-common.define_model_flags(draft="dspark")
-flags.DEFINE_list("slots", ["1", "8", "64"], "Numbers of requests decoded together.")
-flags.DEFINE_integer(
-    "capacity", 512, "Cache positions of each request.", lower_bound=16
-)
-flags.DEFINE_float("temperature", 1.0, "0 is greedy, which spares sampling.")
-common.define_coupling_flag()
-flags.DEFINE_integer("repeats", 5, "Timed runs of each bucket.", lower_bound=1)
-flags.DEFINE_string("out", None, "JSON file.")
-flags.mark_flags_as_required(["out"])
-FLAGS = flags.FLAGS
 
+@dataclass(frozen=True, kw_only=True)
+class Config(common.TargetOptions, common.DraftOptions, common.CouplingOptions):
+    """Whose rounds to time."""
 
-def report(console: Console, profile: CostProfile) -> None:
-    """The table of one number of slots."""
-    setting, costs = profile.setting, profile.costs
-    table = Table(
-        title=f"{setting.slots} slots · {setting.block_length} drafts · "
-        f"{setting.capacity} positions · {setting.device}"
+    draft: str = common.draft_option("dspark")
+    slots: tuple[int, ...] = option(
+        "Numbers of requests decoded together.", (1, 8, 64), at_least=1
     )
-    table.add_column("drafts", justify="right")
-    table.add_column("tokens", justify="right")
-    table.add_column("ms", justify="right")
-    table.add_column("against plain", justify="right")
-    plain = costs.drafting(0).seconds[0]
-    for curve in costs.curves:
-        for size, seconds in zip(curve.sizes, curve.seconds):
-            ratio = f"{seconds / plain:.2f}x"
-            table.add_row(
-                str(curve.draft_length), str(size), f"{1e3 * seconds:.1f}", ratio
-            )
-    console.print(table)
+    capacity: int = option("Cache positions of each request.", 512, at_least=16)
+    temperature: float = option(
+        "Sampling temperature; 0 is greedy, which spares sampling.", 1.0, at_least=0
+    )
+    repeats: int = option("Timed runs of each bucket.", 5, at_least=1)
+    out: str = option("JSON file.")
 
 
-def main() -> None:
+def main(config: Config) -> None:
     """Measures every number of slots and writes the file."""
     console = Console()
-    target = common.load_text_target()
-    drafter = load_drafter(FLAGS.draft, target)
+    target, _ = config.load()
+    drafter = load_drafter(config.draft, target)
     profiles = []
-    for slots in common.positive("slots"):
+    for slots in config.slots:
         profile = measured_with_progress(
             target,
             drafter,
             console=console,
             slots=slots,
-            block_length=FLAGS.block_length,
-            capacity=FLAGS.capacity,
-            coupling=FLAGS.coupling,
-            temperature=FLAGS.temperature,
-            repeats=FLAGS.repeats,
+            block_length=config.block_length,
+            capacity=config.capacity,
+            coupling=config.coupling,
+            temperature=config.temperature,
+            repeats=config.repeats,
         )
         profiles.append(profile)
-        report(console, profiles[-1])
-        save_profiles(FLAGS.out, profiles)
+        report_costs(console, profiles[-1])
+        save_profiles(config.out, profiles)
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, Config)

@@ -4,98 +4,40 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
-from absl import app, flags
 from absl import logging as absl_logging
+
+from jaxspark.configuration import Configuration
+from jaxspark.launch.flags import help_text, parse
 
 HELP = {"-h", "-?", "-help", "--help", "--helpshort"}
 CLOSED_PIPE = 128 + 13
 
 
-def run(main: Callable[[], int | None], *, may_be_empty: Collection[str] = ()) -> None:
-    """Runs a launcher's `main` with the flags of the command line; then exits.
+def run[C: Configuration](main: Callable[[C], int | None], config: type[C]) -> None:
+    """Runs a launcher's `main` with the configuration of the command line; then exits.
 
     Args:
-      main: takes no arguments and returns an exit status.
-      may_be_empty: flags whose empty value is a value. Any other `--flag=` is an error:
-        scripts write it when a variable of theirs is not set.
+      main: takes a configuration and returns an exit status.
+      config: the class that the command line's flags fill.
     """
-    launcher = sys.modules[main.__module__]
-
-    def start(arguments: list[str]) -> None:
-        check_given(arguments, own_flags(launcher), may_be_empty)
-        quiet()
-        use_compilation_cache()
-        status = main()
+    module = sys.modules[main.__module__]
+    assert module.__file__ is not None
+    launcher, arguments = Path(module.__file__).stem, sys.argv[1:]
+    with readable_errors():
+        if HELP.intersection(arguments):
+            print(f"{module.__doc__}{help_text(config, launcher)}")
+            status = None
+        else:
+            chosen = parse(config, arguments, launcher)
+            quiet()
+            use_compilation_cache()
+            status = main(chosen)
         # A closed pipe shows here, not while Python ends.
         sys.stdout.flush()
         sys.exit(status)
-
-    with readable_errors():
-        app.run(start, flags_parser=lambda argv: parse(launcher, argv))
-
-
-def own_flags(launcher: ModuleType) -> list[flags.Flag]:
-    """The flags that a launcher and the modules of this package have defined."""
-    values = flags.FLAGS
-    shared = (
-        flag
-        for module, defined in values.flags_by_module_dict().items()
-        if module.startswith(f"{__package__}.")
-        for flag in defined
-    )
-    return list(dict.fromkeys([*values.get_flags_for_module(launcher), *shared]))
-
-
-def command(launcher: ModuleType) -> str:
-    """How people start a launcher."""
-    assert launcher.__file__ is not None
-    return f"jaxspark {Path(launcher.__file__).stem}"
-
-
-def help_text(launcher: ModuleType) -> str:
-    """A launcher's docstring and all its flags with their defaults.
-
-    absl's own shows the flags of the main module alone.
-    """
-    title = f"flags of {command(launcher)}"
-    for flag in own_flags(launcher):
-        flags.FLAGS.register_key_flag_for_module(title, flag)
-    return f"{launcher.__doc__}{flags.FLAGS.module_help(title)}"
-
-
-def parse(launcher: ModuleType, argv: list[str]) -> list[str]:
-    """Parses flags; returns what is none. Prints help and exits where it is asked for.
-
-    Raises:
-      ValueError: a flag that is unknown, or that cannot have its value.
-    """
-    if HELP.intersection(argv[1:]):
-        print(help_text(launcher))
-        sys.stdout.flush()
-        sys.exit(0)
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        raise ValueError(f"{error} (see {command(launcher)} --help)") from error
-
-
-def check_given(
-    arguments: list[str], given: list[flags.Flag], may_be_empty: Collection[str]
-) -> None:
-    """Raises ValueError for arguments that are no flags, and for empty values."""
-    if len(arguments) > 1:
-        raise ValueError(f"unexpected argument {arguments[1]!r}; all are --flags")
-    for flag in given:
-        value = flag.value
-        empty = value in ("", []) or isinstance(value, list) and "" in value
-        if empty and value != flag.default and flag.name not in may_be_empty:
-            raise ValueError(
-                f"--{flag.name} has an empty value; give it one, or leave it out"
-            )
 
 
 def quiet() -> None:

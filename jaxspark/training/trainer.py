@@ -1,118 +1,31 @@
-"""Training steps of a drafter: pure functions, and the loop's settings.
+"""Training steps of a drafter: pure functions, made for one configuration.
 
 The target is frozen; so are its embedding and LM head, of which a pruned drafter has
 some rows. A step sums gradients of the objective's numerators over micro-batches and
 divides by the summed weights, so accumulation changes nothing but memory.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-import optax.contrib
 from flax import nnx
 
 from jaxspark.drafters import Drafter, DSparkDrafter, Eagle3Drafter
 from jaxspark.settings import random_key, standard_settings
 from jaxspark.training.blocks import sample_blocks
+from jaxspark.training.config import TrainConfig
 from jaxspark.training.data.packing import Packed
 from jaxspark.training.features import Features
 from jaxspark.training.forward import DraftVocabulary
 from jaxspark.training.forward_dspark import dspark_sums
 from jaxspark.training.forward_eagle3 import eagle3_sums
-from jaxspark.training.objective import DSPARK, Objective, Sums
+from jaxspark.training.objective import Sums
 
-OPTIMIZERS = ("muon", "adam")
 FORWARDS: dict[Any, Any] = {DSparkDrafter: dspark_sums, Eagle3Drafter: eagle3_sums}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How a drafter is trained; defaults are the released recipe's where it has one.
-
-    Attributes:
-      steps: optimizer steps.
-      learning_rate: at its highest.
-      warmup: part of the steps in which it rises.
-      cooldown: part of the steps, the last, in which it falls to a tenth.
-      clip: largest global norm of a gradient.
-      sequences: packed sequences per micro-batch.
-      accumulate: micro-batches per step.
-      anchors: blocks per sequence.
-      block_length: rows per block.
-      feature_noise: noise on the taps while training, relative to their size.
-      seed: of data order and anchors.
-      objective: what is minimised.
-      optimizer: `muon` (matrices; Adam for the rest) or `adam`.
-      dtype: of activations and, with Muon, of gradients and momenta; parameters are
-        float32.
-    """
-
-    steps: int
-    learning_rate: float = 6e-4
-    warmup: float = 0.04
-    cooldown: float = 0.3
-    clip: float = 1.0
-    sequences: int = 4
-    accumulate: int = 1
-    anchors: int = 64
-    block_length: int = 7
-    feature_noise: float = 0.0
-    seed: int = 0
-    objective: Objective = field(default=DSPARK)
-    optimizer: str = "muon"
-    dtype: str = "float32"
-
-    def __post_init__(self):
-        for name in ("steps", "sequences", "accumulate", "anchors", "block_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.feature_noise < 0:
-            raise ValueError(
-                f"feature_noise must not be negative, got {self.feature_noise}"
-            )
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(
-                f"unknown optimizer {self.optimizer!r}; expected one of {OPTIMIZERS}"
-            )
-        if min(self.warmup, self.cooldown) < 0 or self.warmup + self.cooldown > 1:
-            raise ValueError(
-                "warmup and cooldown are parts of the steps, together at most 1; got "
-                f"{self.warmup} and {self.cooldown}"
-            )
-
-    def schedule(self) -> optax.Schedule:
-        """Learning rate by step: rises, stays, falls to a tenth."""
-        rise = max(1, round(self.warmup * self.steps))
-        fall = round(self.cooldown * self.steps)
-        rate = self.learning_rate
-        return optax.join_schedules(
-            [
-                optax.linear_schedule(rate / rise, rate, rise),
-                optax.constant_schedule(rate),
-                optax.linear_schedule(rate, rate / 10, max(fall, 1)),
-            ],
-            [rise, self.steps - fall],
-        )
-
-    def transformation(self) -> optax.GradientTransformation:
-        """What turns gradients into updates; no weight decay."""
-        clip = optax.clip_by_global_norm(self.clip)
-        if self.optimizer == "adam":
-            return optax.chain(clip, optax.adam(self.schedule(), b2=0.99))
-        # Orthogonalising costs as much as the gradient of a small batch: in bfloat16,
-        # where activations are, half of that.
-        dtype = jnp.dtype(self.dtype)
-        cast = optax.stateless(
-            lambda grads, _: jax.tree.map(lambda g: g.astype(dtype), grads)
-        )
-        muon = optax.contrib.muon(
-            self.schedule(), adam_b2=0.99, consistent_rms=0.2, mu_dtype=dtype
-        )
-        return optax.chain(clip, cast, muon)
 
 
 def is_trained(path: tuple, variable: nnx.Variable) -> bool:

@@ -7,7 +7,7 @@ from jaxspark.decoding import Outlook
 from jaxspark.exactness import rejection_under_schedules
 from jaxspark.exactness.appendix import LeakySchedule
 from jaxspark.exactness.audit_schedules import grid_of_schedules
-from jaxspark.launch.audit_schedules import QUICK
+from jaxspark.exactness.suites.schedules import QUICK
 
 LEAKY = {"leaky": LeakySchedule(costs=rejection_under_schedules.COSTS)}
 

@@ -13,7 +13,7 @@ import jaxspark
 import launch
 from jaxspark import __main__ as command_line
 from jaxspark.launch import program
-from tests.programs import ROOT, environment, launcher
+from tests.programs import ROOT, command, environment, process
 
 
 def test_every_launcher_is_listed():
@@ -33,18 +33,27 @@ def test_listing_launchers_imports_no_jax(tmp_path):
         "import sys; from jaxspark.__main__ import main; sys.argv = ['jaxspark']; "
         "main(); assert not {'jax', 'numpy', 'flax'} & set(sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        **{"env": environment(tmp_path), "capture_output": True, "text": True},
-        cwd=tmp_path,
-        timeout=60,
-    )
+    done = process(tmp_path, sys.executable, "-c", code)
     assert done.returncode == 0, done.stderr
     assert "jaxspark generate" in done.stdout
 
 
-def test_a_clone_has_the_launchers_under_their_short_name():
+def test_a_clone_has_the_launchers_under_their_short_name(tmp_path):
     assert list(launch.__path__) == [str(Path(program.__file__).parent)]
+    done = process(tmp_path, sys.executable, "-m", "launch.plot", "--results=a")
+    assert done.returncode == 2
+    assert done.stderr == "error: --out must be given (see jaxspark plot --help)\n"
+
+
+def test_a_launcher_runs_as_a_process(tmp_path):
+    weigh = command("describe", "--config=deepseek_v4_tiny", "--context=64,128")
+    done = process(tmp_path, *weigh, "--json_out=weighed.json")
+    assert done.returncode == 0, done.stderr
+    assert "active per token" in done.stdout
+    assert (tmp_path / "weighed.json").exists()
+    done = process(tmp_path, *weigh, "--context=0")
+    assert done.returncode == 2
+    assert done.stderr == "error: --context=0: expected at least 1\n"
 
 
 def run(monkeypatch, *arguments) -> int | None:
@@ -70,12 +79,11 @@ def test_version(monkeypatch, capsys):
     assert capsys.readouterr().out == f"{jaxspark.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["plot"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["plot", "--help"]])
 def test_a_closed_pipe_is_no_error(arguments, tmp_path):
-    command = [*launcher("plot")[:-1], *arguments, "--help"]
     running = subprocess.Popen(
-        command,
-        env=environment(tmp_path),
+        command(*arguments),
+        env=environment(),
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,124 +1,87 @@
-"""What launchers make of flags: an empty value is a value, or an error."""
+"""Flags of a configuration: what is read, what is refused and how it is said."""
 
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 
 import pytest
-from absl import flags
 
-from jaxspark.evaluation.prompts import DOMAINS
-from jaxspark.launch import program
-
-
-class Spelling:
-    """A tokenizer that shows what it was given."""
-
-    def chat(self, messages):
-        return "".join(f"[{m['role']}]{m['content']}" for m in messages)
-
-    def encode(self, text):
-        return text
+from jaxspark.configuration import Configuration, ConfigurationError, option
+from jaxspark.launch.flags import parse
 
 
-@pytest.mark.parametrize(
-    ("given", "prompt"),
-    [
-        (["--chat=hi", "--system="], "[system][user]hi"),
-        (["--chat=hi", "--system=be brief"], "[system]be brief[user]hi"),
-        (["--chat=hi"], "[user]hi"),
-        (["--chat="], "[user]"),
-        (["--prompt="], ""),
-    ],
-)
-def test_an_empty_text_is_a_text(given, prompt, load):
-    generate = load("generate")
-    flags.FLAGS(["jaxspark", *given])
-    assert generate.prompt_ids(Spelling()) == prompt
+@dataclass(frozen=True, kw_only=True)
+class Config(Configuration):
+    """One option of every kind."""
+
+    out: str = option("Folder.")
+    text: str | None = option("Text.", None, may_be_empty=True)
+    kind: str = option("Kind.", "a", choices=("a", "b"))
+    count: int = option("Count.", 3, at_least=1)
+    share: float = option("Share.", 0.5, at_least=0, at_most=1)
+    sizes: tuple[int, ...] = option("Sizes.", (1, 2), at_least=1)
+    names: tuple[str, ...] | None = option("Names.", None, formerly="labels")
+    dry: bool = option("Dry.", False)
 
 
-def test_a_flag_that_would_be_ignored_is_refused(load):
-    generate = load("generate")
-    flags.FLAGS(["jaxspark", "--prompt=hi", "--system=be brief"])
-    with pytest.raises(ValueError, match="--system goes before --chat"):
-        generate.prompt_ids(Spelling())
-    flags.FLAGS(["jaxspark", "--costs=costs.json", "--schedule=threshold:0.5"])
-    size = {"slots": 1, "block_length": 2, "capacity": 8, "temperature": 0.0}
-    with pytest.raises(ValueError, match="not --schedule=threshold:0.5"):
-        generate.common.chosen_schedule(None, None, **size)
+def read(*arguments: str) -> Config:
+    return parse(Config, ["--out=x", *arguments], "some")
+
+
+def test_what_is_not_given_has_its_default():
+    assert read() == Config(out="x")
 
 
 @pytest.mark.parametrize(
-    ("name", "given"),
+    ("argument", "changes"),
     [
-        ("generate", "--costs="),
-        ("audit", "--drafters="),
-        ("audit", "--drafters=ngram,"),
-        ("audit", "--json_out="),
-        ("bench", "--concurrency="),
-        ("plot", "--names="),
-        ("train_draft", "--taps="),
-        ("train_draft", "--warm_start="),
+        ("--text=", {"text": ""}),
+        ("--count=7", {"count": 7}),
+        ("--share=1", {"share": 1.0}),
+        ("--sizes=4,8", {"sizes": (4, 8)}),
+        ('--names=a,"b,c"', {"names": ("a", "b,c")}),
+        ("--dry", {"dry": True}),
+        ("--dry=true", {"dry": True}),
+        ("--nodry", {"dry": False}),
+        ("--kind=b", {"kind": "b"}),
     ],
 )
-def test_an_empty_value_is_refused(name, given, load):
-    launcher = load(name)
-    required = {"plot": ["--results=a", "--out=b"]}.get(name, [])
-    if name == "train_draft":
-        required = ["--data=a", "--out=b", "--steps=1"]
-    own = program.own_flags(launcher)
-    rest = program.parse(launcher, ["jaxspark", *required])
-    program.check_given(rest, own, ())
-    rest = program.parse(launcher, ["jaxspark", *required, given])
-    with pytest.raises(
-        ValueError, match=f"{given.partition('=')[0]} has an empty value"
-    ):
-        program.check_given(rest, own, ())
-    with pytest.raises(ValueError, match="unexpected argument 'more'"):
-        program.check_given(["jaxspark", "more"], own, ())
-
-
-def test_a_wrong_flag_is_told_where_help_is(load):
-    launcher = load("generate")
-    with pytest.raises(ValueError, match="temprature.*see jaxspark generate --help"):
-        program.parse(launcher, ["jaxspark", "--temprature=1"])
+def test_a_flag_changes_its_option(argument, changes):
+    assert read(argument) == replace(Config(out="x"), **changes)
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("argument", "message"),
     [
-        ("--target=nowhere", "nowhere: no such folder"),
-        ("--prompts_dir=nowhere", "nowhere/math_prompts.jsonl"),
-        ("--drafters=ngram,dspark-gate", "dspark-gate: expected dspark-vanilla"),
-        ("--schedules=eager", "unknown schedule 'eager'"),
+        ("--count=0", "--count=0: expected at least 1"),
+        ("--count=many", "--count=many: expected a whole number"),
+        ("--share=1.5", "--share=1.5: expected 0 to 1"),
+        ("--share=nan", "--share=nan: expected 0 to 1"),
+        ("--sizes=1,0", "--sizes=1,0: expected at least 1"),
+        ("--sizes=1,x", "--sizes=1,x: expected a whole number, got 'x'"),
+        ("--sizes=", "--sizes has an empty value"),
+        ("--names=a,", "--names has an empty value"),
+        ("--kind=", "--kind has an empty value"),
+        ("--kind=c", "--kind=c: expected one of a, b"),
+        ("--cuont=1", "flag 'cuont'. Did you mean: count .*see jaxspark some --help"),
+        ("more", "unexpected argument 'more'; all are --flags"),
     ],
 )
-def test_an_audit_finds_what_is_wrong_before_it_begins(
-    given, message, load, monkeypatch
-):
-    audit = load("audit")
-    flags.FLAGS(["jaxspark", "--suite=all", given])
-    monkeypatch.setattr(audit, "audit_schedules", None)
-    if not given.startswith("--target"):
-        model = SimpleNamespace(dtype="float32", config=SimpleNamespace(vocab_size=60))
-        target = SimpleNamespace(model=model, tokenizer=audit.Bytes())
-        monkeypatch.setattr(audit.common, "load_text_target", lambda: target)
-        # Its own drafters need a model.
-        monkeypatch.setitem(audit.PARTS["all"], "drafters", ["ngram"])
+def test_a_value_that_cannot_be_is_refused_with_what_can(argument, message):
     with pytest.raises(ValueError, match=message):
-        audit.main()
+        read(argument)
 
 
-def test_prompts_are_those_of_the_package_unless_told(load, tmp_path, capsys):
-    common = load("evaluate").common
-    flags.FLAGS(["jaxspark"])
-    domains = common.load_domains(Spelling(), per_domain=20, max_tokens=5000)
-    assert {name: len(each) for name, each in domains.items()} == dict.fromkeys(
-        DOMAINS, 20
-    )
-    assert capsys.readouterr().err == ""
-    for domain in DOMAINS:
-        (tmp_path / f"{domain}_prompts.jsonl").write_text('{"turns": ["hi"]}\n')
-    flags.FLAGS(["jaxspark", f"--prompts_dir={tmp_path}"])
-    domains = common.load_domains(Spelling(), per_domain=1)
-    assert domains == dict.fromkeys(DOMAINS, ["[user]hi"])
-    used = "1 of math, 1 of code, 1 of chat"
-    assert capsys.readouterr().err == f"prompts of {tmp_path}: {used}\n"
+def test_what_must_be_given_is_named():
+    with pytest.raises(ValueError, match="--out must be given .see jaxspark some"):
+        parse(Config, [], "some")
+
+
+def test_an_earlier_name_is_read_with_a_notice(capsys):
+    assert read("--labels=a,b").names == ("a", "b")
+    assert capsys.readouterr().err == "--labels is now called --names\n"
+
+
+def test_programs_and_people_are_refused_alike():
+    with pytest.raises(ConfigurationError, match="^count=0: expected at least 1$"):
+        Config(out="x", count=0)
+    with pytest.raises(ConfigurationError, match="^names has an empty value"):
+        Config(out="x", names=())

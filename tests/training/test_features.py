@@ -8,9 +8,10 @@ import pytest
 from flax import nnx
 
 from jaxspark.models import FlatTokens
+from jaxspark.training.config import TrainConfig
 from jaxspark.training.features import FeatureCache, FeatureSource, target_features
 from jaxspark.training.objective import Objective
-from jaxspark.training.trainer import TrainConfig, Trainer
+from jaxspark.training.trainer import Trainer
 from tests import zoo
 from tests.training import made
 
@@ -72,7 +73,7 @@ def test_noise_is_part_of_training_and_not_of_evaluation(packed):
         losses.append((evaluated, float(sums.numerator)))
     assert losses[0][0] == losses[1][0]
     assert losses[0][1] != losses[1][1]
-    with pytest.raises(ValueError, match="feature_noise must not be negative, got -1"):
+    with pytest.raises(ValueError, match="feature_noise=-1.0: expected at least 0"):
         replace(CONFIG, feature_noise=-1.0)
 
 

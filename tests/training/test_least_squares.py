@@ -11,10 +11,11 @@ from flax import nnx
 from jaxspark.models import DenseDecoder
 from jaxspark.training import least_squares
 from jaxspark.training.blocks import sample_blocks
+from jaxspark.training.config import TrainConfig
 from jaxspark.training.least_squares import View
 from jaxspark.training.objective import summary
 from jaxspark.training.regression import Regression, low_rank
-from jaxspark.training.trainer import TrainConfig, Trainer
+from jaxspark.training.trainer import Trainer
 from tests import zoo
 from tests.training import made
 

@@ -1,11 +1,11 @@
 """Runs of the launcher: resumed to the bit; bad input loses nothing."""
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
 import time
-from dataclasses import replace
 
 import jax
 import numpy as np
@@ -13,14 +13,16 @@ import pytest
 
 from jaxspark.checkpoints import load_draft_checkpoint, save_target
 from jaxspark.checkpoints.tree import named_parameters
+from jaxspark.launch import train_draft
+from jaxspark.training.config import TrainConfig
 from jaxspark.training.data.packing import Batches
 from jaxspark.training.features import FeatureSource
 from jaxspark.training.objective import DSPARK
 from jaxspark.training.run import has_checkpoint, train
-from jaxspark.training.trainer import TrainConfig, Trainer
+from jaxspark.training.trainer import Trainer
 from tests import zoo
 from tests.checkpoints.tiny import target
-from tests.programs import environment, launcher
+from tests.programs import call, command, environment, process
 from tests.training import made
 
 STEPS = 30
@@ -42,33 +44,25 @@ def place(tmp_path_factory):
         ]
         lines.append(json.dumps({"messages": messages}))
     (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
-    done = launch(folder, "whole")
+    done = process(folder, *command("train_draft", **RUN, out="whole"))
     assert done.returncode == 0, done.stderr
     return folder
 
 
-def arguments(folder, out, *more):
-    return [
-        *launcher("train_draft"),
-        f"--target={folder / 'target'}",
-        f"--data={folder / 'data.jsonl'}",
-        f"--out={folder / out}",
-        *("--drafter=dspark", "--head=rnn", "--rank=8", "--depth=1", "--taps=0"),
-        *("--draft_vocab=64", "--block_length=3", "--sequences=2", "--anchors=8"),
-        *("--sequence_length=96", "--held_out=2", "--log_every=1", "--save_every=5"),
-        *(f"--steps={STEPS}", "--evaluate_every=10", "--learning_rate=1e-3"),
-        *more,
-    ]
+RUN = {
+    **{"target": "target", "data": ("data.jsonl",), "drafter": "dspark"},
+    **{"head": "rnn", "rank": 8, "depth": 1, "taps": (0,), "draft_vocab": 64},
+    **{"block_length": 3, "sequences": 2, "anchors": 8, "sequence_length": 96},
+    **{"held_out": 2, "log_every": 1, "save_every": 5, "evaluate_every": 10},
+    **{"steps": STEPS, "learning_rate": 1e-3},
+}
 
 
-def launch(folder, out, *more):
-    return subprocess.run(
-        arguments(folder, out, *more),
-        env=environment(folder),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+def launch(folder, out, **changes):
+    """Runs the launcher in this process; returns what it printed."""
+    status, printed = call(folder, train_draft, **RUN | {"out": out} | changes)
+    assert status == 0, printed
+    return printed
 
 
 def metrics(folder, out):
@@ -84,9 +78,10 @@ def metrics(folder, out):
 
 def interrupt(folder, out, number, *, after):
     """Starts a run and signals it once it has logged `after` steps."""
-    process = subprocess.Popen(
-        arguments(folder, out),
-        env=environment(folder),
+    running = subprocess.Popen(
+        command("train_draft", **RUN, out=out),
+        cwd=folder,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -94,28 +89,21 @@ def interrupt(folder, out, number, *, after):
     path = folder / out / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not path.exists() or path.read_text().count("\n") < after:
-        assert process.poll() is None, process.communicate()
+        assert running.poll() is None, running.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(number)
-    output = process.communicate(timeout=300)
-    return process.returncode, output
+    running.send_signal(number)
+    output = running.communicate(timeout=300)
+    return running.returncode, output
 
 
-@pytest.mark.parametrize(
-    "number, after", [(signal.SIGKILL, 7), (signal.SIGTERM, 7), (signal.SIGKILL, 1)]
-)
-def test_an_interrupted_run_goes_on_to_the_bit(place, number, after):
+@pytest.mark.parametrize("after", [7, 1])
+def test_a_killed_run_goes_on_to_the_bit(place, after):
     """Also one without a checkpoint yet."""
-    out = f"{number.name}_{after}"
-    code, output = interrupt(place, out, number, after=after)
-    stopped = metrics(place, out)
-    assert after <= len(stopped) < STEPS
-    if number == signal.SIGTERM:
-        assert code == STOPPED, output
-        assert "run the same command to go on" in output[0].replace("\n", " ")
-    done = launch(place, out)
-    assert done.returncode == 0, done.stderr
+    out = f"killed_{after}"
+    interrupt(place, out, signal.SIGKILL, after=after)
+    assert after <= len(metrics(place, out)) < STEPS
+    launch(place, out)
     assert metrics(place, out) == metrics(place, "whole")
     mine, whole = (
         named_parameters(
@@ -147,33 +135,32 @@ def test_training_lowers_the_loss(place):
 
 def test_a_finished_run_has_nothing_left_to_do(place):
     before = metrics(place, "whole")
-    assert launch(place, "whole").returncode == 0
+    launch(place, "whole")
     assert metrics(place, "whole") == before
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--learning_rate=2e-3"], "learning_rate was 0.001, now 0.002"),
-        (["--taps=7"], "must lie in -1..1"),
-        (["--taps=1"], "has the target's last layer 1, expected earlier"),
-        (["--block_length=0"], "0 is not a positive integer"),
-        (["--data=nowhere.jsonl"], "nowhere.jsonl: no such file or folder"),
-        (["--sequences=3"], "--held_out=2 is less than a batch of --sequences=3"),
-        (["--held_out=99"], "sequences to train on, a micro-batch has 2"),
-        (["--cache_layers=1"], "--cache_layers=(1,) lacks the taps [0]"),
-        (["--cache_layers=0,9"], "the target has layers 0..1"),
-        (["--cache_layers=0,a"], "--cache_layers must be layer numbers, got 0,a"),
-        (["--warm_start=nowhere"], "nowhere: no such folder"),
-        (["--cooldown=0.99"], "together at most 1"),
+        ({"learning_rate": 2e-3}, "learning_rate was 0.001, now 0.002"),
+        ({"taps": (7,)}, "must lie in -1..1"),
+        ({"taps": (1,)}, "has the target's last layer 1, expected earlier"),
+        ({"block_length": 0}, "block_length=0: expected at least 1"),
+        ({"data": ("nowhere.jsonl",)}, "nowhere.jsonl: no such file or folder"),
+        ({"sequences": 3}, "held_out=2 is less than a batch of sequences=3"),
+        ({"held_out": 99}, "sequences to train on, a micro-batch has 2"),
+        ({"cache_layers": (1,)}, "--cache_layers=(1,) lacks the taps [0]"),
+        ({"cache_layers": (0, 9)}, "the target has layers 0..1"),
+        ({"warm_start": "nowhere"}, "nowhere: no such folder"),
+        ({"cooldown": 0.99}, "together at most 1"),
+        ({"init": "least_squares", "drafter": "eagle3"}, "is for dspark and dflash"),
     ],
     ids=str,
 )
 def test_impossible_settings_are_refused_and_the_run_survives(place, more, message):
-    failed = launch(place, "whole", *more)
-    assert failed.returncode != 0
-    assert message in failed.stderr.replace("\n", " ")
-    assert "Traceback" not in failed.stderr
+    with pytest.raises(ValueError) as error:
+        launch(place, "whole", **more)
+    assert message in str(error.value)
     assert metrics(place, "whole")[-1]["step"] == STEPS
 
 
@@ -197,9 +184,9 @@ def test_impossible_settings_are_refused_and_the_run_survives(place, more, messa
 def test_a_bad_line_is_named(place, line, message):
     good = (place / "data.jsonl").read_bytes().splitlines(keepends=True)[0]
     (place / "bad.jsonl").write_bytes(good + line)
-    failed = launch(place, "bad", f"--data={place / 'bad.jsonl'}")
-    assert failed.returncode == 2
-    assert message in failed.stderr.replace("\n", " ")
+    with pytest.raises(ValueError) as error:
+        launch(place, "bad", data=("bad.jsonl",))
+    assert message in "".join(error.value.__notes__)
 
 
 def test_parameters_that_are_no_numbers_are_not_saved(tmp_path):
@@ -222,24 +209,23 @@ def test_a_checkpoint_of_bfloat16_training_is_restored_to_the_bit(tmp_path):
         steps=4, sequences=1, anchors=4, block_length=4, dtype="bfloat16"
     )
     source = FeatureSource(model, drafter.taps)
-    states = []
-    for folder, counts in ((tmp_path / "a", (4,)), (tmp_path / "b", (2, 4))):
-        for steps in counts:
-            trainer, state = Trainer.create(drafter, model, config)
-            held = replace(config, steps=steps)
-            batches = Batches(batch, 1, 0)
-            state, done = train(
-                replace(trainer, config=replace(held, cooldown=0.0, warmup=0.0)),
-                state,
-                batches,
-                source,
-                folder,
-            )
-            assert done
-        states.append(state)
-    types = {str(leaf.dtype) for leaf in jax.tree.leaves(states[0])}
+
+    def run(folder, stop_after=None):
+        def stop(line):
+            if line["step"] == stop_after:
+                signal.raise_signal(signal.SIGTERM)
+
+        trainer, state = Trainer.create(drafter, model, config)
+        batches = Batches(batch, 1, 0)
+        return train(trainer, state, batches, source, folder, on_metrics=stop)
+
+    _, done = run(tmp_path / "b", stop_after=2)
+    assert not done
+    (whole, _), (resumed, done) = run(tmp_path / "a"), run(tmp_path / "b")
+    assert done
+    types = {str(leaf.dtype) for leaf in jax.tree.leaves(whole)}
     assert types == {"bfloat16", "float32", "int32"}
-    for a, b in zip(*map(jax.tree.leaves, states), strict=True):
+    for a, b in zip(*map(jax.tree.leaves, (whole, resumed)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -250,35 +236,29 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(place):
     for path in steps[-1].rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    failed = launch(place, "damaged")
-    assert failed.returncode == 2
-    assert "30: cannot be restored" in failed.stderr.replace("\n", " ")
+    with pytest.raises(ValueError, match="30: cannot be restored"):
+        launch(place, "damaged")
     shutil.rmtree(steps[-1])
-    assert launch(place, "damaged").returncode == 0
+    launch(place, "damaged")
     assert metrics(place, "damaged") == metrics(place, "whole")
 
 
 def test_a_full_disk_loses_no_checkpoint(place):
     """Files may not grow beyond a limit, as on a full disk."""
-    code, _ = interrupt(place, "full", signal.SIGTERM, after=12)
-    assert code == STOPPED
-    command = " ".join(map(str, arguments(place, "full", "--save_every=1")))
-    failed = subprocess.run(
-        ["bash", "-c", f"ulimit -f 8; exec {command}"],
-        env=environment(place),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    code, output = interrupt(place, "full", signal.SIGTERM, after=12)
+    assert code == STOPPED, output
+    assert "run the same command to go on" in output[0].replace("\n", " ")
+    assert 12 <= len(metrics(place, "full")) < STEPS
+    train = command("train_draft", **RUN | {"out": "full", "save_every": 1})
+    failed = process(place, "bash", "-c", f"ulimit -f 8; exec {shlex.join(train)}")
     assert failed.returncode == 2, failed.stderr
     assert "error:" in failed.stderr
-    assert launch(place, "full").returncode == 0
+    launch(place, "full")
     assert metrics(place, "full") == metrics(place, "whole")
 
 
 def test_a_dry_run_describes_and_trains_nothing(place):
-    done = launch(place, "dry", "--dry_run")
-    assert done.returncode == 0, done.stderr
+    printed = launch(place, "dry", dry_run=True)
     for word in ("markov_head.joint_proj.weight", "trained parameters", "per epoch"):
-        assert word in done.stdout
+        assert word in printed
     assert not (place / "dry").exists()

@@ -6,6 +6,7 @@ they reply to an answer that somebody else gave.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from jaxspark.decoding import Request, generate_stream
 from jaxspark.decoding.generate import check_ids
@@ -27,6 +28,19 @@ class Regenerated:
     conversation: Conversation
     key: str
     finish_reason: str
+
+    def entry(self) -> dict[str, Any]:
+        """What files of answers hold of it."""
+        spoken = self.conversation
+        kept = {
+            "key": self.key,
+            "domain": spoken.domain,
+            "source": spoken.source,
+            "finish_reason": self.finish_reason,
+            "messages": list(spoken.messages),
+            "answer_ids": list(spoken.answer_ids or ()),
+        }
+        return kept | ({"tools": spoken.tools} if spoken.tools else {})
 
 
 @dataclass(frozen=True, kw_only=True)

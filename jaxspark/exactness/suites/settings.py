@@ -14,10 +14,10 @@ from jaxspark.exactness.audit_schedules import (
     grid_of_schedules,
 )
 from jaxspark.exactness.global_settings import SETTINGS, Setting, audit_setting
-from jaxspark.launch.audit_report import checked, found, total
-from jaxspark.launch.audit_schedules import QUICK, few_optimizations
-from jaxspark.launch.progress import bars
-from jaxspark.launch.workers import collect, compile_workers
+from jaxspark.exactness.suites.report import checked, found, total
+from jaxspark.exactness.suites.schedules import QUICK, few_optimizations
+from jaxspark.exactness.workers import collect, compile_workers
+from jaxspark.progress import bars
 
 # Guarantee 2 is at stake where a setting chooses how random numbers are made.
 SAMPLED = [name for name in SETTINGS if "prng" in name or "threefry" in name]

@@ -7,17 +7,19 @@ of such a round: decisions and packing, and the entropies that confidences look 
 """
 
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
 from statistics import median
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 from rich.console import Console
 
-from jaxspark.checkpoints import load_drafter
+from jaxspark.benchmark.load import LoadOptions
+from jaxspark.benchmark.prefilled import Contestant, PrefilledBatch
+from jaxspark.configuration import option
 from jaxspark.decoding import (
     Calibration,
     CostCurve,
@@ -32,16 +34,19 @@ from jaxspark.decoding.costs import bucket_ladder, draft_ladder, within_ladder
 from jaxspark.decoding.couplings import entropy
 from jaxspark.decoding.generate import check_block_length
 from jaxspark.decoding.schedule_state import remembered
-from jaxspark.evaluation.prompts import in_turn
-from jaxspark.launch import common
-from jaxspark.launch.bench_load import Contestant, House
+from jaxspark.drafters import Drafter
 from jaxspark.models import FlatTokens
 from jaxspark.settings import random_key
 from jaxspark.timing import alternate, medians, timed
 
-flags.DEFINE_integer("overhead_slots", 64, "Slots of --suite=overhead.", lower_bound=1)
-FLAGS = flags.FLAGS
 ROUNDS, TIMES = 2, 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverheadOptions(LoadOptions):
+    """How overhead is measured."""
+
+    overhead_slots: int = option("Slots of --suite=overhead.", 64, at_least=1)
 
 
 @partial(jax.jit, static_argnames=("schedule", "calibration", "sizes"))
@@ -79,21 +84,25 @@ def _sharpness(log_q_GBW):
     return jax.lax.fori_loop(0, TIMES, body, jnp.float32(0))
 
 
-def bench_overhead(console: Console) -> dict:
+def bench_overhead(
+    console: Console,
+    target,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    options: OverheadOptions,
+) -> dict:
     """Seconds of rounds with and without, and of the parts alone."""
-    target = common.load_text_target()
-    drafter = load_drafter(FLAGS.draft, target)
     block_length = check_block_length(drafter, None)
-    slots = FLAGS.overhead_slots
+    slots = options.overhead_slots
     sizes = bucket_ladder(slots, block_length)
-    domains = common.load_domains(
-        target.tokenizer,
-        per_domain=FLAGS.prompts_per_domain,
-        max_tokens=FLAGS.capacity // 2,
+    batch = PrefilledBatch(
+        target.model,
+        drafter,
+        list(islice(cycle(prompts), slots)),
+        rounds=options.load_rounds,
+        capacity=options.capacity,
+        temperature=options.load_temperature,
     )
-    prompts = in_turn(domains)
-    prompts = list(islice(cycle(prompts), slots))
-    house = House(target.model, drafter, prompts)
     # Where tokens cost nothing, everything is verified.
     curves = []
     for length in draft_ladder(block_length):
@@ -118,25 +127,25 @@ def bench_overhead(console: Console) -> dict:
 
     verified: set[int] = set()
 
-    def contestant(options):
-        way = Contestant(drafter, options)
+    def contestant(decode_options):
+        way = Contestant(drafter, decode_options)
 
         def run():
-            state = jax.block_until_ready(house.enter(way, 0))
+            state = jax.block_until_ready(batch.start(way, 0))
             begin = time.perf_counter()
             state = decode(
-                target.model, drafter, state, jnp.int32(ROUNDS), options=options
+                target.model, drafter, state, jnp.int32(ROUNDS), options=decode_options
             )
             jax.block_until_ready(state)
             verified.add(int(state.counters.verified_B.sum()))
-            house.leave(state)
+            batch.finish(state)
             return (time.perf_counter() - begin) / ROUNDS
 
         return run
 
     with console.status(f"{slots} slots, rounds with and without scheduling"):
         contestants = {"scheduled": contestant(scheduled), "bare": contestant(bare)}
-        runs = alternate(contestants, FLAGS.repeats)
+        runs = alternate(contestants, options.repeats)
     if len(verified) > 1:
         raise ValueError(f"rounds verified different numbers of drafts: {verified}")
     ratio = median(a / b for a, b in zip(runs["scheduled"], runs["bare"]))
@@ -157,7 +166,7 @@ def bench_overhead(console: Console) -> dict:
         "decision": timed(_decide, scheduled.schedule, calibration, sizes, *inputs),
         "sharpness": timed(_sharpness, log_q_GBW),
     }
-    loops = medians(alternate(parts, FLAGS.repeats))
+    loops = medians(alternate(parts, options.repeats))
     alone = {name: each / TIMES for name, each in loops.items()}
     seconds = medians(runs)
     figures = {

@@ -1,6 +1,7 @@
 """Workers for many small programs, whose compiling takes most of the time."""
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -17,8 +18,12 @@ from concurrent.futures import (
 import jax
 from rich.progress import Progress
 
-from jaxspark.launch import program
-
+# A worker compiles as the process that started it would.
+SETTINGS = (
+    "jax_disable_most_optimizations",
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+)
 # Every worker process holds JAX and models of its own.
 MOST = 8
 
@@ -52,27 +57,28 @@ def collect(progress: Progress, futures: Sequence[Future], description: str) -> 
 
 
 def _processes() -> Executor:
-    few_optimizations = jax.config.read("jax_disable_most_optimizations")
+    settings = {name: jax.config.read(name) for name in SETTINGS}
     return ProcessPoolExecutor(
         min(os.cpu_count() or 1, MOST),
         # A forked process would share the locks of JAX's threads.
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start,
-        initargs=(few_optimizations,),
+        initargs=(settings,),
     )
 
 
-def _start(few_optimizations: bool) -> None:
+def _start(settings: dict) -> None:
     """Sets a worker process up; it ends with the one that started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
-    program.quiet()
-    program.use_compilation_cache()
+    # JAX reports every accelerator plugin it does not find.
+    logging.getLogger("jax").setLevel(logging.WARNING)
     # Every core has a worker: parts of a program are not compiled side by side.
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_parallel_codegen_split_count=1"
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_disable_most_optimizations", few_optimizations)
+    for name, value in settings.items():
+        jax.config.update(name, value)
 
 
 def _follow_parent() -> None:

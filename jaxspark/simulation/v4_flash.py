@@ -1,36 +1,41 @@
-"""What `jaxspark simulate` supposes of DeepSeek-V4-Flash and of machines for it."""
+"""DeepSeek-V4-Flash and machines for it, as `jaxspark simulate` supposes them."""
 
 import json
 import pathlib
+from dataclasses import dataclass
 
 import numpy as np
-from absl import flags
 
-from jaxspark.decoding import Fixed, Lagged
+from jaxspark.configuration import Configuration, option
+from jaxspark.decoding import Costs, Fixed, Lagged, Scheduler
+from jaxspark.simulation.frontier import Policy
 from jaxspark.simulation.roofline import Machine, Network, roofline_costs
 from jaxspark.simulation.simulate import Load, Trace
 
-flags.DEFINE_string(
-    "acceptance",
-    None,
-    "JSON of stated acceptance, given all drafts before, by domain and place: "
-    '{"math": [0.9, 0.88, ...], ...}; by default a constant for each of three domains.',
-)
-flags.DEFINE_float(
-    "concentration",
-    2.0,
-    "Sharpness of stated acceptance: chances of drafts follow Beta distributions of "
-    "this concentration; the smaller, the more confidences tell.",
-    lower_bound=0.01,
-)
-flags.DEFINE_float(
-    "mtp_acceptance",
-    None,
-    "Acceptance of MTP-1's draft; by default that of DSpark's first.",
-    lower_bound=0.0,
-    upper_bound=1.0,
-)
-FLAGS = flags.FLAGS
+
+@dataclass(frozen=True, kw_only=True)
+class StatedOptions(Configuration):
+    """What drafts are worth where none were recorded."""
+
+    acceptance: str | None = option(
+        "JSON of stated acceptance, given all drafts before, by domain and position: "
+        '{"math": [0.9, 0.88, ...], ...}; by default a constant for each of three '
+        "domains.",
+        None,
+    )
+    concentration: float = option(
+        "Concentration of stated acceptance: chances of drafts follow Beta "
+        "distributions of it; the smaller, the more confidences tell.",
+        2.0,
+        at_least=0.01,
+    )
+    mtp_acceptance: float | None = option(
+        "Acceptance of MTP-1's draft; by default that of DSpark's first.",
+        None,
+        at_least=0,
+        at_most=1,
+    )
+
 
 MACHINES = (
     Machine(
@@ -87,16 +92,25 @@ BLOCK = 5
 ACCEPTANCE = {"math": 0.875, "chat": 0.77, "poetry": 0.67}
 
 
-def assumptions() -> list[str]:
-    """All that the roofline and stated acceptance suppose."""
-    drafts = f"as recorded in {FLAGS.trace}"
-    if not FLAGS.trace:
+def assumptions(
+    options: StatedOptions, *, trace: str | None, rate: float | None, rounds: int
+) -> list[str]:
+    """All that the roofline and stated acceptance suppose.
+
+    Args:
+      options: stated acceptance.
+      trace: where recorded rounds are from; None for stated ones.
+      rate: requests per second; None for a closed loop.
+      rounds: of each number of users.
+    """
+    drafts = f"as recorded in {trace}"
+    if not trace:
         curves = (
             f"{name} {', '.join(f'{rate:g}' for rate in rates)}"
-            for name, rates in stated().items()
+            for name, rates in stated(options.acceptance).items()
         )
         drafts = f"{'; '.join(curves)}; of as many requests each"
-    single = FLAGS.mtp_acceptance
+    single = options.mtp_acceptance
     return [
         "A pass takes an overhead plus the slower of memory traffic and arithmetic; "
         "both reach 60 % of the chips' peak (H100: 3.35 TB/s, 1979 TFLOP/s in FP8; "
@@ -120,49 +134,47 @@ def assumptions() -> list[str]:
         "Confidences are calibrated"
         + (
             "."
-            if FLAGS.trace
+            if trace
             else "; a draft's chance follows a Beta distribution around the mean, of "
-            f"concentration {FLAGS.concentration:g}."
+            f"concentration {options.concentration:g}."
         ),
         (
             "Every slot is always taken (closed loop)"
-            if FLAGS.rate is None
-            else f"{FLAGS.rate:g} requests arrive per second (Poisson) and wait for a "
-            "slot"
+            if rate is None
+            else f"{rate:g} requests arrive per second (Poisson) and wait for a slot"
         )
         + f", outputs of {Load(slots=1).tokens} tokens on the average; prefill costs "
-        f"nothing; {FLAGS.rounds} rounds of each number of users at least.",
+        f"nothing; {rounds} rounds of each number of users at least.",
     ]
 
 
-def stated() -> dict[str, list[float]]:
-    """Acceptance by domain and place: of --acceptance, or the constants.
+def stated(path: str | None) -> dict[str, list[float]]:
+    """Acceptance by domain and position: of a file, or the constants.
 
     Raises:
       ValueError: the file holds no such thing.
     """
-    if not FLAGS.acceptance:
+    if path is None:
         return {name: [rate] * BLOCK for name, rate in ACCEPTANCE.items()}
     try:
-        curves = json.loads(pathlib.Path(FLAGS.acceptance).read_text())
+        curves = json.loads(pathlib.Path(path).read_text())
         curves = {name: [float(x) for x in rates] for name, rates in curves.items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{FLAGS.acceptance}: holds no acceptance by domain ({error})"
-        ) from error
+        raise ValueError(f"{path}: holds no acceptance by domain ({error})") from error
     lengths = {len(rates) for rates in curves.values()}
     inside = all(0 <= x <= 1 for rates in curves.values() for x in rates)
     if len(lengths) != 1 or 0 in lengths or not inside:
         raise ValueError(
-            f"{FLAGS.acceptance}: expected rates between 0 and 1, as many of each "
+            f"{path}: expected rates between 0 and 1, as many of each "
             f"domain, got {curves}"
         )
     return curves
 
 
-def stated_trace() -> Trace:
+def stated_trace(options: StatedOptions) -> Trace:
     """Rounds of stated acceptance."""
-    return Trace.stated(stated(), concentration=FLAGS.concentration)
+    curves = stated(options.acceptance)
+    return Trace.stated(curves, concentration=options.concentration)
 
 
 def ladder(slots: int, block_length: int) -> list[int]:
@@ -174,13 +186,15 @@ def ladder(slots: int, block_length: int) -> list[int]:
     return sorted({int(step) for step in steps if step < full} | blocks)
 
 
-def roofline_policies(machine: Machine, block: Trace) -> dict:
+def roofline_policies(
+    machine: Machine, block: Trace, options: StatedOptions
+) -> dict[str, Policy]:
     """V4-Flash on a machine, with drafts of some acceptance."""
     length = block.survival_NG.shape[1]
     single = block.first(1)
-    if FLAGS.mtp_acceptance is not None:
-        rates = {"all": [FLAGS.mtp_acceptance]}
-        single = Trace.stated(rates, concentration=FLAGS.concentration)
+    if options.mtp_acceptance is not None:
+        rates = {"all": [options.mtp_acceptance]}
+        single = Trace.stated(rates, concentration=options.concentration)
 
     def costs(slots, drafter, lengths, overhead):
         return roofline_costs(
@@ -199,16 +213,17 @@ def roofline_policies(machine: Machine, block: Trace) -> dict:
     def mtp(slots):
         return costs(slots, MTP, range(2), 0.15e-3)
 
-    return {
+    def fixed(k: int) -> Policy:
+        return lambda n: (block, Fixed(k), dspark(n))
+
+    def scheduled(slots: int) -> tuple[Trace, Scheduler, Costs]:
+        known = dspark(slots)
+        return block, Lagged(costs=known), known
+
+    policies: dict[str, Policy] = {
         "no speculation": lambda n: (single, Fixed(0), mtp(n)),
         "MTP-1": lambda n: (single, Fixed(1), mtp(n)),
-        **{
-            f"DSpark-{k}, fixed": lambda n, k=k: (block, Fixed(k), dspark(n))
-            for k in sorted({min(k, length) for k in (2, 3, length)})
-        },
-        f"DSpark-{length}, scheduled": lambda n: (
-            block,
-            Lagged(costs=dspark(n)),
-            dspark(n),
-        ),
     }
+    for k in sorted({min(k, length) for k in (2, 3, length)}):
+        policies[f"DSpark-{k}, fixed"] = fixed(k)
+    return policies | {f"DSpark-{length}, scheduled": scheduled}

@@ -9,7 +9,6 @@ from concurrent.futures import as_completed
 from dataclasses import asdict
 
 import jax
-from absl import flags
 from rich.console import Console
 from rich.table import Table
 
@@ -22,10 +21,10 @@ from jaxspark.exactness.audit_schedules import (
     grid_of_schedules,
 )
 from jaxspark.exactness.rejection import Check
+from jaxspark.exactness.suites.report import checked, found, total
 from jaxspark.exactness.tiny_models import DRAFTERS, Family
-from jaxspark.launch.audit_report import checked, found, total
-from jaxspark.launch.progress import CellProgress, bars
-from jaxspark.launch.workers import collect, compile_workers
+from jaxspark.exactness.workers import collect, compile_workers
+from jaxspark.progress import CellProgress, bars
 
 # --suite=quick runs one cell in so many.
 QUICK = 37
@@ -33,19 +32,37 @@ QUICK = 37
 # between two clearings, and those that this process has run.
 AT_ONCE: dict[Family, int] = {"dense": 40, "deepseek_v4": 15}
 _cells_run = itertools.count(1)
-FLAGS = flags.FLAGS
 
 
 def audit_schedules(
-    console: Console, *, quick: bool = False, family: Family = "dense"
+    console: Console,
+    *,
+    quick: bool = False,
+    family: Family = "dense",
+    samples: int = 200_000,
+    progress_file: str | None = None,
 ) -> dict:
     """All guarantees under every schedule, on tiny models.
 
     Most of the time goes into compiling programs that run for a moment, so they are
-    compiled with few optimisations; the other suites have them all.
+    compiled with few optimizations; the other suites have them all.
+
+    Args:
+      console: where tables, bars and differences are printed.
+      quick: whether a share of the grid is enough.
+      family: of the tiny models.
+      samples: of the chi-square tests; a quick audit has fewer.
+      progress_file: JSON lines that a stopped audit goes on from; None keeps none.
+
+    Returns:
+      Its figures.
     """
+    finished = CellProgress(
+        progress_file and f"{progress_file}.schedules",
+        {"suite": "schedules", "quick": quick, "family": family},
+    )
     with few_optimizations():
-        return _audit_schedules(console, quick=quick, family=family)
+        return _audit_schedules(console, quick, family, samples, finished)
 
 
 @contextlib.contextmanager
@@ -59,17 +76,20 @@ def few_optimizations() -> Iterator[None]:
         jax.config.update("jax_disable_most_optimizations", before)
 
 
-def _audit_schedules(console: Console, *, quick: bool, family: Family) -> dict:
+def _audit_schedules(
+    console: Console,
+    quick: bool,
+    family: Family,
+    samples: int,
+    finished: CellProgress,
+) -> dict:
     grid = grid_of_schedules(every=QUICK if quick else 1, family=family)
-    progress_file = FLAGS.progress and f"{FLAGS.progress}.schedules"
-    settings = {"suite": "schedules", "quick": quick, "family": family}
-    finished = CellProgress(progress_file, settings)
     todo = [cell for cell in grid if cell.name not in finished.cells]
     own = ("hybrid-asks",) if quick else DRAFTERS[family]
     drafters = (rejection_under_schedules.LEAKY, *own)
     lawful = rejection_under_schedules.schedules_for_rejection()
     schedules = ("causal", "lagged") if quick else tuple(lawful)
-    samples = 20_000 if quick else FLAGS.samples
+    samples = 20_000 if quick else samples
 
     with bars(console) as progress, compile_workers() as workers:
         bar = progress.add_task("schedules", total=len(grid))

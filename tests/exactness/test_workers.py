@@ -8,7 +8,7 @@ import jax
 import pytest
 from rich.progress import Progress
 
-from jaxspark.launch.workers import collect, compile_workers
+from jaxspark.exactness.workers import collect, compile_workers
 
 
 @pytest.fixture(params=["cpu", "gpu"])
