@@ -57,7 +57,7 @@ def collect(progress: Progress, futures: Sequence[Future], description: str) -> 
 
 
 def _processes() -> Executor:
-    settings = {name: jax.config.read(name) for name in SETTINGS}
+    settings = {name: jax.config.values[name] for name in SETTINGS}
     return ProcessPoolExecutor(
         min(os.cpu_count() or 1, MOST),
         # A forked process would share the locks of JAX's threads.
