@@ -19,7 +19,7 @@ class ConfigurationError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """What a field of a configuration says of itself.
+    """Metadata of a configuration's field.
 
     Attributes:
       help: one sentence or two, for people.
@@ -57,7 +57,7 @@ class Option:
         return above and (self.at_most is None or value <= self.at_most)
 
     def expected(self) -> str:
-        """What a value must be, where there are choices or bounds."""
+        """The allowed values, in words; for options with choices or bounds."""
         if self.choices is not None:
             return f"one of {', '.join(self.choices)}"
         if self.at_most is None:
@@ -80,7 +80,7 @@ class Configuration:
                 about.check(each.name, getattr(self, each.name), each.default)
 
     def recorded(self, names: Iterable[str]) -> dict[str, Any]:
-        """Some values as files keep them: lists are lists of texts."""
+        """Some values in the form that settings files use: lists of strings."""
         values = {name: getattr(self, name) for name in names}
         return {
             name: list(map(str, value)) if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""Figures that programs measured, as JSON files."""
+"""Writing measured figures as JSON."""
 
 import json
 import math

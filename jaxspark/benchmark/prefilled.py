@@ -1,4 +1,4 @@
-"""Batches that are prefilled once, and ways to decode them that take turns."""
+"""Batches that are prefilled once and decoded repeatedly, by contestants in turn."""
 
 import time
 from collections.abc import Sequence

@@ -5,12 +5,12 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxspark.calibration.profile import CostProfile
-from jaxspark.calibration.ways import WAYS
+from jaxspark.calibration.variants import VARIANTS
 
 
 def report_reliability(console: Console, title: str, figures: dict) -> None:
     """The tables of one sampling temperature."""
-    names = ("before", *WAYS)
+    names = ("before", *VARIANTS)
     for measure, text in (("ece", "calibration error"), ("auc", "ranking (AUC)")):
         table = Table(title=f"{title} · {text}")
         for column in ("draft", "survived", *names):

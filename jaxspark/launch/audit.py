@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from jaxspark.evaluation.prompts import PromptOptions
-from jaxspark.exactness.audited import audited_requests, random_v4
+from jaxspark.exactness.audit_models import audited_requests, random_v4
 from jaxspark.exactness.suites.options import AuditOptions
 from jaxspark.exactness.suites.run import run_suites
 from jaxspark.exactness.suites.tokens import MAX_PROMPT_TOKENS

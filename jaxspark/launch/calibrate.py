@@ -20,9 +20,9 @@ from rich.console import Console
 
 from jaxspark import load_drafter
 from jaxspark.calibration.files import save_calibration
-from jaxspark.calibration.recording import kept_rounds
+from jaxspark.calibration.recorded_rounds import kept_rounds
 from jaxspark.calibration.report import report_reliability
-from jaxspark.calibration.ways import WAYS, as_calibration, fit_all
+from jaxspark.calibration.variants import VARIANTS, as_calibration, fit_variants
 from jaxspark.checkpoints.folders import sha256
 from jaxspark.checkpoints.load import drafter_folder
 from jaxspark.configuration import option
@@ -63,7 +63,7 @@ class Config(
     keep: str = option(
         "What is kept with the drafter: temperatures alone, biases too, sharpness too.",
         "sharpness",
-        choices=tuple(WAYS),
+        choices=tuple(VARIANTS),
     )
     slots: int = option("Prompts decoded together.", 32, at_least=1)
     save: bool = option("Write the fit beside the drafter's weights.", True)
@@ -118,7 +118,7 @@ def main(config: Config) -> None:
                 ("test", test_prompts, 2**20),
             )
         )
-        scalings, assessed = fit_all(fit, test)
+        scalings, assessed = fit_variants(fit, test)
         figures = {"fit_rounds": len(fit), "test_rounds": len(test)} | {
             way: scaling.lists() | assessed[way] for way, scaling in scalings.items()
         }

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from jaxspark import load_drafter
 from jaxspark.benchmark.sequences import speeds
-from jaxspark.calibration.chosen import find_calibration
+from jaxspark.calibration.schedules import find_calibration
 from jaxspark.configuration import option
 from jaxspark.decoding.generate import check_block_length
 from jaxspark.evaluation.acceptance import measure_acceptance

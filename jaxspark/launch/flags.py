@@ -104,7 +104,7 @@ def _kind(annotation: Any) -> tuple[type, bool]:
     several = get_origin(annotation) is tuple
     if several:
         annotation = get_args(annotation)[0]
-    # What is neither is the Literal of an option's choices.
+    # Anything else is the Literal type of an option's choices.
     return annotation if annotation in (bool, int, float) else str, several
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import jax
 
 from jaxspark import generate, load_drafter
-from jaxspark.calibration.chosen import chosen_schedule
+from jaxspark.calibration.schedules import chosen_schedule
 from jaxspark.configuration import option
 from jaxspark.decoding import parse_schedule
 from jaxspark.decoding.generate import check_block_length, round_capacity

@@ -15,8 +15,8 @@ from typing import Any
 
 from rich.console import Console
 
-from jaxspark.calibration.chosen import find_calibration
 from jaxspark.calibration.rounds import Rounds
+from jaxspark.calibration.schedules import find_calibration
 from jaxspark.configuration import option
 from jaxspark.decoding.couplings import COUPLINGS, Coupling
 from jaxspark.evaluation.plots import plot_frontier

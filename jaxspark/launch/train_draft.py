@@ -22,16 +22,16 @@ from jaxspark.configuration import option
 from jaxspark.jsonlines import same_settings
 from jaxspark.launch import common, program
 from jaxspark.models import DenseDecoder
-from jaxspark.training import starting
-from jaxspark.training.caching import FeatureOptions
+from jaxspark.training import drafter_setup
 from jaxspark.training.config import Recipe, TrainConfig
-from jaxspark.training.data.reading import DataOptions, read_packed, split
+from jaxspark.training.data.dataset import DataOptions, read_packed, split
+from jaxspark.training.drafter_setup import OBJECTIVES, DrafterOptions
+from jaxspark.training.dry_run import describe, size
+from jaxspark.training.feature_options import FeatureOptions
 from jaxspark.training.features import FeatureSource
-from jaxspark.training.plan import describe, size
+from jaxspark.training.progress_bar import watched
 from jaxspark.training.run import has_checkpoint, train
-from jaxspark.training.starting import OBJECTIVES, DrafterOptions
 from jaxspark.training.trainer import Trainer
-from jaxspark.training.watching import watched
 
 # What may change when a run goes on: how it is watched, not what it computes.
 _FREE = {"out", "features", "cache_dir", "cache_gb", "cache_layers", "dry_run"}
@@ -83,7 +83,7 @@ def main(config: Config) -> int:
         sequences=config.sequences,
         seed=config.seed,
     )
-    drafter, left = starting.new_drafter(
+    drafter, left = drafter_setup.new_drafter(
         config, model, batches.packed, seed=config.seed
     )
     if left:
@@ -101,7 +101,7 @@ def main(config: Config) -> int:
     # A run that goes on has its parameters from a checkpoint.
     if config.start == "least_squares" and not has_checkpoint(out):
         with console.status("fitting") as status:
-            starting.fit(
+            drafter_setup.fit(
                 config,
                 drafter,
                 model,

@@ -12,7 +12,7 @@ from jaxspark.decoding.couplings import Coupling
 from jaxspark.progress import bars
 from jaxspark.simulation.simulate import Load, Simulated, Trace, simulate, speed_at
 
-# What drafts are worth, what is verified and what rounds cost for some users.
+# Given a number of users: recorded drafts, the schedule and the costs of rounds.
 Policy = Callable[[int], tuple[Trace, Scheduler, Costs]]
 
 

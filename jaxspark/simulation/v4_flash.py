@@ -1,4 +1,4 @@
-"""DeepSeek-V4-Flash and machines for it, as `jaxspark simulate` supposes them."""
+"""DeepSeek-V4-Flash and machines for it, as `jaxspark simulate` assumes them."""
 
 import json
 import pathlib
@@ -15,7 +15,7 @@ from jaxspark.simulation.simulate import Load, Trace
 
 @dataclass(frozen=True, kw_only=True)
 class StatedOptions(Configuration):
-    """What drafts are worth where none were recorded."""
+    """Assumed acceptance, for simulations without a recorded trace."""
 
     acceptance: str | None = option(
         "JSON of stated acceptance, given all drafts before, by domain and position: "

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from jaxspark.evaluation.prompts import DOMAINS, PromptOptions
-from jaxspark.exactness.audited import Bytes
+from jaxspark.exactness.audit_models import Bytes
 from jaxspark.exactness.suites.options import GRIDS, AuditOptions
 from jaxspark.exactness.suites.tokens import TokenGrid
 from jaxspark.launch import audit, convert, evaluate, generate, plot, simulate

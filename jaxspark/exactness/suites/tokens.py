@@ -16,7 +16,7 @@ from jaxspark.decoding.couplings import Coupling
 from jaxspark.decoding.generate import round_capacity
 from jaxspark.exactness.audit import AuditResult, plain_outputs
 from jaxspark.exactness.audit_grid import Cell, cells, run_cell, sampled_requests
-from jaxspark.exactness.audited import audited_drafter
+from jaxspark.exactness.audit_models import audited_drafter
 from jaxspark.exactness.suites.report import found, total
 from jaxspark.progress import CellProgress, bars
 

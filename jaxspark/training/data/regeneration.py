@@ -30,7 +30,7 @@ class Regenerated:
     finish_reason: str
 
     def entry(self) -> dict[str, Any]:
-        """What files of answers hold of it."""
+        """The JSON object that files of answers hold."""
         spoken = self.conversation
         kept = {
             "key": self.key,

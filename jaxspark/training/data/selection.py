@@ -1,4 +1,4 @@
-"""Which conversations of some files: to answer, or to ask their first question."""
+"""Selecting conversations from files: whole ones, or their first questions."""
 
 import itertools
 import random

@@ -1,4 +1,4 @@
-"""Which features of the target are kept, and where."""
+"""Options of target features and their cache."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from jaxspark.training.features import FeatureCache, FeatureSource
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureOptions(Configuration):
-    """Where features come from."""
+    """Whether features are cached, and where."""
 
     features: str = option(
         "Run the target every time, or once.", "cached", choices=("online", "cached")

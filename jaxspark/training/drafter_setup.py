@@ -1,4 +1,4 @@
-"""Drafters before their first step: their kind and size, and what they start from."""
+"""Drafters before their first step: architecture, size and initialization."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""What a training run would do and take, told before it is begun."""
+"""Dry runs: parameters, memory and steps of a training run before it starts."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ def size(count: float) -> str:
 
 
 def _temporary(compiled: jax.stages.Compiled) -> str:
-    """What a program holds while it runs, where its compiler tells."""
+    """Size of a program's temporaries, if its compiler reports it."""
     analysis = compiled.memory_analysis()
     return size(analysis.temp_size_in_bytes) if analysis else "unknown"
 

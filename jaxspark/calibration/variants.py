@@ -1,4 +1,4 @@
-"""Ways to scale confidences, from none to all that `temperatures` has, side by side."""
+"""Variants of confidence scaling, fitted and assessed side by side."""
 
 from collections.abc import Mapping
 
@@ -7,33 +7,38 @@ from jaxspark.calibration.temperatures import Scaling, assess, fit_temperatures
 from jaxspark.decoding import Calibration
 from jaxspark.decoding.couplings import Coupling
 
-WAYS: dict[str, dict[str, bool]] = {
+VARIANTS: dict[str, dict[str, bool]] = {
     "temperatures": {},
     "biases": {"biased": True},
     "sharpness": {"biased": True, "sharpened": True},
 }
 
 
-def fit_all(fit: Rounds, test: Rounds) -> tuple[dict[str, Scaling], dict[str, dict]]:
-    """Every way, and confidences as they are, fitted to some rounds.
+def fit_variants(
+    fit: Rounds, test: Rounds
+) -> tuple[dict[str, Scaling], dict[str, dict]]:
+    """Fits every variant to some rounds and assesses it on others.
 
     Returns:
-      scalings: by way, "before" first.
-      figures: by way what `assess` says of them on the other rounds.
+      scalings: by variant; "before" leaves confidences as they are.
+      figures: by variant, of `assess`.
     """
     block_length = fit.confidence_NG.shape[1]
     scalings = {"before": Scaling.identity(block_length)} | {
-        way: fit_temperatures(fit, **options) for way, options in WAYS.items()
+        name: fit_temperatures(fit, **options) for name, options in VARIANTS.items()
     }
-    return scalings, {way: assess(test, each) for way, each in scalings.items()}
+    return scalings, {name: assess(test, each) for name, each in scalings.items()}
 
 
 def as_calibration(
     coupling: Coupling, fitted: Mapping[float, tuple[Scaling, Rounds]]
 ) -> Calibration:
-    """What decoding needs: by sampling temperature a scaling and what it was fitted to.
+    """The calibration that decoding uses.
 
-    Typical blocks of those rounds stand for a request that has had none.
+    Args:
+      coupling: "rejection" or "gumbel".
+      fitted: by sampling temperature, a scaling and the rounds it was fitted to;
+        typical blocks of them stand for requests that have had no round.
     """
     rows = [scaling.lists() for scaling, _ in fitted.values()]
     usual = (

@@ -1,4 +1,4 @@
-"""Rounds that are recorded once and kept."""
+"""Rounds that are recorded once and reused from files."""
 
 from collections.abc import Sequence
 from pathlib import Path

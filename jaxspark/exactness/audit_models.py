@@ -1,4 +1,4 @@
-"""What audits of whole models run: drafters by name, requests, a small DeepSeek-V4."""
+"""Models and requests for audits: drafters by name, a small random DeepSeek-V4."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

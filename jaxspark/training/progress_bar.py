@@ -1,4 +1,4 @@
-"""A bar over a training run, and lines where there is no terminal."""
+"""A progress bar for training, with plain lines where there is no terminal."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
