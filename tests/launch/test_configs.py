@@ -8,7 +8,15 @@ from jaxspark.evaluation.prompts import DOMAINS, PromptOptions
 from jaxspark.exactness.audit_models import Bytes
 from jaxspark.exactness.suites.options import GRIDS, AuditOptions
 from jaxspark.exactness.suites.tokens import TokenGrid
-from jaxspark.launch import audit, convert, evaluate, generate, plot, simulate
+from jaxspark.launch import (
+    audit,
+    convert,
+    evaluate,
+    generate,
+    plot,
+    simulate,
+    train_draft,
+)
 
 
 class Spelling:
@@ -111,3 +119,14 @@ def test_prompts_are_those_of_the_package_unless_told(tmp_path, capsys):
     assert own.read(Spelling(), per_domain=1) == dict.fromkeys(DOMAINS, ["[user]hi"])
     used = "1 of math, 1 of code, 1 of chat"
     assert capsys.readouterr().err == f"prompts of {tmp_path}: {used}\n"
+
+
+def test_settings_files_of_earlier_versions_still_agree():
+    """Lists of numbers are texts there, and what only watches a run is not kept."""
+    config = train_draft.Config(data=("a",), out="x", steps=1, taps=(1, 3))
+    kept = config.settings()
+    assert kept["taps"] == ["1", "3"] and kept["data"] == ["a"]
+    assert not {"out", "dry_run", "log_every", "keep_quantized"} & set(kept)
+    grid = TokenGrid(max_prompts=4).recorded()
+    assert grid["slots"] == ["1", "5"] and grid["most"] == 4
+    assert "prompts_per_domain" not in grid and "max_prompts" not in grid
