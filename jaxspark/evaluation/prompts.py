@@ -90,7 +90,7 @@ class PromptOptions(Configuration):
         None,
     )
 
-    def read(
+    def read_prompts(
         self, tokenizer, *, per_domain: int, max_tokens: int = 384
     ) -> dict[str, list[list[int]]]:
         """The prompts as token ids by domain, evenly chosen.

@@ -47,7 +47,7 @@ def main(config: Config) -> int:
     if {"greedy", "gumbel"}.intersection(config.suites):
         # What is wrong with them shows before anything is audited.
         target = random_v4() if config.family == "deepseek_v4" else config.load()[0]
-        prompts = config.read(
+        prompts = config.read_prompts(
             target.tokenizer,
             per_domain=grid.prompts_per_domain,
             max_tokens=MAX_PROMPT_TOKENS,

@@ -63,7 +63,7 @@ def measured(console: Console, config: Config) -> dict:
     if config.suite == "decode":
         return bench_decode(console, target, config)
     drafting = config.suite == "draft"
-    domains = config.read(
+    domains = config.read_prompts(
         tokenizer,
         per_domain=config.prompts_per_domain,
         max_tokens=384 if drafting else config.capacity // 2,

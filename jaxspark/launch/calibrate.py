@@ -81,7 +81,7 @@ def main(config: Config) -> None:
         most=config.fit_prompts,
         max_tokens=config.max_prompt_tokens,
     )
-    domains = config.read(
+    domains = config.read_prompts(
         tokenizer,
         per_domain=config.test_prompts,
         max_tokens=config.max_prompt_tokens,

@@ -69,7 +69,7 @@ def main(config: Config) -> None:
     target, tokenizer = config.load()
     drafter = load_drafter(config.draft, target)
     block_length = check_block_length(drafter, config.block_length)
-    prompts = config.read(
+    prompts = config.read_prompts(
         tokenizer,
         per_domain=config.prompts_per_domain,
         max_tokens=config.max_prompt_tokens,

@@ -109,14 +109,16 @@ def test_an_audit_finds_what_is_wrong_before_it_begins(given, message, monkeypat
 
 def test_prompts_are_those_of_the_package_unless_told(tmp_path, capsys):
     config = evaluate.Config()
-    domains = config.read(Spelling(), per_domain=20, max_tokens=5000)
+    domains = config.read_prompts(Spelling(), per_domain=20, max_tokens=5000)
     counts = {name: len(each) for name, each in domains.items()}
     assert counts == dict.fromkeys(DOMAINS, 20)
     assert capsys.readouterr().err == ""
     for domain in DOMAINS:
         (tmp_path / f"{domain}_prompts.jsonl").write_text('{"turns": ["hi"]}\n')
     own = PromptOptions(prompts_dir=str(tmp_path))
-    assert own.read(Spelling(), per_domain=1) == dict.fromkeys(DOMAINS, ["[user]hi"])
+    assert own.read_prompts(Spelling(), per_domain=1) == dict.fromkeys(
+        DOMAINS, ["[user]hi"]
+    )
     used = "1 of math, 1 of code, 1 of chat"
     assert capsys.readouterr().err == f"prompts of {tmp_path}: {used}\n"
 
