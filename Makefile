@@ -34,7 +34,7 @@ demo: $(VENV)/.demo ## Make .venv, install, and run the demo: plain against spec
 
 test: $(VENV)/.test oracle aot-tpu lint ## The same environment plus what tests need; lint and run the tests
 	@echo "==> tests"
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile -q -rs --durations=10 $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal -q -rs --durations=10 $(ARGS)
 
 lint: $(VENV)/.test ## ruff and mypy
 	@echo "==> lint"

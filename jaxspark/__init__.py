@@ -11,8 +11,8 @@ the target, emit exactly what the target alone would have emitted.
     prompt = target.tokenizer.chat([question])
     [completion] = generate(target, [prompt], drafter)
 
-Below it, `jaxspark.decoding` has `decode_round(target.model, drafter, state, options)`
-for use inside a caller's own `jit`.
+Below it, `jaxspark.decoding` has the life-cycle of slots (`admit`, `prefill`, `decode`,
+`release`) and `decode_round`, pure functions for use inside a caller's own `jit`.
 
 Axis letters, as suffixes of local arrays (`q_TNH`) and in einsum strings:
 
@@ -30,14 +30,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxspark.checkpoints import load_drafter, load_target
-    from jaxspark.decoding import Completion, generate
+    from jaxspark.generation import (
+        Completion,
+        Request,
+        SamplingParams,
+        generate,
+        generate_stream,
+    )
 
-__all__ = ["Completion", "generate", "load_drafter", "load_target"]
+__all__ = [
+    "Completion",
+    "Request",
+    "SamplingParams",
+    "generate",
+    "generate_stream",
+    "load_drafter",
+    "load_target",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Completion": "jaxspark.decoding",
-    "generate": "jaxspark.decoding",
+    "Completion": "jaxspark.generation",
+    "Request": "jaxspark.generation",
+    "SamplingParams": "jaxspark.generation",
+    "generate": "jaxspark.generation",
+    "generate_stream": "jaxspark.generation",
     "load_drafter": "jaxspark.checkpoints",
     "load_target": "jaxspark.checkpoints",
 }

@@ -1,19 +1,82 @@
-"""One rule for choosing an implementation, shared by every op."""
+"""One rule for choosing an implementation, shared by every op.
 
+"xla" always exists and is the specification. Others are for some platforms and some
+operands. Which of them runs is decided by the platform a program is lowered for
+(`jax.lax.platform_dependent`), not by the machine that traces it: one function compiles
+for CPU, GPU and TPU, on any host.
+"""
+
+import functools
+import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+_LOG = logging.getLogger(__name__)
 
 
-def resolve(
-    op: str, implementations: Mapping[str, Callable], implementation: str | None
-) -> Callable:
-    """The named implementation of `op`, or its reference "xla" for None.
+def _anything(*operands, **static) -> None:
+    """Supports all operands."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """One way to compute an op.
+
+    Attributes:
+      run: the op, of its operands (arrays) and static keywords.
+      platforms: those it is taken on unasked: "tpu", "cuda"; none for the reference.
+      supports: why it cannot take these operands, in a few words; None if it can.
+    """
+
+    run: Callable[..., Any]
+    platforms: tuple[str, ...] = ()
+    supports: Callable[..., str | None] = _anything
+
+
+def call(
+    op: str,
+    implementations: Mapping[str, Implementation],
+    implementation: str | None,
+    *operands,
+    **static,
+):
+    """Runs an op by the named implementation, or by the best for the platform.
+
+    Unasked, each platform gets the first implementation for it that supports the
+    operands, else "xla"; a fallback is logged once.
 
     Raises:
-      ValueError: no implementation of that name exists for `op`.
+      ValueError: no implementation of that name exists, or it does not support the
+        operands.
     """
-    name = implementation or "xla"
-    if name not in implementations:
-        raise ValueError(
-            f"{op} has no implementation {name!r}; available: {sorted(implementations)}"
-        )
-    return implementations[name]
+    if implementation is not None:
+        if implementation not in implementations:
+            raise ValueError(
+                f"{op} has no implementation {implementation!r}; available: "
+                f"{sorted(implementations)}"
+            )
+        named = implementations[implementation]
+        reason = named.supports(*operands, **static)
+        if reason is not None:
+            raise ValueError(f"{op}: {implementation} {reason}")
+        return named.run(*operands, **static)
+    chosen: dict[str, Callable] = {}
+    for name, each in implementations.items():
+        reason = each.supports(*operands, **static) if each.platforms else None
+        if reason is not None:
+            _log_fallback(op, name, reason)
+            continue
+        for platform in each.platforms:
+            chosen.setdefault(platform, functools.partial(each.run, **static))
+    reference = functools.partial(implementations["xla"].run, **static)
+    if not chosen:
+        return reference(*operands)
+    return jax.lax.platform_dependent(*operands, default=reference, **chosen)
+
+
+@functools.cache
+def _log_fallback(op: str, name: str, reason: str) -> None:
+    _LOG.info("%s falls back to xla: %s %s", op, name, reason)

@@ -1,13 +1,21 @@
-"""Feeds sequences through a target model, as tests of models need it."""
+"""What tests of models, drafters and decoding drive them with."""
 
+from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxspark.decoding import DecodeOptions
+from jaxspark.drafters import Drawn
+from jaxspark.generation import Completion, Request, SamplingParams, generate
 from jaxspark.models import FlatTokens
+
+PARAMS = {each.name for each in fields(SamplingParams)}
+CALL = ("params", "capacity", "on_tokens", "errors")
 
 
 @partial(jax.jit, static_argnames=("graphdef", "taps", "capacity"), donate_argnums=2)
@@ -73,3 +81,48 @@ class Session:
             [np.concatenate(part) for part in logits],
             [np.concatenate(part, axis=1) for part in taps],
         )
+
+
+def ask(prompt, name: str = "", **params) -> Request:
+    """A request with its parameters by name."""
+    return Request(prompt, SamplingParams(**params), name)
+
+
+def complete(target, prompts, drafter=None, **settings) -> list[Completion]:
+    """`generate` with parameters and options by name.
+
+    A list is of one value per prompt, but for stop ids, which are a tuple for all.
+    """
+    call = {name: settings.pop(name) for name in CALL if name in settings}
+    given = {name: settings.pop(name) for name in PARAMS & set(settings)}
+    if any(isinstance(value, list) for value in given.values()):
+        call["params"] = [
+            SamplingParams(
+                **{
+                    name: value[index] if isinstance(value, list) else value
+                    for name, value in given.items()
+                }
+            )
+            for index in range(len(prompts))
+        ]
+    elif given and "params" not in call:
+        call["params"] = SamplingParams(**given)
+    return generate(target, prompts, drafter, options=DecodeOptions(**settings), **call)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A `DraftSampler` made of a function that returns what `Drawn` holds."""
+
+    draw: Any
+    slot_axis: None = None
+
+    def __call__(self, logits_BW, j, ids_W) -> Drawn:
+        return Drawn(*self.draw(logits_BW, j, ids_W))
+
+
+def greedy_draw(logits_BW, j, ids_W):
+    """Draws the best token; scores its first logit."""
+    place_B = jnp.argmax(logits_BW, -1).astype(jnp.int32)
+    token_B = place_B if ids_W is None else ids_W[place_B]
+    return token_B, logits_BW, logits_BW[:, 0]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspark import generate, load_target
+from jaxspark import load_target
 from jaxspark.decoding import (
     DecodeOptions,
     Sampling,
@@ -18,6 +18,7 @@ from jaxspark.drafters import NgramDrafter
 from jaxspark.exactness.global_settings import SETTINGS
 from jaxspark.exactness.tiny_models import DRAFTERS, tiny_models
 from tests.checkpoints import tiny
+from tests.driver import complete
 
 JITTED = [setting for setting in SETTINGS.values() if not setting.eager]
 PROMPT = [1, 2, 3, 4, 1, 2, 3, 4, 1, 2]
@@ -62,7 +63,9 @@ def test_rounds_inside_a_callers_jit(target, name):
     drafter = NgramDrafter()
     options = DecodeOptions(block_length=drafter.block_length, coupling="gumbel")
     sampled = {"temperature": 1.0, "seed": [3]}
-    [plain] = generate(target, [PROMPT], max_new_tokens=6, coupling="gumbel", **sampled)
+    [plain] = complete(
+        target, [PROMPT], max_new_tokens=6, coupling="gumbel", temperature=1.0, seed=[3]
+    )
     with SETTINGS[name].applied():
         state = init_state(
             target.model,
@@ -74,7 +77,7 @@ def test_rounds_inside_a_callers_jit(target, name):
         )
         state = prefill(target.model, drafter, state, chunk=16)
         step = jax.jit(lambda old: decode_round(target.model, drafter, old, options))
-        while not state.done_B.all():
+        while state.live_B.any():
             state = step(state)
     tokens = np.asarray(state.tokens_BS)[0, len(PROMPT) : int(state.lengths_B[0])]
     assert tokens.tolist() == plain.tokens

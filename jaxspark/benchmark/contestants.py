@@ -4,8 +4,9 @@ import time
 from dataclasses import dataclass
 
 from jaxspark.checkpoints import load_drafter
-from jaxspark.decoding import Completion, generate
+from jaxspark.decoding import DecodeOptions
 from jaxspark.drafters import Drafter
+from jaxspark.generation import Completion, SamplingParams, generate
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Contestant:
             target,
             [prompt],
             self.drafter,
-            max_new_tokens=max_new_tokens,
-            block_length=self.block_length,
+            SamplingParams(max_new_tokens=max_new_tokens),
+            options=DecodeOptions(block_length=self.block_length),
         )
         return completion, time.perf_counter() - begin
 

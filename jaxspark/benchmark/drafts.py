@@ -11,7 +11,6 @@ from jaxspark.benchmark.sequences import TimingOptions, decode_seconds
 from jaxspark.checkpoints import load_drafter
 from jaxspark.configuration import option
 from jaxspark.decoding import DecodeOptions
-from jaxspark.decoding.generate import default_buckets
 from jaxspark.drafters import NgramDrafter, PlainDrafter, hybrid
 from jaxspark.evaluation.acceptance import macro_average
 from jaxspark.timing import alternate
@@ -39,9 +38,7 @@ def bench_drafts(
     by_domain: dict[str, dict[str, list[float]]] = {}
 
     def contestant(name, drafter, block):
-        decode_options = DecodeOptions(
-            block_length=block, buckets=default_buckets(drafter, 1, block, None)
-        )
+        decode_options = DecodeOptions(block_length=block).resolve(drafter, 1)
         counters[name], by_domain[name] = {}, {domain: [] for domain in prompts}
 
         def run():

@@ -24,7 +24,7 @@ from jaxspark.checkpoints.folders import sha256
 from jaxspark.checkpoints.load import drafter_folder
 from jaxspark.configuration import option
 from jaxspark.decoding import Calibration, DecodeOptions, Lagged
-from jaxspark.decoding.generate import check_block_length
+from jaxspark.decoding.options import check_block_length
 from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.progress import CellProgress, bars
 

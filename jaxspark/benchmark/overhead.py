@@ -26,13 +26,13 @@ from jaxspark.decoding import (
     Costs,
     DecodeOptions,
     Fixed,
+    Forecast,
     Lagged,
-    Outlook,
     decode,
 )
 from jaxspark.decoding.costs import bucket_ladder, draft_ladder, within_ladder
 from jaxspark.decoding.couplings import entropy
-from jaxspark.decoding.generate import check_block_length
+from jaxspark.decoding.options import check_block_length
 from jaxspark.decoding.schedule_state import remembered
 from jaxspark.drafters import Drafter
 from jaxspark.models import FlatTokens
@@ -62,9 +62,10 @@ def _decide(
             confidence_BG + 1e-6 * total, sharpness_BG, temperature_B
         )
         # All inputs change from time to time, or the compiler would decide but once.
-        now, earlier = Outlook.of(survival_BG), Outlook.of(past_nBG + 1e-6 * total)
-        drafts = schedule.draft(earlier, jnp.zeros((slots, block_length), jnp.int32))
-        lengths_B = now.within(schedule(now, earlier), sizes[-1])
+        current = Forecast.of(survival_BG)
+        lagged = Forecast.of(past_nBG + 1e-6 * total)
+        drafts = schedule.draft(lagged, jnp.zeros((slots, block_length), jnp.int32))
+        lengths_B = schedule(current, lagged, sizes).lengths_B
         tokens = FlatTokens.from_rows(
             rows_BQ, jnp.full((slots,), step), lengths_B + 1, capacity=sizes[-1]
         )

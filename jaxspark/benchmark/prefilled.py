@@ -67,16 +67,14 @@ class PrefilledBatch:
 
     def start(self, contestant: "Contestant", run: int) -> DecodeState:
         """The state after prefill, with random numbers of this run."""
-        slots, block_length = len(self.lengths_B), contestant.options.block_length
+        slots, block_length = len(self.lengths_B), contestant.options.block
         schedule = contestant.schedule
         self.context = self.state.draft_cache
         draft_cache = self.context
         if contestant.drafter is not self.drafter:
             draft_cache = contestant.drafter.init_cache(slots, self.capacity)
         return replace(
-            self.state,
-            lengths_B=jnp.array(self.lengths_B),
-            done_B=jnp.zeros((slots,), bool),
+            self.state.rewind(jnp.array(self.lengths_B)),
             sampling=Sampling.of(
                 slots,
                 temperature=self.temperature,
@@ -86,7 +84,7 @@ class PrefilledBatch:
             confidence_BG=jnp.zeros((slots, block_length)),
             sharpness_BG=jnp.zeros((slots, block_length)),
             counters=Counters.zeros(slots, block_length),
-            schedule=schedule or ScheduleState.start(slots, block_length),
+            schedule=schedule or ScheduleState.empty(slots, block_length),
         )
 
     def finish(self, state: DecodeState) -> None:
@@ -144,9 +142,11 @@ class Contestant:
                 due = 10**6 if length else 0
                 schedule = replace(
                     state.schedule,
-                    floor_B=jnp.array(forced_B, jnp.int32),
-                    cap_B=jnp.array(forced_B, jnp.int32),
-                    idle_BG=state.schedule.idle_BG.at[:, length - 1].set(due),
+                    min_drafts_B=jnp.array(forced_B, jnp.int32),
+                    max_drafts_B=jnp.array(forced_B, jnp.int32),
+                    rounds_since_BG=state.schedule.rounds_since_BG.at[
+                        :, length - 1
+                    ].set(due),
                 )
                 state = replace(state, schedule=schedule)
                 state = decode(

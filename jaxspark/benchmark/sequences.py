@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxspark.configuration import Configuration, option
+from jaxspark.decoding import DecodeOptions, Sampling, decode, init_state, prefill
 from jaxspark.decoding.couplings import Coupling
-from jaxspark.decoding.generate import default_buckets, round_capacity
-from jaxspark.decoding.round import DecodeOptions, decode, prefill
-from jaxspark.decoding.sampling import Sampling
-from jaxspark.decoding.state import init_state
 from jaxspark.drafters import Drafter, PlainDrafter
+from jaxspark.generation.generate import round_capacity
 from jaxspark.timing import alternate, medians
 
 
@@ -43,7 +41,7 @@ def decode_seconds(
         prompts,
         [len(prompt) + new_tokens for prompt in prompts],
         Sampling.of(len(prompts), temperature=temperature),
-        block_length=options.block_length,
+        block_length=options.block,
         capacity=capacity,
     )
     state = jax.block_until_ready(prefill(target, drafter, state, chunk=64))
@@ -82,11 +80,8 @@ def speeds(
     capacity = round_capacity(max_prompt_tokens + new_tokens + block_length)
 
     def contestant(drafter, block_length):
-        options = DecodeOptions(
-            block_length=block_length,
-            coupling=coupling,
-            buckets=default_buckets(drafter, 1, block_length, None),
-        )
+        options = DecodeOptions(block_length=block_length, coupling=coupling)
+        options = options.resolve(drafter, 1)
 
         def run():
             return sum(

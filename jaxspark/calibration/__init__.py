@@ -1,6 +1,10 @@
 """Are confidences right, what does a round cost: what scheduling rests on."""
 
-from jaxspark.calibration.profile import CostProfile, measure_costs
+from jaxspark.calibration.profile import (
+    CostProfile,
+    measure_costs,
+    with_measured_costs,
+)
 from jaxspark.calibration.rounds import Rounds, record_rounds
 from jaxspark.calibration.temperatures import assess, fit_temperatures
 
@@ -11,4 +15,5 @@ __all__ = [
     "fit_temperatures",
     "measure_costs",
     "record_rounds",
+    "with_measured_costs",
 ]

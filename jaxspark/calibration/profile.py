@@ -35,8 +35,10 @@ from jaxspark.decoding import (
 )
 from jaxspark.decoding.costs import bucket_ladder, draft_ladder, within_ladder
 from jaxspark.decoding.couplings import Coupling
-from jaxspark.decoding.generate import as_model, check_block_length
+from jaxspark.decoding.options import check_block_length
+from jaxspark.decoding.schedule import CostAware
 from jaxspark.drafters import Drafter
+from jaxspark.target import Target
 from jaxspark.timing import alternate
 
 FORMAT = "jaxspark-cost-profile-2"
@@ -73,7 +75,7 @@ class Setting:
         devices = jax.devices()
         return cls(
             device=f"{len(devices)} x {_kind(devices[0])}",
-            target=_describe(as_model(target)),
+            target=_describe(Target.of(target).model),
             drafter=_describe(drafter),
             **options,
         )
@@ -203,7 +205,7 @@ def measure_costs(
     Raises:
       ValueError: the caches have no room for such rounds.
     """
-    model = as_model(target)
+    model = Target.of(target).model
     block_length = check_block_length(drafter, block_length)
     setting = Setting.of(
         target,
@@ -263,13 +265,11 @@ def measure_costs(
 
         def run():
             # Rows past the length are never read: the rounds of a run are undone.
-            state = replace(
-                holder[0],
-                lengths_B=jnp.array(begun_B),
-                schedule=replace(
-                    holder[0].schedule, cap_B=jnp.array(caps_B, jnp.int32)
-                ),
+            state = holder[0].rewind(jnp.array(begun_B))
+            schedule = replace(
+                state.schedule, max_drafts_B=jnp.array(caps_B, jnp.int32)
             )
+            state = replace(state, schedule=schedule)
             begin = perf_counter()
             state = decode(model, drafter, state, jnp.int32(rounds), options=options)
             holder[0] = jax.block_until_ready(state)
@@ -309,20 +309,46 @@ def worthwhile(
     return CostCurve(length, *zip(*kept))
 
 
-_KNOWN: dict[tuple, Costs] = {}
+def with_measured_costs(
+    options: DecodeOptions,
+    target,
+    drafter: Drafter,
+    *,
+    slots: int,
+    capacity: int,
+    temperature: float = 1.0,
+    console: Console | None = None,
+) -> DecodeOptions:
+    """The options, with costs measured here if their schedule weighs some and has none.
 
+    Measuring takes a while, under a progress bar.
 
-def known_costs(target, drafter: Drafter, **options) -> Costs:
-    """Costs measured now, under a progress bar, or earlier in this process.
-
-    `options` are those of `measure_costs`.
+    Args:
+      options: how rounds draft, schedule and verify.
+      target: a loaded `Target`, or a bare model.
+      drafter: what drafts.
+      slots: requests decoded together.
+      capacity: cache positions of each.
+      temperature: of sampling; any above 0 costs the same.
+      console: for the progress bar.
     """
-    # Any temperature above 0 costs the same.
-    options["temperature"] = float(options.get("temperature", 1.0) > 0)
-    key = (_describe(as_model(target)), _describe(drafter), *sorted(options.items()))
-    if key not in _KNOWN:
-        _KNOWN[key] = measured_with_progress(target, drafter, **options).costs
-    return _KNOWN[key]
+    schedule = options.schedule
+    if not isinstance(schedule, CostAware) or not schedule.needs_costs:
+        return options
+    profile = measured_with_progress(
+        target,
+        drafter,
+        console=console,
+        slots=slots,
+        block_length=options.block_length,
+        buckets=options.buckets,
+        capacity=capacity,
+        coupling=options.coupling,
+        temperature=float(temperature > 0),
+    )
+    return replace(
+        options, schedule=replace(schedule, costs=profile.costs), buckets=None
+    )
 
 
 def measured_with_progress(

@@ -35,7 +35,7 @@ def report_costs(console: Console, profile: CostProfile) -> None:
     table.add_column("tokens", justify="right")
     table.add_column("ms", justify="right")
     table.add_column("against plain", justify="right")
-    plain = costs.drafting(0).seconds[0]
+    plain = costs.curve_for(0).seconds[0]
     for curve in costs.curves:
         for size, seconds in zip(curve.sizes, curve.seconds):
             ratio = f"{seconds / plain:.2f}x"

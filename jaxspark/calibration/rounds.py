@@ -15,17 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxspark.decoding import DecodeOptions, Sampling, decode, init_state, prefill
-from jaxspark.decoding.couplings import Coupling
-from jaxspark.decoding.generate import (
-    as_model,
-    check_block_length,
-    check_length,
-    check_prompt,
-    prefill_chunk,
+from jaxspark.decoding import (
+    Admission,
+    DecodeOptions,
+    DecodeState,
+    Sampling,
+    admit,
+    decode,
+    prefill,
 )
-from jaxspark.decoding.stream import capacity_for
+from jaxspark.decoding.couplings import Coupling
+from jaxspark.decoding.options import check_block_length
 from jaxspark.drafters import Drafter
+from jaxspark.generation.batch import UNLIMITED, prefill_chunk
+from jaxspark.generation.generate import capacity_for
+from jaxspark.generation.request import Limits, Request, SamplingParams, check
+from jaxspark.target import Target
 
 _TYPICAL = 16
 
@@ -125,41 +130,58 @@ def record_rounds(
     Raises:
       ValueError: a prompt that is malformed or exceeds the target's positions.
     """
-    model = as_model(target)
+    target = Target.of(target)
+    model = target.model
+    checked = [
+        check(
+            Request(prompt, SamplingParams(max_new_tokens=max_new_tokens)),
+            index,
+            target,
+            Limits(
+                capacity=UNLIMITED,
+                block_length=0,
+                min_drafts=0,
+                stop_ids=UNLIMITED,
+                log_probs=False,
+            ),
+        )
+        for index, prompt in enumerate(prompts)
+    ]
     block_length = check_block_length(drafter, block_length)
-    for index, prompt in enumerate(prompts):
-        check_prompt(model, index, prompt)
-        check_length(model, f"prompt {index}", len(prompt), max_new_tokens)
     full = slots * (block_length + 1)
     options = DecodeOptions(
         block_length=block_length,
         coupling=coupling,
-        # Rounds of a group whose first are done are smaller.
+        # Rounds in which some requests have ended are smaller.
         buckets=tuple(sorted({-(-full * part // 4) for part in (1, 2, 3, 4)})),
     )
-    capacity = capacity_for(prompts, max_new_tokens, block_length)
     rows: list[tuple] = []
     for first in range(0, len(prompts), slots):
-        group = list(prompts[first : first + slots])
-        # One shape for all groups: the last one is filled up with finished slots.
-        padding = [[0]] * (slots - len(group))
-        stop_ids = list(getattr(target, "stop_ids", ()))
-        state = init_state(
+        group = checked[first : first + slots]
+        state = DecodeState.empty(
             model,
             drafter,
-            [*group, *padding],
-            [len(p) + max_new_tokens for p in group] + [1] * len(padding),
-            Sampling.of(
-                slots,
-                temperature=temperature,
-                seed=(seed + first + np.arange(slots)) % 2**32,
-            ),
+            slots=slots,
+            capacity=capacity_for(prompts, max_new_tokens, block_length),
             block_length=block_length,
-            stop_ids=[stop_ids] * slots,
-            capacity=capacity,
+            stop_ids=max(1, len(target.stop_ids)),
         )
-        state = prefill(model, drafter, state, chunk=prefill_chunk(group))
-        while not np.all(state.done_B):
+        sampling = Sampling.of(
+            len(group),
+            temperature=temperature,
+            seed=(seed + first + np.arange(len(group))) % 2**32,
+        )
+        admission = Admission.of(
+            state,
+            [request.ids for request in group],
+            [request.limit for request in group],
+            sampling,
+            stop_ids=[request.stop_ids for request in group],
+        )
+        state = admit(state, jnp.arange(len(group)), admission)
+        chunk = prefill_chunk(len(request.ids) for request in group)
+        state = prefill(model, drafter, state, chunk=chunk)
+        while np.any(state.live_B):
             before = jax.device_get(state.counters)
             state = decode(model, drafter, state, jnp.int32(1), options=options)
             after, confidence_BG, sharpness_BG = jax.device_get(

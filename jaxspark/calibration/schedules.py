@@ -1,52 +1,60 @@
-"""A schedule by name, with the costs and the calibration that belong to it."""
+"""Options of one request by the names that commands give them."""
 
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from jaxspark.calibration.files import MissingCalibration, load_calibration
-from jaxspark.calibration.profile import Setting, find_profile, load_profiles
-from jaxspark.decoding import Calibration, Fixed, Scheduler, parse_schedule
+from jaxspark.calibration.profile import (
+    Setting,
+    find_profile,
+    load_profiles,
+    with_measured_costs,
+)
+from jaxspark.decoding import Calibration, DecodeOptions, Fixed, parse_schedule
 from jaxspark.decoding.couplings import Coupling
+from jaxspark.decoding.options import check_block_length
 from jaxspark.decoding.schedule import CostAware
 from jaxspark.drafters import Drafter
+from jaxspark.generation.generate import round_capacity
 
 
-def chosen_schedule(
-    name: str,
+def chosen_options(
+    schedule: str,
     costs: str | Path | None,
     target,
     drafter: Drafter,
     *,
     draft: str,
-    block_length: int,
-    capacity: int,
+    block_length: int | None,
+    tokens: int,
     coupling: Coupling,
     temperature: float,
-) -> tuple[Scheduler, Calibration | None, int]:
-    """The schedule of one request, and what belongs to it.
+) -> tuple[DecodeOptions, int]:
+    """How one request is decoded; a schedule that weighs costs gets them.
 
     Args:
-      name: as for `parse_schedule`.
-      costs: a file of `save_profiles`, for schedules that weigh costs; None for none.
+      schedule: its name, as for `parse_schedule`.
+      costs: a file of `save_profiles`; None measures costs where a schedule needs some.
       target: a loaded target.
       drafter: what drafts.
       draft: its name, as for `load_drafter`.
-      block_length: drafts per round.
-      capacity: cache positions needed.
+      block_length: drafts per round; None takes the drafter's most.
+      tokens: of the prompt and its output.
       coupling: "rejection" or "gumbel".
       temperature: of sampling.
 
     Returns:
-      schedule: with its costs, if the file has them.
-      calibration: None if there is none, or nothing to calibrate.
+      options: with the drafter's calibration, if it has one and it is needed.
       capacity: cache positions to decode with, those of the costs.
 
     Raises:
       ValueError: the costs are of something else.
     """
-    schedule = parse_schedule(name)
-    if isinstance(schedule, CostAware) and costs is not None:
+    chosen = parse_schedule(schedule)
+    block_length = check_block_length(drafter, block_length)
+    capacity = round_capacity(tokens + block_length)
+    if isinstance(chosen, CostAware) and costs is not None:
         profiles = load_profiles(costs)
         roomy = [
             profile.setting.capacity
@@ -63,10 +71,23 @@ def chosen_schedule(
             coupling=coupling,
             sampled=temperature > 0,
         )
-        schedule = replace(schedule, costs=find_profile(profiles, here).costs)
-    if isinstance(schedule, Fixed):
-        return schedule, None, capacity
-    return schedule, find_calibration(draft, coupling), capacity
+        chosen = replace(chosen, costs=find_profile(profiles, here).costs)
+    fixed = isinstance(chosen, Fixed)
+    options = DecodeOptions(
+        block_length=block_length,
+        coupling=coupling,
+        schedule=chosen,
+        calibration=None if fixed else find_calibration(draft, coupling),
+    )
+    options = with_measured_costs(
+        options,
+        target,
+        drafter,
+        slots=1,
+        capacity=capacity,
+        temperature=temperature,
+    )
+    return options, capacity
 
 
 def find_calibration(draft: str, coupling: Coupling) -> Calibration | None:

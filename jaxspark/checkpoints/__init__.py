@@ -11,14 +11,14 @@ from jaxspark.checkpoints.draft_folders import (
     draft_format,
     save_draft_checkpoint,
 )
-from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.load import (
-    Target,
     load_draft_checkpoint,
     load_drafter,
     load_target,
     save_target,
 )
+from jaxspark.errors import CheckpointError
+from jaxspark.target import Target
 from jaxspark.text import TextStream, Tokenizer
 
 __all__ = [

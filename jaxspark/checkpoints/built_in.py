@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxspark.checkpoints import folders
-from jaxspark.checkpoints.errors import CheckpointError
+from jaxspark.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.tree import Tensors, checked, compare, named_parameters
+from jaxspark.errors import CheckpointError
 from jaxspark.models.deepseek_v4 import DeepSeekV4, DeepSeekV4Config, stacks
 from jaxspark.quantization import blocks
 from pallas_kernels.quantized import Quantized, dense

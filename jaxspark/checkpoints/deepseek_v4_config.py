@@ -11,7 +11,6 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.fields import Fields
 from jaxspark.checkpoints.rope_settings import (
     contradiction,
@@ -19,6 +18,7 @@ from jaxspark.checkpoints.rope_settings import (
     rope_scaling_to_hf,
     rope_tables,
 )
+from jaxspark.errors import CheckpointError
 from jaxspark.models.deepseek_v4 import DeepSeekV4Config
 from jaxspark.models.layers.rope import RopeConfig
 

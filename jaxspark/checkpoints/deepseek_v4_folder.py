@@ -16,11 +16,11 @@ from jaxspark.checkpoints.deepseek_v4 import (
 )
 from jaxspark.checkpoints.deepseek_v4_config import v4_config_from_hf, v4_config_to_hf
 from jaxspark.checkpoints.deepseek_v4_released import dequantized, stored
-from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.fields import Fields, read_json, write_json
 from jaxspark.checkpoints.safetensors_files import open_safetensors, write_safetensors
 from jaxspark.checkpoints.tree import named_parameters
 from jaxspark.drafters import DeepSeekV4DSpark, DeepSeekV4DSparkConfig, MTPDrafter
+from jaxspark.errors import CheckpointError
 from jaxspark.models import DeepSeekV4
 from pallas_kernels.quantized import Quantized
 

@@ -14,8 +14,8 @@ from functools import partial
 import ml_dtypes
 import numpy as np
 
-from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.tree import Tensors
+from jaxspark.errors import CheckpointError
 from jaxspark.quantization import blocks
 from pallas_kernels.quantized import LARGEST_SCALE
 

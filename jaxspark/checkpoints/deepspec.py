@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxspark.checkpoints.draft_tensors import DraftConfig
-from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.fields import Fields
 from jaxspark.checkpoints.hf_config import dense_config_from_hf, dense_config_to_hf
 from jaxspark.drafters import DSparkConfig, Eagle3Config
+from jaxspark.errors import CheckpointError
 
 DSPARK, EAGLE3 = "Qwen3DSparkModel", "Qwen3Eagle3Model"
 # Blocks per sequence in the released training recipes.

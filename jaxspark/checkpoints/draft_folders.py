@@ -14,10 +14,10 @@ from jaxspark.checkpoints.draft_tensors import (
     drafter_from_tensors,
     tensors_from_drafter,
 )
-from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.fields import read_json, write_json
 from jaxspark.checkpoints.safetensors_files import open_safetensors, write_safetensors
 from jaxspark.drafters import Eagle3Config
+from jaxspark.errors import CheckpointError
 from jaxspark.models import DenseConfig, DenseDecoder
 
 FORMATS = ("deepspec", "speculators")

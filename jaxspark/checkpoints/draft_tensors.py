@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.tree import (
     Tensors,
     check_depth,
@@ -29,6 +28,7 @@ from jaxspark.drafters import (
     Eagle3Config,
     Eagle3Drafter,
 )
+from jaxspark.errors import CheckpointError
 from jaxspark.models import DenseConfig, DenseDecoder
 
 type DraftConfig = DSparkConfig | Eagle3Config

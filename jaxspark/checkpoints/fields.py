@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxspark.checkpoints.errors import CheckpointError
+from jaxspark.errors import CheckpointError
 
 _REQUIRED: Any = object()
 _MOST = 2**31 - 1  # ids, sizes and positions are int32 on the device

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jaxspark.checkpoints import stamps
-from jaxspark.checkpoints.errors import CheckpointError
+from jaxspark.errors import CheckpointError
 
 SUMS = "SHA256SUMS"
 READ_SUFFIXES = (".json", ".safetensors", ".jinja")

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.fields import Fields
 from jaxspark.checkpoints.gguf_header import GGUFFile
 from jaxspark.checkpoints.gguf_rope import check_neutral, float32, rope_from_gguf
 from jaxspark.checkpoints.tree import Tensors
+from jaxspark.errors import CheckpointError
 from jaxspark.models import DenseConfig
 
 ARCHITECTURES = ("llama", "qwen3")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from jaxspark.checkpoints.errors import CheckpointError
+from jaxspark.errors import CheckpointError
 
 _VERSIONS = (2, 3)
 _NUMBERS = {

@@ -13,8 +13,8 @@ from collections.abc import Collection
 
 import numpy as np
 
-from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.fields import Fields
+from jaxspark.errors import CheckpointError
 from jaxspark.models import RopeConfig
 
 _TYPES = ("none", "linear", "yarn")

@@ -11,10 +11,10 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, process
 from tokenizers import Tokenizer as Core
 from tokenizers import pre_tokenizers as pre
 
-from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.fields import Fields
 from jaxspark.checkpoints.gguf_file import gguf_stop_ids
 from jaxspark.checkpoints.gguf_header import GGUFFile
+from jaxspark.errors import CheckpointError
 from jaxspark.text import Tokenizer
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types, llama.cpp's llama_token_type

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.fields import Fields
 from jaxspark.checkpoints.rope_settings import rope_from_hf, rope_scaling_to_hf
+from jaxspark.errors import CheckpointError
 from jaxspark.models import DenseConfig
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}

@@ -7,8 +7,8 @@ code (.bin, .pt) and Python files never are.
 import re
 from pathlib import Path
 
-from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.folders import READ_SUFFIXES
+from jaxspark.errors import CheckpointError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -1,7 +1,7 @@
 """Loading and saving targets and drafters, whatever they are stored as."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from jaxspark.checkpoints.deepseek_v4_folder import (
 from jaxspark.checkpoints.deepseek_v4_released import dequantized
 from jaxspark.checkpoints.draft_folders import read_drafter
 from jaxspark.checkpoints.draft_tensors import DraftModel
-from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.fields import read_json, write_json
 from jaxspark.checkpoints.gguf_file import (
     dense_config_from_gguf,
@@ -54,13 +53,16 @@ from jaxspark.drafters import (
     PlainDrafter,
     hybrid,
 )
+from jaxspark.errors import CheckpointError
 from jaxspark.models import (
     DeepSeekV4,
     DeepSeekV4Config,
     DenseConfig,
     DenseDecoder,
+    TargetModel,
 )
 from jaxspark.settings import standard_settings
+from jaxspark.target import Target
 from jaxspark.text import Tokenizer
 
 _HYBRID = "hybrid:"
@@ -69,26 +71,6 @@ NAMED_DRAFTERS = {"ngram": NgramDrafter, "none": PlainDrafter}
 SHIPPED_DRAFTERS = {
     "dspark": Path(__file__).parents[1] / "weights" / "dspark_smollm2_135m_block7"
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """A language model ready to decode.
-
-    Attributes:
-      model: the decoder.
-      tokenizer: None if the checkpoint has none.
-      stop_ids: ids that end a text.
-      name: for messages and summaries.
-      generation_config: what its makers recommend for sampling, under transformers'
-        names. Nothing here follows it unasked; it is written where the model is.
-    """
-
-    model: DenseDecoder | DeepSeekV4
-    tokenizer: Tokenizer | None
-    stop_ids: tuple[int, ...]
-    name: str
-    generation_config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @standard_settings()
@@ -303,11 +285,15 @@ def save_target(
     if isinstance(model, DeepSeekV4):
         config = v4_config_to_hf(model.config, **settings)
         arrays = v4_tensors(model)
-    else:
+    elif isinstance(model, DenseDecoder):
         config = dense_config_to_hf(model.config, **settings)
         arrays = (
             (name if name.startswith("lm_head.") else f"model.{name}", array)
             for name, array in named_parameters(model).items()
+        )
+    else:
+        raise CheckpointError(
+            f"there is no checkpoint format for a {type(model).__name__}"
         )
     with folders.new_folder(Path(folder), overwrite=overwrite) as new:
         write_json(new / "config.json", config)
@@ -323,7 +309,7 @@ def save_target(
 
 @standard_settings()
 def load_drafter(
-    source: str | Path, target: Target | DenseDecoder | DeepSeekV4, *, dtype: Any = None
+    source: str | Path, target: Target | TargetModel, *, dtype: Any = None
 ) -> Drafter:
     """A drafter for `target`.
 
@@ -345,11 +331,15 @@ def load_drafter(
     if str(source).startswith(_HYBRID):
         second = load_drafter(str(source)[len(_HYBRID) :], target, dtype=dtype)
         return hybrid(NgramDrafter(block_length=second.block_length), second)
-    model = target.model if isinstance(target, Target) else target
+    model = Target.of(target).model
     dtype = model.dtype if dtype is None else dtype
     if isinstance(model, DeepSeekV4):
         return v4_drafter_from_folder(resolve_folder(source), model, dtype=dtype)
-    return load_draft_checkpoint(source, model, dtype=dtype)
+    if isinstance(model, DenseDecoder):
+        return load_draft_checkpoint(source, model, dtype=dtype)
+    raise CheckpointError(
+        f"{source}: there are no draft checkpoints for a {type(model).__name__}"
+    )
 
 
 def drafter_folder(source: str | Path) -> tuple[Path, bool]:

@@ -9,8 +9,8 @@ each other. A key that the type does not know is an error, never ignored.
 from collections.abc import Sequence
 from typing import Any
 
-from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.fields import Fields
+from jaxspark.errors import CheckpointError
 from jaxspark.models.layers.rope import ROPE_TYPES, RopeConfig
 
 _KEYS: dict[str, tuple[str, ...]] = {

@@ -18,10 +18,10 @@ from typing import Any
 
 from jaxspark.checkpoints.deepspec import heads_to_json, read_heads
 from jaxspark.checkpoints.draft_tensors import DraftConfig
-from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.fields import Fields
 from jaxspark.checkpoints.hf_config import dense_config_from_hf, dense_config_to_hf
 from jaxspark.drafters import DSparkConfig, Eagle3Config
+from jaxspark.errors import CheckpointError
 from jaxspark.models import DenseConfig
 
 KIND = "speculators_model_type"

@@ -11,8 +11,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as Core
 
-from jaxspark.checkpoints.errors import CheckpointError
 from jaxspark.checkpoints.fields import Fields, read_json, write_json
+from jaxspark.errors import CheckpointError
 from jaxspark.text.tokenizer import Tokenizer
 from jaxspark.text.transformers_library import quiet_transformers
 

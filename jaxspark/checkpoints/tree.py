@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxspark.checkpoints.errors import CheckpointError
+from jaxspark.errors import CheckpointError
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 _SHOWN = 5

@@ -1,10 +1,17 @@
-"""Propose, schedule, verify, commit: the compiled decode loop and `generate`."""
+"""Propose, schedule, verify, commit: the compiled decode loop."""
 
 from jaxspark.decoding.confidence import Calibration
 from jaxspark.decoding.costs import CostCurve, Costs
-from jaxspark.decoding.generate import Completion, generate
-from jaxspark.decoding.outlook import Outlook
-from jaxspark.decoding.round import DecodeOptions, decode, decode_round, prefill
+from jaxspark.decoding.forecast import Forecast, Verification
+from jaxspark.decoding.lifecycle import (
+    Admission,
+    admit,
+    init_state,
+    prefill,
+    release,
+)
+from jaxspark.decoding.options import DecodeOptions
+from jaxspark.decoding.round import decode, decode_round
 from jaxspark.decoding.sampling import Sampling
 from jaxspark.decoding.schedule import (
     Causal,
@@ -15,30 +22,30 @@ from jaxspark.decoding.schedule import (
     Threshold,
     parse_schedule,
 )
-from jaxspark.decoding.state import DecodeState, init_state
-from jaxspark.decoding.stream import Request, generate_stream
+from jaxspark.decoding.state import DecodeState, Phase
 
 __all__ = [
+    "Admission",
     "Calibration",
     "Causal",
-    "Completion",
     "CostCurve",
     "Costs",
     "DecodeOptions",
     "DecodeState",
     "Fixed",
+    "Forecast",
     "Free",
     "Lagged",
-    "Outlook",
-    "Request",
+    "Phase",
     "Sampling",
     "Scheduler",
     "Threshold",
+    "Verification",
+    "admit",
     "decode",
     "decode_round",
-    "generate",
-    "generate_stream",
     "init_state",
     "parse_schedule",
     "prefill",
+    "release",
 ]

@@ -139,7 +139,7 @@ class Calibration:
             logits_BG += of_slots(self.biases, 0.0)
         return jnp.cumprod(jax.nn.sigmoid(logits_BG), axis=1)
 
-    def usual_survival(
+    def prior_survival(
         self, block_length: int, temperature_B: Float[Array, " B"]
     ) -> Float[Array, "B U G"] | None:
         """Typical blocks at each slot's sampling temperature; None if not known."""

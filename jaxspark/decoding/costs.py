@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxspark.decoding.outlook import Outlook
+from jaxspark.decoding.forecast import Forecast
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,14 @@ class CostCurve:
         if any(a > b for a, b in zip(self.seconds, self.seconds[1:])):
             raise ValueError(f"seconds must never fall, got {self.seconds}")
 
-    def holding(self, tokens: Int[Array, ""]) -> Int[Array, ""]:
-        """The smallest bucket with room for `tokens`, by index."""
-        index = jnp.searchsorted(jnp.array(self.sizes), tokens)
-        return jnp.minimum(index, len(self.sizes) - 1)
-
-    def between(self, tokens: Int[Array, "..."]) -> Float[Array, "..."]:
+    def interpolate(self, tokens: Int[Array, "..."]) -> Float[Array, "..."]:
         """Seconds, linear between buckets."""
         sizes = jnp.array(self.sizes, jnp.float32)
         return jnp.interp(tokens, sizes, jnp.array(self.seconds, jnp.float32))
 
-    def best_bucket(self, outlook: Outlook) -> tuple[Int[Array, ""], Float[Array, ""]]:
+    def best_bucket(
+        self, forecast: Forecast
+    ) -> tuple[Int[Array, ""], Float[Array, ""]]:
         """The bucket that gains most tokens per second, by index.
 
         Returns:
@@ -58,11 +55,11 @@ class CostCurve:
           rate: expected tokens per second with it; -1 if drafts that must be verified
             fit none.
         """
-        outlook = outlook.first(self.draft_length)
-        tau_N = outlook.expected_tokens()
+        forecast = forecast.first(self.draft_length)
+        tau_N = forecast.expected_tokens()
         sizes = jnp.array(self.sizes)
-        drafts = jnp.clip(sizes - outlook.anchors, 0, len(tau_N) - 1)
-        fits = sizes >= outlook.anchors + jnp.sum(outlook.floor_B)
+        drafts = jnp.clip(sizes - forecast.anchors, 0, len(tau_N) - 1)
+        fits = sizes >= forecast.anchors + jnp.sum(forecast.min_drafts_B)
         rates = tau_N[drafts] / jnp.array(self.seconds, jnp.float32)
         rates = jnp.where(fits, rates, -1.0)
         index = jnp.argmax(rates)
@@ -90,7 +87,7 @@ class Costs:
         """Draft lengths whose costs are known."""
         return tuple(curve.draft_length for curve in self.curves)
 
-    def drafting(self, length: int) -> CostCurve:
+    def curve_for(self, length: int) -> CostCurve:
         """Costs of rounds that draft so many tokens, or the next more that is known.
 
         Raises:

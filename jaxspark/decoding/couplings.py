@@ -12,7 +12,7 @@ gumbel (drafter-invariant coupling, Daliri et al. 2024): position i owns a noise
     sampling with that seed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import jax
@@ -27,8 +27,9 @@ from jaxspark.decoding.sampling import (
     position_noise,
     warp,
 )
-from jaxspark.drafters import Proposal
+from jaxspark.drafters import Drawn, Proposal
 from jaxspark.models import FlatTokens
+from jaxspark.parallel.axes import Axis
 from jaxspark.settings import standard_settings
 
 Coupling = Literal["rejection", "gumbel"]
@@ -53,55 +54,58 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class DraftSampler:
-    """`Draw` for one round: samples drafts in the way their coupling needs."""
+class CoupledSampler:
+    """`DraftSampler` of one round: draws drafts in the way their coupling needs."""
 
     coupling: Coupling
     sampling: Sampling
-    anchors_B: Int[Array, " B"]  # positions of the anchors
+    positions_B: Int[Array, " B"]  # of the anchors
     vocab: int  # of the target
+    slot_axis: Axis = None
 
     def __call__(
         self,
         logits_BW: Float[Array, "B W"],
         j: Int[Array, ""],
         ids_W: Int[Array, " W"] | None,
-    ) -> tuple[Int[Array, " B"], Float[Array, "B W"], Float[Array, " B"]]:
-        """Draft j: target ids, the log-distribution they are from, and its sharpness.
+    ) -> Drawn:
+        """Draft j of every slot.
 
         Where every slot is greedy nobody reads the distribution; it is not computed.
         """
 
         def best():
             places_B, odds_B = _best(logits_BW)
-            return places_B, logits_BW, odds_B
+            return Drawn(places_B, logits_BW, odds_B)
 
-        places_B, log_q_BW, sharpness_B = jax.lax.cond(
+        drawn = jax.lax.cond(
             jnp.all(self.sampling.greedy),
             best,
             lambda: self._sample(logits_BW, j, ids_W),
         )
-        return (places_B if ids_W is None else ids_W[places_B]), log_q_BW, sharpness_B
+        if ids_W is None:
+            return drawn
+        return replace(drawn, tokens_B=ids_W[drawn.tokens_B])
 
-    def _sample(self, logits_BW, j, ids_W):
+    def _sample(self, logits_BW, j, ids_W) -> Drawn:
         log_q_BW = warp(logits_BW, self.sampling)
         seed_B, greedy_B = self.sampling.seed, self.sampling.greedy
-        anchors_B = self.anchors_B
+        positions_B = self.positions_B
         if self.coupling == "rejection":
             # The anchor names the round: a position drafted anew gets new randomness,
             # as it must once earlier confidences decide how much is verified.
-            j_B = jnp.full_like(anchors_B, j)
-            keys_B = keys(Stream.DRAFT, seed_B, anchors_B, j_B)
-            # Of the draft itself nothing may be told: it would decide, through its
-            # confidence, whether it is verified (paper, appendix A).
+            j_B = jnp.full_like(positions_B, j)
+            keys_B = keys(Stream.DRAFT, seed_B, positions_B, j_B)
+            # The score must not depend on the drafted token: it would decide, through
+            # its confidence, whether it is verified (paper, appendix A).
             sharpness_B = jnp.where(greedy_B, _best(logits_BW)[1], -entropy(log_q_BW))
-            return categorical(keys_B, log_q_BW), log_q_BW, sharpness_B
+            return Drawn(categorical(keys_B, log_q_BW), log_q_BW, sharpness_B)
         # The noise belongs to the position that the draft would take.
-        noise_BV = position_noise(seed_B, anchors_B + 1 + j, self.vocab)
+        noise_BV = position_noise(seed_B, positions_B + 1 + j, self.vocab)
         noise_BW = noise_BV if ids_W is None else noise_BV[:, ids_W]
         score_BW = jnp.where(greedy_B[:, None], logits_BW, log_q_BW + noise_BW)
         places_B, odds_B = _best(score_BW)
-        return places_B, log_q_BW, odds_B
+        return Drawn(places_B, log_q_BW, odds_B)
 
 
 def _best(score_BW: Float[Array, "B W"]):
@@ -235,10 +239,10 @@ def _rejection(logits_TV, tokens, rows, proposal, sampling):
         return jnp.zeros((B,), jnp.int32), categorical(keys_B, log_p_BV)
     row_BG = jnp.minimum(rows.index_BQ[:, :-1], log_p_TV.shape[0] - 1)
     log_p_BG = log_p_TV[row_BG, rows.drafts_BG]
-    chance_BG = acceptance_probability(log_p_BG, log_q_of_drafts(proposal))
+    chance_BG = acceptance_probability(log_p_BG, proposal.q.log_prob(rows.drafts_BG))
     accepted_B = rows.accept(_uniform(sampling, anchors_B, G) < chance_BG)
     p_BV = jnp.exp(rows.pick(log_p_TV, accepted_B))
-    q_BV = q_at(proposal, accepted_B, p_BV.shape[-1])
+    q_BV = proposal.q.row(rows.drafts_BG, accepted_B, p_BV.shape[-1])
     weights_BV = correction_weights(p_BV, q_BV, accepted_B < rows.lengths_B)
     return accepted_B, categorical(keys_B, jnp.log(weights_BV))
 
@@ -247,39 +251,3 @@ def _uniform(sampling, anchors_B, G):
     """Acceptance variables in [0, 1) of a round's drafts, [B, G]."""
     keys_B = keys(Stream.ACCEPT, sampling.seed, anchors_B)
     return jax.vmap(lambda key: jax.random.uniform(key, (G,)))(keys_B)
-
-
-def log_q_of_drafts(proposal: Proposal) -> Float[Array, "B G"]:
-    """log q_j(x_{j+1}); 0 where the draft was not random."""
-    if proposal.log_q_BGW is None:
-        return jnp.zeros(proposal.tokens_BG.shape)
-    is_draft_BGW = _draft_vocabulary(proposal) == proposal.tokens_BG[..., None]
-    log_q_BG = jnp.max(jnp.where(is_draft_BGW, proposal.log_q_BGW, -jnp.inf), axis=-1)
-    if proposal.certain_B is None:
-        return log_q_BG
-    return jnp.where(proposal.certain_B[:, None], 0.0, log_q_BG)
-
-
-def q_at(
-    proposal: Proposal, row_B: Int[Array, " B"], vocab: int
-) -> Float[Array, "B V"]:
-    """q of each slot's draft row over the target's vocabulary, [B, V]."""
-    row_B = jnp.minimum(row_B, proposal.tokens_BG.shape[1] - 1)[:, None]
-    draft_B1 = jnp.take_along_axis(proposal.tokens_BG, row_B, axis=1)
-    point_BV = (jnp.arange(vocab) == draft_B1).astype(jnp.float32)
-    if proposal.log_q_BGW is None:
-        return point_BV
-    log_q_BW = jnp.take_along_axis(proposal.log_q_BGW, row_B[..., None], axis=1)[:, 0]
-    q_BV = jnp.exp(log_q_BW)
-    if proposal.ids_W is not None:
-        zeros_BV = jnp.zeros((q_BV.shape[0], vocab))
-        q_BV = zeros_BV.at[:, proposal.ids_W].set(q_BV)
-    if proposal.certain_B is None:
-        return q_BV
-    return jnp.where(proposal.certain_B[:, None], point_BV, q_BV)
-
-
-def _draft_vocabulary(proposal):
-    if proposal.ids_W is not None:
-        return proposal.ids_W
-    return jnp.arange(proposal.log_q_BGW.shape[-1])

@@ -32,7 +32,7 @@ from jaxtyping import Array, Int
 
 from jaxspark.decoding.costs import CostCurve, Costs, draft_ladder
 from jaxspark.decoding.couplings import COUPLINGS
-from jaxspark.decoding.outlook import Outlook
+from jaxspark.decoding.forecast import Forecast, Verification, smallest_bucket
 
 # The oldest survival that a schedule may begin with, in rounds.
 MOST_LAG = 4
@@ -50,49 +50,61 @@ class Scheduler(Protocol):
         """What it weighs gains against; None if nothing."""
 
     @property
+    def needs_costs(self) -> bool:
+        """Whether it has to be given costs before it can choose."""
+
+    @property
     def lag(self) -> int:
-        """Age in rounds of the newest survival it gets as `earlier`, 1..MOST_LAG."""
+        """Age in rounds of the newest survival in `lagged`, 1..MOST_LAG."""
 
     def draft_lengths(self, block_length: int) -> tuple[int, ...]:
         """Numbers of drafts a round may propose for each slot, ascending."""
 
-    def draft(self, earlier: Outlook, idle_BG: Int[Array, "B G"]) -> Int[Array, ""]:
-        """Which of them, by index; not asked where there is but one.
+    def draft(
+        self, lagged: Forecast, rounds_since_BG: Int[Array, "B G"]
+    ) -> Int[Array, ""]:
+        """Which of them, by index; not asked where there is only one.
 
         Args:
-          earlier: with the survival of earlier rounds; of new requests that of the ones
-            before them, or what is usual: whether to draft at all is asked of the
-            whole batch, which they join.
-          idle_BG: rounds since so many drafts were last proposed.
+          lagged: survival of earlier rounds. New requests have that of the request
+            before them in the slot, or the prior: whether to draft at all is decided
+            for the whole batch, which they join.
+          rounds_since_BG: rounds since so many drafts were last proposed.
         """
 
-    def __call__(self, now: Outlook, earlier: Outlook) -> Int[Array, " B"]:
-        """Verification length of each slot, given what was drafted.
+    def __call__(
+        self, current: Forecast, lagged: Forecast, sizes: tuple[int, ...]
+    ) -> Verification:
+        """What is verified of each slot, and in which token bucket.
 
         Args:
-          now: with the survival of this round's drafts.
-          earlier: with that of as many drafts in earlier rounds, 1 for new requests.
+          current: survival of this round's drafts.
+          lagged: survival of as many drafts in earlier rounds, 1 for new requests.
+          sizes: the token buckets of this round, ascending.
         """
 
 
-class _OneLength:
-    """Schedules that always draft as much, whole blocks if they do not say else."""
+class _ConstantLength:
+    """Schedules that always propose the same number of drafts, by default a block."""
 
     couplings: ClassVar = COUPLINGS
     costs: ClassVar = None
+    needs_costs: ClassVar = False
     lag: ClassVar = 1
 
     def draft_lengths(self, block_length: int) -> tuple[int, ...]:
         """The whole block."""
         return (block_length,)
 
-    def draft(self, earlier: Outlook, idle_BG: Int[Array, "B G"]) -> Int[Array, ""]:
+    def draft(
+        self, lagged: Forecast, rounds_since_BG: Int[Array, "B G"]
+    ) -> Int[Array, ""]:
         """The only one."""
         return jnp.int32(0)
 
 
 @dataclass(frozen=True)
-class Fixed(_OneLength):
+class Fixed(_ConstantLength):
     """Drafts and verifies `length` tokens of every slot, whole blocks by default.
 
     With 0 nothing is drafted: plain decoding.
@@ -110,40 +122,48 @@ class Fixed(_OneLength):
             return (block_length,)
         return (min(self.length, block_length),)
 
-    def __call__(self, now: Outlook, earlier: Outlook) -> Int[Array, " B"]:
+    def __call__(
+        self, current: Forecast, lagged: Forecast, sizes: tuple[int, ...]
+    ) -> Verification:
         """The same length for every slot."""
-        slots, drafted = now.survival_BG.shape
+        slots, drafted = current.survival_BG.shape
         length = drafted if self.length is None else self.length
-        return jnp.full((slots,), min(length, drafted), jnp.int32)
+        lengths_B = jnp.full((slots,), min(length, drafted), jnp.int32)
+        return current.verify(lengths_B, sizes)
 
 
 @dataclass(frozen=True)
-class Threshold(_OneLength):
-    """Verifies drafts while their survival is at least `least`."""
+class Threshold(_ConstantLength):
+    """Verifies drafts while their survival is at least `min_survival`."""
 
-    least: float
+    min_survival: float
 
     def __post_init__(self):
-        if not 0 <= self.least <= 1:
-            raise ValueError(f"a survival threshold lies in [0, 1], got {self.least}")
+        if not 0 <= self.min_survival <= 1:
+            raise ValueError(
+                f"a survival threshold lies in [0, 1], got {self.min_survival}"
+            )
 
-    def __call__(self, now: Outlook, earlier: Outlook) -> Int[Array, " B"]:
+    def __call__(
+        self, current: Forecast, lagged: Forecast, sizes: tuple[int, ...]
+    ) -> Verification:
         """The drafts likely enough to survive."""
-        return jnp.sum(now.survival_BG >= self.least, axis=1, dtype=jnp.int32)
+        likely_BG = current.survival_BG >= self.min_survival
+        return current.verify(jnp.sum(likely_BG, axis=1, dtype=jnp.int32), sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostAware(ABC):
     """Schedulers that weigh tokens against seconds.
 
-    They draft as many tokens as are expected to gain most per second, or none, but look
-    now and then whether more would gain more: the sooner the less it seems to lose.
+    They draft as many tokens as are expected to gain most per second, or none. Longer
+    drafts are probed occasionally, more often when little would be lost.
 
     Attributes:
-      costs: of a round; None has `generate` measure them.
+      costs: of a round; a schedule without any can be named but not decoded with.
       lag: age in rounds of the newest survival that earlier decisions rest on. They
         take the mean over all rounds remembered, see `ScheduleState`.
-      probe_share: time lost by such looks, as a share of all, for each draft length.
+      probe_share: time spent on probing each draft length, as a share of all time.
     """
 
     costs: Costs | None = None
@@ -160,6 +180,11 @@ class CostAware(ABC):
             )
 
     @property
+    def needs_costs(self) -> bool:
+        """Whether it has none."""
+        return self.costs is None
+
+    @property
     def known(self) -> Costs:
         """The costs.
 
@@ -174,44 +199,44 @@ class CostAware(ABC):
         return self.costs
 
     def draft_lengths(self, block_length: int) -> tuple[int, ...]:
-        """Those whose costs are known, or will be measured."""
+        """Those whose costs are known, or would be measured."""
         if self.costs is None:
             return draft_ladder(block_length)
         return self.costs.draft_lengths
 
-    def draft(self, earlier: Outlook, idle_BG: Int[Array, "B G"]) -> Int[Array, ""]:
-        """What pays most, or the most drafts that were not tried for long enough."""
-        idle_G = jnp.max(jnp.where(earlier.live_B[:, None], idle_BG, 0), axis=0)
-        rates, seconds, idle = [], [], []
+    def draft(
+        self, lagged: Forecast, rounds_since_BG: Int[Array, "B G"]
+    ) -> Int[Array, ""]:
+        """What pays most, or the longest drafts that are due to be probed."""
+        since_BG = jnp.where(lagged.live_B[:, None], rounds_since_BG, 0)
+        since_G = jnp.max(since_BG, axis=0)
+        rates, seconds, since = [], [], []
         for curve in self.known.curves:
-            index, rate = curve.best_bucket(earlier)
+            index, rate = curve.best_bucket(lagged)
             length = curve.draft_length
-            allowed = not length or jnp.all(earlier.floor_B <= length)
+            allowed = not length or jnp.all(lagged.min_drafts_B <= length)
             rates.append(jnp.where(allowed, rate, -1.0))
             seconds.append(jnp.array(curve.seconds)[index])
-            # Of no drafts it is not asked: no choice is smaller.
-            idle.append(idle_G[length - 1])
+            # Unused for length 0, which is never probed.
+            since.append(since_G[length - 1])
         rate_L, seconds_L = jnp.stack(rates), jnp.stack(seconds)
         best = jnp.argmax(rate_L)
-        # What a look loses: it takes longer than its tokens would otherwise.
+        # What a probe loses: it takes longer than its tokens would otherwise.
         lost_L = seconds_L * (1 - rate_L / rate_L[best])
         wait_L = lost_L / (self.probe_share * seconds_L[best])
         choice_L = jnp.arange(len(rates))
-        due_L = (choice_L > best) & (rate_L > 0) & (jnp.stack(idle) >= wait_L)
+        due_L = (choice_L > best) & (rate_L > 0) & (jnp.stack(since) >= wait_L)
         return jnp.max(jnp.where(due_L, choice_L, best))
 
     @abstractmethod
-    def __call__(self, now: Outlook, earlier: Outlook) -> Int[Array, " B"]:
-        """Verification length of each slot, given what was drafted."""
+    def __call__(
+        self, current: Forecast, lagged: Forecast, sizes: tuple[int, ...]
+    ) -> Verification:
+        """What is verified of each slot, and in which token bucket."""
 
-    def curve(self, now: Outlook) -> CostCurve:
+    def curve(self, current: Forecast) -> CostCurve:
         """Costs of rounds that draft what this one did."""
-        return self.known.drafting(now.survival_BG.shape[1])
-
-
-def fill(curve: CostCurve, now: Outlook, index: Int[Array, ""]) -> Int[Array, " B"]:
-    """Verification lengths that fill a bucket with the likeliest drafts."""
-    return now.admit(jnp.array(curve.sizes)[index] - now.anchors)
+        return self.known.curve_for(current.survival_BG.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,17 +248,20 @@ class Causal(CostAware):
     end of every bucket; the bucket that is reached is filled.
     """
 
-    def __call__(self, now: Outlook, earlier: Outlook) -> Int[Array, " B"]:
+    def __call__(
+        self, current: Forecast, lagged: Forecast, sizes: tuple[int, ...]
+    ) -> Verification:
         """The drafts before the first that lowers the rate."""
-        curve = self.curve(now)
-        tau_N = now.expected_tokens()
+        tau_N = current.expected_tokens()
         draft_N = jnp.arange(len(tau_N))
-        rate_N = tau_N / curve.between(now.anchors + draft_N)
-        # What must be verified is no question.
+        seconds_N = self.curve(current).interpolate(current.anchors + draft_N)
+        rate_N = tau_N / seconds_N
         raises_N = rate_N[1:] > rate_N[:-1]
-        raises_N |= draft_N[:-1] < jnp.sum(now.floor_B)
+        # Mandatory drafts are always admitted.
+        raises_N |= draft_N[:-1] < jnp.sum(current.min_drafts_B)
         count = jnp.sum(jnp.cumprod(raises_N))
-        return fill(curve, now, curve.holding(now.anchors + count))
+        bucket = smallest_bucket(sizes, current.anchors + count)
+        return current.fill(bucket, sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,10 +271,11 @@ class Lagged(CostAware):
     The search over buckets is global, so a jagged cost curve does no harm.
     """
 
-    def __call__(self, now: Outlook, earlier: Outlook) -> Int[Array, " B"]:
+    def __call__(
+        self, current: Forecast, lagged: Forecast, sizes: tuple[int, ...]
+    ) -> Verification:
         """The likeliest drafts, as many as paid an earlier time."""
-        curve = self.curve(now)
-        return fill(curve, now, curve.best_bucket(earlier)[0])
+        return current.fill(self.curve(current).best_bucket(lagged)[0], sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,10 +289,11 @@ class Free(CostAware):
 
     couplings: ClassVar = ("gumbel",)
 
-    def __call__(self, now: Outlook, earlier: Outlook) -> Int[Array, " B"]:
+    def __call__(
+        self, current: Forecast, lagged: Forecast, sizes: tuple[int, ...]
+    ) -> Verification:
         """The likeliest drafts, as many as pay now."""
-        curve = self.curve(now)
-        return fill(curve, now, curve.best_bucket(now)[0])
+        return current.fill(self.curve(current).best_bucket(current)[0], sizes)
 
 
 def parse_schedule(text: str) -> Scheduler:

@@ -1,17 +1,16 @@
 """What scheduling remembers between rounds: how likely drafts were to survive.
 
-Decisions rest on the mean over all that is remembered. One block says little of the
-next, and of a mean over few blocks the luckiest choice looks best.
+Decisions rest on the mean over all that is remembered. One block predicts the next
+poorly, and with few blocks the best-looking choice is often just lucky.
 """
 
 from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxspark.decoding.outlook import Outlook
+from jaxspark.decoding.forecast import Forecast
 from jaxspark.decoding.schedule import Scheduler
 
 
@@ -21,113 +20,118 @@ class ScheduleState:
     """What scheduling knows of each slot.
 
     Attributes:
-      floor_B: drafts that are verified in every round that drafts.
-      cap_B: most drafts that are.
-      past_BnG: survival in its last rounds that drafted, the newest first; guessed for
-        what they did not draft, -1 for rounds before the first. A request that takes a
-        slot over begins with the memory of the one before it, if both have the same
-        sampling temperature.
-      seen_B: whether its request has had such a round.
-      idle_BG: rounds since that many drafts were last proposed.
+      min_drafts_B: drafts that are verified in every round that drafts.
+      max_drafts_B: most drafts that are.
+      history_BnG: survival in the last rounds that drafted, the newest first; estimated
+        for positions they did not draft, -1 for rounds before the first.
+      has_history_B: whether the slot's request has had such a round.
+      rounds_since_BG: rounds since that many drafts were last proposed.
     """
 
-    floor_B: Int[Array, " B"]
-    cap_B: Int[Array, " B"]
-    past_BnG: Float[Array, "B n G"]
-    seen_B: Bool[Array, " B"]
-    idle_BG: Int[Array, "B G"]
+    min_drafts_B: Int[Array, " B"]
+    max_drafts_B: Int[Array, " B"]
+    history_BnG: Float[Array, "B n G"]
+    has_history_B: Bool[Array, " B"]
+    rounds_since_BG: Int[Array, "B G"]
 
     @classmethod
-    def start(
-        cls, slots: int, block_length: int, *, floor=0, cap=None
-    ) -> "ScheduleState":
-        """No history; floor and cap for all slots, or one for each.
-
-        Raises:
-          ValueError: they are not 0 <= floor <= cap <= block_length.
-        """
-        cap = block_length if cap is None else cap
-        bounds = {"draft_floor": np.asarray(floor), "draft_cap": np.asarray(cap)}
-        for name, bound in bounds.items():
-            whole = np.issubdtype(bound.dtype, np.integer)
-            if not whole or bound.shape not in ((), (slots,)):
-                raise ValueError(
-                    f"{name} must be a whole number or {slots} of them (one per "
-                    f"prompt), got {bound.tolist()}"
-                )
-        floor_B, cap_B = (np.broadcast_to(x, (slots,)) for x in bounds.values())
-        if np.any((floor_B < 0) | (floor_B > cap_B) | (cap_B > block_length)):
-            raise ValueError(
-                "drafts verified must satisfy 0 <= floor <= cap <= "
-                f"{block_length}, got floor {floor} and cap {cap}"
-            )
+    def empty(cls, slots: int, block_length: int) -> "ScheduleState":
+        """No history, and no bounds."""
         return cls(
-            floor_B=jnp.array(floor_B, jnp.int32),
-            cap_B=jnp.array(cap_B, jnp.int32),
+            min_drafts_B=jnp.zeros((slots,), jnp.int32),
+            max_drafts_B=jnp.full((slots,), block_length, jnp.int32),
             # A type given by name: a weak one would have `decode` compiled twice.
-            past_BnG=jnp.full(
+            history_BnG=jnp.full(
                 (slots, remembered(slots), block_length), -1.0, jnp.float32
             ),
-            seen_B=jnp.zeros((slots,), bool),
-            idle_BG=jnp.zeros((slots, block_length), jnp.int32),
+            has_history_B=jnp.zeros((slots,), bool),
+            rounds_since_BG=jnp.zeros((slots, block_length), jnp.int32),
         )
 
-    def outlook(
+    def admit(
+        self,
+        slots_N: Int[Array, " N"],
+        *,
+        min_drafts_N: Int[Array, " N"],
+        max_drafts_N: Int[Array, " N"],
+        same_temperature_N: Bool[Array, " N"],
+    ) -> "ScheduleState":
+        """For new requests in some slots; numbers past the last slot are skipped.
+
+        A slot keeps the survival history of the request before if the sampling
+        temperature is the same; rounds since each length was tried are shared by all
+        slots.
+        """
+
+        def put(old_B, new_N):
+            return old_B.at[slots_N].set(new_N, mode="drop")
+
+        kept_NnG = self.history_BnG.at[slots_N].get(mode="clip")
+        kept_NnG = jnp.where(same_temperature_N[:, None, None], kept_NnG, -1.0)
+        shared_1G = jnp.max(self.rounds_since_BG, axis=0, keepdims=True)
+        return ScheduleState(
+            min_drafts_B=put(self.min_drafts_B, min_drafts_N),
+            max_drafts_B=put(self.max_drafts_B, max_drafts_N),
+            history_BnG=put(self.history_BnG, kept_NnG),
+            has_history_B=put(self.has_history_B, False),
+            rounds_since_BG=jnp.broadcast_to(shared_1G, self.rounds_since_BG.shape),
+        )
+
+    def forecast(
         self,
         survival_BG: Float[Array, "*n B G"],
         *,
         live_B: Bool[Array, " B"],
         room_B: Int[Array, " B"] | None = None,
-    ) -> Outlook:
-        """Survival beside what may be verified: no more than the cap and the room."""
-        most_B = self.cap_B if room_B is None else jnp.minimum(self.cap_B, room_B)
-        return Outlook.of(
-            survival_BG, floor_B=self.floor_B, most_B=most_B, live_B=live_B
+    ) -> Forecast:
+        """Survival and the slots' bounds; `room_B` bounds drafts further."""
+        max_drafts_B = self.max_drafts_B
+        if room_B is not None:
+            max_drafts_B = jnp.minimum(max_drafts_B, room_B)
+        return Forecast.of(
+            survival_BG,
+            min_drafts_B=self.min_drafts_B,
+            max_drafts_B=max_drafts_B,
+            live_B=live_B,
         )
 
-    def earlier(
-        self, schedule: Scheduler, usual_BUG: Float[Array, "B U G"] | None
+    def lagged_survival(
+        self, schedule: Scheduler, prior_BUG: Float[Array, "B U G"] | None
     ) -> Float[Array, "n B G"]:
-        """Survival of the earlier rounds that a schedule may look at, see `recall`."""
-        past_nBG = jnp.moveaxis(self.past_BnG, 1, 0)
-        return recall(past_nBG, usual_BUG)[schedule.lag - 1 :]
+        """Survival in the earlier rounds that a schedule may see, see `recall`."""
+        history_nBG = jnp.moveaxis(self.history_BnG, 1, 0)
+        return recall(history_nBG, prior_BUG)[schedule.lag - 1 :]
 
-    def lengths(
-        self, schedule: Scheduler, now: Outlook, earlier: Outlook, largest: int
-    ) -> Int[Array, " B"]:
-        """Verification lengths that a schedule chooses.
+    def for_verification(self, lagged: Forecast, draft_length: int) -> Forecast:
+        """Earlier survival as a schedule sees it when it decides what is verified.
 
-        Args:
-          schedule: chooses.
-          now: with the survival of this round's drafts.
-          earlier: with that of whole blocks in earlier rounds; taken as 1 for new
-            requests.
-          largest: tokens that a round may verify in all.
+        Until a request has completed a round, all its drafts are assumed to survive.
         """
-        survival_nBG = jnp.where(self.seen_B[:, None], earlier.survival_BG, 1.0)
-        earlier = replace(earlier, survival_BG=survival_nBG)
-        earlier = earlier.first(now.survival_BG.shape[1])
-        return now.within(schedule(now, earlier), largest)
+        survival_nBG = jnp.where(self.has_history_B[:, None], lagged.survival_BG, 1.0)
+        return replace(lagged, survival_BG=survival_nBG).first(draft_length)
 
     def after_drafts(
         self,
         survival_Bg: Float[Array, "B g"],
-        earlier_nBG: Float[Array, "n B G"],
+        lagged_nBG: Float[Array, "n B G"],
         live_B: Bool[Array, " B"],
     ) -> "ScheduleState":
-        """What is remembered after a round that drafted g tokens for live slots."""
-        newest_BG = extend_survival(survival_Bg, earlier_nBG)
-        past_BnG = jnp.concatenate([newest_BG[:, None], self.past_BnG[:, :-1]], axis=1)
+        """After a round that drafted g tokens for live slots."""
+        newest_BG = extend_survival(survival_Bg, lagged_nBG)
+        history_BnG = jnp.concatenate(
+            [newest_BG[:, None], self.history_BnG[:, :-1]], axis=1
+        )
+        drafted = survival_Bg.shape[1]
         return replace(
             self,
-            past_BnG=jnp.where(live_B[:, None, None], past_BnG, self.past_BnG),
-            seen_B=self.seen_B | live_B,
-            idle_BG=(self.idle_BG + 1).at[:, : survival_Bg.shape[1]].set(0),
+            history_BnG=jnp.where(live_B[:, None, None], history_BnG, self.history_BnG),
+            has_history_B=self.has_history_B | live_B,
+            rounds_since_BG=(self.rounds_since_BG + 1).at[:, :drafted].set(0),
         )
 
     def after_none(self) -> "ScheduleState":
-        """What is remembered after a round that drafted nothing."""
-        return replace(self, idle_BG=self.idle_BG + 1)
+        """After a round that drafted nothing."""
+        return replace(self, rounds_since_BG=self.rounds_since_BG + 1)
 
 
 def remembered(slots: int) -> int:
@@ -140,39 +144,40 @@ def remembered(slots: int) -> int:
 
 
 def recall(
-    past_nBG: Float[Array, "n B G"], usual_BUG: Float[Array, "B U G"] | None
+    history_nBG: Float[Array, "n B G"], prior_BUG: Float[Array, "B U G"] | None
 ) -> Float[Array, "n B G"]:
-    """Survival of earlier rounds, those included that were not played yet.
+    """Survival of earlier rounds, with an estimate for those not played yet.
 
     Args:
-      past_nBG: of those that were; below 0 for others.
-      usual_BUG: blocks to expect of these, in turns: a mean would say nothing of what
-        choosing the likeliest drafts gains. None takes the mean of the rounds that were
-        played, and 1 if there were none.
+      history_nBG: of rounds that were played; below 0 for others.
+      prior_BUG: typical blocks that stand in for them, in turns: their mean would say
+        nothing of what choosing the likeliest drafts gains. None takes the mean of the
+        rounds that were played, and 1 if there were none.
     """
-    known_nBG = past_nBG >= 0
-    if usual_BUG is None:
+    known_nBG = history_nBG >= 0
+    if prior_BUG is None:
         count_G = jnp.sum(known_nBG, axis=(0, 1))
-        total_G = jnp.sum(past_nBG, axis=(0, 1), where=known_nBG)
+        total_G = jnp.sum(history_nBG, axis=(0, 1), where=known_nBG)
         mean_G = jnp.where(count_G > 0, total_G / jnp.maximum(count_G, 1), 1.0)
-        return jnp.where(known_nBG, past_nBG, mean_G)
-    rounds, slots, _ = past_nBG.shape
-    turn_nB = jnp.arange(rounds * slots).reshape(rounds, slots) % usual_BUG.shape[1]
-    return jnp.where(known_nBG, past_nBG, usual_BUG[jnp.arange(slots), turn_nB])
+        return jnp.where(known_nBG, history_nBG, mean_G)
+    rounds, slots, _ = history_nBG.shape
+    turn_nB = jnp.arange(rounds * slots).reshape(rounds, slots) % prior_BUG.shape[1]
+    return jnp.where(known_nBG, history_nBG, prior_BUG[jnp.arange(slots), turn_nB])
 
 
 def extend_survival(
-    survival_Bg: Float[Array, "B g"], past_nBG: Float[Array, "n B G"]
+    survival_Bg: Float[Array, "B g"], history_nBG: Float[Array, "n B G"]
 ) -> Float[Array, "B G"]:
     """Survival of whole blocks where fewer tokens were drafted.
 
-    The rest falls as it did before, in the mean over rounds and slots; it does not fall
-    where nothing survived, which has whole blocks tried.
+    Beyond what was drafted it falls as it did before, in the mean over rounds and
+    slots. Where nothing survived before it does not fall, so that whole blocks are
+    tried again.
     """
     drafted = survival_Bg.shape[1]
-    if drafted == past_nBG.shape[2]:
+    if drafted == history_nBG.shape[2]:
         return survival_Bg
-    mean_G = jnp.mean(past_nBG, axis=(0, 1))
+    mean_G = jnp.mean(history_nBG, axis=(0, 1))
     least = 1e-6
     tail = mean_G[drafted:] / jnp.maximum(mean_G[drafted - 1], least)
     tail = jnp.where(mean_G[drafted - 1] > least, tail, 1.0)

@@ -1,17 +1,35 @@
-"""The state of many requests being decoded together, a pytree on the device."""
+"""The state of many requests being decoded together, a pytree on the device.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+A slot holds one request at a time, whose life is told by one word, its phase:
+
+    EMPTY --admit--> PREFILLING --prefill--> DECODING --decode--> FINISHED --release-->
+
+All transitions are pure functions of the state: see `lifecycle` for the first, the
+second and the last, `round` for the third.
+"""
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.decoding.sampling import Sampling
 from jaxspark.decoding.schedule_state import ScheduleState
+from jaxspark.drafters import Drafter
+from jaxspark.models.base import TargetModel
 from jaxspark.settings import standard_settings
+
+
+class Phase(IntEnum):
+    """Where a slot is in its life."""
+
+    EMPTY = 0  # no request
+    PREFILLING = 1  # prompt tokens before the anchor remain to be processed
+    DECODING = 2  # takes part in rounds
+    FINISHED = 3  # reached a stop token or its limit; its output can be read
 
 
 @jax.tree_util.register_dataclass
@@ -48,14 +66,15 @@ class DecodeState:
     """Everything `decode_round` reads and writes.
 
     The last committed token of a slot is its anchor, at position lengths_B - 1: chosen,
-    not yet processed. Target cache rows below that position are valid; rows at or past
-    it are garbage.
+    not yet processed. Cache rows below processed_B are valid, which in a slot that
+    decodes are those of all tokens before the anchor; other rows are garbage.
 
     Attributes:
       tokens_BS: prompt and output of each slot; garbage past its length.
       lengths_B: committed tokens.
-      limits_B: length at which a slot stops.
-      done_B: whether a slot is finished (or empty).
+      processed_B: tokens whose cache rows are written; 0 to lengths_B - 1.
+      limits_B: length at which a slot finishes.
+      phase_B: see `Phase`.
       stop_ids_BX: tokens that end a slot, padded with -1.
       sampling: per-slot sampling parameters.
       target_cache: the target's position-indexed caches.
@@ -69,8 +88,9 @@ class DecodeState:
 
     tokens_BS: Int[Array, "B S"]
     lengths_B: Int[Array, " B"]
+    processed_B: Int[Array, " B"]
     limits_B: Int[Array, " B"]
-    done_B: Bool[Array, " B"]
+    phase_B: Int[Array, " B"]
     stop_ids_BX: Int[Array, "B X"]
     sampling: Sampling
     target_cache: Any
@@ -81,102 +101,107 @@ class DecodeState:
     log_probs_BS: Float[Array, "B S"]
     counters: Counters
 
+    @classmethod
+    @standard_settings()
+    def empty(
+        cls,
+        target: TargetModel,
+        drafter: Drafter,
+        *,
+        slots: int,
+        capacity: int,
+        block_length: int,
+        stop_ids: int = 1,
+        log_probs: bool = False,
+    ) -> "DecodeState":
+        """A state without requests; pure, so it may be made under a caller's `jit`.
 
-@standard_settings()
-def init_state(
-    target,
-    drafter,
-    prompts: Sequence[Sequence[int]],
-    limits: Sequence[int],
-    sampling: Sampling,
-    *,
-    block_length: int,
-    stop_ids: Sequence[Sequence[int]] | None = None,
-    capacity: int | None = None,
-    log_probs: bool = False,
-    draft_floor: int | Sequence[int] = 0,
-    draft_cap: int | Sequence[int] | None = None,
-) -> DecodeState:
-    """A state whose slots hold `prompts`, not yet processed (see `prefill`).
+        Args:
+          target: for its caches.
+          drafter: for its caches.
+          slots: B.
+          capacity: S, positions of each slot; a request needs those of its prompt, its
+            output and one block.
+          block_length: most drafts per round.
+          stop_ids: most tokens that may end a request.
+          log_probs: whether to keep log-probabilities of output tokens.
 
-    Args:
-      target: the model (`Target.model` of a loaded one), for its cache.
-      drafter: for its cache.
-      prompts: token ids per slot, at least one each.
-      limits: total length (prompt and output) at which each slot stops.
-      sampling: parameters of `len(prompts)` slots.
-      block_length: most drafts per round.
-      stop_ids: per slot, tokens that end it.
-      capacity: S; at least the largest limit plus `block_length`, which is the default.
-      log_probs: whether to keep log-probabilities.
-      draft_floor: drafts verified in every round that drafts, for all or per slot.
-      draft_cap: most drafts verified in a round; None: all.
-
-    Raises:
-      ValueError: ids that are no integers, an empty prompt, one that its limit or the
-        capacity cannot hold, more drafts per round than the target's caches can forget,
-        or not one limit, stop list and sampling parameter per prompt.
-    """
-    slots = len(prompts)
-    stop_ids = [()] * slots if stop_ids is None else stop_ids
-    counts = {
-        "limits": len(limits),
-        "sampling": len(sampling.seed),
-        "stop_ids": len(stop_ids),
-    }
-    for name, count in counts.items():
-        if not slots or count != slots:
-            raise ValueError(f"{slots} prompts, but {name} for {count}; give one each")
-    most = getattr(target, "max_rewind", block_length)
-    if block_length > most:
-        raise ValueError(
-            f"block length {block_length}: this target's caches can forget at most "
-            f"{most} rejected drafts"
-        )
-    needed = int(_whole("limits", limits).max()) + block_length
-    capacity = needed if capacity is None else capacity
-    if capacity < needed:
-        raise ValueError(
-            f"a capacity of {capacity} positions cannot hold {max(limits)} tokens and "
-            f"a block of {block_length}; it must be at least {needed}"
-        )
-    tokens_BS = np.zeros((slots, capacity), np.int32)
-    for slot, (prompt, limit) in enumerate(zip(prompts, limits)):
-        if not len(prompt):
-            raise ValueError(f"prompt {slot} is empty; give at least one token")
-        if len(prompt) > limit:
+        Raises:
+          ValueError: no slots, or more drafts per round than the target's caches can
+            forget.
+        """
+        if slots < 1:
+            raise ValueError(f"a state needs at least 1 slot, got {slots}")
+        most = target.max_rewind
+        if most is not None and block_length > most:
             raise ValueError(
-                f"prompt {slot} has {len(prompt)} tokens, more than its limit {limit}"
+                f"block length {block_length}: this target's caches can forget at most "
+                f"{most} rejected drafts"
             )
-        tokens_BS[slot, : len(prompt)] = _whole(f"prompt {slot}", prompt)
-    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    limits_B = np.array(limits, np.int32)
-    stop_ids_BX = np.full((slots, max(1, *map(len, stop_ids))), -1, np.int32)
-    for slot, ids in enumerate(stop_ids):
-        stop_ids_BX[slot, : len(ids)] = _whole("stop_ids", ids)
-    return DecodeState(
-        tokens_BS=jnp.asarray(tokens_BS),
-        lengths_B=jnp.asarray(lengths_B),
-        limits_B=jnp.asarray(limits_B),
-        done_B=jnp.asarray(lengths_B >= limits_B),
-        stop_ids_BX=jnp.asarray(stop_ids_BX),
-        # The state is donated when it is decoded; the caller keeps what it gave.
-        sampling=jax.tree.map(jnp.array, sampling),
-        target_cache=target.init_cache(slots, capacity),
-        draft_cache=drafter.init_cache(slots, capacity),
-        confidence_BG=jnp.zeros((slots, block_length), jnp.float32),
-        sharpness_BG=jnp.zeros((slots, block_length), jnp.float32),
-        schedule=ScheduleState.start(
-            slots, block_length, floor=draft_floor, cap=draft_cap
-        ),
-        log_probs_BS=jnp.zeros((slots, capacity if log_probs else 0), jnp.float32),
-        counters=Counters.zeros(slots, block_length),
-    )
 
+        # An array of its own for every leaf: a state is donated.
+        def counts_B():
+            return jnp.zeros((slots,), jnp.int32)
 
-def _whole(name: str, values: Sequence[int]) -> np.ndarray:
-    """The values as an array; NumPy would cut what is no integer without a word."""
-    array = np.asarray(values)
-    if array.size and not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} must be whole numbers, got {array.tolist()}")
-    return array
+        def logits_BG():
+            return jnp.zeros((slots, block_length), jnp.float32)
+
+        return cls(
+            tokens_BS=jnp.zeros((slots, capacity), jnp.int32),
+            lengths_B=counts_B(),
+            processed_B=counts_B(),
+            limits_B=counts_B(),
+            phase_B=jnp.full((slots,), Phase.EMPTY, jnp.int32),
+            stop_ids_BX=jnp.full((slots, stop_ids), -1, jnp.int32),
+            sampling=Sampling.of(slots),
+            target_cache=target.init_cache(slots, capacity),
+            draft_cache=drafter.init_cache(slots, capacity),
+            confidence_BG=logits_BG(),
+            sharpness_BG=logits_BG(),
+            schedule=ScheduleState.empty(slots, block_length),
+            log_probs_BS=jnp.zeros((slots, capacity if log_probs else 0), jnp.float32),
+            counters=Counters.zeros(slots, block_length),
+        )
+
+    @property
+    def slots(self) -> int:
+        """B."""
+        return self.tokens_BS.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """S."""
+        return self.tokens_BS.shape[1]
+
+    @property
+    def block_length(self) -> int:
+        """G, the most drafts per round."""
+        return self.confidence_BG.shape[1]
+
+    @property
+    def keeps_log_probs(self) -> bool:
+        """Whether log-probabilities of output tokens are kept."""
+        return self.log_probs_BS.shape[1] > 0
+
+    @property
+    def live_B(self) -> Bool[Array, " B"]:
+        """Slots that take part in rounds."""
+        return self.phase_B == Phase.DECODING
+
+    @property
+    def finished_B(self) -> Bool[Array, " B"]:
+        """Slots whose output is complete."""
+        return self.phase_B == Phase.FINISHED
+
+    def rewind(self, lengths_B: Int[Array, " B"]) -> "DecodeState":
+        """Back to earlier lengths, from which slots decode anew.
+
+        Only for lengths that the caches still hold, see `TargetModel.max_rewind`.
+        """
+        decoding = jnp.full_like(self.phase_B, Phase.DECODING)
+        return replace(
+            self,
+            lengths_B=lengths_B,
+            processed_B=lengths_B - 1,
+            phase_B=jnp.where(self.phase_B == Phase.EMPTY, self.phase_B, decoding),
+        )

@@ -1,10 +1,17 @@
 """What proposes: each drafter is one file that keeps the contract of `base.Drafter`."""
 
-from jaxspark.drafters.base import Drafter, Draw, Proposal
+from jaxspark.drafters.base import (
+    DraftContext,
+    Drafter,
+    DraftSampler,
+    Drawn,
+    Proposal,
+)
 from jaxspark.drafters.deepseek_v4_dspark import (
     DeepSeekV4DSpark,
     DeepSeekV4DSparkConfig,
 )
+from jaxspark.drafters.distribution import DraftDistribution
 from jaxspark.drafters.dspark import DSparkConfig, DSparkDrafter
 from jaxspark.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from jaxspark.drafters.hybrid import HybridDrafter, hybrid
@@ -17,8 +24,11 @@ __all__ = [
     "DeepSeekV4DSparkConfig",
     "DSparkConfig",
     "DSparkDrafter",
-    "Draw",
+    "DraftContext",
+    "DraftDistribution",
+    "DraftSampler",
     "Drafter",
+    "Drawn",
     "Eagle3Config",
     "Eagle3Drafter",
     "HybridDrafter",

@@ -16,7 +16,48 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxspark.models import FlatTokens
+from jaxspark.drafters.distribution import DraftDistribution
+from jaxspark.models import FlatTokens, TargetModel
+from jaxspark.parallel.axes import Axis
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class DraftContext:
+    """What a drafter is told about the slots it drafts for.
+
+    Attributes:
+      tokens_BS: committed tokens; garbage past a slot's length.
+      lengths_B: committed tokens that count; the last of them is the anchor.
+      first_round_B: slots whose request has had no round yet, so that nothing
+        remembered of earlier rounds is about it.
+    """
+
+    tokens_BS: Int[Array, "B S"]
+    lengths_B: Int[Array, " B"]
+    first_round_B: Bool[Array, " B"]
+
+    @classmethod
+    def of(
+        cls, tokens_BS: Int[Array, "B S"], lengths_B: Int[Array, " B"]
+    ) -> "DraftContext":
+        """For requests in the middle of their rounds."""
+        return cls(
+            tokens_BS=tokens_BS,
+            lengths_B=lengths_B,
+            first_round_B=jnp.zeros(lengths_B.shape, bool),
+        )
+
+    @property
+    def positions_B(self) -> Int[Array, " B"]:
+        """Positions of the anchors."""
+        return self.lengths_B - 1
+
+    @property
+    def anchors_B(self) -> Int[Array, " B"]:
+        """The anchors' token ids."""
+        position_B1 = self.positions_B[:, None]
+        return jnp.take_along_axis(self.tokens_BS, position_B1, axis=1)[:, 0]
 
 
 @jax.tree_util.register_dataclass
@@ -28,21 +69,15 @@ class Proposal:
       tokens_BG: draft tokens; row j stands at position anchor + 1 + j.
       lengths_B: how many of them are meant, 0..G.
       confidence_BG: logits of P(token j accepted | all before it accepted).
-      sharpness_BG: how decided each draft was, see `Draw`; 0 where nobody knows.
-      log_q_BGW: log-distribution each token was drawn from, over the draft vocabulary;
-        None for a drafter whose proposal is not random (a point mass on its token).
-      ids_W: target ids of the draft vocabulary; None when it is the target's own.
-      certain_B: slots whose tokens are not random after all, whatever log_q says; None
-        for none.
+      sharpness_BG: how decided each draft was, see `Drawn`; 0 where nobody knows.
+      q: the distribution each token was drawn from.
     """
 
     tokens_BG: Int[Array, "B G"]
     lengths_B: Int[Array, " B"]
     confidence_BG: Float[Array, "B G"]
     sharpness_BG: Float[Array, "B G"]
-    log_q_BGW: Float[Array, "B G W"] | None = None
-    ids_W: Int[Array, " W"] | None = None
-    certain_B: Bool[Array, " B"] | None = None
+    q: DraftDistribution = DraftDistribution()
 
     @classmethod
     def empty(cls, slots: int) -> "Proposal":
@@ -55,27 +90,40 @@ class Proposal:
         )
 
 
-class Draw(Protocol):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Drawn:
+    """One draft of every slot.
+
+    Attributes:
+      tokens_B: target ids.
+      log_q_BW: the log-distribution they were drawn from, over the draft vocabulary.
+      sharpness_B: how decided that was, the larger the more. Where the output does not
+        depend on drafts (at temperature 0, under the gumbel coupling) the log-odds that
+        softmax gives the drafted token's score, noise included: of its being chosen by
+        a target whose scores differ by Gumbel noise. Under rejection sampling minus
+        the entropy of q in nats, which is known before the draft is drawn.
+    """
+
+    tokens_B: Int[Array, " B"]
+    log_q_BW: Float[Array, "B W"]
+    sharpness_B: Float[Array, " B"]
+
+
+class DraftSampler(Protocol):
     """How the decode loop lets a drafter sample; the coupling is hidden inside."""
+
+    @property
+    def slot_axis(self) -> Axis:
+        """Mesh axis over which slots are sharded, see `DecodeOptions`."""
 
     def __call__(
         self,
         logits_BW: Float[Array, "B W"],
         j: Int[Array, ""],
         ids_W: Int[Array, " W"] | None,
-    ) -> tuple[Int[Array, " B"], Float[Array, "B W"], Float[Array, " B"]]:
-        """Samples draft j of every slot.
-
-        Returns:
-          tokens_B: target ids.
-          log_q_BW: the log-distribution they were drawn from.
-          sharpness_B: how decided that was, the larger the more. Where the output does
-            not depend on drafts (at temperature 0, under the gumbel coupling) the
-            log-odds that softmax gives the drafted token's score, noise included: of
-            its being chosen by a target whose scores differ by Gumbel noise. Under
-            rejection sampling minus the entropy of q in nats, which is known before
-            the draft is drawn.
-        """
+    ) -> Drawn:
+        """Samples draft j of every slot, from a draft vocabulary of target ids."""
 
 
 class Drafter(Protocol):
@@ -106,25 +154,13 @@ class Drafter(Protocol):
 
     def propose(
         self,
-        target: Any,
+        target: TargetModel,
         cache: Any,
-        tokens_BS: Int[Array, "B S"],
-        lengths_B: Int[Array, " B"],
-        draw: Draw,
+        context: DraftContext,
+        sampler: DraftSampler,
         block_length: int,
     ) -> tuple[Proposal, Any]:
-        """Drafts tokens after each anchor `tokens_BS[b, lengths_B[b] - 1]`."""
-
-
-def anchors(
-    tokens_BS: Int[Array, "B S"], lengths_B: Int[Array, " B"]
-) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
-    """The anchor token of every slot and its position."""
-    positions_B = lengths_B - 1
-    ids_B = jax.vmap(lambda tokens_S, position: tokens_S[position])(
-        tokens_BS, positions_B
-    )
-    return ids_B, positions_B
+        """Drafts tokens after each anchor; its cache rows before it are valid."""
 
 
 def pairs_before(tokens: FlatTokens) -> FlatTokens:

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxspark.drafters.base import Draw, Proposal, anchors
+from jaxspark.drafters.base import DraftContext, DraftSampler, Proposal
 from jaxspark.drafters.dspark import check_taps
 from jaxspark.drafters.heads import ConfidenceHead, MarkovHead
+from jaxspark.drafters.sequential import draft_block
+from jaxspark.models.base import TargetModel
 from jaxspark.models.batch import FlatTokens
 from jaxspark.models.deepseek_v4 import (
     DeepSeekV4Config,
@@ -202,41 +203,27 @@ class DeepSeekV4DSpark(nnx.Module):
 
     def propose(
         self,
-        target,
+        target: TargetModel,
         cache: Rows,
-        tokens_BS: Int[Array, "B S"],
-        lengths_B: Int[Array, " B"],
-        draw: Draw,
+        context: DraftContext,
+        sampler: DraftSampler,
         block_length: int,
     ) -> tuple[Proposal, Rows]:
         """Drafts a block: stages once, then the heads row by row."""
-        anchors_B, positions_B = anchors(tokens_BS, lengths_B)
-        hidden_DBG = self.backbone(target, cache, anchors_B, positions_B, block_length)
+        hidden_DBG = self.backbone(
+            target, cache, context.anchors_B, context.positions_B, block_length
+        )
         D, B, G = hidden_DBG.shape
         normed_DT = self.norm(hidden_DBG.reshape(D, B * G))
         base_BGV = row_product(target.head_VD, normed_DT).reshape(B, G, -1)
 
-        def row(previous_B, inputs):
-            j, hidden_DB, base_BV = inputs
+        def step(carry, previous_B, _, row):
+            hidden_DB, base_BV = row
             embedded_RB = self.markov_head.embed(previous_B)
             features_IB = jnp.concatenate([hidden_DB, embedded_RB])
             logits_BV = base_BV + self.markov_head.bias(embedded_RB)
-            token_B, *drawn = draw(logits_BV, j, None)
-            return token_B, (token_B, *drawn, self.confidence_head(features_IB))
+            return carry, logits_BV, self.confidence_head(features_IB)
 
-        rows = (
-            jnp.arange(G),
-            jnp.moveaxis(hidden_DBG, 2, 0),
-            jnp.moveaxis(base_BGV, 1, 0),
-        )
-        _, outputs = jax.lax.scan(row, anchors_B, rows)
-        tokens_BG, log_q_BGV, sharpness_BG, confidence_BG = (
-            jnp.moveaxis(each, 0, 1) for each in outputs
-        )
-        return Proposal(
-            tokens_BG=tokens_BG,
-            lengths_B=jnp.full_like(lengths_B, G),
-            confidence_BG=confidence_BG,
-            log_q_BGW=log_q_BGV,
-            sharpness_BG=sharpness_BG,
-        ), cache
+        rows = (jnp.moveaxis(hidden_DBG, 2, 0), jnp.moveaxis(base_BGV, 1, 0))
+        proposal, _ = draft_block(step, (), rows, context, sampler, block_length)
+        return proposal, cache

@@ -16,14 +16,14 @@ head are the target's. A pruned draft vocabulary brings its own rows of the head
 from dataclasses import dataclass
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxspark.drafters.base import Draw, Proposal, anchors
+from jaxspark.drafters.base import DraftContext, DraftSampler, Proposal
 from jaxspark.drafters.heads import HEAD_TYPES, ConfidenceHead, MarkovHead
-from jaxspark.models import DenseConfig, FlatTokens, LayerCache
+from jaxspark.drafters.sequential import draft_block
+from jaxspark.models import DenseConfig, FlatTokens, LayerCache, TargetModel
 from jaxspark.models.dense import DecoderLayer
 from jaxspark.models.layers.linear import Buffer, Linear, row_product
 from jaxspark.models.layers.norm import RMSNorm
@@ -247,52 +247,38 @@ class DSparkDrafter(nnx.Module):
 
     def propose(
         self,
-        target,
+        target: TargetModel,
         cache: tuple[LayerCache, ...],
-        tokens_BS: Int[Array, "B S"],
-        lengths_B: Int[Array, " B"],
-        draw: Draw,
+        context: DraftContext,
+        sampler: DraftSampler,
         block_length: int,
     ) -> tuple[Proposal, tuple[LayerCache, ...]]:
         """Drafts a block: backbone once, then the heads row by row."""
-        previous_B, positions_B = anchors(tokens_BS, lengths_B)
         hidden_DBG, cache = self.backbone(
-            target, cache, previous_B, positions_B, block_length
+            target, cache, context.anchors_B, context.positions_B, block_length
         )
         base_BGW = self.logits(target, hidden_DBG)
-        ids_W = self.draft_ids[...] if self.draft_ids is not None else None
 
-        def row(carry, inputs):
-            state_RB, previous_B = carry
-            j, hidden_DB, base_BW = inputs
+        def step(state_RB, previous_B, _, row):
+            hidden_DB, logits_BW = row
             state_RB, latent_RB, confidence_B = self.step(
                 state_RB, previous_B, hidden_DB
             )
-            logits_BW = base_BW
             if latent_RB is not None:
-                logits_BW = base_BW + self.markov_head.bias(latent_RB)
-            token_B, *drawn = draw(logits_BW, j, ids_W)
-            return (state_RB, token_B), (token_B, *drawn, confidence_B)
+                logits_BW = logits_BW + self.markov_head.bias(latent_RB)
+            return state_RB, logits_BW, confidence_B
 
         head = self.markov_head
-        start = () if head is None else head.start(len(lengths_B))
-        rows = (
-            jnp.arange(block_length),
-            jnp.moveaxis(hidden_DBG, 2, 0),
-            jnp.moveaxis(base_BGW, 1, 0),
+        proposal, _ = draft_block(
+            step,
+            () if head is None else head.start(len(context.lengths_B)),
+            (jnp.moveaxis(hidden_DBG, 2, 0), jnp.moveaxis(base_BGW, 1, 0)),
+            context,
+            sampler,
+            block_length,
+            ids_W=None if self.draft_ids is None else self.draft_ids[...],
         )
-        _, outputs = jax.lax.scan(row, (start, previous_B), rows)
-        tokens_BG, log_q_BGW, sharpness_BG, confidence_BG = (
-            jnp.moveaxis(each, 0, 1) for each in outputs
-        )
-        return Proposal(
-            tokens_BG=tokens_BG,
-            lengths_B=jnp.full_like(lengths_B, block_length),
-            confidence_BG=confidence_BG,
-            log_q_BGW=log_q_BGW,
-            ids_W=ids_W,
-            sharpness_BG=sharpness_BG,
-        ), cache
+        return proposal, cache
 
     def step(self, state_RB, previous_B, hidden_DB):
         """Row j: next head state, latent of its bias [R, B], confidence logit [B].

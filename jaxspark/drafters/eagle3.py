@@ -21,14 +21,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxspark.drafters.base import Draw, Proposal, anchors, pairs_before
+from jaxspark.drafters.base import (
+    DraftContext,
+    DraftSampler,
+    Proposal,
+    pairs_before,
+)
 from jaxspark.drafters.dspark import (
     Buffer,
     check_draft_vocab,
     check_same_target,
     check_taps,
 )
-from jaxspark.models import DenseConfig, FlatTokens, LayerCache
+from jaxspark.drafters.sequential import draft_block
+from jaxspark.models import DenseConfig, FlatTokens, LayerCache, TargetModel
 from jaxspark.models.cache import pad_heads, padded_width
 from jaxspark.models.layers.attention import Attention
 from jaxspark.models.layers.linear import Linear, row_product
@@ -229,19 +235,17 @@ class Eagle3Drafter(nnx.Module):
 
     def propose(
         self,
-        target,
+        target: TargetModel,
         cache: Eagle3Cache,
-        tokens_BS: Int[Array, "B S"],
-        lengths_B: Int[Array, " B"],
-        draw: Draw,
+        context: DraftContext,
+        sampler: DraftSampler,
         block_length: int,
     ) -> tuple[Proposal, Eagle3Cache]:
         """Drafts token by token; each step writes its pair and reads all before it."""
-        anchor_B, positions_B = anchors(tokens_BS, lengths_B)
-        B = anchor_B.shape[0]
+        positions_B = context.positions_B
+        B = len(positions_B)
         layer = self.layers[0]
         head_WD = target.head_VD if self.lm_head is None else self.lm_head.weight[...]
-        ids_W = self.draft_ids[...] if self.draft_ids is not None else None
         # A slot that holds its anchor alone has no feature yet: its first pair stands
         # at place 0, where the anchor's own will be.
         newest_B = jnp.maximum(positions_B - 1, 0)
@@ -249,8 +253,8 @@ class Eagle3Drafter(nnx.Module):
         rows_BD = cache.features_BSD[jnp.arange(B), newest_B, :D]
         feature_BD = jnp.where((positions_B > 0)[:, None], rows_BD, 0)
 
-        def step(carry, j):
-            feature_DB, previous_B, pairs = carry
+        def step(carry, previous_B, j, _):
+            feature_DB, pairs = carry
             place_B = newest_B + j
             tokens = FlatTokens.from_rows(
                 previous_B[:, None], place_B, jnp.ones((B,), jnp.int32)
@@ -264,21 +268,15 @@ class Eagle3Drafter(nnx.Module):
                 self.rotation(place_B),
             )
             hidden_DB, feature_DB = self.output(layer.finish(feature_DB, attended_DB))
-            logits_BW = row_product(head_WD, hidden_DB)
-            token_B, *drawn = draw(logits_BW, j, ids_W)
-            return (feature_DB, token_B, pairs), (token_B, *drawn)
+            return (feature_DB, pairs), row_product(head_WD, hidden_DB), None
 
-        carry, outputs = jax.lax.scan(
-            step, (feature_BD.T, anchor_B, cache.pairs), jnp.arange(block_length)
+        proposal, (_, pairs) = draft_block(
+            step,
+            (feature_BD.T, cache.pairs),
+            (),
+            context,
+            sampler,
+            block_length,
+            ids_W=None if self.draft_ids is None else self.draft_ids[...],
         )
-        tokens_BG, log_q_BGW, sharpness_BG = (
-            jnp.moveaxis(each, 0, 1) for each in outputs
-        )
-        return Proposal(
-            tokens_BG=tokens_BG,
-            lengths_B=jnp.full_like(lengths_B, block_length),
-            confidence_BG=jnp.zeros(tokens_BG.shape, jnp.float32),
-            log_q_BGW=log_q_BGW,
-            ids_W=ids_W,
-            sharpness_BG=sharpness_BG,
-        ), Eagle3Cache(pairs=carry[2], features_BSD=cache.features_BSD)
+        return proposal, Eagle3Cache(pairs=pairs, features_BSD=cache.features_BSD)

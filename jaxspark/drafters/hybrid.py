@@ -10,16 +10,17 @@ numbers of this round's drafts, so all guarantees hold. When every slot copies, 
 model is not run.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxspark.drafters.base import Drafter, Draw, Proposal
+from jaxspark.drafters.base import DraftContext, Drafter, DraftSampler, Proposal
 from jaxspark.drafters.ngram import NgramDrafter
-from jaxspark.models import FlatTokens
+from jaxspark.models import FlatTokens, TargetModel
+from jaxspark.parallel.axes import all_of
 
 # What is believed before a request has a history, and how many drafts that is worth.
 _LOOKUP_RATE = (0.0, 0.35, 0.5, 0.65, 0.8)
@@ -62,6 +63,18 @@ class History:
             length_B=jnp.zeros((slots,), jnp.int32),
         )
 
+    def restarted(self, first_round_B: Bool[Array, " B"]) -> "History":
+        """Prior belief again where a request has its first round."""
+        fresh = History.start(
+            len(first_round_B), self.tried_BM.shape[1] - 1, self.drafts_BG.shape[1]
+        )
+
+        def pick(new, old):
+            first = first_round_B.reshape(-1, *[1] * (new.ndim - 1))
+            return jnp.where(first, new, old)
+
+        return jax.tree.map(pick, fresh, self)
+
     def updated(
         self, tokens_BS: Int[Array, "B S"], lengths_B: Int[Array, " B"]
     ) -> "History":
@@ -78,12 +91,10 @@ class History:
         before_BG = jnp.pad(held_BG, ((0, 0), (1, 0)), constant_values=1)[:, :-1]
         tried_BG = before_BG * committed_BG
         column_BM = self.source_B[:, None] == jnp.arange(self.tried_BM.shape[1])
-        return History(
+        return replace(
+            self,
             tried_BM=self.tried_BM + column_BM * tried_BG.sum(1, keepdims=True),
             held_BM=self.held_BM + column_BM * held_BG.sum(1, keepdims=True),
-            drafts_BG=self.drafts_BG,
-            source_B=self.source_B,
-            length_B=self.length_B,
         )
 
     def rates(self) -> Float[Array, "B M"]:
@@ -134,15 +145,16 @@ class HybridDrafter:
 
     def propose(
         self,
-        target,
-        cache,
-        tokens_BS: Int[Array, "B S"],
-        lengths_B: Int[Array, " B"],
-        draw: Draw,
+        target: TargetModel,
+        cache: tuple[Any, History],
+        context: DraftContext,
+        sampler: DraftSampler,
         block_length: int,
-    ) -> tuple[Proposal, Any]:
+    ) -> tuple[Proposal, tuple[Any, History]]:
         """One proposal per slot, from the source that promises more."""
-        context, history = cache
+        rows, history = cache
+        tokens_BS, lengths_B = context.tokens_BS, context.lengths_B
+        history = history.restarted(context.first_round_B)
         history = history.updated(tokens_BS, lengths_B)
         copied_BG, match_B = self.lookup.find(tokens_BS, lengths_B, block_length)
         rates_BM = history.rates()
@@ -151,50 +163,42 @@ class HybridDrafter:
         copies_B &= _promise(rate_B, block_length) >= _promise(
             rates_BM[:, 0], block_length
         )
-        proposal, context = self._ask_model(
-            target, context, tokens_BS, lengths_B, draw, block_length, copies_B
+        proposal, rows = self._ask_model(
+            target, rows, context, sampler, block_length, copies_B
         )
-        confidence_BG = jnp.broadcast_to(
+        copies_B1 = copies_B[:, None]
+        rate_BG = jnp.broadcast_to(
             jax.scipy.special.logit(rate_B)[:, None], copied_BG.shape
         )
-        tokens_BG = jnp.where(copies_B[:, None], copied_BG, proposal.tokens_BG)
-        proposal = Proposal(
-            tokens_BG=tokens_BG,
-            lengths_B=jnp.where(copies_B, block_length, proposal.lengths_B),
-            confidence_BG=jnp.where(
-                copies_B[:, None], confidence_BG, proposal.confidence_BG
-            ),
-            # A copy's confidence is a rate that held, whatever the model thinks.
-            sharpness_BG=jnp.where(copies_B[:, None], 0.0, proposal.sharpness_BG),
-            log_q_BGW=proposal.log_q_BGW,
-            ids_W=proposal.ids_W,
-            certain_B=copies_B,
-        )
+        tokens_BG = jnp.where(copies_B1, copied_BG, proposal.tokens_BG)
         unused = history.drafts_BG.shape[1] - block_length
-        history = History(
-            tried_BM=history.tried_BM,
-            held_BM=history.held_BM,
+        history = replace(
+            history,
             drafts_BG=jnp.pad(tokens_BG, ((0, 0), (0, unused)), constant_values=-1),
             source_B=jnp.where(copies_B, match_B, 0),
             length_B=lengths_B,
         )
-        return proposal, (context, history)
+        return Proposal(
+            tokens_BG=tokens_BG,
+            lengths_B=jnp.where(copies_B, block_length, proposal.lengths_B),
+            confidence_BG=jnp.where(copies_B1, rate_BG, proposal.confidence_BG),
+            # A copy's confidence is a rate that held, whatever the model thinks.
+            sharpness_BG=jnp.where(copies_B1, 0.0, proposal.sharpness_BG),
+            q=replace(proposal.q, deterministic_B=copies_B),
+        ), (rows, history)
 
-    def _ask_model(
-        self, target, context, tokens_BS, lengths_B, draw, block_length, copies_B
-    ):
+    def _ask_model(self, target, rows, context, sampler, block_length, copies_B):
         """The model's proposal; anything of its shape if nobody needs it."""
 
-        def ask(context):
-            return self.model.propose(
-                target, context, tokens_BS, lengths_B, draw, block_length
-            )
+        def ask(rows):
+            return self.model.propose(target, rows, context, sampler, block_length)
 
-        def skip(context):
-            shapes, _ = jax.eval_shape(ask, context)
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), context
+        def skip(rows):
+            shapes, _ = jax.eval_shape(ask, rows)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), rows
 
-        return jax.lax.cond(jnp.all(copies_B), skip, ask, context)
+        nobody = all_of(copies_B, sampler.slot_axis)
+        return jax.lax.cond(nobody, skip, ask, rows)
 
 
 def _promise(rate_B: Float[Array, " B"], block_length: int) -> Float[Array, " B"]:

@@ -18,7 +18,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxspark.drafters.base import Draw, Proposal, anchors, pairs_before
+from jaxspark.drafters.base import (
+    DraftContext,
+    DraftSampler,
+    Proposal,
+    pairs_before,
+)
+from jaxspark.drafters.sequential import draft_block
+from jaxspark.models.base import TargetModel
 from jaxspark.models.batch import FlatTokens
 from jaxspark.models.deepseek_v4 import (
     DeepSeekV4Config,
@@ -165,16 +172,15 @@ class MTPDrafter(nnx.Module):
 
     def propose(
         self,
-        target,
+        target: TargetModel,
         cache: MTPCache,
-        tokens_BS: Int[Array, "B S"],
-        lengths_B: Int[Array, " B"],
-        draw: Draw,
+        context: DraftContext,
+        sampler: DraftSampler,
         block_length: int,
     ) -> tuple[Proposal, MTPCache]:
         """Drafts token by token; each step writes its pair and reads those before."""
-        anchors_B, positions_B = anchors(tokens_BS, lengths_B)
-        B, zero = len(anchors_B), jnp.int32(0)
+        positions_B = context.positions_B
+        B, zero = len(positions_B), jnp.int32(0)
         M, D = self.config.hc_mult, self.config.hidden_size
         newest_BX = cache.streams.before(zero, positions_B, 1)[:, 0]
         # A slot that holds its anchor alone has no streams yet.
@@ -182,8 +188,8 @@ class MTPDrafter(nnx.Module):
         first_B = jnp.maximum(positions_B - 1, 0)
         stage = member(self.stages, zero)
 
-        def step(carry, j):
-            streams_MDB, previous_B, pairs = carry
+        def step(carry, previous_B, j, _):
+            streams_MDB, pairs = carry
             tokens = FlatTokens.from_rows(
                 previous_B[:, None], first_B + j, jnp.ones((B,), jnp.int32)
             )
@@ -191,19 +197,10 @@ class MTPDrafter(nnx.Module):
             x_MDB = self.pair(embedded_DB, streams_MDB)
             x_MDB, pairs = stage(x_MDB, pairs, zero, Pass.of(self.config, tokens))
             normed_DB = self.norm(self.hc_head(x_MDB))
-            logits_BV = row_product(target.head_VD, normed_DB)
-            token_B, *drawn = draw(logits_BV, j, None)
-            return (x_MDB, token_B, pairs), (token_B, *drawn)
+            return (x_MDB, pairs), row_product(target.head_VD, normed_DB), None
 
-        start = (newest_BX.T.reshape(M, D, B), anchors_B, cache.pairs)
-        carry, outputs = jax.lax.scan(step, start, jnp.arange(block_length))
-        tokens_BG, log_q_BGV, sharpness_BG = (
-            jnp.moveaxis(each, 0, 1) for each in outputs
+        start = (newest_BX.T.reshape(M, D, B), cache.pairs)
+        proposal, (_, pairs) = draft_block(
+            step, start, (), context, sampler, block_length
         )
-        return Proposal(
-            tokens_BG=tokens_BG,
-            lengths_B=jnp.full_like(lengths_B, block_length),
-            confidence_BG=jnp.zeros(tokens_BG.shape, jnp.float32),
-            log_q_BGW=log_q_BGV,
-            sharpness_BG=sharpness_BG,
-        ), MTPCache(carry[2], cache.streams)
+        return proposal, MTPCache(pairs, cache.streams)

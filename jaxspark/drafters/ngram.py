@@ -56,9 +56,11 @@ class NgramDrafter:
         """The slot's tokens are all the context it needs."""
         return cache
 
-    def propose(self, target, cache, tokens_BS, lengths_B, draw, block_length):
+    def propose(self, target, cache, context, sampler, block_length):
         """The continuation of the best match; proposes nothing where none is found."""
-        tokens_BG, match_B = self.find(tokens_BS, lengths_B, block_length)
+        tokens_BG, match_B = self.find(
+            context.tokens_BS, context.lengths_B, block_length
+        )
         return Proposal(
             tokens_BG=tokens_BG,
             lengths_B=jnp.where(match_B >= self.shortest, block_length, 0),

@@ -28,6 +28,6 @@ class PlainDrafter:
         """Nothing to remember."""
         return cache
 
-    def propose(self, target, cache, tokens_BS, lengths_B, draw, block_length):
+    def propose(self, target, cache, context, sampler, block_length):
         """An empty block."""
-        return Proposal.empty(lengths_B.shape[0]), cache
+        return Proposal.empty(len(context.lengths_B)), cache

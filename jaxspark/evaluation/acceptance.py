@@ -10,16 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from jaxspark.decoding import (
-    Calibration,
-    Completion,
-    Request,
-    generate_stream,
-)
+from jaxspark.decoding import Calibration, DecodeOptions
 from jaxspark.decoding.couplings import Coupling
 from jaxspark.decoding.schedule import Fixed, Scheduler, Threshold
-from jaxspark.decoding.stream import capacity_for
 from jaxspark.drafters import Drafter
+from jaxspark.generation import Completion, Request, SamplingParams, generate_stream
+from jaxspark.generation.generate import capacity_for
+from jaxspark.target import Target
 from jaxspark.text.looping import is_looping
 
 
@@ -112,14 +109,17 @@ def measure_acceptance(
     prompts = [prompt for each in domains.values() for prompt in each]
     requests = [
         Request(
-            prompt=prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed + index,
+            prompt,
+            SamplingParams(
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=(seed + index) % 2**32,
+            ),
         )
         for index, prompt in enumerate(prompts)
     ]
     block = drafter.block_length if block_length is None else block_length
+    stop_ids = Target.of(target).stop_ids
     found: dict[str, list[Completion]] = {name: [] for name in domains}
     for index, completion in generate_stream(
         target,
@@ -127,13 +127,18 @@ def measure_acceptance(
         drafter,
         slots=slots,
         capacity=capacity_for(prompts, max_new_tokens, block),
-        block_length=block,
-        coupling=coupling,
-        schedule=schedule,
-        calibration=calibration,
-        # What a threshold admits does not depend on buckets; one compiles fastest.
-        buckets=(slots * (block + 1),) if isinstance(schedule, Threshold) else None,
+        options=DecodeOptions(
+            block_length=block,
+            coupling=coupling,
+            schedule=schedule,
+            calibration=calibration,
+            # What a threshold admits does not depend on buckets; one compiles fastest.
+            buckets=(slots * (block + 1),) if isinstance(schedule, Threshold) else None,
+        ),
+        max_stop_ids=max(1, len(stop_ids)),
     ):
+        if completion.error is not None:
+            raise ValueError(completion.error)
         found[names[index]].append(completion)
     return {name: Acceptance.of(each) for name, each in found.items()}
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxspark.decoding import Causal, CostCurve, Costs, Free, Lagged, Sampling
 from jaxspark.decoding.couplings import COUPLINGS
-from jaxspark.drafters import Proposal
+from jaxspark.drafters import DraftDistribution, Proposal
 from jaxspark.exactness.enumeration import EnumeratedRound, target_distribution
 from jaxspark.exactness.rejection import Check
 from jaxspark.settings import standard_settings
@@ -62,7 +62,7 @@ class TableDrafter:
         """Nothing to remember."""
         return ()
 
-    def propose(self, target, cache, tokens_BS, lengths_B, draw, block_length):
+    def propose(self, target, cache, context, sampler, block_length):
         """Drafts of one slot, one by one."""
         drafts, log_q, sharpness, chances = [], [], [], []
         for j in range(block_length):
@@ -70,18 +70,18 @@ class TableDrafter:
             for before in itertools.product(range(len(self.q)), repeat=j):
                 table = table.at[before].set(self.confidence[before])
             chances.append(table[tuple(d[0] for d in drafts)])
-            x_B, log_q_BW, sharp_B = draw(jnp.log(jnp.array(self.q))[None], j, None)
-            drafts.append(x_B)
-            log_q.append(log_q_BW)
-            told_B = jnp.where(x_B == 0, 3.0, -3.0)
-            sharpness.append(told_B if self.telling else sharp_B)
+            drawn = sampler(jnp.log(jnp.array(self.q))[None], j, None)
+            drafts.append(drawn.tokens_B)
+            log_q.append(drawn.log_q_BW)
+            told_B = jnp.where(drawn.tokens_B == 0, 3.0, -3.0)
+            sharpness.append(told_B if self.telling else drawn.sharpness_B)
         chances = jnp.array(chances)[None]
         return Proposal(
             tokens_BG=jnp.stack(drafts, 1),
             lengths_B=jnp.array([block_length]),
             confidence_BG=jnp.log(chances) - jnp.log1p(-chances),
-            log_q_BGW=jnp.stack(log_q, 1),
             sharpness_BG=jnp.stack(sharpness, 1),
+            q=DraftDistribution(jnp.stack(log_q, 1)),
         ), cache
 
 
@@ -116,7 +116,9 @@ def distribution(
     )
     table = {prefix: np.log(p) for prefix in prefixes}
     target = SimpleNamespace(
-        config=SimpleNamespace(vocab_size=len(p)), init_cache=lambda slots, length: ()
+        config=SimpleNamespace(vocab_size=len(p)),
+        max_rewind=None,
+        init_cache=lambda slots, length: (),
     )
     drafter = TableDrafter(q, confidence, length, telling)
     sampling = Sampling.of(1, temperature=1.0)

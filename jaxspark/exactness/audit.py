@@ -10,17 +10,18 @@ counts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspark.decoding import Completion, Request, Sampling, generate
-from jaxspark.decoding.generate import as_model
+from jaxspark.decoding import DecodeOptions, Sampling
 from jaxspark.decoding.sampling import position_noise, warp
+from jaxspark.drafters import Drafter
+from jaxspark.generation import Completion, Request, generate
 from jaxspark.models import FlatTokens
 from jaxspark.settings import standard_settings
+from jaxspark.target import Target
 
 NEAR_TIE = 1e-4
 
@@ -87,38 +88,31 @@ class AuditResult:
 
 
 def plain_outputs(target, requests: Sequence[Request], **options) -> list[list[int]]:
-    """Tokens of plain decoding, one request and one row at a time: the yardstick."""
+    """Tokens of plain decoding, one request and one row at a time: the yardstick.
+
+    `options` are those of `decode_requests`.
+    """
     return [
         decode_requests(target, [request], **options)[0].tokens for request in requests
     ]
 
 
 def decode_requests(
-    target, requests: Sequence[Request], drafter=None, **options
+    target,
+    requests: Sequence[Request],
+    drafter: Drafter | None = None,
+    *,
+    capacity: int | None = None,
+    **options,
 ) -> list[Completion]:
-    """Decodes requests together, one slot each; options are those of `generate`."""
+    """Decodes requests together, one slot each; `options` are `DecodeOptions`."""
     return generate(
         target,
-        column(requests, "prompt"),
+        requests,
         drafter,
-        max_new_tokens=column(requests, "max_new_tokens"),
-        **sampling_of(requests),
-        **options,
+        options=DecodeOptions(**options),
+        capacity=capacity,
     )
-
-
-def column(requests: Sequence[Request], name: str) -> list:
-    """One attribute of all requests."""
-    return [getattr(request, name) for request in requests]
-
-
-def sampling_of(requests: Sequence[Request]) -> dict[str, Any]:
-    """Their sampling parameters."""
-    names = ("temperature", "top_k", "top_p", "min_p", "seed")
-    columns = {name: column(requests, name) for name in names}
-    # Where one is missing nothing is drawn, or it does not matter what.
-    columns["seed"] = [seed or 0 for seed in columns["seed"]]
-    return columns
 
 
 def audit(
@@ -172,12 +166,20 @@ def margin(
     Greedy requests compare log-probabilities, sampled ones log-probabilities plus the
     position's Gumbel noise.
     """
-    model = as_model(target)
+    model, params = Target.of(target).model, request.params
     # Widths in steps, so that few programs are compiled.
     width = -(-len(prefix) // 128) * 128
     ids_1T = np.zeros((1, width), np.int32)
     ids_1T[0, : len(prefix)] = prefix
-    sampling = Sampling.of(1, **sampling_of([request]))
+    sampling = Sampling.of(
+        1,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        # Where none is given nothing is drawn.
+        seed=params.seed or 0,
+    )
     (first, second), (a, b) = jax.device_get(
         _two_best(model, jnp.asarray(ids_1T), jnp.int32(len(prefix)), sampling)
     )

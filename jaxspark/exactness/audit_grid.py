@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 
-from jaxspark.decoding import Fixed, Request
+from jaxspark.decoding import Fixed
 from jaxspark.drafters import Drafter
 from jaxspark.exactness.audit import AuditResult, audit, decode_requests
 from jaxspark.exactness.audit_schedules import scheduler, synthetic_costs
+from jaxspark.generation import Request
 
 # Temperatures of the slots that fill up a batch beside the audited ones.
 COMPANIONS = (1.0, 0.7)
@@ -140,7 +141,7 @@ def _fill(chunk, slots, requests) -> list[Request]:
     return [
         *chunk,
         *(
-            replace(
+            sampled(
                 requests[(7 * i + 3) % len(requests)],
                 temperature=COMPANIONS[i % len(COMPANIONS)],
                 seed=1000 + i,
@@ -153,6 +154,12 @@ def _fill(chunk, slots, requests) -> list[Request]:
 def sampled_requests(requests: Sequence[Request]) -> list[Request]:
     """The same prompts at temperature 1, with seeds of their own."""
     return [
-        replace(request, temperature=1.0, seed=100 + i)
+        sampled(request, temperature=1.0, seed=100 + i)
         for i, request in enumerate(requests)
     ]
+
+
+def sampled(request: Request, *, temperature: float, seed: int) -> Request:
+    """The same prompt, sampled."""
+    params = replace(request.params, temperature=temperature, seed=seed)
+    return replace(request, params=params)

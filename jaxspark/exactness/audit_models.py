@@ -8,8 +8,8 @@ from flax import nnx
 from jaxspark.checkpoints import Target, load_drafter
 from jaxspark.configs import drafters as draft_configs
 from jaxspark.configs import targets as target_configs
-from jaxspark.decoding import Request
 from jaxspark.drafters import DeepSeekV4DSpark, Drafter, DSparkDrafter, MTPDrafter
+from jaxspark.generation import Request, SamplingParams
 from jaxspark.models import DeepSeekV4
 
 
@@ -81,7 +81,9 @@ def audited_requests(
     """Greedy requests for the prompts of all domains, one of each in turn."""
     return [
         Request(
-            prompt=tuple(prompt), max_new_tokens=max_new_tokens, name=f"{domain}/{i}"
+            tuple(prompt),
+            SamplingParams(max_new_tokens=max_new_tokens),
+            name=f"{domain}/{i}",
         )
         for i in range(max(map(len, domains.values())))
         for domain, prompts in domains.items()

@@ -15,21 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxspark.decoding import (
-    Completion,
-    CostCurve,
-    Costs,
-    Request,
-    Scheduler,
-    generate_stream,
-    parse_schedule,
-)
+from jaxspark.decoding import CostCurve, Costs, DecodeOptions, Scheduler, parse_schedule
 from jaxspark.decoding.costs import within_ladder
 from jaxspark.decoding.couplings import COUPLINGS, Coupling
 from jaxspark.decoding.schedule import CostAware
 from jaxspark.drafters.hybrid import HybridDrafter
 from jaxspark.exactness.audit import AuditResult, audit, plain_outputs
 from jaxspark.exactness.tiny_models import DRAFTERS, Family, tiny_models
+from jaxspark.generation import Completion, Request, SamplingParams, generate_stream
 
 SLOTS, BLOCK_LENGTH, CAPACITY = 4, 4, 64
 VOCAB = 8
@@ -42,6 +35,8 @@ BUCKETS = {
     # Four anchors do not fit the first, all drafts no one.
     "narrow": (3, 7, 13),
 }
+# Drafters that meet every set of buckets; others meet them in turn.
+EVERY_BUCKET_SET = ("dspark-gated", "deepseek_v4_dspark")
 MIXES = ("alone", "batch", "stream")
 
 
@@ -79,16 +74,25 @@ class ScheduleResult:
 def grid_of_schedules(
     *, every: int = 1, family: Family = "dense"
 ) -> list[ScheduleCell]:
-    """All cells, or one in `every`; an odd prime spreads them over all choices."""
+    """All cells, or one in `every`.
+
+    Every drafter meets every schedule under every coupling. Sets of buckets take turns
+    over them, since packing a round does not depend on what drafted it.
+    """
+    choices = [
+        (schedule, coupling)
+        for schedule in SCHEDULES
+        for coupling in COUPLINGS
+        if coupling in parse_schedule(schedule).couplings
+    ]
     return [
         ScheduleCell(
             drafter=drafter, schedule=schedule, coupling=coupling, buckets=buckets
         )
-        for drafter in DRAFTERS[family]
-        for schedule in SCHEDULES
-        for coupling in COUPLINGS
-        if coupling in parse_schedule(schedule).couplings
-        for buckets in BUCKETS
+        for d, drafter in enumerate(DRAFTERS[family])
+        for c, (schedule, coupling) in enumerate(choices)
+        for b, buckets in enumerate(BUCKETS)
+        if drafter in EVERY_BUCKET_SET or b == (d + c) % len(BUCKETS)
     ][::every]
 
 
@@ -158,7 +162,7 @@ class ScheduleAudit:
             exact = [
                 i
                 for i, request in enumerate(requests)
-                if cell.coupling == "gumbel" or request.temperature == 0
+                if cell.coupling == "gumbel" or request.params.temperature == 0
             ]
             plain = self.plain[mix, cell.coupling]
             result.audit += audit(
@@ -185,12 +189,14 @@ class ScheduleAudit:
                 self.drafters[cell.drafter],
                 slots=SLOTS,
                 capacity=CAPACITY,
-                block_length=BLOCK_LENGTH,
-                coupling=cell.coupling,
-                schedule=schedule,
-                buckets=sizes if schedule.costs is None else None,
-                rounds_per_call=2,
-                newcomers=2,
+                options=DecodeOptions(
+                    block_length=BLOCK_LENGTH,
+                    coupling=cell.coupling,
+                    schedule=schedule,
+                    buckets=sizes if schedule.costs is None else None,
+                ),
+                together=2,
+                rounds_per_step=2,
             )
         )
         return [done[index] for index in range(len(requests))]
@@ -206,13 +212,13 @@ def _requests(mix: str, random: np.random.Generator) -> Iterator[Request]:
                 {"temperature": 1.0},
                 {"temperature": 0.7, "top_p": 0.8},
                 {"temperature": 1.3, "top_k": 4},
-                {"temperature": 1.0, "draft_floor": 1},
-                {"temperature": 1.0, "draft_cap": 2, "min_p": 0.1},
+                {"temperature": 1.0, "min_drafts": 1},
+                {"temperature": 1.0, "max_drafts": 2, "min_p": 0.1},
             ][i // 2 % 5]
-        yield Request(
-            prompt=tuple(random.integers(VOCAB, size=random.integers(1, 20)).tolist()),
+        prompt = random.integers(VOCAB, size=random.integers(1, 20)).tolist()
+        params = SamplingParams(
             max_new_tokens=int(random.integers(5, 25)) if mix == "stream" else 16,
             seed=100 + i,
-            name=f"{mix} {i}",
             **settings,
         )
+        yield Request(prompt, params, name=f"{mix} {i}")

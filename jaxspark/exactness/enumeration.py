@@ -11,29 +11,29 @@ G+1 tokens.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from jaxspark.decoding import DecodeOptions, init_state
 from jaxspark.decoding.confidence import Calibration
 from jaxspark.decoding.couplings import (
-    DraftSampler,
+    CoupledSampler,
     acceptance_probability,
     correction_weights,
-    log_q_of_drafts,
-    q_at,
 )
-from jaxspark.decoding.round import DecodeOptions, schedule_round
+from jaxspark.decoding.round import lagged_forecast, schedule_round
 from jaxspark.decoding.sampling import Sampling, warp
 from jaxspark.decoding.schedule import Fixed, Scheduler
-from jaxspark.decoding.state import DecodeState, init_state
-from jaxspark.drafters import Proposal
+from jaxspark.decoding.state import DecodeState
+from jaxspark.drafters import DraftContext, DraftDistribution, Drawn, Proposal
 from jaxspark.models import FlatTokens
+from jaxspark.parallel.axes import Axis
 from jaxspark.settings import standard_settings
 
 LogProbs = dict[tuple[int, ...], np.ndarray]
@@ -124,6 +124,7 @@ class EnumeratedRound:
             jax.tree.map(lambda x: jnp.repeat(x, len(prompts)), sampling),
             block_length=self.block_length,
         )
+        state = state.rewind(state.lengths_B)
         self.state = replace(state, target_cache=(), draft_cache=())
         slots = [
             list(draft_blocks(target, drafter, each, self.block_length, sampling))
@@ -163,8 +164,10 @@ class EnumeratedRound:
         if earlier_G is not None:
             remembered = replace(
                 state.schedule,
-                past_BnG=jnp.broadcast_to(earlier_G, state.schedule.past_BnG.shape),
-                seen_B=jnp.ones_like(state.schedule.seen_B),
+                history_BnG=jnp.broadcast_to(
+                    earlier_G, state.schedule.history_BnG.shape
+                ),
+                has_history_B=jnp.ones_like(state.schedule.has_history_B),
             )
             state = replace(state, schedule=remembered)
         options = DecodeOptions(
@@ -174,6 +177,23 @@ class EnumeratedRound:
         verified_N = np.asarray(_verified_of_first(state, self.proposals, options))
         outcomes_N = self.outcomes_NK[np.arange(len(verified_N)), verified_N]
         return np.tensordot(self.chance_N, outcomes_N, axes=1)
+
+
+@dataclass(frozen=True)
+class ForcedSampler:
+    """Draws the tokens it is told to; what it says of them is the decoder's."""
+
+    decoder: CoupledSampler
+    forced_G: Int[Array, " G"]
+    slot_axis: Axis = None
+
+    def __call__(self, logits_BW, j, ids_W) -> Drawn:
+        """The j-th of them."""
+        return Drawn(
+            tokens_B=self.forced_G[j][None],
+            log_q_BW=warp(logits_BW, self.decoder.sampling),
+            sharpness_B=self.decoder(logits_BW, j, ids_W).sharpness_B,
+        )
 
 
 def draft_blocks(
@@ -197,14 +217,10 @@ def draft_blocks(
 
     @jax.jit
     def propose(forced_G):
-        def draw(logits_BW, j, ids_W):
-            sampler = DraftSampler("rejection", sampling, state.lengths_B - 1, vocab)
-            *_, sharpness_B = sampler(logits_BW, j, ids_W)
-            return forced_G[j][None], warp(logits_BW, sampling), sharpness_B
-
-        return drafter.propose(
-            target, draft_cache, state.tokens_BS, state.lengths_B, draw, block_length
-        )[0]
+        context = DraftContext.of(state.tokens_BS, state.lengths_B)
+        decoder = CoupledSampler("rejection", sampling, context.positions_B, vocab)
+        sampler = ForcedSampler(decoder, forced_G)
+        return drafter.propose(target, draft_cache, context, sampler, block_length)[0]
 
     seen = set()
     for drafts in itertools.product(range(vocab), repeat=block_length):
@@ -218,23 +234,35 @@ def draft_blocks(
 
 def _seen(proposal: Proposal) -> Proposal:
     """What schedules look at."""
-    return replace(proposal, log_q_BGW=None, ids_W=None, certain_B=None)
+    return replace(proposal, q=DraftDistribution())
 
 
 @partial(jax.jit, static_argnames=("options",))
 def _verified_of_first(state: DecodeState, proposals: Proposal, options: DecodeOptions):
     """How many drafts of the first slot are verified: the round's own decision, [N]."""
-    return jax.vmap(lambda each: schedule_round(state, each, options)[0][0])(proposals)
+    lagged = lagged_forecast(state, options)
+
+    def verified(proposal):
+        verification, _ = schedule_round(state, proposal, lagged, options)
+        return verification.lengths_B[0]
+
+    return jax.vmap(verified)(proposals)
 
 
 def _draft_probability(proposal) -> float:
-    return float(np.exp(np.sum(np.asarray(log_q_of_drafts(proposal), np.float64))))
+    return float(np.exp(np.sum(_log_q(proposal))))
+
+
+def _log_q(proposal) -> np.ndarray:
+    return np.asarray(proposal.q.log_prob(proposal.tokens_BG), np.float64)
 
 
 def _outcomes(table, drafts, proposal, accept) -> np.ndarray:
     """Next tokens if the first 0..G of these drafts are verified, [G+1, V, ..., V]."""
     log_p_1G = jnp.array([[table[drafts[:j]][x] for j, x in enumerate(drafts)]])
-    accept_1G = np.asarray(accept(log_p_1G, log_q_of_drafts(proposal)), np.float64)
+    accept_1G = np.asarray(
+        accept(log_p_1G, proposal.q.log_prob(proposal.tokens_BG)), np.float64
+    )
     length, vocab = len(drafts), len(table[()])
     outcomes = np.zeros((length + 1, *(vocab,) * (length + 1)))
 
@@ -256,7 +284,8 @@ def _outcomes(table, drafts, proposal, accept) -> np.ndarray:
 def _correction(table, proposal, prefix, rejected, vocab):
     """Distribution of the token after the accepted prefix."""
     p_1V = jnp.exp(jnp.asarray(table[prefix])[None])
-    q_1V = q_at(proposal, jnp.array([len(prefix)]), vocab)
+    row_1 = jnp.array([len(prefix)])
+    q_1V = proposal.q.row(proposal.tokens_BG, row_1, vocab)
     weights_V = correction_weights(p_1V, q_1V, jnp.array([rejected]))[0]
     weights_V = np.asarray(weights_V, np.float64)
     return weights_V / weights_V.sum()

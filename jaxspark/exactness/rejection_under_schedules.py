@@ -29,8 +29,8 @@ from jaxspark.decoding import (
     prefill,
 )
 from jaxspark.decoding.schedule import CostAware
-from jaxspark.decoding.state import DecodeState
-from jaxspark.drafters import Proposal
+from jaxspark.decoding.state import DecodeState, Phase
+from jaxspark.drafters import DraftDistribution, Proposal
 from jaxspark.exactness.audit_schedules import SCHEDULES, scheduler, spread_confidences
 from jaxspark.exactness.enumeration import (
     EnumeratedRound,
@@ -68,13 +68,17 @@ def _neighbour(name: str, state: DecodeState) -> DecodeState:
     """Another second request: new, done, or with bounds of its own; or a new first."""
     schedule = state.schedule
     if name == "done":
-        return replace(state, done_B=jnp.array([False, True]))
+        return replace(state, phase_B=jnp.array([Phase.DECODING, Phase.FINISHED]))
     if name == "bounded":
         one_B = jnp.array([0, 1])
-        bounded = replace(schedule, floor_B=one_B, cap_B=jnp.array([BLOCK_LENGTH, 1]))
+        bounded = replace(
+            schedule,
+            min_drafts_B=one_B,
+            max_drafts_B=jnp.array([BLOCK_LENGTH, 1]),
+        )
         return replace(state, schedule=bounded)
-    seen_B = jnp.array([name != "first new", name == "first new"])
-    return replace(state, schedule=replace(schedule, seen_B=seen_B))
+    known_B = jnp.array([name != "first new", name == "first new"])
+    return replace(state, schedule=replace(schedule, has_history_B=known_B))
 
 
 NEIGHBOURS = ("new", "first new", "done", "bounded")
@@ -105,23 +109,23 @@ class LeakyDrafter:
         """Nothing to remember."""
         return cache
 
-    def propose(self, target, cache, tokens_BS, lengths_B, draw, block_length):
+    def propose(self, target, cache, context, sampler, block_length):
         """Drafts one by one; the next one's confidence tells which."""
-        slots = len(lengths_B)
+        slots = len(context.lengths_B)
         logits_BV = jnp.broadcast_to(self.log_q_V, (slots, len(self.log_q_V)))
         drafts, log_q, chances = [], [], [jnp.full((slots,), 0.8)]
         for j in range(block_length):
-            x_B, log_q_BV, _ = draw(logits_BV, jnp.int32(j), None)
-            drafts.append(x_B)
-            log_q.append(log_q_BV)
-            chances.append(jnp.where(x_B == 0, 0.95, 1e-3))
+            drawn = sampler(logits_BV, jnp.int32(j), None)
+            drafts.append(drawn.tokens_B)
+            log_q.append(drawn.log_q_BW)
+            chances.append(jnp.where(drawn.tokens_B == 0, 0.95, 1e-3))
         chance_BG = jnp.stack(chances[:block_length], 1)
         return Proposal(
             tokens_BG=jnp.stack(drafts, 1),
             lengths_B=jnp.full((slots,), block_length),
             confidence_BG=jnp.log(chance_BG) - jnp.log1p(-chance_BG),
             sharpness_BG=jnp.zeros_like(chance_BG),
-            log_q_BGW=jnp.stack(log_q, 1),
+            q=DraftDistribution(jnp.stack(log_q, 1)),
         ), cache
 
 

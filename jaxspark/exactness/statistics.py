@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import chdtrc
 
-from jaxspark.decoding.couplings import Coupling, q_at
-from jaxspark.decoding.round import DecodeOptions, decode, prefill
+from jaxspark.decoding import DecodeOptions, init_state, prefill
+from jaxspark.decoding.couplings import Coupling
+from jaxspark.decoding.round import decode
 from jaxspark.decoding.sampling import Sampling
-from jaxspark.decoding.state import init_state
 from jaxspark.exactness.enumeration import draft_blocks
 from jaxspark.settings import standard_settings
 
@@ -46,7 +46,7 @@ def sample_first_tokens(
     samples: int,
     temperature: float = 1.0,
     block_length: int = 2,
-    slots: int = 2000,
+    slots: int = 500,
     seed: int = 0,
 ) -> FirstTokens:
     """Decodes two tokens of `samples` requests with seeds of their own."""
@@ -83,8 +83,9 @@ def first_draft_distribution(
     """q of a block's first draft after a prompt, over the target's vocabulary, [V]."""
     blocks = draft_blocks(target, drafter, prompt, block_length, sampling)
     _, proposal = next(blocks)
-    vocab = target.config.vocab_size
-    return np.asarray(q_at(proposal, jnp.array([0]), vocab)[0], np.float64)
+    row_1, vocab = jnp.array([0]), target.config.vocab_size
+    q_1V = proposal.q.row(proposal.tokens_BG, row_1, vocab)
+    return np.asarray(q_1V[0], np.float64)
 
 
 def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import (
     Executor,
     Future,
@@ -14,16 +14,18 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     as_completed,
 )
+from functools import partial
+from typing import Any
 
 import jax
 from rich.progress import Progress
 
 # A worker compiles as the process that started it would.
-SETTINGS = (
-    "jax_disable_most_optimizations",
-    "jax_compilation_cache_dir",
-    "jax_persistent_cache_min_compile_time_secs",
-)
+SETTINGS: dict[str, Callable[[str], Any]] = {
+    "jax_disable_most_optimizations": jax.config.read,
+    "jax_compilation_cache_dir": partial(getattr, jax.config),
+    "jax_persistent_cache_min_compile_time_secs": partial(getattr, jax.config),
+}
 # Every worker process holds JAX and models of its own.
 MOST = 8
 
@@ -57,7 +59,7 @@ def collect(progress: Progress, futures: Sequence[Future], description: str) -> 
 
 
 def _processes() -> Executor:
-    settings = {name: jax.config.values[name] for name in SETTINGS}
+    settings = {name: read(name) for name, read in SETTINGS.items()}
     return ProcessPoolExecutor(
         min(os.cpu_count() or 1, MOST),
         # A forked process would share the locks of JAX's threads.

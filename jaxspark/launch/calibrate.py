@@ -26,7 +26,7 @@ from jaxspark.calibration.variants import VARIANTS, as_calibration, fit_variants
 from jaxspark.checkpoints.folders import sha256
 from jaxspark.checkpoints.load import drafter_folder
 from jaxspark.configuration import option
-from jaxspark.decoding.generate import check_block_length
+from jaxspark.decoding.options import check_block_length
 from jaxspark.evaluation.plots import plot_reliability
 from jaxspark.evaluation.prompts import CALIBRATION, PromptOptions, in_turn
 from jaxspark.figures import write_figures

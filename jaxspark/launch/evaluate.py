@@ -19,7 +19,7 @@ from jaxspark import load_drafter
 from jaxspark.benchmark.sequences import speeds
 from jaxspark.calibration.schedules import find_calibration
 from jaxspark.configuration import option
-from jaxspark.decoding.generate import check_block_length
+from jaxspark.decoding.options import check_block_length
 from jaxspark.evaluation.acceptance import measure_acceptance
 from jaxspark.evaluation.plots import plot_acceptance
 from jaxspark.evaluation.prompts import PromptOptions

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 import jax
 
-from jaxspark import generate, load_drafter
-from jaxspark.calibration.schedules import chosen_schedule
+from jaxspark import SamplingParams, generate, load_drafter
+from jaxspark.calibration.schedules import chosen_options
 from jaxspark.configuration import option
 from jaxspark.decoding import parse_schedule
-from jaxspark.decoding.generate import check_block_length, round_capacity
 from jaxspark.decoding.schedule import CostAware
 from jaxspark.launch import common, program
 from jaxspark.text import Tokenizer
@@ -87,34 +86,33 @@ def main(config: Config) -> None:
     drafter = load_drafter(config.draft, target)
     printer = Printer(tokenizer, target.stop_ids)
     ids = config.prompt_ids(tokenizer)
-    block_length = check_block_length(drafter, config.block_length)
-    schedule, calibration, capacity = chosen_schedule(
+    options, capacity = chosen_options(
         config.schedule,
         config.costs,
         target,
         drafter,
         draft=config.draft,
-        block_length=block_length,
-        capacity=round_capacity(len(ids) + config.max_new_tokens + block_length),
+        block_length=config.block_length,
+        tokens=len(ids) + config.max_new_tokens,
         coupling=config.coupling,
         temperature=config.temperature,
     )
-    [completion] = generate(
-        target,
-        [ids],
-        drafter,
+    params = SamplingParams(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
         min_p=config.min_p,
         seed=config.seed,
-        coupling=config.coupling,
-        block_length=block_length,
-        schedule=schedule,
-        calibration=calibration,
-        capacity=capacity,
         log_probs=config.log_probs,
+    )
+    [completion] = generate(
+        target,
+        [ids],
+        drafter,
+        params,
+        options=options,
+        capacity=capacity,
         on_tokens=printer,
     )
     print(printer.stream.flush())

@@ -57,7 +57,6 @@ def use_compilation_cache() -> None:
         home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
         folder = Path(home).expanduser() / "jaxspark" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Target language models on flat tokens with position-indexed caches."""
 
+from jaxspark.models.base import TargetModel
 from jaxspark.models.batch import FlatTokens
 from jaxspark.models.cache import LayerCache
 from jaxspark.models.deepseek_v4 import DeepSeekV4, DeepSeekV4Config
@@ -14,4 +15,5 @@ __all__ = [
     "FlatTokens",
     "LayerCache",
     "RopeConfig",
+    "TargetModel",
 ]

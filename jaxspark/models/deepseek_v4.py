@@ -237,7 +237,7 @@ class DeepSeekV4(nnx.Module):
 
     @property
     def max_rewind(self) -> int:
-        """Most drafts of a round: positions that a slot may be set back by."""
+        """Most positions that a slot may be set back by, and so most drafts."""
         return REWIND
 
     @property

@@ -116,6 +116,11 @@ class DenseDecoder(nnx.Module):
         return self.embed_tokens.weight.dtype
 
     @property
+    def max_rewind(self) -> None:
+        """Positions that a slot may be set back by: any number, rows stay."""
+        return None
+
+    @property
     def head_VD(self) -> Float[Array, "V D"]:
         """The LM head's matrix: the embedding table where they are tied."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head

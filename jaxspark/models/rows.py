@@ -127,10 +127,13 @@ class Rows:
         places_T = tokens.positions_T % self.length
         return self.put(layer, tokens.slots_T, places_T, new_TH, keep_T)
 
-    def with_slots(self, slots_N: Int[Array, " N"], fresh: "Rows") -> "Rows":
-        """With N slots taken from `fresh`; numbers past the last slot are skipped."""
-        rows_LBSH = self.rows_LBSH.at[:, slots_N].set(fresh.rows_LBSH, mode="drop")
-        return Rows(rows_LBSH)
+    def at_slots(self, slots_N: Int[Array, " N"]) -> "Rows":
+        """The rows of N slots; numbers past the last slot read the last."""
+        return Rows(self.rows_LBSH.at[:, slots_N].get(mode="clip"))
+
+    def with_slots(self, slots_N: Int[Array, " N"], rows: "Rows") -> "Rows":
+        """With the rows of N slots replaced; numbers past the last are skipped."""
+        return Rows(self.rows_LBSH.at[:, slots_N].set(rows.rows_LBSH, mode="drop"))
 
     def _table(self):
         """All rows on one axis: a scatter over it is done in place everywhere."""

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.calibration.rounds import Rounds, typical_blocks
-from jaxspark.decoding import Calibration, Costs, Outlook, Scheduler
+from jaxspark.decoding import Calibration, Costs, Forecast, Scheduler
 from jaxspark.decoding.schedule_state import ScheduleState
 
 
@@ -189,7 +189,7 @@ def simulate(
     random = np.random.default_rng(seed)
     slots, G = load.slots, trace.survival_NG.shape[1]
     lengths = schedule.draft_lengths(G)
-    curves = [costs.drafting(length) for length in lengths]
+    curves = [costs.curve_for(length) for length in lengths]
     for curve in curves:
         if curve.sizes[-1] < slots:
             raise ValueError(
@@ -197,9 +197,9 @@ def simulate(
             )
     place_B, end_B = np.zeros(slots, int), np.zeros(slots, int)
     left_B = np.zeros(slots, int)
-    memory = ScheduleState.start(slots, G)
-    usual_UG = typical_blocks(trace.survival_NG)
-    usual_BUG = jnp.asarray(np.broadcast_to(usual_UG, (slots, *usual_UG.shape)))
+    memory = ScheduleState.empty(slots, G)
+    prior_UG = typical_blocks(trace.survival_NG)
+    prior_BUG = jnp.asarray(np.broadcast_to(prior_UG, (slots, *prior_UG.shape)))
     waiting, clock, arrival = 0, 0.0, 0.0
     sums = dict.fromkeys(
         ("time", "tokens", "slots", "verified", "drafted", "busy"), 0.0
@@ -222,7 +222,7 @@ def simulate(
         end_B[free] = trace.begin_R[chosen] + trace.count_R[chosen]
         left_B[free] = random.geometric(1 / load.tokens, size=len(free))
         new_B = np.isin(np.arange(slots), free)
-        memory = replace(memory, seen_B=memory.seen_B & ~new_B)
+        memory = replace(memory, has_history_B=memory.has_history_B & ~new_B)
         live_B = left_B > 0
         if not live_B.any():
             # Nobody asks for a while, which passes all the same.
@@ -230,15 +230,15 @@ def simulate(
             clock = arrival
             continue
         # What is verified.
-        earlier = _earlier(schedule, memory, usual_BUG, live_B)
+        lagged = _lagged(schedule, memory, prior_BUG, live_B)
         pick = 0
         if len(lengths) > 1:
-            pick = int(_draft(schedule, earlier, memory.idle_BG))
+            pick = int(_draft(schedule, lagged, memory.rounds_since_BG))
         drafted, curve = lengths[pick], curves[pick]
         if drafted:
             survival_Bg = trace.survival_NG[place_B, :drafted]
             lengths_B, memory = _verify(
-                schedule, curve.sizes[-1], memory, earlier, survival_Bg
+                schedule, curve.sizes, memory, lagged, survival_Bg
             )
             lengths_B = np.asarray(lengths_B)
         else:
@@ -274,37 +274,39 @@ def simulate(
 
 
 @partial(jax.jit, static_argnames=("schedule",))
-def _earlier(
+def _lagged(
     schedule: Scheduler,
     memory: ScheduleState,
-    usual_BUG: Float[Array, "B U G"],
+    prior_BUG: Float[Array, "B U G"],
     live_B: Bool[Array, " B"],
-) -> Outlook:
+) -> Forecast:
     """What a compiled round would know before it drafts."""
-    return memory.outlook(memory.earlier(schedule, usual_BUG), live_B=live_B)
+    survival_nBG = memory.lagged_survival(schedule, prior_BUG)
+    return memory.forecast(survival_nBG, live_B=live_B)
 
 
 @partial(jax.jit, static_argnames=("schedule",))
 def _draft(
-    schedule: Scheduler, earlier: Outlook, idle_BG: Int[Array, "B G"]
+    schedule: Scheduler, lagged: Forecast, rounds_since_BG: Int[Array, "B G"]
 ) -> Int[Array, ""]:
     """Which number of drafts it would choose."""
-    return schedule.draft(earlier, idle_BG)
+    return schedule.draft(lagged, rounds_since_BG)
 
 
-@partial(jax.jit, static_argnames=("schedule", "largest"))
+@partial(jax.jit, static_argnames=("schedule", "sizes"))
 def _verify(
     schedule: Scheduler,
-    largest: int,
+    sizes: tuple[int, ...],
     memory: ScheduleState,
-    earlier: Outlook,
+    lagged: Forecast,
     survival_Bg: Float[Array, "B g"],
 ) -> tuple[Int[Array, " B"], ScheduleState]:
     """Verification lengths that it would choose, and what it would remember."""
-    now = replace(earlier, survival_BG=survival_Bg).first(survival_Bg.shape[1])
-    lengths_B = memory.lengths(schedule, now, earlier, largest)
-    return lengths_B, memory.after_drafts(
-        survival_Bg, earlier.survival_BG, earlier.live_B
+    drafted = survival_Bg.shape[1]
+    current = replace(lagged, survival_BG=survival_Bg).first(drafted)
+    chosen = schedule(current, memory.for_verification(lagged, drafted), sizes)
+    return chosen.lengths_B, memory.after_drafts(
+        survival_Bg, lagged.survival_BG, lagged.live_B
     )
 
 

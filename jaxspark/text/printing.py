@@ -3,6 +3,7 @@
 import time
 from collections.abc import Collection
 
+from jaxspark.text.stream import TextStream
 from jaxspark.text.tokenizer import Tokenizer
 
 
@@ -10,7 +11,7 @@ class Printer:
     """Prints text as it grows and remembers when."""
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: Collection[int]):
-        self.stream, self.stop_ids = tokenizer.stream(), stop_ids
+        self.stream, self.stop_ids = TextStream(tokenizer), stop_ids
         self.arrivals: list[tuple[float, int]] = []
 
     def __call__(self, slot: int, tokens: list[int]) -> None:

@@ -16,12 +16,10 @@ goes on behind them.
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from tokenizers.decoders import DecodeStream
 
-if TYPE_CHECKING:
-    from jaxspark.text.tokenizer import Tokenizer
+from jaxspark.text.tokenizer import Tokenizer
 
 
 class TextStream:
@@ -31,7 +29,7 @@ class TextStream:
     grow with the text; only a run of broken characters is decoded again and again.
     """
 
-    def __init__(self, tokenizer: "Tokenizer"):
+    def __init__(self, tokenizer: Tokenizer):
         core = tokenizer.core
         self._tokenizer = tokenizer
         self._skipped = {

@@ -3,9 +3,9 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.cached_attention.ref import cached_attention_xla
-from pallas_kernels.dispatch import resolve
+from pallas_kernels.dispatch import Implementation, call
 
-IMPLEMENTATIONS = {"xla": cached_attention_xla}
+IMPLEMENTATIONS = {"xla": Implementation(run=cached_attention_xla)}
 
 
 def cached_attention(
@@ -37,5 +37,10 @@ def cached_attention(
     Raises:
       ValueError: unknown implementation.
     """
-    attend = resolve("cached_attention", IMPLEMENTATIONS, implementation)
-    return attend(q_BKMH, k_BKSH, v_BKSH, limits_BM, scale)
+    return call(
+        "cached_attention",
+        IMPLEMENTATIONS,
+        implementation,
+        *(q_BKMH, k_BKSH, v_BKSH, limits_BM),
+        scale=scale,
+    )

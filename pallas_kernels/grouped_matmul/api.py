@@ -1,19 +1,21 @@
 """Products of rows, sorted by group, with their group's matrix."""
 
-from importlib.util import find_spec
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import resolve
+from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.grouped_matmul import mosaic_tpu
 from pallas_kernels.grouped_matmul.ref import grouped_matmul_xla
 from pallas_kernels.quantized import Quantized
 
 IMPLEMENTATIONS = {
-    "xla": grouped_matmul_xla,
-    "mosaic_tpu": mosaic_tpu.grouped_matmul_mosaic_tpu,
+    "xla": Implementation(run=grouped_matmul_xla),
+    "mosaic_tpu": Implementation(
+        run=mosaic_tpu.grouped_matmul_mosaic_tpu,
+        platforms=("tpu",),
+        supports=mosaic_tpu.supports,
+    ),
 }
 
 
@@ -39,22 +41,20 @@ def grouped_matmul(
       sizes_E: rows of each of E groups, from `first` on; their sum is at most A.
       first: the group of the first rows.
       implementation: "xla", or "mosaic_tpu", tokamax's kernel for plain matrices from
-        128 x 128 on; None takes that on TPUs where it can, else "xla".
+        128 x 128 on; None takes that in programs for TPUs where it can.
 
     Returns:
       One row of outputs per row, in the type of `x_AI`; 0 where no group is.
 
     Raises:
-      ValueError: unknown implementation, or widths that do not match.
+      ValueError: an implementation that is unknown or does not support the operands,
+        or widths that do not match.
     """
     if x_AI.shape[-1] != w_GOI.shape[-1]:
         raise ValueError(
             f"rows of width {x_AI.shape[-1]} do not fit matrices of {w_GOI.shape[1:]}"
         )
     x_AI, w_GOI, sizes_E = jax.tree.map(jnp.asarray, (x_AI, w_GOI, sizes_E))
-    if implementation is None and jax.default_backend() == "tpu":
-        if mosaic_tpu.supports(w_GOI) and find_spec("tokamax") is not None:
-            implementation = "mosaic_tpu"
-    multiply = resolve("grouped_matmul", IMPLEMENTATIONS, implementation)
+    operands = (x_AI, w_GOI, sizes_E, jnp.asarray(first, jnp.int32))
     with jax.named_scope("grouped_matmul"):
-        return multiply(x_AI, w_GOI, sizes_E, jnp.asarray(first, jnp.int32))
+        return call("grouped_matmul", IMPLEMENTATIONS, implementation, *operands)

@@ -4,12 +4,15 @@ XLA multiplies all groups with all rows there; the kernel visits the groups that
 rows. It wants tiles of 128 rows, so it pays from a few dozen rows on.
 """
 
+from importlib.util import find_spec
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul.ref import backward
 from pallas_kernels.precision import precision
+from pallas_kernels.quantized import Quantized
 
 _LEAST = 128
 _TILE = 1024
@@ -21,9 +24,27 @@ _OUTPUT_MAJOR = jax.lax.RaggedDotDimensionNumbers(
 )
 
 
-def supports(w_GOI) -> bool:
-    """Whether the kernel has a product with such matrices: plain, 128 wide and more."""
-    return isinstance(w_GOI, jax.Array) and min(w_GOI.shape[1:]) >= _LEAST
+def supports(x_AI, w_GOI, sizes_E, first) -> str | None:
+    """Why the kernel cannot multiply these; None if it can."""
+    if find_spec("tokamax") is None:
+        return "is tokamax's, which is not installed: pip install 'jaxspark[tpu]'"
+    if not _knows_its_device():
+        return (
+            "chooses tiles for a kind of TPU; to compile for one that is not here, "
+            "trace inside jax.sharding.use_abstract_mesh with its abstract device"
+        )
+    if isinstance(w_GOI, Quantized):
+        return "multiplies plain matrices, not quantized ones"
+    if min(w_GOI.shape[1:]) < _LEAST:
+        return f"needs matrices of {_LEAST} x {_LEAST} or more, got {w_GOI.shape[1:]}"
+    return None
+
+
+def _knows_its_device() -> bool:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.platform == "tpu"
+    return jax.devices()[0].platform == "tpu"
 
 
 @jax.custom_vjp
@@ -34,17 +55,8 @@ def grouped_matmul_mosaic_tpu(
     first: Int[Array, ""],
 ) -> Float[Array, "A O"]:
     """See `api.grouped_matmul`; gradients are those of XLA's loop."""
-    try:
-        import tokamax
-    except ImportError as error:
-        raise ValueError(
-            "grouped_matmul's mosaic_tpu is tokamax's: pip install 'jaxspark[tpu]'"
-        ) from error
-    if not supports(w_GOI):
-        raise ValueError(
-            f"mosaic_tpu multiplies plain matrices of at least {_LEAST} x {_LEAST}, "
-            f"got {type(w_GOI).__name__} {w_GOI.shape}"
-        )
+    import tokamax  # Optional, and slow to import.
+
     rows = x_AI.shape[0]
     tile = min(_TILE, max(_LEAST, 1 << (rows - 1).bit_length()))
     padded_AI = jnp.pad(x_AI, ((0, -rows % tile), (0, 0)))

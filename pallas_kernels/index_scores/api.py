@@ -2,10 +2,10 @@
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.dispatch import resolve
+from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.index_scores.ref import index_scores_xla
 
-IMPLEMENTATIONS = {"xla": index_scores_xla}
+IMPLEMENTATIONS = {"xla": Implementation(run=index_scores_xla)}
 
 
 def index_scores(
@@ -26,5 +26,5 @@ def index_scores(
     Raises:
       ValueError: unknown implementation.
     """
-    score = resolve("index_scores", IMPLEMENTATIONS, implementation)
-    return score(q_BQNH, k_BCH, weights_BQN)
+    operands = (q_BQNH, k_BCH, weights_BQN)
+    return call("index_scores", IMPLEMENTATIONS, implementation, *operands)

@@ -2,10 +2,10 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import resolve
+from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.sparse_attention.ref import sparse_attention_xla
 
-IMPLEMENTATIONS = {"xla": sparse_attention_xla}
+IMPLEMENTATIONS = {"xla": Implementation(run=sparse_attention_xla)}
 
 
 def sparse_attention(
@@ -50,16 +50,12 @@ def sparse_attention(
     """
     if entries_LBCH is not None and (limits_BQ is None) == (chosen_BQX is None):
         raise ValueError("compressed entries need either limits_BQ or chosen_BQX")
-    attend = resolve("sparse_attention", IMPLEMENTATIONS, implementation)
-    return attend(
-        q_BQNH,
-        recent_BRH,
-        spans_BQ2,
-        sinks_N,
-        entries_LBCH,
-        layer,
-        limits_BQ,
-        chosen_BQX,
-        window,
-        scale,
+    return call(
+        "sparse_attention",
+        IMPLEMENTATIONS,
+        implementation,
+        *(q_BQNH, recent_BRH, spans_BQ2, sinks_N),
+        *(entries_LBCH, layer, limits_BQ, chosen_BQX),
+        window=window,
+        scale=scale,
     )

@@ -28,9 +28,9 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
-from jaxspark.decoding.round import DecodeOptions, decode
+from jaxspark.decoding import DecodeOptions, init_state
+from jaxspark.decoding.round import decode
 from jaxspark.decoding.sampling import Sampling
-from jaxspark.decoding.state import init_state
 from jaxspark.drafters import (
     DSparkConfig,
     DSparkDrafter,

@@ -20,16 +20,13 @@ LOOPS = {
     "cpu": [
         {"drafter": "ngram", "dtype": "float32", "layers": 30},
         {"drafter": "dspark pruned", "dtype": "bfloat16", "coupling": "gumbel"},
-        {"drafter": "hybrid", "dtype": "float32"},
         {"drafter": "eagle3", "dtype": "float32"},
         {"drafter": "hybrid", "dtype": "float32", "schedule": "lagged"},
     ],
     "tpu": [
-        {"drafter": "ngram", "dtype": "float32"},
-        {"drafter": "dspark", "dtype": "bfloat16", "coupling": "gumbel"},
-        {"drafter": "hybrid", "dtype": "bfloat16"},
-        {"drafter": "eagle3", "dtype": "float32"},
         {"drafter": "dspark", "dtype": "bfloat16", "schedule": "lagged"},
+        {"drafter": "hybrid", "dtype": "bfloat16", "coupling": "gumbel"},
+        {"drafter": "eagle3", "dtype": "float32"},
     ],
     "h100": [
         {"drafter": "ngram", "dtype": "float32", "coupling": "gumbel"},

@@ -30,13 +30,12 @@ from jaxspark.checkpoints.safetensors_files import EIGHT_BITS, open_safetensors
 from jaxspark.checkpoints.tree import named_parameters
 from jaxspark.configs.drafters import deepseek_v4_dspark
 from jaxspark.configs.targets import deepseek_v4_tiny
-from jaxspark.decoding import Request
 from jaxspark.drafters import DeepSeekV4DSpark, MTPDrafter
 from jaxspark.exactness.audit import audit, decode_requests, plain_outputs
 from jaxspark.models import DeepSeekV4
 from jaxspark.quantization import blocks
 from pallas_kernels.quantized import Quantized, dense
-from tests.driver import Session
+from tests.driver import Session, ask
 
 VOCAB = 61
 
@@ -44,7 +43,8 @@ VOCAB = 61
 @pytest.fixture(scope="module")
 def model():
     """A tiny target with a bias and sinks that are not zero."""
-    model = DeepSeekV4(deepseek_v4_tiny(VOCAB), rngs=nnx.Rngs(0))
+    config = replace(deepseek_v4_tiny(VOCAB), hc_sinkhorn_iters=3)
+    model = DeepSeekV4(config, rngs=nnx.Rngs(0))
     graph, state = nnx.split(model)
     random = np.random.default_rng(0)
     state = jax.tree.map(
@@ -176,7 +176,7 @@ def test_quantized_speculation_gives_the_tokens_of_quantized_decoding(quantized)
     target = load_target(str(quantized), keep_quantized=True)
     stages = load_drafter(str(quantized), target)
     assert isinstance(named_parameters(stages)["main_proj.weight"], Quantized)
-    requests = [Request(prompt=(3, 1, 4, 1, 5), max_new_tokens=24, temperature=0.0)]
+    requests = [ask((3, 1, 4, 1, 5), max_new_tokens=24)]
     expected = plain_outputs(target.model, requests, capacity=64)
     seen = decode_requests(target.model, requests, stages, capacity=64)
     result = audit(target.model, requests, expected, seen)

@@ -78,10 +78,9 @@ def theirs(classes, config: dict) -> RopeConfig | None:
         return None
 
 
-def test_settings_mean_what_transformers_takes_them_for():
+def test_settings_mean_what_transformers_takes_them_for(seed):
     transformers = pytest.importorskip("transformers")
     classes = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}
-    seed = int(np.random.default_rng().integers(2**31))
     draw, read = random.Random(seed), 0
     logging.disable(logging.WARNING)
     try:

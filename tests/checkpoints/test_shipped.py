@@ -5,11 +5,12 @@ import re
 import jax.numpy as jnp
 import pytest
 
-from jaxspark import generate, load_drafter
+from jaxspark import load_drafter
 from jaxspark.calibration.files import load_calibration
 from jaxspark.checkpoints import CheckpointError
 from jaxspark.checkpoints.load import SHIPPED_DRAFTERS
 from tests import zoo
+from tests.driver import complete
 
 FOLDER = SHIPPED_DRAFTERS["dspark"]
 QUESTIONS = (
@@ -37,9 +38,9 @@ def test_it_drafts_well_and_changes_nothing(smollm2, name, least):
         smollm2.tokenizer.chat([{"role": "user", "content": text}])
         for text in QUESTIONS
     ]
-    plain = generate(smollm2, prompts, max_new_tokens=48)
+    plain = complete(smollm2, prompts, max_new_tokens=48)
     drafter = load_drafter(name, smollm2)
-    seen = generate(smollm2, prompts, drafter, max_new_tokens=48)
+    seen = complete(smollm2, prompts, drafter, max_new_tokens=48)
     assert [each.tokens for each in seen] == [each.tokens for each in plain]
     tokens = sum(len(each.tokens) for each in seen)
     assert tokens / sum(each.rounds for each in seen) > least
@@ -55,7 +56,7 @@ def test_it_is_calibrated_for_greedy_and_sampled_requests(name, coupling):
 
 def test_it_says_what_is_usual():
     calibration = load_calibration("dspark", "rejection")
-    usual_BUG = calibration.usual_survival(7, jnp.ones(1))
+    usual_BUG = calibration.prior_survival(7, jnp.ones(1))
     assert jnp.all((usual_BUG >= 0) & (usual_BUG <= 1))
     # Blocks that differ: the best sixteenth survives nearly twice as often as the mean.
     first_U = usual_BUG[0, :, 0]

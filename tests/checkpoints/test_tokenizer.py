@@ -8,6 +8,7 @@ from jaxspark.checkpoints import CheckpointError
 from jaxspark.checkpoints.gguf_header import GGUFFile
 from jaxspark.checkpoints.gguf_tokenizer import tokenizer_from_gguf
 from jaxspark.checkpoints.tokenizer import load_tokenizer, save_tokenizer
+from jaxspark.text import TextStream
 from tests.checkpoints import tiny
 
 TEXTS = [
@@ -73,7 +74,7 @@ def test_the_chat_prompt_is_chatml(smollm2):
 @pytest.mark.parametrize("step", [1, 2, 3, 7])
 def test_streamed_pieces_join_to_the_text(smollm2, text, step):
     for tokenizer in (smollm2.tokenizer, tiny.tokenizer()):
-        ids, stream = tokenizer.encode(text), tokenizer.stream()
+        ids, stream = tokenizer.encode(text), TextStream(tokenizer)
         pieces = [stream.push(ids[i : i + step]) for i in range(0, len(ids), step)]
         assert "".join(pieces) + stream.flush() == text
 

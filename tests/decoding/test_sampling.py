@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy
 
-from jaxspark.decoding.couplings import DraftSampler
+from jaxspark.decoding.couplings import CoupledSampler
 from jaxspark.decoding.sampling import Sampling, position_noise, warp
 
 
@@ -122,8 +122,9 @@ LOGITS_BW = np.random.default_rng(8).normal(0, 2, (3, 50)).astype(np.float32)
 
 def drafted(coupling, seed=0, **settings):
     sampling = Sampling.of(3, seed=seed + np.arange(3), **settings)
-    sampler = DraftSampler(coupling, sampling, jnp.arange(3) + 7, 50)
-    return [np.asarray(each) for each in sampler(jnp.asarray(LOGITS_BW), 2, None)]
+    sampler = CoupledSampler(coupling, sampling, jnp.arange(3) + 7, 50)
+    drawn = sampler(jnp.asarray(LOGITS_BW), 2, None)
+    return [np.asarray(each) for each in jax.tree.leaves(drawn)]
 
 
 def test_under_rejection_sharpness_is_minus_the_entropy_whatever_is_drawn():

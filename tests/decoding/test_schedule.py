@@ -14,9 +14,9 @@ from jaxspark.decoding import (
     Costs,
     DecodeOptions,
     Fixed,
+    Forecast,
     Free,
     Lagged,
-    Outlook,
     Threshold,
 )
 from jaxspark.decoding.costs import bucket_ladder
@@ -32,40 +32,60 @@ def costs(*seconds, sizes=None, draft=0.0, length=2):
 
 
 def choose(scheduler, survival, earlier=None, **options):
-    now = Outlook.of(jnp.array(survival, jnp.float32), **options)
+    now = Forecast.of(jnp.array(survival, jnp.float32), **options)
     earlier = survival if earlier is None else earlier
-    before = Outlook.of(jnp.array(earlier, jnp.float32), **options)
-    return np.asarray(scheduler(now, before)).tolist()
+    before = Forecast.of(jnp.array(earlier, jnp.float32), **options)
+    slots, length = now.survival_BG.shape
+    sizes = (slots * (length + 1),)
+    if scheduler.costs is not None:
+        sizes = scheduler.costs.curve_for(length).sizes
+    return np.asarray(scheduler(now, before, sizes).lengths_B).tolist()
 
 
 # What they choose ------------------------------------------------------------------
 
 
 def test_admission_takes_the_likeliest_drafts_of_all_slots():
-    now = Outlook.of(jnp.array([[0.9, 0.5, 0.4], [0.8, 0.7, 0.1]]))
+    now = Forecast.of(jnp.array([[0.9, 0.5, 0.4], [0.8, 0.7, 0.1]]))
     lengths = [now.admit(count).tolist() for count in range(7)]
     assert lengths == [[0, 0], [1, 0], [1, 1], [1, 2], [2, 2], [3, 2], [3, 3]]
 
 
 def test_ties_go_to_the_earlier_draft():
-    now = Outlook.of(jnp.ones((3, 2)))
+    now = Forecast.of(jnp.ones((3, 2)))
     assert now.admit(3).tolist() == [1, 1, 1]
     assert now.admit(4).tolist() == [2, 1, 1]
 
 
 def test_floors_come_first_and_caps_hold():
-    now = Outlook.of(
+    now = Forecast.of(
         jnp.array([[0.1, 0.1], [0.9, 0.8], [0.9, 0.9]]),
-        floor_B=jnp.array([2, 0, 0]),
-        most_B=jnp.array([2, 2, 1]),
+        min_drafts_B=jnp.array([2, 0, 0]),
+        max_drafts_B=jnp.array([2, 2, 1]),
     )
     assert now.admit(2).tolist() == [2, 0, 0]
     assert now.admit(4).tolist() == [2, 1, 1]
     assert now.admit(6).tolist() == [2, 2, 1]
 
 
+def test_the_smallest_bucket_that_holds_what_is_verified_is_named():
+    forecast = Forecast.of(
+        jnp.array([[0.9, 0.8], [0.7, 0.1]]), min_drafts_B=jnp.array([0, 1])
+    )
+    sizes = (2, 3, 5)
+    # Asked for, decided on, bucket: bounds come first, then what the largest holds.
+    for asked, lengths, bucket in (([0, 0], [0, 1], 1), ([2, 2], [2, 1], 2)):
+        seen = forecast.verify(jnp.array(asked), sizes)
+        assert (seen.lengths_B.tolist(), int(seen.bucket)) == (lengths, bucket)
+    # A bucket too small for what must be verified gives way to one that is not.
+    seen = forecast.fill(jnp.int32(0), sizes)
+    assert (seen.lengths_B.tolist(), int(seen.bucket)) == ([0, 1], 1)
+    seen = forecast.fill(jnp.int32(2), sizes)
+    assert (seen.lengths_B.tolist(), int(seen.bucket)) == ([2, 1], 2)
+
+
 def test_a_finished_slot_gets_nothing():
-    now = Outlook.of(jnp.ones((2, 2)), live_B=jnp.array([True, False]))
+    now = Forecast.of(jnp.ones((2, 2)), live_B=jnp.array([True, False]))
     assert now.admit(4).tolist() == [2, 0] and int(now.anchors) == 1
 
 
@@ -101,7 +121,7 @@ def test_lagged_takes_the_number_from_before_and_the_drafts_from_now():
 def test_a_floor_forces_a_bucket_that_holds_it():
     table = costs(1.0, 9.0, 10.0, sizes=(1, 2, 3))
     for scheduler in (Causal(costs=table), Lagged(costs=table), Free(costs=table)):
-        assert choose(scheduler, [[0.1, 0.1]], floor_B=jnp.array([1])) == [1]
+        assert choose(scheduler, [[0.1, 0.1]], min_drafts_B=jnp.array([1])) == [1]
 
 
 @pytest.mark.parametrize("slots", [1, 3, 64])
@@ -114,7 +134,7 @@ def test_the_ladder_of_buckets_goes_from_no_drafts_to_all(slots):
 
 def test_nothing_is_drafted_while_that_pays_more():
     table = costs(1.0, 1.0, 1.0, draft=0.5)
-    good, bad = (Outlook.of(jnp.array([[a, a * a]])) for a in (0.9, 0.2))
+    good, bad = (Forecast.of(jnp.array([[a, a * a]])) for a in (0.9, 0.2))
     for scheduler in (Causal(costs=table), Lagged(costs=table), Free(costs=table)):
         # A block gains 1.24 tokens in 1.5 seconds, a plain round one each second: what
         # is lost, 0.26, is a fifth of a percent of 130 rounds.
@@ -138,13 +158,13 @@ LADDER = Costs(
     [((0.1, 0.0, 0.0), 0), ((0.6, 0.1, 0.0), 1), ((0.9, 0.8, 0.7), 3)],
 )
 def test_as_much_is_drafted_as_pays(kind, survival, length):
-    outlook = Outlook.of(jnp.array([survival, survival]))
+    outlook = Forecast.of(jnp.array([survival, survival]))
     pick = kind(costs=LADDER).draft(outlook, jnp.zeros((2, 3), int))
     assert LADDER.draft_lengths[int(pick)] == length
 
 
 def test_as_much_is_drafted_as_must_be_verified():
-    outlook = Outlook.of(jnp.full((2, 3), 0.1), floor_B=jnp.array([0, 2]))
+    outlook = Forecast.of(jnp.full((2, 3), 0.1), min_drafts_B=jnp.array([0, 2]))
     # Nothing at all keeps the floor too: it binds rounds that draft.
     assert Lagged(costs=LADDER).draft(outlook, jnp.zeros((2, 3), int)) == 0
     only_drafts = replace(LADDER, curves=LADDER.curves[1:])
@@ -153,7 +173,7 @@ def test_as_much_is_drafted_as_must_be_verified():
 
 def picks(survival, rounds):
     """What is drafted after 0, 1, 2, ... rounds in which one slot had no draft."""
-    outlook = Outlook.of(jnp.array([survival] * 2))
+    outlook = Forecast.of(jnp.array([survival] * 2))
     scheduler = Lagged(costs=LADDER, probe_share=0.005)
     return [
         int(scheduler.draft(outlook, jnp.array([[0] * 3, [n] * 3])))

@@ -49,14 +49,16 @@ def test_few_slots_remember_more_rounds():
 
 
 def test_rounds_leave_what_they_saw_to_the_slots_that_took_part():
-    state = ScheduleState.start(2, 3)
+    state = ScheduleState.empty(2, 3)
     live = jnp.array([True, False])
     survival = jnp.array([[0.5, 0.25], [0.9, 0.8]])
     earlier = jnp.broadcast_to(jnp.array([0.8, 0.4, 0.2]), (4, 2, 3))
     drafted = state.after_drafts(survival, earlier, live)
-    np.testing.assert_allclose(drafted.past_BnG[0, 0], [0.5, 0.25, 0.125], rtol=1e-6)
-    assert jnp.all(drafted.past_BnG[0, 1:] == -1) and jnp.all(drafted.past_BnG[1] == -1)
-    assert drafted.seen_B.tolist() == [True, False]
+    np.testing.assert_allclose(drafted.history_BnG[0, 0], [0.5, 0.25, 0.125], rtol=1e-6)
+    assert jnp.all(drafted.history_BnG[0, 1:] == -1) and jnp.all(
+        drafted.history_BnG[1] == -1
+    )
+    assert drafted.has_history_B.tolist() == [True, False]
     rested = drafted.after_none()
-    assert rested.idle_BG.tolist() == [[1, 1, 2]] * 2
-    np.testing.assert_array_equal(rested.past_BnG, drafted.past_BnG)
+    assert rested.rounds_since_BG.tolist() == [[1, 1, 2]] * 2
+    np.testing.assert_array_equal(rested.history_BnG, drafted.history_BnG)

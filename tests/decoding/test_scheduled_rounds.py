@@ -1,12 +1,11 @@
 """Schedules inside the compiled round: counted, bounded, skipped and taken up again."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxspark.calibration import with_measured_costs
 from jaxspark.calibration.profile import CostProfile, Setting, find_profile
 from jaxspark.decoding import (
     Calibration,
@@ -16,17 +15,16 @@ from jaxspark.decoding import (
     DecodeOptions,
     Fixed,
     Lagged,
-    Request,
     Sampling,
     Threshold,
     decode,
-    generate,
-    generate_stream,
     init_state,
     parse_schedule,
     prefill,
 )
+from jaxspark.generation import generate_stream
 from tests import zoo
+from tests.driver import ask, complete
 
 PROMPTS = zoo.prompts(3, 17, 8)
 PLAIN = {"max_new_tokens": 40, "temperature": 1.0, "coupling": "gumbel"}
@@ -40,11 +38,11 @@ def model():
 
 @pytest.fixture(scope="module")
 def plain(model):
-    return [each.tokens for each in generate(model, PROMPTS, **PLAIN)]
+    return [each.tokens for each in complete(model, PROMPTS, **PLAIN)]
 
 
 def run(model, plain, schedule, *, prompts=PROMPTS, **options):
-    seen = generate(
+    seen = complete(
         model,
         prompts,
         zoo.drafter("dspark-gated", model),
@@ -80,17 +78,18 @@ def test_the_usual_is_expected_before_there_is_history(model, plain):
 
 def test_requests_begin_with_the_memory_of_those_before_them(model):
     seconds = zoo.costs((1, 2, 5), (2.2, 2.3, 2.5), plain=1.0, length=4)
-    requests = [Request(prompt=tuple(p), max_new_tokens=12) for p in PROMPTS]
-    # Sampling otherwise, it has nothing to begin with.
-    requests.append(replace(requests[0], temperature=0.5))
+    requests = [ask(prompt, max_new_tokens=12) for prompt in PROMPTS]
+    # At another temperature, it has nothing to begin with.
+    requests.append(ask(PROMPTS[0], max_new_tokens=12, temperature=0.5))
     stream = generate_stream(
         model,
         requests,
         zoo.drafter("dspark-gated", model),
         slots=1,
         capacity=64,
-        block_length=4,
-        schedule=Lagged(costs=seconds, probe_share=1e-4),
+        options=DecodeOptions(
+            block_length=4, schedule=Lagged(costs=seconds, probe_share=1e-4)
+        ),
     )
     drafted = {index: each.drafted for index, each in stream}
     assert drafted == {0: 1, 1: 0, 2: 0, 3: 1}
@@ -138,37 +137,31 @@ def test_nothing_is_drafted_with_a_fixed_length_of_none(model, plain):
     assert all(each.drafted == 0 for each in run(model, plain, Fixed(0)))
 
 
-def test_each_request_keeps_its_floor_and_cap(model, plain):
-    bounds = {"draft_floor": [0, 2, 1], "draft_cap": [4, 4, 1]}
+def test_each_request_keeps_its_bounds_on_drafts(model, plain):
+    bounds = {"min_drafts": [0, 2, 1], "max_drafts": [4, 4, 1]}
     seen = run(model, plain, Threshold(1.0), buckets=(15,), **bounds)
     assert seen[0].verified == 0
     # The last rounds have less room.
     assert 2 * (seen[1].rounds - 3) <= seen[1].verified <= 2 * seen[1].rounds
     assert seen[2].rounds - 3 <= seen[2].verified <= seen[2].rounds
-    seen = run(model, plain, Fixed(), draft_cap=2)
+    seen = run(model, plain, Fixed(), max_drafts=2)
     assert all(each.verified <= 2 * each.rounds for each in seen)
 
 
-@pytest.mark.parametrize(("floor", "cap"), [(3, 2), (-1, None), (0, 9)])
-def test_impossible_bounds_are_refused(model, floor, cap):
-    with pytest.raises(ValueError, match="0 <= floor <= cap <= 4"):
-        run(model, [], Fixed(), draft_floor=floor, draft_cap=cap)
-
-
-def test_floors_need_room_in_a_round(model):
-    with pytest.raises(ValueError, match="floors sum up to 9 need rounds of 12 tokens"):
-        run(model, [], Fixed(1), draft_floor=3)
-    asks = [Request(prompt=(1,), max_new_tokens=4, draft_floor=n) for n in (0, 3)]
+def test_mandatory_drafts_need_room_in_a_round(model):
     drafter = zoo.drafter("dspark-gated", model)
-    options = dict(slots=2, capacity=64, block_length=4, schedule=Fixed(1))
-    with pytest.raises(ValueError, match="request 1: 2 requests whose draft floors"):
-        list(generate_stream(model, asks, drafter, **options))
-
-
-@pytest.mark.parametrize("floor", [[1, 2], 0.5, [None, 1, 1]], ids=str)
-def test_bounds_are_one_number_per_request(model, floor):
-    with pytest.raises(ValueError, match="draft_floor must be a whole number or 3"):
-        run(model, [], Fixed(), draft_floor=floor)
+    requests = [ask((1,), max_new_tokens=4, min_drafts=n) for n in (0, 3)]
+    for options, most in ((dict(schedule=Fixed(1)), 1), (dict(buckets=(6,)), 2)):
+        options = DecodeOptions(block_length=4, **options)
+        done = dict(
+            generate_stream(
+                model, requests, drafter, slots=2, capacity=64, options=options
+            )
+        )
+        assert (
+            f"min_drafts must be a whole number, in 0..{most}; got 3" in done[1].error
+        )
+        assert len(done[0].tokens) == 4
 
 
 def test_calibration_changes_what_is_verified(model, plain):
@@ -259,13 +252,17 @@ def test_malformed_calibrations_are_refused(changes, message):
         Calibration(**good | changes)
 
 
-def test_costs_are_measured_where_there_are_none(model, plain, capsys):
-    few = {"prompts": PROMPTS[:1], "block_length": 1}
-    run(model, plain[:1], Lagged(), **few)
+def test_costs_are_measured_where_they_are_missing(model, plain, capsys):
+    drafter = zoo.drafter("dspark-gated", model)
+    size = {"slots": 1, "capacity": 64}
+    options = DecodeOptions(block_length=1, schedule=Lagged())
+    measured = with_measured_costs(options, model, drafter, **size)
     assert "measuring what rounds of 1 cost" in capsys.readouterr().out
-    # Once is enough.
-    run(model, plain[:1], Causal(), **few)
-    assert "measuring" not in capsys.readouterr().out
+    assert measured.schedule.costs.draft_lengths == (0, 1)
+    assert with_measured_costs(measured, model, drafter, **size) is measured
+    few = {"prompts": PROMPTS[:1], "block_length": 1}
+    run(model, plain[:1], measured.schedule, **few)
+    assert not capsys.readouterr().out
 
 
 def test_a_round_without_costs_says_so():

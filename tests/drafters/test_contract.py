@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from jaxspark.configs import drafters as draft_configs
-from jaxspark.drafters import DSparkConfig
+from jaxspark.drafters import DraftContext, DSparkConfig
 from jaxspark.drafters.eagle3 import Eagle3Cache
 from jaxspark.models import FlatTokens
 from tests import zoo
+from tests.driver import Sampler, greedy_draw
 
 # Of every pass, so that tests share two programs for each drafter.
 SLOTS, ROWS, LENGTH = 3, 12, 48
@@ -33,15 +34,11 @@ def case(request):
 
     @jax.jit
     def propose(cache, tokens_BS, lengths_B):
-        def draw(logits_BW, j, ids_W):
-            place_B = jnp.argmax(logits_BW, -1).astype(jnp.int32)
-            token_B = place_B if ids_W is None else ids_W[place_B]
-            return token_B, logits_BW, logits_BW[:, 0]
-
+        context = DraftContext.of(tokens_BS, lengths_B)
         proposal, cache = drafter.propose(
-            model, cache, tokens_BS, lengths_B, draw, zoo.BLOCK
+            model, cache, context, Sampler(greedy_draw), zoo.BLOCK
         )
-        return proposal.tokens_BG, proposal.confidence_BG, proposal.log_q_BGW, cache
+        return proposal.tokens_BG, proposal.confidence_BG, proposal.q.log_q_BGW, cache
 
     return drafter, observe, propose
 

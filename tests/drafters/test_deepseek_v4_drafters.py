@@ -10,13 +10,13 @@ from flax import nnx
 
 from jaxspark.configs.drafters import deepseek_v4_dspark
 from jaxspark.configs.targets import deepseek_v4_tiny
-from jaxspark.drafters import DeepSeekV4DSpark, MTPDrafter
+from jaxspark.drafters import DeepSeekV4DSpark, DraftContext, MTPDrafter
 from jaxspark.drafters.heads import ConfidenceHead
 from jaxspark.models import DeepSeekV4, FlatTokens
 from jaxspark.models.deepseek_v4 import member
 from jaxspark.models.layers.rope import TrailingRotation
 from jaxspark.training.deepseek_v4 import forward
-from tests.driver import Session
+from tests.driver import Sampler, Session
 
 CONFIG = replace(deepseek_v4_tiny(61), hc_sinkhorn_iters=3)
 G, WINDOW, D = 5, CONFIG.sliding_window, CONFIG.hidden_size
@@ -118,7 +118,8 @@ def logits_of(drafter, model, cache, ids, length):
         return best_B, logits_BV, logits_BV[:, 0]
 
     tokens_BS = jnp.zeros((1, 64), jnp.int32).at[0, : len(ids)].set(jnp.asarray(ids))
-    drafter.propose(model, cache, tokens_BS, jnp.array([length]), draw, 1)
+    context = DraftContext.of(tokens_BS, jnp.array([length]))
+    drafter.propose(model, cache, context, Sampler(draw), 1)
     jax.effects_barrier()
     return seen[0][0]
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspark.decoding import generate
-from jaxspark.drafters import NgramDrafter, PlainDrafter, hybrid
+from jaxspark.drafters import DraftContext, NgramDrafter, PlainDrafter, hybrid
 from jaxspark.drafters.hybrid import History
 from tests import zoo
+from tests.driver import Sampler, complete, greedy_draw
 
 G = 4
 
@@ -23,13 +23,9 @@ def propose(drafter, model, rows, cache=None):
         tokens_BS[slot, : len(row)] = row
     cache = drafter.init_cache(len(rows), width) if cache is None else cache
 
-    def draw(logits_BW, j, ids_W):
-        place_B = jnp.argmax(logits_BW, -1).astype(jnp.int32)
-        token_B = place_B if ids_W is None else ids_W[place_B]
-        return token_B, jax.nn.log_softmax(logits_BW), logits_BW[:, 0]
-
     lengths_B = jnp.array([len(row) for row in rows])
-    return drafter.propose(model, cache, jnp.asarray(tokens_BS), lengths_B, draw, G)
+    context = DraftContext.of(jnp.asarray(tokens_BS), lengths_B)
+    return drafter.propose(model, cache, context, Sampler(greedy_draw), G)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +41,7 @@ def test_a_long_match_is_copied_and_a_new_text_is_not(pair):
         [20, 21, 22, 23, 24, 25, 26, 27, 28],
     )
     proposal, _ = propose(drafter, model, [repeated, fresh])
-    assert proposal.certain_B.tolist() == [True, False]
+    assert proposal.q.deterministic_B.tolist() == [True, False]
     assert proposal.tokens_BG[0].tolist() == [11, 7, 8, 9]
     alone, _ = propose(drafter.model, model, [repeated, fresh])
     assert proposal.tokens_BG[1].tolist() == alone.tokens_BG[1].tolist()
@@ -90,9 +86,9 @@ def test_a_source_that_fails_is_left(pair):
     model, drafter = pair
     row = [7, 8, 9, 10, 11, 7, 8, 9, 10]
     proposal, (context, history) = propose(drafter, model, [row])
-    assert proposal.certain_B.tolist() == [True]
+    assert proposal.q.deterministic_B.tolist() == [True]
     rounds = 0
-    while proposal.certain_B[0] and rounds < 50:
+    while proposal.q.deterministic_B[0] and rounds < 50:
         rounds += 1
         failed = History(
             tried_BM=history.tried_BM,
@@ -129,7 +125,7 @@ def test_it_beats_its_parts_on_a_text_that_repeats():
     prompts = zoo.prompts(5, 9, 7)
     lengths = {}
     for name in ("ngram", "dspark-gated", "hybrid"):
-        outputs = generate(
+        outputs = complete(
             model, prompts, zoo.drafter(name, model), max_new_tokens=60, block_length=G
         )
         lengths[name] = sum(each.rounds for each in outputs)

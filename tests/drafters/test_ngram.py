@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspark.drafters import NgramDrafter
+from jaxspark.drafters import DraftContext, NgramDrafter
 
 
 def propose(text, *, length=4, garbage=0, **options):
@@ -14,8 +14,7 @@ def propose(text, *, length=4, garbage=0, **options):
     proposal, _ = drafter.propose(
         None,
         (),
-        jnp.array([ids], jnp.int32),
-        jnp.array([len(text)]),
+        DraftContext.of(jnp.array([ids], jnp.int32), jnp.array([len(text)])),
         None,
         length,
     )

@@ -6,17 +6,22 @@ every drafter, block length, batch, bucket and schedule.
 
 import pytest
 
-from jaxspark.decoding import Fixed, Request
+from jaxspark.decoding import Fixed
 from jaxspark.exactness.audit import audit, decode_requests, plain_outputs
 from tests import zoo
+from tests.driver import ask
 
 LENGTHS = (1, 2, 17, 40, 5)
 TEMPERATURES = (0.0, 1.0, 0.7, 0.0, 1.3)
 OPTIONS = {"capacity": 128}
 # Drafters see embedding, head and taps of a target: on the second one two suffice.
-PAIRS = [("llama", name) for name in zoo.DRAFTERS]
-PAIRS += [("qwen3", "dspark-rnn"), ("qwen3", "eagle3-pruned")]
-every_drafter = pytest.mark.parametrize(("model", "name"), PAIRS, indirect=["model"])
+ON_QWEN3 = [("qwen3", "dspark-rnn"), ("qwen3", "eagle3-pruned")]
+
+
+def drafters(*names):
+    """Of the first target, beside those of the second."""
+    pairs = [("llama", name) for name in names] + ON_QWEN3
+    return pytest.mark.parametrize(("model", "name"), pairs, indirect=["model"])
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +31,8 @@ def model(request):
 
 def requests(temperatures, **filters):
     return [
-        Request(
-            prompt=tuple(prompt),
+        ask(
+            prompt,
             max_new_tokens=24,
             temperature=temperature,
             seed=i,
@@ -60,15 +65,17 @@ def assert_exact(model, asked, plain, seen):
     assert len(result.near_ties) <= 1
 
 
-@every_drafter
+@drafters("ngram", "dspark-pruned")
 def test_greedy_is_greedy_in_a_batch(model, greedy, name):
+    """Blocks of other lengths bring more drafters, see below."""
     asked, plain = greedy
     drafter = zoo.drafter(name, model)
     assert_exact(model, asked, plain, decode_requests(model, asked, drafter, **OPTIONS))
 
 
-@every_drafter
+@drafters(*zoo.DRAFTERS)
 def test_sampling_is_reproducible(model, sampled, name):
+    """Two of these requests are greedy."""
     asked, plain = sampled
     drafter = zoo.drafter(name, model)
     seen = decode_requests(model, asked, drafter, coupling="gumbel", **OPTIONS)

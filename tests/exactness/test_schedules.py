@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from jaxspark.decoding import Outlook
+from jaxspark.decoding import Forecast
 from jaxspark.exactness import rejection_under_schedules
 from jaxspark.exactness.appendix import LeakySchedule
 from jaxspark.exactness.audit_schedules import grid_of_schedules
@@ -38,7 +38,7 @@ def test_frequencies_of_the_compiled_round_are_right():
 def test_what_was_drafted_decides_how_much_is_drafted_next():
     lagged = rejection_under_schedules.schedules_for_rejection()["lagged"]
     for survival, length in (((0.8, 0.76), 2), ((0.8, 0.0008), 1), ((0.1, 0.0), 0)):
-        outlook = Outlook.of(jnp.array([survival] * 2))
+        outlook = Forecast.of(jnp.array([survival] * 2))
         pick = lagged.draft(outlook, jnp.zeros((2, 2), int))
         assert rejection_under_schedules.COSTS.draft_lengths[int(pick)] == length
 
@@ -48,7 +48,10 @@ def test_the_grid_has_every_choice_and_its_part_most():
         grid_of_schedules(),
         grid_of_schedules(every=QUICK),
     )
-    # Free is refused with rejection sampling.
-    assert len(whole) == 9 * (2 * 7 - 1) * 3 and len(set(whole)) == len(whole)
+    # Free is refused with rejection sampling; one drafter meets all sets of buckets.
+    assert len(whole) == (8 + 3) * (2 * 7 - 1) and len(set(whole)) == len(whole)
+    for name in ("drafter", "schedule", "coupling"):
+        met = {(getattr(cell, name), cell.buckets) for cell in whole}
+        assert len(met) == 3 * len({getattr(cell, name) for cell in whole}), name
     assert {cell.drafter for cell in part} == {cell.drafter for cell in whole}
     assert len({cell.schedule for cell in part}) >= 5

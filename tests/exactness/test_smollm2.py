@@ -3,8 +3,8 @@
 import pytest
 
 from jaxspark import load_drafter
-from jaxspark.decoding import Request
 from jaxspark.exactness.audit import audit, decode_requests, plain_outputs
+from tests.driver import ask
 
 QUESTIONS = (
     "What is 17 times 3? Show each step.",
@@ -13,22 +13,36 @@ QUESTIONS = (
 )
 
 
-@pytest.mark.parametrize("draft", ["ngram", "dspark", "hybrid:dspark"])
-@pytest.mark.parametrize(
-    ("coupling", "temperature"), [("rejection", 0.0), ("gumbel", 1.0)]
-)
-def test_not_one_token_changes(smollm2, coupling, temperature, draft):
+@pytest.fixture(scope="module")
+def asked(smollm2):
+    """Greedy and sampled requests, and what plain decoding says."""
     requests = [
-        Request(
-            prompt=tuple(smollm2.tokenizer.chat([{"role": "user", "content": text}])),
+        ask(
+            tuple(smollm2.tokenizer.chat([{"role": "user", "content": text}])),
             max_new_tokens=32,
             temperature=temperature,
             seed=i,
             name=text,
         )
+        for temperature in (0.0, 1.0)
         for i, text in enumerate(QUESTIONS)
     ]
-    plain = plain_outputs(smollm2, requests, coupling=coupling, capacity=128)
+    return requests, plain_outputs(smollm2, requests, coupling="gumbel", capacity=128)
+
+
+@pytest.mark.parametrize(
+    ("coupling", "draft"),
+    [
+        ("gumbel", "ngram"),
+        ("gumbel", "dspark"),
+        ("gumbel", "hybrid:dspark"),
+        ("rejection", "hybrid:dspark"),
+    ],
+)
+def test_not_one_token_changes(smollm2, asked, coupling, draft):
+    """All requests under the gumbel coupling, greedy ones under any."""
+    count = len(QUESTIONS) * (1 if coupling == "rejection" else 2)
+    requests, plain = (each[:count] for each in asked)
     drafter = load_drafter(draft, smollm2)
     seen = decode_requests(
         smollm2, requests, drafter, block_length=3, coupling=coupling, capacity=128

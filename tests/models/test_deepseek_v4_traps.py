@@ -18,8 +18,8 @@ from jaxspark.configs.targets import (
     deepseek_v4_tiny,
 )
 from jaxspark.decoding import Sampling, init_state
-from jaxspark.decoding.generate import check_block_length
-from jaxspark.drafters import DeepSeekV4DSpark, MTPDrafter, NgramDrafter
+from jaxspark.decoding.options import check_block_length
+from jaxspark.drafters import DeepSeekV4DSpark, DraftContext, MTPDrafter, NgramDrafter
 from jaxspark.models import DeepSeekV4, FlatTokens
 from jaxspark.models.layers.compression import Compressor
 from jaxspark.models.layers.experts import Experts, Router
@@ -28,7 +28,7 @@ from jaxspark.models.layers.indexer import Indexer
 from jaxspark.models.layers.mlp import GatedMLP
 from jaxspark.models.layers.rope import TrailingRotation
 from pallas_kernels import index_scores, sparse_attention
-from tests.driver import Session
+from tests.driver import Sampler, Session, greedy_draw
 from tests.parity.v4_cases import lengths, random_config
 from tests.parity.v4_weights import random_weights
 
@@ -118,7 +118,7 @@ def test_04_drafters_turn_by_the_rope_of_layers_without_entries(kind):
             drafter = MTPDrafter(config, rngs=nnx.Rngs(1))
         else:
             drafter = DeepSeekV4DSpark(deepseek_v4_dspark(config), rngs=nnx.Rngs(1))
-        return proposals(drafter, model).log_q_BGW
+        return proposals(drafter, model).q.log_q_BGW
 
     plain = seen(model.config)
     for name, matters in (("rope", True), ("compress_rope", False)):
@@ -337,13 +337,10 @@ def proposal(drafter, model, taps_mDT):
     tokens = FlatTokens.from_rows(ids_1Q, jnp.zeros(1, jnp.int32), count)
     cache = drafter.observe(drafter.init_cache(1, 64), taps_mDT, tokens)
 
-    def draw(logits_BV, j, ids_W):
-        best_B = jnp.argmax(logits_BV, -1).astype(jnp.int32)
-        return best_B, logits_BV, logits_BV[:, 0]
-
     answer_1S = jnp.arange(64, dtype=jnp.int32)[None] % VOCAB
     length = drafter.block_length
-    return drafter.propose(model, cache, answer_1S, count + 1, draw, length)[0]
+    context = DraftContext.of(answer_1S, count + 1)
+    return drafter.propose(model, cache, context, Sampler(greedy_draw), length)[0]
 
 
 @pytest.fixture(scope="module")
@@ -355,9 +352,9 @@ def drafting():
 def test_16_the_drafter_sees_every_context_row_of_its_window(drafting):
     """The last 16 rows, the newest included, and none before them."""
     drafter, model = drafting
-    plain = proposals(drafter, model).log_q_BGW
+    plain = proposals(drafter, model).q.log_q_BGW
     for row in range(20):
-        seen = proposals(drafter, model, change=row).log_q_BGW
+        seen = proposals(drafter, model, change=row).q.log_q_BGW
         assert (np.abs(seen - plain).max() > 1e-4) == (row >= 4), row
 
 
@@ -388,7 +385,7 @@ def test_16_confidence_looks_before_the_norm(drafting):
         drafter.norm.weight[...] /= 2.0
     # The first row's confidence knows neither the norm nor any draft.
     np.testing.assert_allclose(seen.confidence_BG[:, 0], plain.confidence_BG[:, 0])
-    assert np.abs(seen.log_q_BGW - plain.log_q_BGW).max() > 1e-3
+    assert np.abs(seen.q.log_q_BGW - plain.q.log_q_BGW).max() > 1e-3
 
 
 def test_16_a_drafter_has_three_stages(drafting):

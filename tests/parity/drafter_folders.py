@@ -14,8 +14,9 @@ from jaxspark.checkpoints import (
     load_target,
     save_draft_checkpoint,
 )
+from jaxspark.drafters import DraftContext
 from jaxspark.models import FlatTokens
-from tests.driver import Session
+from tests.driver import Sampler, Session
 from tests.parity import drafter_cases as cases
 from tests.parity.weights import random_weights
 
@@ -108,9 +109,13 @@ def drafted(
         cache = drafter.init_cache(slots, cases.SEQUENCE)
         cache = drafter.observe(cache, jnp.moveaxis(taps_TmD, 0, -1), tokens)
         proposal, _ = drafter.propose(
-            model, cache, jnp.asarray(ids_AS), jnp.asarray(anchors_A + 1), draw, G
+            model,
+            cache,
+            DraftContext.of(jnp.asarray(ids_AS), jnp.asarray(anchors_A + 1)),
+            Sampler(draw),
+            G,
         )
-        return proposal.log_q_BGW, proposal.confidence_BG
+        return proposal.q.log_q_BGW, proposal.confidence_BG
 
     logits_AGW, confidence_AG = run(taps_AmSD)
     return {"logits": np.asarray(logits_AGW), "confidence": np.asarray(confidence_AG)}

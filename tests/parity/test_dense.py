@@ -12,10 +12,6 @@ pytestmark = pytest.mark.oracle
 TOLERANCE = 2e-4
 
 
-def fresh_seed() -> int:
-    return int(np.random.default_rng().integers(2**31))
-
-
 def difference(ours, reference, name="logits"):
     """Largest absolute difference over all sequences."""
     return max(
@@ -24,8 +20,10 @@ def difference(ours, reference, name="logits"):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_random_models_equal_transformers(name, oracle, tmp_path, record_property):
-    config, seed = CASES[name], fresh_seed()
+def test_random_models_equal_transformers(
+    name, oracle, seed, tmp_path, record_property
+):
+    config = CASES[name]
     tokens = random_tokens(config, seed)
     request = {"config": config, "seed": seed, "tokens": tokens, "hidden": True}
     reference = oracle.ask(request | {"save": str(tmp_path)})
@@ -34,7 +32,8 @@ def test_random_models_equal_transformers(name, oracle, tmp_path, record_propert
 
     layers = config["num_hidden_layers"]
     taps = tuple(range(-1, layers - 1))
-    for chunk in (None, 1, 7, 64):
+    # How passes are cut is one question, what a configuration says another.
+    for chunk in (None, 1, 7, 64) if name in ("llama", "qwen3") else (7,):
         session = Session(model, len(tokens), 80, taps=taps)
         logits, tapped = session.feed(tokens, chunk=chunk)
         worst = difference(logits, reference)
@@ -48,9 +47,9 @@ def test_random_models_equal_transformers(name, oracle, tmp_path, record_propert
             assert worst <= TOLERANCE, (name, "taps", chunk, f"{seed=}")
 
 
-def test_slots_of_different_age_decode_together(oracle, tmp_path):
+def test_slots_of_different_age_decode_together(oracle, seed, tmp_path):
     """Prefill of one slot, decode of another and an idle slot share a pass."""
-    config, seed = CASES["qwen3"], fresh_seed()
+    config = CASES["qwen3"]
     tokens = random_tokens(config, seed, (40, 23, 31))
     request = {"config": config, "seed": seed, "tokens": tokens}
     reference = oracle.ask(request | {"save": str(tmp_path)})

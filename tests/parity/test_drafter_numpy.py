@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxspark.drafters import DSparkConfig, DSparkDrafter
+from jaxspark.drafters import DraftContext, DSparkConfig, DSparkDrafter
 from jaxspark.models import DenseConfig, DenseDecoder, FlatTokens, RopeConfig
+from tests.driver import Sampler
 from tests.parity.numpy_dspark import NumpyDSpark
 
 TOLERANCE = 2e-4
@@ -140,9 +141,8 @@ def propose(drafter, target, cache, anchors, length, chosen=None):
     tokens_BS = np.zeros((len(LENGTHS), 48), np.int32)
     lengths_B = np.asarray(LENGTHS, np.int32)
     tokens_BS[np.arange(len(LENGTHS)), lengths_B - 1] = anchors
-    return drafter.propose(
-        target, cache, jnp.asarray(tokens_BS), jnp.asarray(lengths_B), draw, length
-    )
+    context = DraftContext.of(jnp.asarray(tokens_BS), jnp.asarray(lengths_B))
+    return drafter.propose(target, cache, context, Sampler(draw), length)
 
 
 def close(ours, reference, what):
@@ -152,8 +152,7 @@ def close(ours, reference, what):
 
 @pytest.mark.parametrize("length", (3, BLOCK))
 @pytest.mark.parametrize("name", HEADS)
-def test_drafts_equal_numpy(name, length):
-    seed = int(np.random.default_rng().integers(2**31))
+def test_drafts_equal_numpy(name, length, seed):
     drafter, target, taps, anchors, reference = build(HEADS[name], seed)
     cache = observed(drafter, taps, chunk=5)
     positions_B = jnp.asarray(LENGTHS, jnp.int32) - 1
@@ -171,7 +170,7 @@ def test_drafts_equal_numpy(name, length):
             where = (name, f"{seed=}", f"slot {b}")
             close(hidden_DBG[:, b].T, hidden, ("hidden", *where))
             close(base_BGW[b], base, ("base logits", *where))
-            close(proposal.log_q_BGW[b], corrected, ("corrected logits", *where))
+            close(proposal.q.log_q_BGW[b], corrected, ("corrected logits", *where))
             close(proposal.confidence_BG[b], confidence, ("confidence", *where))
             best_two = np.sort(corrected, axis=-1)[:, -2:]
             if (np.diff(best_two) > 1e-3).all():
@@ -198,7 +197,7 @@ def test_drafting_leaves_no_trace_in_the_context():
     assert jax.tree.all(
         jax.tree.map(
             lambda a, b: jnp.allclose(a, b, atol=1e-5),
-            (first.log_q_BGW, first.confidence_BG),
-            (second.log_q_BGW, second.confidence_BG),
+            (first.q.log_q_BGW, first.confidence_BG),
+            (second.q.log_q_BGW, second.confidence_BG),
         )
     )

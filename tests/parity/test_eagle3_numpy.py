@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxspark.drafters import Eagle3Config, Eagle3Drafter
+from jaxspark.drafters import DraftContext, Eagle3Config, Eagle3Drafter
 from jaxspark.models import DenseDecoder, FlatTokens
+from tests.driver import Sampler
 from tests.parity.numpy_dspark import rms_norm, rope, sigmoid, softmax
 from tests.parity.test_drafter_numpy import (
     BACKBONE,
@@ -60,8 +61,7 @@ def draft(w, embedding, head, taps, ids, chosen):
 
 
 @pytest.mark.parametrize("pruned", [None, 17])
-def test_eagle3_drafts_equal_numpy(pruned):
-    random = np.random.default_rng()
+def test_eagle3_drafts_equal_numpy(pruned, random):
     config = Eagle3Config(
         backbone=BACKBONE.__class__(**{**vars(BACKBONE), "num_hidden_layers": 1}),
         ttt_length=BLOCK,
@@ -104,9 +104,8 @@ def test_eagle3_drafts_equal_numpy(pruned):
     proposal, _ = drafter.propose(
         target,
         cache,
-        jnp.asarray(ids_BS),
-        jnp.asarray(lengths_B),
-        draw,
+        DraftContext.of(jnp.asarray(ids_BS), jnp.asarray(lengths_B)),
+        Sampler(draw),
         BLOCK,
     )
     w = {key: value.astype("f8") for key, value in weights.items()}
@@ -119,4 +118,4 @@ def test_eagle3_drafts_equal_numpy(pruned):
             ids_BS[b, :length],
             chosen_BG[b],
         )
-        close(proposal.log_q_BGW[b], expected, f"slot {b}")
+        close(proposal.q.log_q_BGW[b], expected, f"slot {b}")

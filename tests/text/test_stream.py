@@ -3,13 +3,14 @@
 import pytest
 
 from jaxspark.checkpoints import Tokenizer
+from jaxspark.text import TextStream
 from tests.checkpoints import tiny
 from tests.text import folders
 
 
 def streamed(tokenizer, ids):
     """The piece that each id brings, and the rest."""
-    stream = tokenizer.stream()
+    stream = TextStream(tokenizer)
     return [stream.push([i]) for i in ids], stream.flush()
 
 
@@ -27,7 +28,7 @@ def test_a_character_that_never_ends_appears_at_the_flush():
 
 def test_a_stream_begins_anew_after_its_flush():
     tokenizer = Tokenizer(core=folders.byte_fallback())
-    stream = tokenizer.stream()
+    stream = TextStream(tokenizer)
     for _ in range(2):
         assert stream.push(tokenizer.encode("the")) + stream.flush() == "the"
     assert stream.push([]) == stream.flush() == ""
@@ -55,6 +56,6 @@ def test_a_skipped_token_keeps_the_space_behind_it():
 def test_the_work_per_token_does_not_grow_with_the_text(monkeypatch):
     """Until the end, no text is decoded but the stream's own short window."""
     tokenizer = tiny.tokenizer()
-    ids, stream = tokenizer.encode("héllo wörld " * 50), tokenizer.stream()
+    ids, stream = tokenizer.encode("héllo wörld " * 50), TextStream(tokenizer)
     monkeypatch.setattr(Tokenizer, "decode", None)
     assert "".join(stream.push([i]) for i in ids) == "héllo wörld " * 50

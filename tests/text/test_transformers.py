@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from jaxspark.checkpoints import CheckpointError
 from jaxspark.checkpoints.tokenizer import load_tokenizer, save_tokenizer
+from jaxspark.text import TextStream
 from jaxspark.text.transformers_library import quiet_transformers
 from tests.text import folders
 
@@ -110,7 +111,7 @@ def test_ids_texts_and_streams_are_those_of_transformers(pairs, text, noise, cut
         assert ours.decode(ids, skip_special=False) == theirs.decode(ids), name
         whole = theirs.decode(ids, skip_special_tokens=True)
         assert ours.decode(ids) == whole, name
-        stream, pieces, rest = ours.stream(), "", ids
+        stream, pieces, rest = TextStream(ours), "", ids
         for step in itertools.cycle(cuts):
             pieces += stream.push(rest[:step])
             rest = rest[step:]

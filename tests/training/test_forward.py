@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxspark.drafters import DraftContext
 from jaxspark.models import FlatTokens
 from jaxspark.training import forward, forward_dspark, forward_eagle3
 from jaxspark.training.blocks import Blocks, sample_blocks
@@ -15,6 +16,7 @@ from jaxspark.training.forward import DraftVocabulary
 from jaxspark.training.objective import Objective
 from jaxspark.training.trainer import FORWARDS, is_trained
 from tests import zoo
+from tests.driver import Sampler
 from tests.training import made
 
 G = 4
@@ -83,7 +85,11 @@ def test_training_drafts_what_decoding_drafts(kind, monkeypatch):
         return jnp.asarray(ids_L)[anchor + 1 + j][None], logits_BW, logits_BW[:, 0]
 
     proposal, _ = drafter.propose(
-        model, cache, jnp.asarray(ids_L[None]), jnp.array([anchor + 1]), draw, G
+        model,
+        cache,
+        DraftContext.of(jnp.asarray(ids_L[None]), jnp.array([anchor + 1])),
+        Sampler(draw),
+        G,
     )
     jax.effects_barrier()
     np.testing.assert_allclose(logits_GW, np.stack(logits), atol=2e-4)

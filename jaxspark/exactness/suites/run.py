@@ -6,12 +6,12 @@ import jax
 from rich.console import Console
 
 from jaxspark.checkpoints import Target
-from jaxspark.decoding import Request
 from jaxspark.exactness.suites.options import AuditOptions
 from jaxspark.exactness.suites.sampling import audit_sampling
 from jaxspark.exactness.suites.schedules import audit_schedules
 from jaxspark.exactness.suites.settings import audit_settings
 from jaxspark.exactness.suites.tokens import audit_tokens
+from jaxspark.generation import Request
 
 
 def run_suites(

@@ -27,7 +27,7 @@ from jaxspark.exactness.workers import collect, compile_workers
 from jaxspark.progress import CellProgress, bars
 
 # --suite=quick runs one cell in so many.
-QUICK = 37
+QUICK = 14
 # Compiled programs hold memory maps, of which a process may have but so many: cells
 # between two clearings, and those that this process has run.
 AT_ONCE: dict[Family, int] = {"dense": 40, "deepseek_v4": 15}

@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxspark.checkpoints import Target
-from jaxspark.decoding import Request, parse_schedule
+from jaxspark.decoding import parse_schedule
 from jaxspark.decoding.couplings import Coupling
-from jaxspark.decoding.generate import round_capacity
 from jaxspark.exactness.audit import AuditResult, plain_outputs
 from jaxspark.exactness.audit_grid import Cell, cells, run_cell, sampled_requests
 from jaxspark.exactness.audit_models import audited_drafter
 from jaxspark.exactness.suites.report import found, total
+from jaxspark.generation import Request
+from jaxspark.generation.generate import round_capacity
 from jaxspark.progress import CellProgress, bars
 
 MAX_PROMPT_TOKENS = 384

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jaxspark.decoding import Request, generate_stream
-from jaxspark.decoding.generate import check_ids
+from jaxspark.generation import Request, SamplingParams, generate_stream
+from jaxspark.generation.request import check_ids
 from jaxspark.jsonlines import Problem
 from jaxspark.text.looping import is_looping
 from jaxspark.training.data.conversations import Conversation
@@ -116,26 +116,27 @@ def regenerate(
                 continue
             waiting[index] = each
             index += 1
-            yield Request(
-                prompt=prompt,
+            params = SamplingParams(
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 top_p=top_p,
                 seed=(seed + int(each.key[:8], 16)) % 2**32,
             )
+            yield Request(prompt, params)
 
     stream = generate_stream(
         target,
         requests(),
         slots=slots,
         capacity=max_prompt_tokens + max_new_tokens,
+        max_stop_ids=max(1, len(target.stop_ids)),
     )
     for index, completion in stream:
         while dropped:
             yield dropped.pop()
         asked = waiting.pop(index)
         stopped = completion.finish_reason == "stop"
-        reason = _reason_to_drop(completion.tokens, stopped)
+        reason = completion.error or _reason_to_drop(completion.tokens, stopped)
         if reason:
             yield Dropped(key=asked.key, where=asked.where, reason=reason)
             continue
@@ -161,7 +162,7 @@ def _prompt(target, conversation: Conversation, most: int) -> list[int]:
     prompt = target.tokenizer.chat(conversation.first_turn, tools=conversation.tools)
     if not prompt:
         raise ValueError("empty prompt")
-    check_ids(target.model, "prompt", prompt)
+    check_ids(target, "prompt", prompt)
     if len(prompt) > most:
         raise ValueError(f"prompt of {len(prompt)} tokens, the limit is {most}")
     return prompt

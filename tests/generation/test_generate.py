@@ -11,15 +11,15 @@ from flax import nnx
 from jaxspark.decoding import (
     DecodeOptions,
     Fixed,
+    Lagged,
     Sampling,
     decode_round,
-    generate,
     init_state,
     prefill,
 )
 from jaxspark.models import DenseDecoder
 from tests import zoo
-from tests.driver import Session
+from tests.driver import Session, complete
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def step_by_step(model, prompt, count):
 
 def test_plain_decoding_is_the_bare_model_step_by_step(model):
     for prompt in zoo.prompts(1, 2, 33):
-        [seen] = generate(model, [prompt], max_new_tokens=20, log_probs=True)
+        [seen] = complete(model, [prompt], max_new_tokens=20, log_probs=True)
         tokens, log_probs = step_by_step(model, prompt, 20)
         assert seen.tokens == tokens
         np.testing.assert_allclose(seen.log_probs, log_probs, atol=1e-5)
@@ -55,8 +55,8 @@ def test_plain_decoding_is_the_bare_model_step_by_step(model):
 
 def test_log_probs_do_not_change_with_speculation(model, ngram):
     prompts = zoo.prompts(4, 19, 7)
-    plain = generate(model, prompts, max_new_tokens=30, log_probs=True)
-    fast = generate(model, prompts, ngram, max_new_tokens=30, log_probs=True)
+    plain = complete(model, prompts, max_new_tokens=30, log_probs=True)
+    fast = complete(model, prompts, ngram, max_new_tokens=30, log_probs=True)
     assert max(each.accepted_length for each in fast) > 1.2
     for a, b in zip(plain, fast):
         assert a.tokens == b.tokens
@@ -65,24 +65,24 @@ def test_log_probs_do_not_change_with_speculation(model, ngram):
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 9, 10, 11])
 def test_a_budget_is_met_to_the_token(model, ngram, budget):
-    [seen] = generate(model, zoo.prompts(12), ngram, max_new_tokens=budget, capacity=64)
+    [seen] = complete(model, zoo.prompts(12), ngram, max_new_tokens=budget, capacity=64)
     assert len(seen.tokens) == budget
     assert seen.finish_reason == "length"
 
 
 def test_each_prompt_may_have_its_own_budget(model, ngram):
-    seen = generate(model, zoo.prompts(5, 5, 5), ngram, max_new_tokens=[1, 7, 30])
+    seen = complete(model, zoo.prompts(5, 5, 5), ngram, max_new_tokens=[1, 7, 30])
     assert [len(each.tokens) for each in seen] == [1, 7, 30]
 
 
 def test_a_stop_token_inside_an_accepted_block_ends_the_output(model, ngram):
     # Prompt lookup drafts a stop token only where the prompt already has it.
     [prompt] = zoo.prompts(12)
-    prompt = prompt + generate(model, [prompt], max_new_tokens=40)[0].tokens
-    [free] = generate(model, [prompt], ngram, max_new_tokens=40)
+    prompt = prompt + complete(model, [prompt], max_new_tokens=40)[0].tokens
+    [free] = complete(model, [prompt], ngram, max_new_tokens=40)
     cut = 0
     for stop in set(free.tokens):
-        [seen] = generate(model, [prompt], ngram, max_new_tokens=40, stop_ids=[stop])
+        [seen] = complete(model, [prompt], ngram, max_new_tokens=40, stop_ids=(stop,))
         expected = free.tokens[: free.tokens.index(stop) + 1]
         assert seen.tokens == expected
         assert seen.finish_reason == "stop"
@@ -99,22 +99,22 @@ def test_streaming_delivers_the_same_tokens_piece_by_piece(model, ngram):
         calls.append(slot)
         pieces[slot] += tokens
 
-    seen = generate(model, prompts, ngram, max_new_tokens=40, on_tokens=on_tokens)
-    whole = generate(model, prompts, ngram, max_new_tokens=40)
+    seen = complete(model, prompts, ngram, max_new_tokens=40, on_tokens=on_tokens)
+    whole = complete(model, prompts, ngram, max_new_tokens=40)
     assert list(pieces.values()) == [each.tokens for each in seen]
     assert [each.tokens for each in seen] == [each.tokens for each in whole]
     assert len(calls) > 4
 
 
 def test_counters_add_up(model, ngram):
-    [seen] = generate(model, zoo.prompts(12), ngram, max_new_tokens=40)
+    [seen] = complete(model, zoo.prompts(12), ngram, max_new_tokens=40)
     assert sum(seen.accepted) + seen.rounds == len(seen.tokens)
     assert all(a <= b for a, b in zip(seen.accepted, seen.reached))
     assert all(a >= b for a, b in zip(seen.accepted, seen.reached[1:]))
 
 
 def test_a_fixed_schedule_verifies_no_more_than_its_length(model, ngram):
-    [seen] = generate(
+    [seen] = complete(
         model, zoo.prompts(12), ngram, max_new_tokens=30, schedule=Fixed(2)
     )
     assert seen.reached[1] > 0
@@ -134,7 +134,7 @@ def test_the_round_is_pure_inside_a_callers_own_jit(model, ngram):
     state = init_state(model, ngram, prompts, [40, 40], Sampling.of(2), block_length=3)
     state = prefill(model, ngram, state, chunk=16)
     state = two_rounds(model, state)
-    expected = generate(model, prompts, max_new_tokens=20)
+    expected = complete(model, prompts, max_new_tokens=20)
     for slot, prompt in enumerate(prompts):
         length = int(state.lengths_B[slot])
         seen = np.asarray(state.tokens_BS)[slot, len(prompt) : length].tolist()
@@ -146,33 +146,40 @@ def test_the_round_is_pure_inside_a_callers_own_jit(model, ngram):
     ("change", "message"),
     [
         (dict(prompts=[]), "no prompts"),
-        (dict(prompts=[[]]), "prompt 0 is empty"),
+        (dict(prompts=[[]]), "request 0: the prompt is empty"),
         (dict(prompts=["text"]), "no tokenizer"),
-        (dict(prompts=[[3, zoo.VOCAB]]), f"token id {zoo.VOCAB}"),
-        (dict(prompts=[[3], [1.7, 2.2]]), "prompt 1 has token id 1.7, expected whole"),
-        (dict(prompts=[[3, 2.0]]), "prompt 0 has token id 2.0, expected whole"),
-        (dict(prompts=[[3, True]]), "prompt 0 has token id True"),
-        (dict(prompts=[np.array([3.0])]), "prompt 0 has token id .*3.0"),
-        (dict(prompts=[["3"]]), "prompt 0 has token id '3'"),
-        (dict(prompts=[[-1]]), "prompt 0 has token id -1"),
-        (dict(stop_ids=[2.5]), "stop_ids has token id 2.5, expected whole"),
-        (dict(stop_ids=[[1, zoo.VOCAB]]), f"stop_ids has token id {zoo.VOCAB}"),
-        (dict(prompts=[[1] * 1020]), "1020 tokens and 16 new ones exceed"),
-        (dict(prompts=[1, 2, 3]), "prompt 0 must be text or a list"),
-        (dict(max_new_tokens=0), "max_new_tokens"),
-        (dict(max_new_tokens=2.5), "max_new_tokens must be a whole"),
-        (dict(top_k=2.5), "top_k must be whole"),
-        (dict(stop_ids=[[1], [2]]), "1 prompts, but stop_ids for 2"),
-        (dict(max_new_tokens=[4, 4]), "max_new_tokens"),
-        (dict(temperature=-1.0), r"temperature must lie in \[0.0"),
+        (dict(prompts=[[3, zoo.VOCAB]]), rf"in 0\.\..*; got {zoo.VOCAB}"),
+        (dict(prompts=[[3], [1.7, 2.2]]), "request 1: the prompt: .* got 1.7"),
+        (dict(prompts=[[3, 2.0]]), "must be a whole number, .*; got 2.0"),
+        (dict(prompts=[[3, True]]), "got True"),
+        (dict(prompts=[np.array([3.0])]), "got .*3.0"),
+        (dict(prompts=[["3"]]), "got '3'"),
+        (dict(prompts=[[-1]]), "got -1"),
+        (dict(stop_ids=(2.5,)), "request 0: stop_ids: .* got 2.5"),
+        (dict(stop_ids=(1, zoo.VOCAB)), f"stop_ids: .* got {zoo.VOCAB}"),
+        (dict(prompts=[[1] * 1020]), "prompt of 1020 tokens and 16 new ones exceed"),
+        (dict(prompts=[1, 2, 3]), "request 0: a prompt is text or a list"),
+        (dict(max_new_tokens=0), "max_new_tokens must be a whole number, 1 or more"),
+        (dict(max_new_tokens=2.5), "max_new_tokens must be a whole number"),
+        (dict(top_k=2.5), "top_k must be a whole number"),
+        (dict(params=[]), "1 prompts, but params for 0"),
+        (dict(temperature=-1.0), r"temperature must lie in \[0,"),
+        (dict(temperature=float("nan")), r"temperature must lie in \[0,.* got nan"),
+        (dict(temperature="warm"), "temperature must lie in .* got 'warm'"),
+        (dict(top_p=0.0), "top_p must be positive"),
+        (dict(min_drafts=3, max_drafts=2), r"min_drafts must .* in 0\.\.2; got 3"),
+        (dict(min_drafts=-1), r"min_drafts must .* in 0\.\.8; got -1"),
+        (dict(max_drafts=-1), "max_drafts must .* 0 or more; got -1"),
+        (dict(min_drafts=0.5), "min_drafts must be a whole number, .* got 0.5"),
         (dict(block_length=zoo.BLOCK + 1), "block length 9"),
         (dict(block_length=0), "block length 0"),
         (dict(coupling="hope"), "unknown coupling 'hope'"),
         (dict(buckets=(0,)), "cannot hold one token of each of 1 slots"),
         (dict(buckets=(9, 9)), "ascending"),
-        (dict(capacity=8), "capacity of 8"),
+        (dict(schedule=Lagged()), "the schedule Lagged weighs costs and has none"),
+        (dict(capacity=8), "needs 27 positions .* each slot has 8"),
         (dict(seed=-1), "seed"),
-        (dict(seed=1.5), "seed must be whole"),
+        (dict(seed=1.5), "seed must be a whole number"),
     ],
     ids=str,
 )
@@ -181,14 +188,14 @@ def test_bad_requests_are_refused_with_the_value_and_the_fix(
 ):
     arguments = dict(prompts=[[1, 2, 3]], drafter=ngram, max_new_tokens=16) | change
     with pytest.raises(ValueError, match=message):
-        generate(model, **arguments)
+        complete(model, **arguments)
 
 
 def test_each_prompt_may_have_its_own_stop_tokens(model, ngram):
     [prompt] = zoo.prompts(12)
-    [free] = generate(model, [prompt], max_new_tokens=12)
-    stops = [[free.tokens[3]], [], [free.tokens[6]]]
-    seen = generate(model, [prompt] * 3, ngram, max_new_tokens=12, stop_ids=stops)
+    [free] = complete(model, [prompt], max_new_tokens=12)
+    stops = [(free.tokens[3],), (), (free.tokens[6],)]
+    seen = complete(model, [prompt] * 3, ngram, max_new_tokens=12, stop_ids=stops)
     for each, stop in zip(seen, stops):
         end = free.tokens.index(stop[0]) + 1 if stop else 12
         assert each.tokens == free.tokens[:end]
@@ -206,7 +213,7 @@ def test_each_prompt_may_have_its_own_stop_tokens(model, ngram):
 def test_a_drafter_for_another_target_is_refused(model, change, message):
     other = DenseDecoder(replace(model.config, **change), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=message):
-        generate(model, [[1]], zoo.drafter("dflash", other))
+        complete(model, [[1]], zoo.drafter("dflash", other))
 
 
 def test_the_callers_sampling_survives_decoding(model, ngram):
@@ -224,10 +231,10 @@ def test_a_state_for_another_block_length_is_refused(model, ngram):
 
 def test_plain_decoding_has_no_block_length(model):
     with pytest.raises(ValueError, match="expected 0..0"):
-        generate(model, [[1]], block_length=2)
+        complete(model, [[1]], block_length=2)
 
 
 def test_bfloat16_runs_end_to_end(ngram):
     model = jax.tree.map(lambda w: w.astype(jnp.bfloat16), zoo.target())
-    [seen] = generate(model, zoo.prompts(9), ngram, max_new_tokens=8)
+    [seen] = complete(model, zoo.prompts(9), ngram, max_new_tokens=8)
     assert len(seen.tokens) == 8

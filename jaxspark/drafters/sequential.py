@@ -1,0 +1,70 @@
+"""Drafting a block position by position.
+
+Every drafter with a distribution ends here: each position's logits may depend on the
+token drafted before it, so tokens are drawn one after another. What a drafter computes
+for all positions at once is done before, and enters through `rows`.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxspark.drafters.base import DraftContext, DraftSampler, Proposal
+from jaxspark.drafters.distribution import DraftDistribution
+
+# (carry, token before [B], j, rows of position j) -> carry, logits [B, W], and
+# confidence logits [B]; None without a confidence head (probability one half).
+type Step[Carry, Rows] = Callable[
+    [Carry, Int[Array, " B"], Int[Array, ""], Rows],
+    tuple[Carry, Float[Array, "B W"], Float[Array, " B"] | None],
+]
+
+
+def draft_block[Carry, Rows](
+    step: Step[Carry, Rows],
+    carry: Carry,
+    rows: Rows,
+    context: DraftContext,
+    sampler: DraftSampler,
+    block_length: int,
+    *,
+    ids_W: Int[Array, " W"] | None = None,
+) -> tuple[Proposal, Carry]:
+    """Draws a block for every slot.
+
+    Args:
+      step: one position: what the drafter predicts, given the token before.
+      carry: what steps hand on, beside the token drafted.
+      rows: arrays whose leading axis is the position in the block, [G, ...].
+      context: whose anchors come before the first draft.
+      sampler: draws.
+      block_length: G.
+      ids_W: target ids of the draft vocabulary; None where it is the target's own.
+
+    Returns:
+      The proposal, and what the last step handed on.
+    """
+
+    def position(state, inputs):
+        carry, previous_B = state
+        j, row = inputs
+        carry, logits_BW, confidence_B = step(carry, previous_B, j, row)
+        drawn = sampler(logits_BW, j, ids_W)
+        if confidence_B is None:
+            confidence_B = jnp.zeros(previous_B.shape, jnp.float32)
+        return (carry, drawn.tokens_B), (drawn, confidence_B)
+
+    (carry, _), outputs = jax.lax.scan(
+        position, (carry, context.anchors_B), (jnp.arange(block_length), rows)
+    )
+    drawn, confidence_BG = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), outputs)
+    proposal = Proposal(
+        tokens_BG=drawn.tokens_B,
+        lengths_B=jnp.full_like(context.lengths_B, block_length),
+        confidence_BG=confidence_BG,
+        sharpness_BG=drawn.sharpness_B,
+        q=DraftDistribution(drawn.log_q_BW, ids_W),
+    )
+    return proposal, carry

@@ -1,0 +1,44 @@
+"""What a request became."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What one request became.
+
+    Attributes:
+      tokens: output token ids; a stop token that ended it is the last one.
+      text: decoded output without the stop token; None without a tokenizer.
+      finish_reason: "stop", "length", "cancelled", or "error" for a request that could
+        not be served.
+      error: what was wrong with it; None otherwise.
+      log_probs: the model's log-probability of each output token (before temperature
+        and filters); None unless asked for.
+      rounds: target passes it took.
+      drafted: rounds that drafted.
+      verified: drafts that were verified in them.
+      reached: per draft position, rounds in which it was verified with all earlier
+        drafts accepted.
+      accepted: per draft position, rounds in which it was accepted; drafts accepted
+        behind a stop token count here, though they are not emitted.
+    """
+
+    tokens: list[int]
+    text: str | None
+    finish_reason: FinishReason
+    error: str | None = None
+    log_probs: list[float] | None = None
+    rounds: int = 0
+    drafted: int = 0
+    verified: int = 0
+    reached: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    @property
+    def accepted_length(self) -> float:
+        """Mean tokens per round, the target's own token included."""
+        return len(self.tokens) / max(self.rounds, 1)

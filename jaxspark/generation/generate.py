@@ -1,0 +1,231 @@
+"""`generate` and `generate_stream`: the two ways to run a `ContinuousBatch`."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from jaxspark.decoding import DecodeOptions
+from jaxspark.drafters import Drafter, PlainDrafter
+from jaxspark.generation.batch import MAX_STOP_IDS, UNLIMITED, ContinuousBatch
+from jaxspark.generation.completion import Completion
+from jaxspark.generation.request import (
+    CheckedRequest,
+    Limits,
+    Request,
+    RequestError,
+    SamplingParams,
+    check,
+    spread_seed,
+)
+from jaxspark.models import TargetModel
+from jaxspark.target import Target
+
+# Cache lengths are multiples of this, so that similar requests share a program.
+LENGTH_STEP = 128
+ROUNDS_PER_CALLBACK = 4
+
+Prompt = str | Sequence[int]
+# Called with a request's index and its new tokens; False cancels the request.
+OnTokens = Callable[[int, list[int]], bool | None]
+
+
+def generate(
+    target: Target | TargetModel,
+    prompts: Prompt | Sequence[Prompt | Request],
+    drafter: Drafter | None = None,
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    options: DecodeOptions = DecodeOptions(),
+    capacity: int | None = None,
+    on_tokens: OnTokens | None = None,
+    errors: Literal["raise", "return"] = "raise",
+) -> list[Completion]:
+    """Continues all prompts together, one slot each; exact whatever the drafter.
+
+    Args:
+      target: a loaded `Target`, or a bare model.
+      prompts: token ids, or text for a target with a tokenizer; or whole requests.
+      drafter: what proposes; None decodes plainly, one token at a time.
+      params: of all prompts, or of each. One seed for all is spread by prompt index.
+      options: how rounds draft, schedule and verify.
+      capacity: cache positions per slot; None takes what the requests need. One value
+        for many calls lets them share compiled programs.
+      on_tokens: called with (prompt index, new tokens) as output grows; where it
+        returns False, that request is cancelled.
+      errors: "raise" for the first request that cannot be served, before anything is
+        computed; "return" gives such a request a completion with `error`.
+
+    Raises:
+      ValueError: options, drafter and target that do not go together, or no prompts.
+      RequestError: see `errors`.
+    """
+    target = Target.of(target)
+    drafter = PlainDrafter() if drafter is None else drafter
+    drafter.check_target(target.model.config)
+    requests = as_requests(prompts, params)
+    resolved = options.resolve(drafter, len(requests))
+    block = resolved.block
+    limits = Limits(
+        capacity=UNLIMITED if capacity is None else capacity,
+        block_length=block,
+        min_drafts=resolved.max_min_drafts(len(requests)),
+        stop_ids=UNLIMITED,
+        log_probs=True,
+    )
+    checked: list[CheckedRequest] = []
+    completions: dict[int, Completion] = {}
+    for index, request in enumerate(requests):
+        try:
+            checked.append(check(request, index, target, limits))
+        except RequestError as error:
+            if errors == "raise":
+                raise
+            completions[index] = failed(error)
+    if checked:
+        batch = ContinuousBatch(
+            target,
+            drafter,
+            slots=len(checked),
+            capacity=capacity or round_capacity(max(r.limit for r in checked) + block),
+            options=options,
+            # In steps, so that similar requests share a program.
+            max_stop_ids=_rounded(max(len(r.stop_ids) for r in checked), MAX_STOP_IDS),
+            log_probs=any(request.params.log_probs for request in checked),
+            together=len(checked),
+            rounds_per_step=UNLIMITED if on_tokens is None else ROUNDS_PER_CALLBACK,
+        )
+        for each in checked:
+            batch.enqueue(each)
+        while not batch.idle:
+            completions |= _step(batch, on_tokens)
+    return [completions[index] for index in range(len(requests))]
+
+
+def generate_stream(
+    target: Target | TargetModel,
+    requests: Iterable[Request],
+    drafter: Drafter | None = None,
+    *,
+    slots: int,
+    capacity: int,
+    options: DecodeOptions = DecodeOptions(),
+    max_stop_ids: int = MAX_STOP_IDS,
+    log_probs: bool = False,
+    on_tokens: OnTokens | None = None,
+    together: int | None = None,
+    rounds_per_step: int = 8,
+) -> Iterator[tuple[int, Completion]]:
+    """Yields (request index, completion) as requests end, in no fixed order.
+
+    A request that cannot be served ends nothing but itself: its completion says why.
+
+    Args:
+      target: a loaded `Target`, or a bare model.
+      requests: read as slots become free.
+      drafter: what proposes; None decodes plainly.
+      slots: requests decoded together.
+      capacity: positions per slot; each request needs its prompt, its new tokens and
+        the block length.
+      options: how rounds draft, schedule and verify.
+      max_stop_ids: most tokens that may end a request.
+      log_probs: whether requests may ask for log-probabilities.
+      on_tokens: called with (request index, new tokens) as output grows; where it
+        returns False, that request is cancelled.
+      together: requests prefilled together; None takes a quarter of the slots.
+      rounds_per_step: most rounds between two looks at what has come.
+
+    Raises:
+      ValueError: options, drafter and target that do not go together.
+    """
+    batch = ContinuousBatch(
+        target,
+        drafter,
+        slots=slots,
+        capacity=capacity,
+        options=options,
+        max_stop_ids=max_stop_ids,
+        log_probs=log_probs,
+        together=together,
+        rounds_per_step=rounds_per_step,
+    )
+    arriving = enumerate(requests)
+    while True:
+        # As many as can be prefilled together wait, so that slots are refilled early.
+        while batch.waiting < max(batch.free, batch.together):
+            arrived = next(arriving, None)
+            if arrived is None:
+                break
+            try:
+                batch.submit(arrived[1])
+            except RequestError as error:
+                yield arrived[0], failed(error)
+        if batch.idle:
+            return
+        yield from _step(batch, on_tokens).items()
+
+
+def _step(batch: ContinuousBatch, on_tokens: OnTokens | None) -> dict[int, Completion]:
+    """One step; requests that ended."""
+    ended = {}
+    for update in batch.step():
+        if (
+            update.tokens
+            and on_tokens
+            and on_tokens(update.index, update.tokens) is False
+        ):
+            batch.cancel(update.index)
+        if update.completion is not None:
+            ended[update.index] = update.completion
+    return ended
+
+
+def failed(error: ValueError) -> Completion:
+    """The completion of a request that cannot be served."""
+    return Completion(tokens=[], text=None, finish_reason="error", error=str(error))
+
+
+def as_requests(
+    prompts: Prompt | Sequence[Prompt | Request],
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+) -> list[Request]:
+    """Prompts with parameters, one for all or one each; requests bring their own.
+
+    Raises:
+      ValueError: no prompts, or another number of parameters.
+    """
+    listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not listed:
+        raise ValueError("no prompts given")
+    if params is None or isinstance(params, SamplingParams):
+        shared = SamplingParams() if params is None else params
+        seed = 0 if shared.seed is None else shared.seed
+        each = [shared] * len(listed)
+        if isinstance(seed, int) and 0 <= seed < 2**32:
+            each = [
+                replace(shared, seed=spread_seed(seed, index))
+                for index in range(len(listed))
+            ]
+    else:
+        each = list(params)
+        if len(each) != len(listed):
+            raise ValueError(
+                f"{len(listed)} prompts, but params for {len(each)}; give one each"
+            )
+    return [
+        prompt if isinstance(prompt, Request) else Request(prompt, own)
+        for prompt, own in zip(listed, each)
+    ]
+
+
+def round_capacity(needed: int) -> int:
+    """Cache positions for at least `needed`, such that similar needs are the same."""
+    return _rounded(needed, LENGTH_STEP)
+
+
+def _rounded(number: int, step: int) -> int:
+    return max(step, -(-number // step) * step)
+
+
+def capacity_for(prompts: Iterable[Sequence[int]], new_tokens: int, block: int) -> int:
+    """Positions that hold any of `prompts` and its output, rounded up."""
+    return round_capacity(max(map(len, prompts)) + new_tokens + block)

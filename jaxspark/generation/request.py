@@ -1,0 +1,220 @@
+"""What a user asks for: a prompt and how it is continued."""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxspark.target import Target
+
+
+class RequestError(ValueError):
+    """A request that cannot be served; names it, the value and what is expected."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request is continued.
+
+    Attributes:
+      max_new_tokens: output budget.
+      temperature: 0 is greedy.
+      top_k: keeps the k most likely tokens; 0 keeps all.
+      top_p: keeps the smallest most likely set of this mass; 1 keeps all.
+      min_p: keeps tokens at least this likely relative to the best; 0 keeps all.
+      seed: of the request's randomness, in [0, 2**32). Under rejection sampling with a
+        schedule, requests decoded together need seeds that differ. None takes one that
+        follows from the request's index.
+      stop_ids: tokens that end the output; None takes the target's.
+      min_drafts: drafts verified in every round that drafts.
+      max_drafts: most drafts verified in a round; None, or more than a block: all.
+      log_probs: whether the completion has the model's log-probabilities.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop_ids: Sequence[int] | None = None
+    min_drafts: int = 0
+    max_drafts: int | None = None
+    log_probs: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how it is continued.
+
+    Attributes:
+      prompt: token ids, or text for a target with a tokenizer (see `Tokenizer.chat` for
+        chat prompts).
+      params: how it is continued.
+      name: for reports.
+    """
+
+    prompt: Sequence[int] | str
+    params: SamplingParams = SamplingParams()
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one batch can serve.
+
+    Attributes:
+      capacity: positions of a slot.
+      block_length: most drafts per round, which need positions too.
+      min_drafts: most drafts that a round can verify of every slot.
+      stop_ids: most tokens that may end a request.
+      log_probs: whether they are kept.
+    """
+
+    capacity: int
+    block_length: int
+    min_drafts: int
+    stop_ids: int
+    log_probs: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedRequest:
+    """A request whose every value is known and in range.
+
+    Attributes:
+      index: its number in the batch.
+      ids: the prompt's tokens.
+      stop_ids: tokens that end it.
+      seed: of its randomness.
+      max_drafts: most drafts verified in a round.
+      params: everything else.
+    """
+
+    index: int
+    ids: list[int]
+    stop_ids: list[int]
+    seed: int
+    max_drafts: int
+    params: SamplingParams
+
+    @property
+    def limit(self) -> int:
+        """Tokens of the prompt and the whole output."""
+        return len(self.ids) + self.params.max_new_tokens
+
+
+def check(
+    request: Request, index: int, target: Target, limits: Limits
+) -> CheckedRequest:
+    """The request with every default filled in.
+
+    Raises:
+      RequestError: a value that is out of range, or more than the batch can serve.
+    """
+    name = f"request {index}" + (f" ({request.name})" if request.name else "")
+    try:
+        return _checked(request, index, target, limits)
+    except ValueError as error:
+        raise RequestError(f"{name}: {error}") from error
+
+
+def _checked(request: Request, index: int, target: Target, limits: Limits):
+    params, config = request.params, target.model.config
+    ids = token_ids(target, request.prompt)
+    budget = _whole("max_new_tokens", params.max_new_tokens, 1, None)
+    needed = len(ids) + budget
+    if needed > config.max_position_embeddings:
+        raise ValueError(
+            f"a prompt of {len(ids)} tokens and {budget} new ones exceed the target's "
+            f"{config.max_position_embeddings} positions"
+        )
+    if needed + limits.block_length > limits.capacity:
+        raise ValueError(
+            f"it needs {needed + limits.block_length} positions ({len(ids)} of its "
+            f"prompt, {budget} new, a block of {limits.block_length}), each slot has "
+            f"{limits.capacity}"
+        )
+    _number("temperature", params.temperature, 0, float(np.finfo(np.float32).max))
+    _whole("top_k", params.top_k, 0, 2**31 - 1)
+    _number("min_p", params.min_p, 0, 1)
+    if _number("top_p", params.top_p, 0, 1) == 0:
+        raise ValueError("top_p must be positive, got 0")
+    seed = spread_seed(0, index) if params.seed is None else params.seed
+    stop_ids = target.stop_ids if params.stop_ids is None else params.stop_ids
+    stop_ids = check_ids(target, "stop_ids", stop_ids)
+    if len(stop_ids) > limits.stop_ids:
+        raise ValueError(
+            f"{len(stop_ids)} stop ids, this batch has room for {limits.stop_ids}"
+        )
+    block = limits.block_length
+    most = block
+    if params.max_drafts is not None:
+        most = min(_whole("max_drafts", params.max_drafts, 0, None), block)
+    _whole("min_drafts", params.min_drafts, 0, min(most, limits.min_drafts))
+    if params.log_probs and not limits.log_probs:
+        raise ValueError("log_probs are asked for, this batch keeps none")
+    return CheckedRequest(
+        index=index,
+        ids=ids,
+        stop_ids=stop_ids,
+        seed=_whole("seed", seed, 0, 2**32 - 1),
+        max_drafts=most,
+        params=params,
+    )
+
+
+def token_ids(target: Target, prompt: Sequence[int] | str) -> list[int]:
+    """A prompt's tokens.
+
+    Raises:
+      ValueError: text without a tokenizer, no tokens, or what is no token.
+    """
+    if isinstance(prompt, str):
+        if target.tokenizer is None:
+            raise ValueError("the prompt is text, the target has no tokenizer")
+        prompt = target.tokenizer.encode(prompt)
+    if np.ndim(prompt) != 1:
+        raise ValueError(f"a prompt is text or a list of token ids, got {prompt!r}")
+    ids = check_ids(target, "the prompt", prompt)
+    if not ids:
+        raise ValueError("the prompt is empty; give at least one token")
+    return ids
+
+
+def check_ids(target: Target, name: str, ids: Sequence[int]) -> list[int]:
+    """Token ids as Python's integers; errors call them `name`.
+
+    Raises:
+      ValueError: one that is no whole number, or outside the vocabulary.
+    """
+    vocab = target.model.config.vocab_size
+    return [_whole(f"{name}: a token id", token, 0, vocab - 1) for token in ids]
+
+
+def _whole(name: str, value, least: int, most: int | None) -> int:
+    """The value as Python's integer; truth values and 65.0 are none."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        bounds = f"{least} or more" if most is None else f"in {least}..{most}"
+        raise ValueError(f"{name} must be a whole number, {bounds}; got {value!r}")
+    return number
+
+
+def _number(name: str, value, least: float, most: float) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not least <= number <= most:
+        raise ValueError(f"{name} must lie in [{least:g}, {most:g}], got {value!r}")
+    return number
+
+
+def spread_seed(seed: int, index: int) -> int:
+    """The seed of a request by its index, far from those of small numbers."""
+    return (seed + 0x9E3779B9 * index) % 2**32

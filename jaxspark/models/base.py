@@ -1,0 +1,96 @@
+"""What the decode loop asks of a target model and of its caches."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, Self, runtime_checkable
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from jaxspark.models.batch import FlatTokens
+
+
+class TargetModel(Protocol):
+    """A language model on flat tokens; its parameters are its pytree leaves.
+
+    `config` has at least `vocab_size`, `hidden_size` and `max_position_embeddings`.
+    """
+
+    config: Any
+
+    @property
+    def dtype(self) -> Any:
+        """Type of activations and caches."""
+
+    @property
+    def max_rewind(self) -> int | None:
+        """Most positions that a slot may be set back by; None for any number."""
+
+    @property
+    def head_VD(self) -> Float[Array, "V D"]:
+        """The LM head's matrix."""
+
+    def init_cache(self, slots: int, length: int) -> Any:
+        """Empty caches for `slots` sequences of up to `length` positions."""
+
+    def embed(self, ids_T: Int[Array, " T"]) -> Float[Array, "D T"]:
+        """Embedding columns of token ids."""
+
+    def logits(self, x_DT: Float[Array, "D T"]) -> Float[Array, "T V"]:
+        """float32 logits of final hidden states, the last norm included."""
+
+    def __call__(
+        self, tokens: FlatTokens, cache: Any, *, taps: Sequence[int] = ()
+    ) -> tuple[Float[Array, "D T"], Float[Array, "m D T"], Any]:
+        """Processes T flat tokens of any mix of slots.
+
+        Args:
+          tokens: what to process.
+          cache: of `init_cache`, holding all earlier positions.
+          taps: layers whose outputs to return, 0-based; -1 is the embedding.
+
+        Returns:
+          Final hidden states before the last norm (see `logits`), the taps in the
+          order asked for, and the cache with the tokens' rows written.
+        """
+
+
+@runtime_checkable
+class SlotTable(Protocol):
+    """A table of cache rows that knows where its slots are."""
+
+    def at_slots(self, slots_N: Int[Array, " N"]) -> Self:
+        """The rows of N slots; numbers past the last slot read the last."""
+
+    def with_slots(self, slots_N: Int[Array, " N"], rows: Self) -> Self:
+        """With the rows of N slots replaced; numbers past the last are skipped."""
+
+
+def at_slots[CacheT](cache: CacheT, slots_N: Int[Array, " N"]) -> CacheT:
+    """A cache of N slots only; numbers past the last slot read the last.
+
+    Leaves have their slots on the first axis, unless they are a `SlotTable`.
+    """
+
+    def take(leaf):
+        if isinstance(leaf, SlotTable):
+            return leaf.at_slots(slots_N)
+        return leaf.at[slots_N].get(mode="clip")
+
+    return jax.tree.map(take, cache, is_leaf=_is_table)
+
+
+def with_slots[CacheT](
+    cache: CacheT, slots_N: Int[Array, " N"], part: CacheT
+) -> CacheT:
+    """The cache with `part` in N slots; numbers past the last slot are skipped."""
+
+    def put(leaf, new):
+        if isinstance(leaf, SlotTable):
+            return leaf.with_slots(slots_N, new)
+        return leaf.at[slots_N].set(new, mode="drop")
+
+    return jax.tree.map(put, cache, part, is_leaf=_is_table)
+
+
+def _is_table(node) -> bool:
+    return isinstance(node, SlotTable)
