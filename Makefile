@@ -24,7 +24,7 @@ AOT_CUDA := jax-cuda13-plugin==0.12.0.1 jax-cuda13-pjrt==0.12.0.1 \
 	nvidia-cuda-nvcc==13.5.37 nvidia-nvvm==13.5.37 nvidia-cuda-crt==13.5.37 \
 	nvidia-nvjitlink==13.5.37 nvidia-cuda-nvrtc==13.5.37 nvidia-cuda-runtime==13.5.37
 
-.PHONY: help demo test oracle aot aot-tpu lint format clean
+.PHONY: help demo test docs oracle aot aot-tpu lint format clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -35,6 +35,10 @@ demo: $(VENV)/.demo ## Make .venv, install, and run the demo: plain against spec
 test: $(VENV)/.test oracle aot-tpu lint ## The same environment plus what tests need; lint and run the tests
 	@echo "==> tests"
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal -q -rs --durations=10 $(ARGS)
+
+docs: $(VENV)/.docs ## Build the documentation as a website in build/site
+	@$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "==> build/site/index.html"
 
 lint: $(VENV)/.test ## ruff and mypy
 	@echo "==> lint"
@@ -76,6 +80,11 @@ $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
 $(VENV)/.test: $(VENV)/.demo
 	@echo "==> installing what the tests need"
 	@$(BIN)/python $(INSTALL) -c constraints.txt -e '.[demo,train,test]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.demo
+	@echo "==> installing what the documentation needs"
+	@$(BIN)/python $(INSTALL) -c constraints.txt -e '.[demo,docs]'
 	@touch $@
 
 .venv-oracle/.installed: $(ORACLE)

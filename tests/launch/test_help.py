@@ -15,7 +15,6 @@ import pytest
 from jaxspark.__main__ import LAUNCHERS
 from jaxspark.launch import common, program, study
 from jaxspark.launch.flags import define
-from tests.programs import ROOT
 
 
 def load(name: str):
@@ -74,34 +73,6 @@ def options_read(module: ModuleType) -> Iterator[str]:
 @dataclass
 class Nothing:
     """Stands for what is no class of a module: a parameter."""
-
-
-def commands() -> list[str]:
-    """Every command in the README that starts a launcher."""
-    text = (ROOT / "README.md").read_text("utf-8").replace("\\\n", " ")
-    blocks = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
-    lines = [line.strip() for block in blocks for line in block.splitlines()]
-    inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
-    return [
-        found[1]
-        for each in lines + inline
-        if (found := re.match(r"(?:\$ )?(?:python -m )?jaxspark (\w+.*)", each))
-    ]
-
-
-def test_commands_of_the_readme_exist():
-    seen = set()
-    for command in commands():
-        name = command.split()[0]
-        if name == "NAME":
-            continue
-        assert name in LAUNCHERS, command
-        seen.add(name)
-        # Flags in quotes are another launcher's.
-        given = re.findall(r"--(?:no)?(\w+)", re.sub(r'"[^"]*"?', "", command))
-        known = {each.name for each in fields(load(name).Config)} | {"help"}
-        assert set(given) <= known, command
-    assert len(seen) > 8
 
 
 def test_a_study_reads_the_flags_of_the_commands_it_is_made_of():
