@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 
 from jaxspark.__main__ import LAUNCHERS
-from jaxspark.checkpoints.built_in import SHIPPED_DRAFTERS
+from jaxspark.checkpoints.load import SHIPPED_DRAFTERS
 from tests.programs import ROOT
 
 README = ROOT / "README.md"

@@ -90,7 +90,7 @@ class Rounds:
 def typical_blocks(survival_NG: Float[np.ndarray, "N G"]) -> Float[np.ndarray, "U G"]:
     """Sixteen blocks that stand for many: means of those about equally good.
 
-    In an order in which a few that follow each other stand for all.
+    Ordered so that any few consecutive blocks are representative.
     """
     order_N = np.argsort(survival_NG.sum(axis=1), kind="stable")
     # Of fewer than sixteen some stand twice.

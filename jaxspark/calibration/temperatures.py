@@ -2,22 +2,21 @@
 
 A confidence head is trained on teacher-forced text, so its product over a block drifts
 from the rate at which real blocks survive. One temperature per draft, fitted from left
-to right, mends that: t_k minimises the calibration error of
+to right, corrects that: t_k minimizes the calibration error of
 
     a_k = sigmoid(c_1 / t_1) ... sigmoid(c_k / t_k)
 
 against "the first k drafts were accepted", with t_1 ... t_{k-1} fixed. Each confidence
-keeps its order, so ranking at a place is untouched.
+keeps its order, so ranking at a position is unchanged.
 
-A temperature cannot move a head that is too sure or too modest everywhere, as one is
-that sampled text surprises after training on greedy answers. A bias per draft can:
-sigmoid(c_k / t_k + b_k), with b_k such that forecast and truth agree in the mean. Then
-calibration error cannot choose t_k any more, as one that says the mean every time has
-none; the Brier score does.
+A temperature cannot fix uniform over- or underconfidence, as when a head trained on
+greedy answers meets sampled text. A bias per draft can: sigmoid(c_k / t_k + b_k), with
+b_k such that forecast and outcome agree in the mean. Calibration error can then no
+longer choose t_k, because a constant forecast of the mean has none; the Brier score
+does.
 
-Neither can rank better than the head. The sharpness of a draft, s_k, can: with the
-weights of a logistic regression the head's logit becomes that of both, and is scaled
-and shifted as before.
+Neither improves the ranking. The sharpness of a draft, s_k, can: a logistic regression
+combines it with the head's logit, and the result is scaled and shifted as before.
 """
 
 from dataclasses import asdict, dataclass

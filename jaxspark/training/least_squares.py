@@ -254,7 +254,8 @@ def fit(
         )
 
     end, D = regress("norm and sequential head", View.of_end), len(scale_D)
-    # Least squares in one number: a mean of possible states is shorter than each.
+    # One-parameter least squares: an average of hidden states has a smaller norm than
+    # its members.
     shrink = np.trace(end.xy[:D]) / np.trace(end.xx[:D, :D])
     put(drafter.norm.weight, shrink * scale_D)
     if drafter.markov_head is not None:

@@ -26,7 +26,7 @@ def test_it_is_small_and_says_what_it_is():
     assert {"config.json", "model.safetensors", "SHA256SUMS"} <= set(files)
     assert "loss" in files["training_log.jsonl"].read_text().splitlines()[0]
     card = files["README.md"].read_text()
-    for heading in ("Data", "Recipe", "Measured", "Limits", "Licence"):
+    for heading in ("Data", "Recipe", "Measured", "Limits", "License"):
         assert f"\n## {heading}\n" in card
     for source in ("gsm8k", "gpteacher", "dolly", "oasst"):
         assert re.search(rf"\| {source}.*\| .*(MIT|Apache-2.0|CC-BY)", card), source
