@@ -37,7 +37,8 @@ test: $(VENV)/.test oracle aot-tpu lint ## The same environment plus what tests 
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal -q -rs --durations=10 $(ARGS)
 
 docs: $(VENV)/.docs ## Build the documentation as a website in build/site
-	@$(BIN)/python -m mkdocs build --strict --quiet
+	@# With --quiet mkdocs does not count warnings.
+	@$(BIN)/python -m mkdocs build --strict
 	@echo "==> build/site/index.html"
 
 lint: $(VENV)/.test ## ruff and mypy
