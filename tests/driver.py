@@ -1,6 +1,6 @@
 """What tests of models, drafters and decoding drive them with."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -9,13 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxspark.decoding import DecodeOptions
 from jaxspark.drafters import Drawn
-from jaxspark.generation import Completion, Request, SamplingParams, generate
 from jaxspark.models import FlatTokens
-
-PARAMS = {each.name for each in fields(SamplingParams)}
-CALL = ("params", "capacity", "on_tokens", "errors")
 
 
 @partial(jax.jit, static_argnames=("graphdef", "taps", "capacity"), donate_argnums=2)
@@ -81,33 +76,6 @@ class Session:
             [np.concatenate(part) for part in logits],
             [np.concatenate(part, axis=1) for part in taps],
         )
-
-
-def ask(prompt, name: str = "", **params) -> Request:
-    """A request with its parameters by name."""
-    return Request(prompt, SamplingParams(**params), name)
-
-
-def complete(target, prompts, drafter=None, **settings) -> list[Completion]:
-    """`generate` with parameters and options by name.
-
-    A list is of one value per prompt, but for stop ids, which are a tuple for all.
-    """
-    call = {name: settings.pop(name) for name in CALL if name in settings}
-    given = {name: settings.pop(name) for name in PARAMS & set(settings)}
-    if any(isinstance(value, list) for value in given.values()):
-        call["params"] = [
-            SamplingParams(
-                **{
-                    name: value[index] if isinstance(value, list) else value
-                    for name, value in given.items()
-                }
-            )
-            for index in range(len(prompts))
-        ]
-    elif given and "params" not in call:
-        call["params"] = SamplingParams(**given)
-    return generate(target, prompts, drafter, options=DecodeOptions(**settings), **call)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from jaxspark.decoding import (
 from jaxspark.drafters import NgramDrafter
 from jaxspark.exactness.global_settings import SETTINGS
 from jaxspark.exactness.tiny_models import DRAFTERS, tiny_models
+from jaxspark.generation import generate
 from tests.checkpoints import tiny
-from tests.driver import complete
 
 JITTED = [setting for setting in SETTINGS.values() if not setting.eager]
 PROMPT = [1, 2, 3, 4, 1, 2, 3, 4, 1, 2]
@@ -63,7 +63,7 @@ def test_rounds_inside_a_callers_jit(target, name):
     drafter = NgramDrafter()
     options = DecodeOptions(block_length=drafter.block_length, coupling="gumbel")
     sampled = {"temperature": 1.0, "seed": [3]}
-    [plain] = complete(
+    [plain] = generate(
         target, [PROMPT], max_new_tokens=6, coupling="gumbel", temperature=1.0, seed=[3]
     )
     with SETTINGS[name].applied():

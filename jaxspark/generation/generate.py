@@ -1,8 +1,11 @@
 """`generate` and `generate_stream`: the two ways to run a `ContinuousBatch`."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from types import MappingProxyType
 from typing import Any, Literal
+
+import numpy as np
 
 from jaxspark.decoding import DecodeOptions
 from jaxspark.drafters import Drafter, PlainDrafter
@@ -23,6 +26,7 @@ from jaxspark.target import Target
 # Cache lengths are multiples of this, so that similar requests share a program.
 LENGTH_STEP = 128
 ROUNDS_PER_CALLBACK = 4
+PARAMS = {each.name for each in fields(SamplingParams)}
 
 Prompt = str | Sequence[int]
 # Called with a request's index and its new tokens; False cancels the request.
@@ -39,8 +43,11 @@ def generate(
     capacity: int | None = None,
     on_tokens: OnTokens | None = None,
     errors: Literal["raise", "return"] = "raise",
+    **named: Any,
 ) -> list[Completion]:
     """Continues all prompts together, one slot each; exact whatever the drafter.
+
+        [completion] = generate(target, ["Once"], drafter, temperature=0.8)
 
     Args:
       target: a loaded `Target`, or a bare model.
@@ -52,6 +59,8 @@ def generate(
         for many calls lets them share compiled programs.
       on_tokens: called with (prompt index, new tokens) as output grows; where it
         returns False, that request is cancelled.
+      **named: fields of `SamplingParams` and of `DecodeOptions` that differ from
+        `params` and `options`; of the former a list has one value per prompt.
       errors: "raise" for the first request that cannot be served, before anything is
         computed; "return" gives such a request a completion with `error`.
 
@@ -62,7 +71,9 @@ def generate(
     target = Target.of(target)
     drafter = PlainDrafter() if drafter is None else drafter
     drafter.check_target(target.model.config)
-    requests = as_requests(prompts, params)
+    sampled = {name: named.pop(name) for name in PARAMS & named.keys()}
+    options = replace(options, **named)
+    requests = as_requests(prompts, params, sampled)
     resolved = options.resolve(drafter, len(requests))
     block = resolved.block
     limits = Limits(
@@ -187,8 +198,14 @@ def failed(error: ValueError) -> Completion:
 def as_requests(
     prompts: Prompt | Sequence[Prompt | Request],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
+    named: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Request]:
     """Prompts with parameters, one for all or one each; requests bring their own.
+
+    Args:
+      prompts: token ids, text, or requests.
+      params: of all, or of each.
+      named: fields that differ, for all or in a list one for each.
 
     Raises:
       ValueError: no prompts, or another number of parameters.
@@ -199,22 +216,42 @@ def as_requests(
     if params is None or isinstance(params, SamplingParams):
         shared = SamplingParams() if params is None else params
         seed = 0 if shared.seed is None else shared.seed
-        each = [shared] * len(listed)
-        if isinstance(seed, int) and 0 <= seed < 2**32:
-            each = [
-                replace(shared, seed=spread_seed(seed, index))
-                for index in range(len(listed))
-            ]
+        each = [
+            replace(shared, seed=_spread(seed, index)) for index in range(len(listed))
+        ]
     else:
         each = list(params)
-        if len(each) != len(listed):
-            raise ValueError(
-                f"{len(listed)} prompts, but params for {len(each)}; give one each"
-            )
+        _check_count("params", len(each), len(listed))
+    for name, value in named.items():
+        values = [value] * len(listed)
+        if _is_listed(name, value):
+            _check_count(name, len(value), len(listed))
+            values = value
+        elif name == "seed":  # Spread already, from the one given here.
+            values = [_spread(value, index) for index in range(len(listed))]
+        each = [replace(own, **{name: new}) for own, new in zip(each, values)]
     return [
         prompt if isinstance(prompt, Request) else Request(prompt, own)
         for prompt, own in zip(listed, each)
     ]
+
+
+def _is_listed(name: str, value: Any) -> bool:
+    """Whether a named parameter has one value per prompt."""
+    if name == "stop_ids":  # A list of ids is for all.
+        return value is not None and any(np.ndim(each) for each in value)
+    return isinstance(value, list)
+
+
+def _check_count(name: str, given: int, prompts: int) -> None:
+    if given != prompts:
+        raise ValueError(f"{prompts} prompts, but {name} for {given}; give one each")
+
+
+def _spread(seed: Any, index: int) -> Any:
+    """A request's seed; what is no seed is left for the request's check to name."""
+    whole = isinstance(seed, int) and 0 <= seed < 2**32
+    return spread_seed(seed, index) if whole else seed
 
 
 def round_capacity(needed: int) -> int:

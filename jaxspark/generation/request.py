@@ -2,7 +2,8 @@
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -44,9 +45,9 @@ class SamplingParams:
     log_probs: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Request:
-    """A prompt and how it is continued.
+    """A prompt and how it is continued: `Request(prompt, temperature=0.8)`.
 
     Attributes:
       prompt: token ids, or text for a target with a tokenizer (see `Tokenizer.chat` for
@@ -58,6 +59,21 @@ class Request:
     prompt: Sequence[int] | str
     params: SamplingParams = SamplingParams()
     name: str = ""
+
+    def __init__(
+        self,
+        prompt: Sequence[int] | str,
+        params: SamplingParams = SamplingParams(),
+        name: str = "",
+        **changes: Any,
+    ):
+        """Keywords beside `name` are fields of `SamplingParams` that differ."""
+        for field, value in (
+            ("prompt", prompt),
+            ("params", replace(params, **changes)),
+            ("name", name),
+        ):
+            object.__setattr__(self, field, value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,25 @@ goes on behind them.
 """
 
 from collections.abc import Iterable
+from typing import Protocol
 
+from tokenizers import Tokenizer as Core
 from tokenizers.decoders import DecodeStream
 
-from jaxspark.text.tokenizer import Tokenizer
+
+class Decoder(Protocol):
+    """What a stream needs of a tokenizer."""
+
+    @property
+    def core(self) -> Core:
+        """The tokenizer of `tokenizers`."""
+
+    @property
+    def cleans_up(self) -> bool:
+        """Whether decoding removes spaces before punctuation."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids."""
 
 
 class TextStream:
@@ -29,7 +44,7 @@ class TextStream:
     grow with the text; only a run of broken characters is decoded again and again.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Decoder):
         core = tokenizer.core
         self._tokenizer = tokenizer
         self._skipped = {

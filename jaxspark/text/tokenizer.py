@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer as Core
 
 from jaxspark.errors import CheckpointError
+from jaxspark.text.stream import TextStream
 from jaxspark.text.transformers_library import quiet_transformers
 
 Message = Mapping[str, Any]
@@ -189,3 +190,7 @@ class Tokenizer:
             ) from error
         # The template writes its own beginning-of-text token.
         return self._encode(text, add_special_tokens=False)
+
+    def stream(self) -> TextStream:
+        """A fresh decoder for ids that arrive piece by piece."""
+        return TextStream(self)

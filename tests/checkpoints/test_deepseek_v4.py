@@ -32,10 +32,11 @@ from jaxspark.configs.drafters import deepseek_v4_dspark
 from jaxspark.configs.targets import deepseek_v4_tiny
 from jaxspark.drafters import DeepSeekV4DSpark, MTPDrafter
 from jaxspark.exactness.audit import audit, decode_requests, plain_outputs
+from jaxspark.generation import Request
 from jaxspark.models import DeepSeekV4
 from jaxspark.quantization import blocks
 from pallas_kernels.quantized import Quantized, dense
-from tests.driver import Session, ask
+from tests.driver import Session
 
 VOCAB = 61
 
@@ -176,7 +177,7 @@ def test_quantized_speculation_gives_the_tokens_of_quantized_decoding(quantized)
     target = load_target(str(quantized), keep_quantized=True)
     stages = load_drafter(str(quantized), target)
     assert isinstance(named_parameters(stages)["main_proj.weight"], Quantized)
-    requests = [ask((3, 1, 4, 1, 5), max_new_tokens=24)]
+    requests = [Request((3, 1, 4, 1, 5), max_new_tokens=24)]
     expected = plain_outputs(target.model, requests, capacity=64)
     seen = decode_requests(target.model, requests, stages, capacity=64)
     result = audit(target.model, requests, expected, seen)

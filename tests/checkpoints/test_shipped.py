@@ -9,8 +9,8 @@ from jaxspark import load_drafter
 from jaxspark.calibration.files import load_calibration
 from jaxspark.checkpoints import CheckpointError
 from jaxspark.checkpoints.load import SHIPPED_DRAFTERS
+from jaxspark.generation import generate
 from tests import zoo
-from tests.driver import complete
 
 FOLDER = SHIPPED_DRAFTERS["dspark"]
 QUESTIONS = (
@@ -38,9 +38,9 @@ def test_it_drafts_well_and_changes_nothing(smollm2, name, least):
         smollm2.tokenizer.chat([{"role": "user", "content": text}])
         for text in QUESTIONS
     ]
-    plain = complete(smollm2, prompts, max_new_tokens=48)
+    plain = generate(smollm2, prompts, max_new_tokens=48)
     drafter = load_drafter(name, smollm2)
-    seen = complete(smollm2, prompts, drafter, max_new_tokens=48)
+    seen = generate(smollm2, prompts, drafter, max_new_tokens=48)
     assert [each.tokens for each in seen] == [each.tokens for each in plain]
     tokens = sum(len(each.tokens) for each in seen)
     assert tokens / sum(each.rounds for each in seen) > least

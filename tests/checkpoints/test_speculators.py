@@ -21,11 +21,11 @@ from jaxspark.checkpoints import (
 )
 from jaxspark.checkpoints.speculators import draft_config_from_speculators
 from jaxspark.drafters import Eagle3Config, Eagle3Drafter
+from jaxspark.generation import generate
 from jaxspark.training import initialise
 from tests import zoo
 from tests.checkpoints.test_deepspec import altered, assert_equal, pruned_drafter
 from tests.checkpoints.tiny import dense, drafter, target
-from tests.driver import complete
 
 TARGET = dense(num_hidden_layers=8)
 LAYERS = {
@@ -244,7 +244,7 @@ def test_llama_layers_decode_greedily_as_without_a_drafter(tmp_path):
     save_draft_checkpoint(tmp_path / "d", made, model, target_name="org/model")
     options = {"max_new_tokens": 24, "block_length": 3, "capacity": 64}
     prompts = zoo.prompts(5, 1, 17)
-    plain = complete(model, prompts, **options | {"block_length": None})
-    seen = complete(model, prompts, load_drafter(tmp_path / "d", model), **options)
+    plain = generate(model, prompts, **options | {"block_length": None})
+    seen = generate(model, prompts, load_drafter(tmp_path / "d", model), **options)
     assert [each.tokens for each in seen] == [each.tokens for each in plain]
     assert sum(sum(each.accepted) for each in seen) > 0

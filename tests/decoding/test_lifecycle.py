@@ -18,8 +18,8 @@ from jaxspark.decoding import (
     prefill,
     release,
 )
+from jaxspark.generation import generate
 from tests import zoo
-from tests.driver import complete
 
 SLOTS, CAPACITY, NEW = 3, 128, 12
 PROMPTS = zoo.prompts(33, 5, 1)
@@ -33,7 +33,7 @@ def pair(request):
 
 @pytest.fixture(scope="module")
 def expected(pair):
-    return [each.tokens for each in complete(pair[0], PROMPTS, max_new_tokens=NEW)]
+    return [each.tokens for each in generate(pair[0], PROMPTS, max_new_tokens=NEW)]
 
 
 def empty(pair, slots=SLOTS):

@@ -22,9 +22,8 @@ from jaxspark.decoding import (
     parse_schedule,
     prefill,
 )
-from jaxspark.generation import generate_stream
+from jaxspark.generation import Request, generate, generate_stream
 from tests import zoo
-from tests.driver import ask, complete
 
 PROMPTS = zoo.prompts(3, 17, 8)
 PLAIN = {"max_new_tokens": 40, "temperature": 1.0, "coupling": "gumbel"}
@@ -38,11 +37,11 @@ def model():
 
 @pytest.fixture(scope="module")
 def plain(model):
-    return [each.tokens for each in complete(model, PROMPTS, **PLAIN)]
+    return [each.tokens for each in generate(model, PROMPTS, **PLAIN)]
 
 
 def run(model, plain, schedule, *, prompts=PROMPTS, **options):
-    seen = complete(
+    seen = generate(
         model,
         prompts,
         zoo.drafter("dspark-gated", model),
@@ -78,9 +77,9 @@ def test_the_usual_is_expected_before_there_is_history(model, plain):
 
 def test_requests_begin_with_the_memory_of_those_before_them(model):
     seconds = zoo.costs((1, 2, 5), (2.2, 2.3, 2.5), plain=1.0, length=4)
-    requests = [ask(prompt, max_new_tokens=12) for prompt in PROMPTS]
+    requests = [Request(prompt, max_new_tokens=12) for prompt in PROMPTS]
     # At another temperature, it has nothing to begin with.
-    requests.append(ask(PROMPTS[0], max_new_tokens=12, temperature=0.5))
+    requests.append(Request(PROMPTS[0], max_new_tokens=12, temperature=0.5))
     stream = generate_stream(
         model,
         requests,
@@ -150,7 +149,7 @@ def test_each_request_keeps_its_bounds_on_drafts(model, plain):
 
 def test_mandatory_drafts_need_room_in_a_round(model):
     drafter = zoo.drafter("dspark-gated", model)
-    requests = [ask((1,), max_new_tokens=4, min_drafts=n) for n in (0, 3)]
+    requests = [Request((1,), max_new_tokens=4, min_drafts=n) for n in (0, 3)]
     for options, most in ((dict(schedule=Fixed(1)), 1), (dict(buckets=(6,)), 2)):
         options = DecodeOptions(block_length=4, **options)
         done = dict(

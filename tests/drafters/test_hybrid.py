@@ -9,8 +9,9 @@ import pytest
 
 from jaxspark.drafters import DraftContext, NgramDrafter, PlainDrafter, hybrid
 from jaxspark.drafters.hybrid import History
+from jaxspark.generation import generate
 from tests import zoo
-from tests.driver import Sampler, complete, greedy_draw
+from tests.driver import Sampler, greedy_draw
 
 G = 4
 
@@ -125,7 +126,7 @@ def test_it_beats_its_parts_on_a_text_that_repeats():
     prompts = zoo.prompts(5, 9, 7)
     lengths = {}
     for name in ("ngram", "dspark-gated", "hybrid"):
-        outputs = complete(
+        outputs = generate(
             model, prompts, zoo.drafter(name, model), max_new_tokens=60, block_length=G
         )
         lengths[name] = sum(each.rounds for each in outputs)

@@ -9,9 +9,8 @@ from jaxspark.decoding import DecodeOptions
 from jaxspark.exactness import rejection
 from jaxspark.exactness.audit import audit, decode_requests, plain_outputs
 from jaxspark.exactness.tiny_models import tiny_models
-from jaxspark.generation import generate_stream
+from jaxspark.generation import Request, generate_stream
 from tests import zoo
-from tests.driver import ask
 
 NAMES = ("ngram", "deepseek_v4_dspark", "mtp", "hybrid")
 OPTIONS = {"capacity": 128}
@@ -27,7 +26,7 @@ def requests(temperatures):
     """Prompts below and above every boundary, long enough answers to cross some."""
     prompts = zoo.prompts(1, 2, 17, 40, 5)
     return [
-        ask(
+        Request(
             prompt,
             max_new_tokens=24,
             temperature=temperature,

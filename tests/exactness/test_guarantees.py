@@ -8,8 +8,8 @@ import pytest
 
 from jaxspark.decoding import Fixed
 from jaxspark.exactness.audit import audit, decode_requests, plain_outputs
+from jaxspark.generation import Request
 from tests import zoo
-from tests.driver import ask
 
 LENGTHS = (1, 2, 17, 40, 5)
 TEMPERATURES = (0.0, 1.0, 0.7, 0.0, 1.3)
@@ -31,7 +31,7 @@ def model(request):
 
 def requests(temperatures, **filters):
     return [
-        ask(
+        Request(
             prompt,
             max_new_tokens=24,
             temperature=temperature,

@@ -4,7 +4,7 @@ import pytest
 
 from jaxspark import load_drafter
 from jaxspark.exactness.audit import audit, decode_requests, plain_outputs
-from tests.driver import ask
+from jaxspark.generation import Request
 
 QUESTIONS = (
     "What is 17 times 3? Show each step.",
@@ -17,7 +17,7 @@ QUESTIONS = (
 def asked(smollm2):
     """Greedy and sampled requests, and what plain decoding says."""
     requests = [
-        ask(
+        Request(
             tuple(smollm2.tokenizer.chat([{"role": "user", "content": text}])),
             max_new_tokens=32,
             temperature=temperature,

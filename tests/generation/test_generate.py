@@ -17,9 +17,10 @@ from jaxspark.decoding import (
     init_state,
     prefill,
 )
+from jaxspark.generation import generate
 from jaxspark.models import DenseDecoder
 from tests import zoo
-from tests.driver import Session, complete
+from tests.driver import Session
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def step_by_step(model, prompt, count):
 
 def test_plain_decoding_is_the_bare_model_step_by_step(model):
     for prompt in zoo.prompts(1, 2, 33):
-        [seen] = complete(model, [prompt], max_new_tokens=20, log_probs=True)
+        [seen] = generate(model, [prompt], max_new_tokens=20, log_probs=True)
         tokens, log_probs = step_by_step(model, prompt, 20)
         assert seen.tokens == tokens
         np.testing.assert_allclose(seen.log_probs, log_probs, atol=1e-5)
@@ -55,8 +56,8 @@ def test_plain_decoding_is_the_bare_model_step_by_step(model):
 
 def test_log_probs_do_not_change_with_speculation(model, ngram):
     prompts = zoo.prompts(4, 19, 7)
-    plain = complete(model, prompts, max_new_tokens=30, log_probs=True)
-    fast = complete(model, prompts, ngram, max_new_tokens=30, log_probs=True)
+    plain = generate(model, prompts, max_new_tokens=30, log_probs=True)
+    fast = generate(model, prompts, ngram, max_new_tokens=30, log_probs=True)
     assert max(each.accepted_length for each in fast) > 1.2
     for a, b in zip(plain, fast):
         assert a.tokens == b.tokens
@@ -65,24 +66,24 @@ def test_log_probs_do_not_change_with_speculation(model, ngram):
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 9, 10, 11])
 def test_a_budget_is_met_to_the_token(model, ngram, budget):
-    [seen] = complete(model, zoo.prompts(12), ngram, max_new_tokens=budget, capacity=64)
+    [seen] = generate(model, zoo.prompts(12), ngram, max_new_tokens=budget, capacity=64)
     assert len(seen.tokens) == budget
     assert seen.finish_reason == "length"
 
 
 def test_each_prompt_may_have_its_own_budget(model, ngram):
-    seen = complete(model, zoo.prompts(5, 5, 5), ngram, max_new_tokens=[1, 7, 30])
+    seen = generate(model, zoo.prompts(5, 5, 5), ngram, max_new_tokens=[1, 7, 30])
     assert [len(each.tokens) for each in seen] == [1, 7, 30]
 
 
 def test_a_stop_token_inside_an_accepted_block_ends_the_output(model, ngram):
     # Prompt lookup drafts a stop token only where the prompt already has it.
     [prompt] = zoo.prompts(12)
-    prompt = prompt + complete(model, [prompt], max_new_tokens=40)[0].tokens
-    [free] = complete(model, [prompt], ngram, max_new_tokens=40)
+    prompt = prompt + generate(model, [prompt], max_new_tokens=40)[0].tokens
+    [free] = generate(model, [prompt], ngram, max_new_tokens=40)
     cut = 0
     for stop in set(free.tokens):
-        [seen] = complete(model, [prompt], ngram, max_new_tokens=40, stop_ids=(stop,))
+        [seen] = generate(model, [prompt], ngram, max_new_tokens=40, stop_ids=(stop,))
         expected = free.tokens[: free.tokens.index(stop) + 1]
         assert seen.tokens == expected
         assert seen.finish_reason == "stop"
@@ -99,22 +100,22 @@ def test_streaming_delivers_the_same_tokens_piece_by_piece(model, ngram):
         calls.append(slot)
         pieces[slot] += tokens
 
-    seen = complete(model, prompts, ngram, max_new_tokens=40, on_tokens=on_tokens)
-    whole = complete(model, prompts, ngram, max_new_tokens=40)
+    seen = generate(model, prompts, ngram, max_new_tokens=40, on_tokens=on_tokens)
+    whole = generate(model, prompts, ngram, max_new_tokens=40)
     assert list(pieces.values()) == [each.tokens for each in seen]
     assert [each.tokens for each in seen] == [each.tokens for each in whole]
     assert len(calls) > 4
 
 
 def test_counters_add_up(model, ngram):
-    [seen] = complete(model, zoo.prompts(12), ngram, max_new_tokens=40)
+    [seen] = generate(model, zoo.prompts(12), ngram, max_new_tokens=40)
     assert sum(seen.accepted) + seen.rounds == len(seen.tokens)
     assert all(a <= b for a, b in zip(seen.accepted, seen.reached))
     assert all(a >= b for a, b in zip(seen.accepted, seen.reached[1:]))
 
 
 def test_a_fixed_schedule_verifies_no_more_than_its_length(model, ngram):
-    [seen] = complete(
+    [seen] = generate(
         model, zoo.prompts(12), ngram, max_new_tokens=30, schedule=Fixed(2)
     )
     assert seen.reached[1] > 0
@@ -134,7 +135,7 @@ def test_the_round_is_pure_inside_a_callers_own_jit(model, ngram):
     state = init_state(model, ngram, prompts, [40, 40], Sampling.of(2), block_length=3)
     state = prefill(model, ngram, state, chunk=16)
     state = two_rounds(model, state)
-    expected = complete(model, prompts, max_new_tokens=20)
+    expected = generate(model, prompts, max_new_tokens=20)
     for slot, prompt in enumerate(prompts):
         length = int(state.lengths_B[slot])
         seen = np.asarray(state.tokens_BS)[slot, len(prompt) : length].tolist()
@@ -188,14 +189,14 @@ def test_bad_requests_are_refused_with_the_value_and_the_fix(
 ):
     arguments = dict(prompts=[[1, 2, 3]], drafter=ngram, max_new_tokens=16) | change
     with pytest.raises(ValueError, match=message):
-        complete(model, **arguments)
+        generate(model, **arguments)
 
 
 def test_each_prompt_may_have_its_own_stop_tokens(model, ngram):
     [prompt] = zoo.prompts(12)
-    [free] = complete(model, [prompt], max_new_tokens=12)
+    [free] = generate(model, [prompt], max_new_tokens=12)
     stops = [(free.tokens[3],), (), (free.tokens[6],)]
-    seen = complete(model, [prompt] * 3, ngram, max_new_tokens=12, stop_ids=stops)
+    seen = generate(model, [prompt] * 3, ngram, max_new_tokens=12, stop_ids=stops)
     for each, stop in zip(seen, stops):
         end = free.tokens.index(stop[0]) + 1 if stop else 12
         assert each.tokens == free.tokens[:end]
@@ -213,7 +214,7 @@ def test_each_prompt_may_have_its_own_stop_tokens(model, ngram):
 def test_a_drafter_for_another_target_is_refused(model, change, message):
     other = DenseDecoder(replace(model.config, **change), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=message):
-        complete(model, [[1]], zoo.drafter("dflash", other))
+        generate(model, [[1]], zoo.drafter("dflash", other))
 
 
 def test_the_callers_sampling_survives_decoding(model, ngram):
@@ -231,10 +232,10 @@ def test_a_state_for_another_block_length_is_refused(model, ngram):
 
 def test_plain_decoding_has_no_block_length(model):
     with pytest.raises(ValueError, match="expected 0..0"):
-        complete(model, [[1]], block_length=2)
+        generate(model, [[1]], block_length=2)
 
 
 def test_bfloat16_runs_end_to_end(ngram):
     model = jax.tree.map(lambda w: w.astype(jnp.bfloat16), zoo.target())
-    [seen] = complete(model, zoo.prompts(9), ngram, max_new_tokens=8)
+    [seen] = generate(model, zoo.prompts(9), ngram, max_new_tokens=8)
     assert len(seen.tokens) == 8

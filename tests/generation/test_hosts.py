@@ -16,7 +16,6 @@ from jaxspark.generation import (
     generate_stream,
 )
 from tests import zoo
-from tests.driver import ask
 
 CAPACITY = 96
 OPTIONS = DecodeOptions(coupling="gumbel", block_length=3)
@@ -65,12 +64,12 @@ def requests():
 
 # Each a fault of its own, and the word that names it.
 BAD = [
-    (ask([], max_new_tokens=4), "empty"),
-    (ask([1, zoo.VOCAB], max_new_tokens=4), "token id"),
-    (ask("text", max_new_tokens=4), "tokenizer"),
-    (ask([1], max_new_tokens=4, temperature=-1.0), "temperature"),
-    (ask([1], max_new_tokens=CAPACITY), "positions"),
-    (ask([1], max_new_tokens=4, stop_ids=[0.5]), "stop_ids"),
+    (Request([], max_new_tokens=4), "empty"),
+    (Request([1, zoo.VOCAB], max_new_tokens=4), "token id"),
+    (Request("text", max_new_tokens=4), "tokenizer"),
+    (Request([1], max_new_tokens=4, temperature=-1.0), "temperature"),
+    (Request([1], max_new_tokens=CAPACITY), "positions"),
+    (Request([1], max_new_tokens=4, stop_ids=[0.5]), "stop_ids"),
 ]
 # Three good requests and a bad one among them: one size of batch is compiled. None lets
 # a request run; a number cancels it once it has as many tokens.
@@ -152,7 +151,7 @@ def _stream(pair, asked, on_tokens):
 def test_a_thousand_lives_leak_nothing(pair, plain, random):
     """Slots are taken over, cancelled and released; no request notices another."""
     kinds = [
-        ask(
+        Request(
             PROMPTS[i % 3],
             max_new_tokens=[1, 3, 9][i // 3 % 3],
             temperature=float(i % 2),

@@ -8,9 +8,8 @@ import pytest
 
 from jaxspark.decoding import Sampling, init_state
 from jaxspark.drafters import PlainDrafter
-from jaxspark.generation import generate_stream
+from jaxspark.generation import Request, generate, generate_stream
 from tests.checkpoints import tiny
-from tests.driver import ask, complete
 
 POSITIONS = 128
 
@@ -39,7 +38,11 @@ def target():
 )
 def test_a_bad_request_ends_nothing_but_itself(target, change, message):
     good = {"prompt": [1, 2, 3], "max_new_tokens": 2}
-    requests = [ask(**good), ask(**(good | change), name="bad"), ask(**good)]
+    requests = [
+        Request(**good),
+        Request(**(good | change), name="bad"),
+        Request(**good),
+    ]
     stream = generate_stream(target, requests, slots=2, capacity=256, together=2)
     done = dict(stream)
     assert done[1].finish_reason == "error" and not done[1].tokens
@@ -48,7 +51,7 @@ def test_a_bad_request_ends_nothing_but_itself(target, change, message):
 
 
 def test_the_last_position_is_used_and_none_after_it(target):
-    request = ask([1, 2, 3], max_new_tokens=POSITIONS - 3, stop_ids=())
+    request = Request([1, 2, 3], max_new_tokens=POSITIONS - 3, stop_ids=())
     [(_, done)] = generate_stream(target, [request], slots=1, capacity=256)
     assert len(done.tokens) == POSITIONS - 3
 
@@ -71,12 +74,12 @@ def test_text_is_of_whole_ids_alone(target):
 
 
 def test_ids_may_be_integers_of_any_kind(target):
-    expected = complete(target, [[1, 2, 3]], max_new_tokens=4)[0].tokens
+    expected = generate(target, [[1, 2, 3]], max_new_tokens=4)[0].tokens
     for prompt in (
         np.array([1, 2, 3], np.uint16),
         [np.int64(1), 2, np.uint8(3)],
         jnp.array([1, 2, 3]),
         (1, 2, 3),
     ):
-        [done] = complete(target, [prompt], max_new_tokens=4, stop_ids=np.array([257]))
+        [done] = generate(target, [prompt], max_new_tokens=4, stop_ids=np.array([257]))
         assert done.tokens == expected

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxspark.checkpoints import Tokenizer
+from jaxspark.generation import generate
 from jaxspark.text.looping import is_looping
 from jaxspark.training.data import (
     Conversation,
@@ -18,7 +19,6 @@ from jaxspark.training.data import (
 )
 from jaxspark.training.data.documents import encode, read_documents
 from tests.checkpoints.tiny import TEMPLATE, target, tokenizer
-from tests.driver import complete
 
 
 def conversation(*texts, answer_ids=None):
@@ -297,7 +297,7 @@ def test_answers_are_the_targets_own_whatever_the_batch():
     assert {each.key: each.conversation.answer_ids for each in one} == by_key
     for each in one:
         prompt = model.tokenizer.chat(each.conversation.messages[:1])
-        [plain] = complete(model, [prompt], max_new_tokens=12)
+        [plain] = generate(model, [prompt], max_new_tokens=12)
         assert list(each.conversation.answer_ids) == plain.tokens
 
 
