@@ -32,8 +32,6 @@ def answers(platform: str, program: str, *arguments: str) -> list[dict]:
         )
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        # These programs are looked at: they are compiled as for users.
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
         "PYTHONPATH": f"{ROOT}:{COMPILERS}" if NEEDS[platform] else str(ROOT),
         # No TPU is asked for or locked.
         "TPU_SKIP_MDS_QUERY": "1",

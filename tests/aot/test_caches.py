@@ -20,13 +20,16 @@ LOOPS = {
     "cpu": [
         {"drafter": "ngram", "dtype": "float32", "layers": 30},
         {"drafter": "dspark pruned", "dtype": "bfloat16", "coupling": "gumbel"},
+        {"drafter": "hybrid", "dtype": "float32"},
         {"drafter": "eagle3", "dtype": "float32"},
         {"drafter": "hybrid", "dtype": "float32", "schedule": "lagged"},
     ],
     "tpu": [
-        {"drafter": "dspark", "dtype": "bfloat16", "schedule": "lagged"},
-        {"drafter": "hybrid", "dtype": "bfloat16", "coupling": "gumbel"},
+        {"drafter": "ngram", "dtype": "float32"},
+        {"drafter": "dspark", "dtype": "bfloat16", "coupling": "gumbel"},
+        {"drafter": "hybrid", "dtype": "bfloat16"},
         {"drafter": "eagle3", "dtype": "float32"},
+        {"drafter": "dspark", "dtype": "bfloat16", "schedule": "lagged"},
     ],
     "h100": [
         {"drafter": "ngram", "dtype": "float32", "coupling": "gumbel"},
