@@ -72,7 +72,7 @@ def bench_decode(console: Console, target, options: SequenceOptions) -> dict:
     contestants = {"plain": ours("plain", PlainDrafter(), plain_only)}
     for block in options.ngram_blocks:
         name, lookup = f"ngram, block {block}", NgramDrafter(block_length=block)
-        drafted = DecodeOptions(block_length=block, buckets=(1, block + 1))
+        drafted = DecodeOptions(block_length=block).resolve(lookup, 1)
         contestants[name] = ours(name, lookup, drafted)
     with tempfile.TemporaryDirectory() as folder:
         if options.peer_python:

@@ -16,10 +16,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxspark.decoding import (
-    Admission,
     DecodeOptions,
     DecodeState,
-    Sampling,
     admit,
     decode,
     prefill,
@@ -27,9 +25,9 @@ from jaxspark.decoding import (
 from jaxspark.decoding.couplings import Coupling
 from jaxspark.decoding.options import check_block_length
 from jaxspark.drafters import Drafter
-from jaxspark.generation.batch import UNLIMITED, prefill_chunk
+from jaxspark.generation.batch import admission_of, prefill_chunk
 from jaxspark.generation.generate import capacity_for
-from jaxspark.generation.request import Limits, Request, SamplingParams, check
+from jaxspark.generation.request import Limits, Request, check
 from jaxspark.target import Target
 
 _TYPICAL = 16
@@ -132,22 +130,20 @@ def record_rounds(
     """
     target = Target.of(target)
     model = target.model
-    checked = [
-        check(
-            Request(prompt, SamplingParams(max_new_tokens=max_new_tokens)),
-            index,
-            target,
-            Limits(
-                capacity=UNLIMITED,
-                block_length=0,
-                min_drafts=0,
-                stop_ids=UNLIMITED,
-                log_probs=False,
-            ),
+    block_length = check_block_length(drafter, block_length)
+    limits = Limits(block_length=block_length)
+    requests = [
+        Request(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=(seed + index) % 2**32,
         )
         for index, prompt in enumerate(prompts)
     ]
-    block_length = check_block_length(drafter, block_length)
+    checked = [
+        check(each, index, target, limits) for index, each in enumerate(requests)
+    ]
     full = slots * (block_length + 1)
     options = DecodeOptions(
         block_length=block_length,
@@ -155,6 +151,7 @@ def record_rounds(
         # Rounds in which some requests have ended are smaller.
         buckets=tuple(sorted({-(-full * part // 4) for part in (1, 2, 3, 4)})),
     )
+    capacity = capacity_for(prompts, max_new_tokens, block_length)
     rows: list[tuple] = []
     for first in range(0, len(prompts), slots):
         group = checked[first : first + slots]
@@ -162,23 +159,11 @@ def record_rounds(
             model,
             drafter,
             slots=slots,
-            capacity=capacity_for(prompts, max_new_tokens, block_length),
+            capacity=capacity,
             block_length=block_length,
             stop_ids=max(1, len(target.stop_ids)),
         )
-        sampling = Sampling.of(
-            len(group),
-            temperature=temperature,
-            seed=(seed + first + np.arange(len(group))) % 2**32,
-        )
-        admission = Admission.of(
-            state,
-            [request.ids for request in group],
-            [request.limit for request in group],
-            sampling,
-            stop_ids=[request.stop_ids for request in group],
-        )
-        state = admit(state, jnp.arange(len(group)), admission)
+        state = admit(state, jnp.arange(len(group)), admission_of(group, state))
         chunk = prefill_chunk(len(request.ids) for request in group)
         state = prefill(model, drafter, state, chunk=chunk)
         while np.any(state.live_B):

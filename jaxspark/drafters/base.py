@@ -10,7 +10,7 @@ A drafter never decides what is emitted, so a bad one costs speed and nothing el
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +161,25 @@ class Drafter(Protocol):
         block_length: int,
     ) -> tuple[Proposal, Any]:
         """Drafts tokens after each anchor; its cache rows before it are valid."""
+
+
+class WithoutContext:
+    """Drafters that need neither the target's features nor rows of their own."""
+
+    taps: ClassVar[tuple[int, ...]] = ()
+
+    def check_target(self, target: Any) -> None:
+        """Any target will do."""
+
+    def init_cache(self, slots: int, length: int) -> tuple[()]:
+        """Nothing to remember."""
+        return ()
+
+    def observe(
+        self, cache: tuple[()], taps_mDT: Float[Array, "m D T"], tokens: FlatTokens
+    ) -> tuple[()]:
+        """Nothing to remember."""
+        return cache
 
 
 def pairs_before(tokens: FlatTokens) -> FlatTokens:

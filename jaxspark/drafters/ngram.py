@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jaxspark.drafters.base import Proposal
+from jaxspark.drafters.base import Proposal, WithoutContext
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True, kw_only=True)
-class NgramDrafter:
+class NgramDrafter(WithoutContext):
     """Copies what followed the longest matching suffix of `longest`..`shortest` tokens.
 
     Attributes:
@@ -31,7 +31,6 @@ class NgramDrafter:
     block_length: int = 8
     longest: int = 8
     shortest: int = 2
-    taps: ClassVar[tuple[int, ...]] = ()
     abstains: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -44,17 +43,6 @@ class NgramDrafter:
                 "n-gram lengths must satisfy 1 <= shortest <= longest, got "
                 f"shortest={self.shortest}, longest={self.longest}"
             )
-
-    def check_target(self, target):
-        """Any target will do."""
-
-    def init_cache(self, slots, length):
-        """The slot's tokens are all the context it needs."""
-        return ()
-
-    def observe(self, cache, taps_mDT, tokens):
-        """The slot's tokens are all the context it needs."""
-        return cache
 
     def propose(self, target, cache, context, sampler, block_length):
         """The continuation of the best match; proposes nothing where none is found."""

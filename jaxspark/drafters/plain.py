@@ -5,28 +5,16 @@ from typing import ClassVar
 
 import jax
 
-from jaxspark.drafters.base import Proposal
+from jaxspark.drafters.base import Proposal, WithoutContext
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class PlainDrafter:
+class PlainDrafter(WithoutContext):
     """Proposes nothing."""
 
     block_length: ClassVar[int] = 0
-    taps: ClassVar[tuple[int, ...]] = ()
     abstains: ClassVar[bool] = False
-
-    def check_target(self, target):
-        """Any target will do."""
-
-    def init_cache(self, slots, length):
-        """Nothing to remember."""
-        return ()
-
-    def observe(self, cache, taps_mDT, tokens):
-        """Nothing to remember."""
-        return cache
 
     def propose(self, target, cache, context, sampler, block_length):
         """An empty block."""

@@ -19,6 +19,7 @@ import numpy as np
 from jaxspark.decoding import Causal, CostCurve, Costs, Free, Lagged, Sampling
 from jaxspark.decoding.couplings import COUPLINGS
 from jaxspark.drafters import DraftDistribution, Proposal
+from jaxspark.drafters.base import WithoutContext
 from jaxspark.exactness.enumeration import EnumeratedRound, target_distribution
 from jaxspark.exactness.rejection import Check
 from jaxspark.settings import standard_settings
@@ -41,7 +42,7 @@ class LeakySchedule(Free):
 
 
 @dataclass(frozen=True)
-class TableDrafter:
+class TableDrafter(WithoutContext):
     """Draws every draft from q; confidences are a table by the drafts before.
 
     Attributes:
@@ -55,12 +56,7 @@ class TableDrafter:
     confidence: Mapping[tuple[int, ...], float]
     block_length: int
     telling: bool = False
-    taps: tuple = ()
     config: SimpleNamespace = field(default_factory=SimpleNamespace)
-
-    def init_cache(self, slots, length):
-        """Nothing to remember."""
-        return ()
 
     def propose(self, target, cache, context, sampler, block_length):
         """Drafts of one slot, one by one."""
@@ -147,13 +143,6 @@ def appendix_checks() -> list[Check]:
                 **EXAMPLE, schedule=kind(costs=COSTS), earlier_G=history
             )
             errors.append(np.abs(seen - true).max())
-        error = float(max(errors))
-        checks.append(
-            Check(
-                name=f"appendix A, {kind.__name__.lower()}: from the target",
-                figure=error,
-                bound="<= 1e-6",
-                holds=error <= 1e-6,
-            )
-        )
+        name = f"appendix A, {kind.__name__.lower()}: from the target"
+        checks.append(Check.distance(name, max(errors)))
     return checks

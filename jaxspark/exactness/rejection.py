@@ -39,6 +39,19 @@ class Check:
     bound: str
     holds: bool
 
+    @classmethod
+    def distance(cls, name: str, figure: float) -> "Check":
+        """How far an enumerated distribution is from the target's: next to nothing."""
+        error = float(figure)
+        return cls(name=name, figure=error, bound="<= 1e-6", holds=error <= 1e-6)
+
+    @classmethod
+    def p_value(cls, name: str, figure: float) -> "Check":
+        """Whether frequencies may come from the target's distribution."""
+        return cls(
+            name=f"{name}: p-value", figure=figure, bound="> 1e-3", holds=figure > 1e-3
+        )
+
 
 @standard_settings()
 def enumeration_checks(
@@ -56,15 +69,8 @@ def enumeration_checks(
         round_ = EnumeratedRound(
             target, drafter, [PROMPT], table, sampling, accept=accept
         )
-        error = float(np.abs(round_.distribution() - expected).max())
-        checks.append(
-            Check(
-                name=f"enumeration, {name}",
-                figure=error,
-                bound="<= 1e-6",
-                holds=error <= 1e-6,
-            )
-        )
+        error = np.abs(round_.distribution() - expected).max()
+        checks.append(Check.distance(f"enumeration, {name}", error))
     return checks
 
 
@@ -95,14 +101,7 @@ def frequency_checks(
                 ("first two tokens", drawn.counts, expected),
             ):
                 p_value = chi_square(counts, exact)
-                checks.append(
-                    Check(
-                        name=f"{label}, {coupling}, {name}: p-value",
-                        figure=p_value,
-                        bound="> 1e-3",
-                        holds=p_value > 1e-3,
-                    )
-                )
+                checks.append(Check.p_value(f"{label}, {coupling}, {name}", p_value))
             # Point-mass drafts meet the noise of the target alone: same formulas.
             error = abs(drawn.acceptance - formula)
             bound = 4 * np.sqrt(formula * (1 - formula) / drawn.samples)

@@ -30,7 +30,8 @@ from jaxspark.decoding import (
 )
 from jaxspark.decoding.schedule import CostAware
 from jaxspark.decoding.state import DecodeState, Phase
-from jaxspark.drafters import DraftDistribution, Proposal
+from jaxspark.drafters.base import WithoutContext
+from jaxspark.drafters.sequential import draft_block
 from jaxspark.exactness.audit_schedules import SCHEDULES, scheduler, spread_confidences
 from jaxspark.exactness.enumeration import (
     EnumeratedRound,
@@ -86,7 +87,7 @@ NEIGHBOURS = ("new", "first new", "done", "bounded")
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class LeakyDrafter:
+class LeakyDrafter(WithoutContext):
     """Drafts from a fixed distribution; sure of what follows token 0, of nothing else.
 
     Attributes:
@@ -95,37 +96,21 @@ class LeakyDrafter:
 
     log_q_V: Float[Array, " V"]
     block_length: ClassVar[int] = BLOCK_LENGTH
-    taps: ClassVar[tuple[int, ...]] = ()
     abstains: ClassVar[bool] = False
 
-    def check_target(self, target):
-        """Any of as many tokens will do."""
-
-    def init_cache(self, slots, length):
-        """Nothing to remember."""
-        return ()
-
-    def observe(self, cache, taps_mDT, tokens):
-        """Nothing to remember."""
-        return cache
-
     def propose(self, target, cache, context, sampler, block_length):
-        """Drafts one by one; the next one's confidence tells which."""
+        """Each draft's confidence tells the one before it."""
         slots = len(context.lengths_B)
         logits_BV = jnp.broadcast_to(self.log_q_V, (slots, len(self.log_q_V)))
-        drafts, log_q, chances = [], [], [jnp.full((slots,), 0.8)]
-        for j in range(block_length):
-            drawn = sampler(logits_BV, jnp.int32(j), None)
-            drafts.append(drawn.tokens_B)
-            log_q.append(drawn.log_q_BW)
-            chances.append(jnp.where(drawn.tokens_B == 0, 0.95, 1e-3))
-        chance_BG = jnp.stack(chances[:block_length], 1)
-        return Proposal(
-            tokens_BG=jnp.stack(drafts, 1),
-            lengths_B=jnp.full((slots,), block_length),
-            confidence_BG=jnp.log(chance_BG) - jnp.log1p(-chance_BG),
-            sharpness_BG=jnp.zeros_like(chance_BG),
-            q=DraftDistribution(jnp.stack(log_q, 1)),
+
+        def step(carry, previous_B, j, _):
+            told_B = jnp.where(previous_B == 0, 0.95, 1e-3)
+            chance_B = jnp.where(j == 0, 0.8, told_B)
+            return carry, logits_BV, jnp.log(chance_B) - jnp.log1p(-chance_B)
+
+        proposal, _ = draft_block(step, (), (), context, sampler, block_length)
+        return replace(
+            proposal, sharpness_BG=jnp.zeros_like(proposal.sharpness_BG)
         ), cache
 
 
@@ -183,14 +168,7 @@ def enumeration_checks(
                 for case in cases
             ]
             error = max(np.abs(each - expected).max() for each in seen)
-            checks.append(
-                Check(
-                    name=f"enumeration, {name}, {label}",
-                    figure=float(error),
-                    bound="<= 1e-6",
-                    holds=bool(error <= 1e-6),
-                )
-            )
+            checks.append(Check.distance(f"enumeration, {name}, {label}", error))
     return checks
 
 
@@ -215,15 +193,8 @@ def frequency_checks(
         tokens_N2 = _first_two(target, leaky_drafter(), seeds_NB, schedule)
         counts = np.zeros((VOCAB, VOCAB), int)
         np.add.at(counts, tuple(np.asarray(tokens_N2).T), 1)
-        p_value = chi_square(counts, exact)
-        checks.append(
-            Check(
-                name=f"first two tokens of {len(seeds)}, {label}: p-value",
-                figure=p_value,
-                bound="> 1e-3",
-                holds=p_value > 1e-3,
-            )
-        )
+        name = f"first two tokens of {len(seeds)}, {label}"
+        checks.append(Check.p_value(name, chi_square(counts, exact)))
     return checks
 
 

@@ -6,7 +6,7 @@ tokens that are new since the last one.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -26,6 +26,7 @@ from jaxspark.decoding import (
     prefill,
     release,
 )
+from jaxspark.decoding.state import Counters
 from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.generation.completion import Completion, FinishReason
 from jaxspark.generation.request import CheckedRequest, Limits, Request, check
@@ -35,7 +36,6 @@ from jaxspark.target import Target
 
 # Most stop ids of a request, where a batch is made before its requests are known.
 MAX_STOP_IDS = 8
-UNLIMITED = 2**30
 
 
 @dataclass(frozen=True)
@@ -205,11 +205,11 @@ class ContinuousBatch:
             # One shape for any number of newcomers: no slot has the last number.
             missing = self.together - count
             slots_N = jnp.array(taken + [self.slots] * missing, jnp.int32)
-            admission = _admission(self._state, arrived + arrived[:1] * missing)
+            padded = arrived + arrived[:1] * missing
             self._state = prefill(
                 self.target.model,
                 self.drafter,
-                admit(self._state, slots_N, admission),
+                admit(self._state, slots_N, admission_of(padded, self._state)),
                 chunk=prefill_chunk(len(request.ids) for request in arrived),
                 together=self.together,
             )
@@ -222,73 +222,77 @@ class ContinuousBatch:
         phase_B, lengths_B, tokens_BW, log_probs_BW = jax.device_get(
             _newest(self._state, jnp.asarray(since_B), self._window)
         )
+        arrived: dict[int, tuple[int, list[int]]] = {}
         for slot, each in self._running.items():
-            gained = int(lengths_B[slot] - since_B[slot])
-            each.tokens += tokens_BW[slot, :gained].tolist()
-            each.log_probs += log_probs_BW[slot, :gained].tolist()
-        ended = [slot for slot in self._running if phase_B[slot] == Phase.FINISHED]
-        found = {
-            slot: Update(
-                each.request.index, each.tokens[since_B[slot] - len(each.request.ids) :]
-            )
-            for slot, each in self._running.items()
-        }
-        completions = self._release({slot: None for slot in ended})
+            gained = slice(int(lengths_B[slot] - since_B[slot]))
+            arrived[slot] = each.request.index, tokens_BW[slot, gained].tolist()
+            each.tokens += arrived[slot][1]
+            each.log_probs += log_probs_BW[slot, gained].tolist()
+        ended = [slot for slot in arrived if phase_B[slot] == Phase.FINISHED]
+        completions = self._release(ended)
         return [
-            Update(update.index, update.tokens, completions.get(slot))
-            for slot, update in found.items()
-            if update.tokens or slot in completions
+            Update(index, tokens, completions.get(slot))
+            for slot, (index, tokens) in arrived.items()
+            if tokens or slot in completions
         ]
 
     def _drop_cancelled(self) -> list[Update]:
-        updates = []
-        for request in [
-            each for each in self._waiting if each.index in self._cancelled
-        ]:
-            self._waiting.remove(request)
-            nothing = Completion(tokens=[], text=None, finish_reason="cancelled")
-            updates.append(Update(request.index, [], nothing))
-        slots = [
-            slot
+        """Takes cancelled requests out of the queue and out of their slots."""
+        nothing = Completion(tokens=[], text=None, finish_reason="cancelled")
+        updates = [
+            Update(request.index, [], nothing)
+            for request in self._waiting
+            if request.index in self._cancelled
+        ]
+        self._waiting = deque(
+            request for request in self._waiting if request.index not in self._cancelled
+        )
+        slots = {
+            slot: each.request.index
             for slot, each in self._running.items()
             if each.request.index in self._cancelled
-        ]
-        indices = {slot: self._running[slot].request.index for slot in slots}
-        completions = self._release({slot: "cancelled" for slot in slots})
+        }
         self._cancelled.clear()
+        completions = self._release(list(slots), reason="cancelled")
         return updates + [
-            Update(indices[slot], [], completion)
+            Update(slots[slot], [], completion)
             for slot, completion in completions.items()
         ]
 
-    def _release(self, ended: dict[int, FinishReason | None]) -> dict[int, Completion]:
-        """Empties slots; their completions. None finds out why one has ended."""
-        if not ended:
+    def _release(
+        self, slots: Sequence[int], reason: FinishReason | None = None
+    ) -> dict[int, Completion]:
+        """Empties slots; what they hold, which tells its reason where none is given."""
+        if not slots:
             return {}
         counters = jax.device_get(self._state.counters)
-        released_B = np.isin(np.arange(self.slots), list(ended))
+        released_B = np.isin(np.arange(self.slots), slots)
         self._state = release(self._state, jnp.asarray(released_B))
-        completions = {}
-        for slot, reason in ended.items():
-            each = self._running.pop(slot)
-            tokens, tokenizer = each.tokens, self.target.tokenizer
-            stopped = bool(tokens) and tokens[-1] in each.request.stop_ids
-            shown = tokens[:-1] if stopped else tokens
-            completions[slot] = Completion(
-                tokens=tokens,
-                text=tokenizer.decode(shown) if tokenizer else None,
-                finish_reason=reason or ("stop" if stopped else "length"),
-                log_probs=each.log_probs if each.request.params.log_probs else None,
-                rounds=int(counters.rounds_B[slot]),
-                drafted=int(counters.drafted_B[slot]),
-                verified=int(counters.verified_B[slot]),
-                reached=counters.reached_BG[slot].tolist(),
-                accepted=counters.accepted_BG[slot].tolist(),
-            )
-        return completions
+        return {slot: self._completion(slot, counters, reason) for slot in slots}
+
+    def _completion(
+        self, slot: int, counters: Counters, reason: FinishReason | None
+    ) -> Completion:
+        """What a slot's request became; it no longer runs."""
+        each, tokenizer = self._running.pop(slot), self.target.tokenizer
+        tokens = each.tokens
+        stopped = bool(tokens) and tokens[-1] in each.request.stop_ids
+        shown = tokens[:-1] if stopped else tokens
+        return Completion(
+            tokens=tokens,
+            text=tokenizer.decode(shown) if tokenizer else None,
+            finish_reason=reason or ("stop" if stopped else "length"),
+            log_probs=each.log_probs if each.request.params.log_probs else None,
+            rounds=int(counters.rounds_B[slot]),
+            drafted=int(counters.drafted_B[slot]),
+            verified=int(counters.verified_B[slot]),
+            reached=counters.reached_BG[slot].tolist(),
+            accepted=counters.accepted_BG[slot].tolist(),
+        )
 
 
-def _admission(state: DecodeState, requests: list[CheckedRequest]) -> Admission:
+def admission_of(requests: Sequence[CheckedRequest], state: DecodeState) -> Admission:
+    """Requests in the form in which slots of `state` take them up."""
     params = [request.params for request in requests]
     return Admission.of(
         state,
@@ -303,7 +307,7 @@ def _admission(state: DecodeState, requests: list[CheckedRequest]) -> Admission:
             seed=[request.seed for request in requests],
         ),
         stop_ids=[request.stop_ids for request in requests],
-        min_drafts=[each.min_drafts for each in params],
+        min_drafts=[request.min_drafts for request in requests],
         max_drafts=[request.max_drafts for request in requests],
     )
 

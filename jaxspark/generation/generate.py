@@ -9,9 +9,10 @@ import numpy as np
 
 from jaxspark.decoding import DecodeOptions
 from jaxspark.drafters import Drafter, PlainDrafter
-from jaxspark.generation.batch import MAX_STOP_IDS, UNLIMITED, ContinuousBatch
+from jaxspark.generation.batch import MAX_STOP_IDS, ContinuousBatch
 from jaxspark.generation.completion import Completion
 from jaxspark.generation.request import (
+    UNLIMITED,
     CheckedRequest,
     Limits,
     Request,
@@ -80,8 +81,6 @@ def generate(
         capacity=UNLIMITED if capacity is None else capacity,
         block_length=block,
         min_drafts=resolved.max_min_drafts(len(requests)),
-        stop_ids=UNLIMITED,
-        log_probs=True,
     )
     checked: list[CheckedRequest] = []
     completions: dict[int, Completion] = {}
@@ -213,23 +212,19 @@ def as_requests(
     listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
     if not listed:
         raise ValueError("no prompts given")
+    one_each = {name: value for name, value in named.items() if _is_listed(name, value)}
+    for_all = {name: value for name, value in named.items() if name not in one_each}
     if params is None or isinstance(params, SamplingParams):
-        shared = SamplingParams() if params is None else params
-        seed = 0 if shared.seed is None else shared.seed
-        each = [
-            replace(shared, seed=_spread(seed, index)) for index in range(len(listed))
-        ]
+        spread, each = True, [params or SamplingParams()] * len(listed)
     else:
-        each = list(params)
+        spread, each = "seed" in for_all, list(params)
         _check_count("params", len(each), len(listed))
-    for name, value in named.items():
-        values = [value] * len(listed)
-        if _is_listed(name, value):
-            _check_count(name, len(value), len(listed))
-            values = value
-        elif name == "seed":  # Spread already, from the one given here.
-            values = [_spread(value, index) for index in range(len(listed))]
-        each = [replace(own, **{name: new}) for own, new in zip(each, values)]
+    each = [replace(own, **for_all) for own in each]
+    if spread:  # One seed for all.
+        each = [replace(own, seed=_spread(own.seed, i)) for i, own in enumerate(each)]
+    for name, values in one_each.items():
+        _check_count(name, len(values), len(listed))
+        each = [replace(own, **{name: value}) for own, value in zip(each, values)]
     return [
         prompt if isinstance(prompt, Request) else Request(prompt, own)
         for prompt, own in zip(listed, each)
@@ -249,7 +244,7 @@ def _check_count(name: str, given: int, prompts: int) -> None:
 
 
 def _spread(seed: Any, index: int) -> Any:
-    """A request's seed; what is no seed is left for the request's check to name."""
+    """A request's own seed; what is no seed is left for the request's check."""
     whole = isinstance(seed, int) and 0 <= seed < 2**32
     return spread_seed(seed, index) if whole else seed
 

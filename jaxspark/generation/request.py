@@ -9,6 +9,8 @@ import numpy as np
 
 from jaxspark.target import Target
 
+UNLIMITED = 2**30
+
 
 class RequestError(ValueError):
     """A request that cannot be served; names it, the value and what is expected."""
@@ -78,7 +80,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one batch can serve.
+    """What one batch can serve; by default anything but drafts.
 
     Attributes:
       capacity: positions of a slot.
@@ -88,11 +90,11 @@ class Limits:
       log_probs: whether they are kept.
     """
 
-    capacity: int
-    block_length: int
-    min_drafts: int
-    stop_ids: int
-    log_probs: bool
+    capacity: int = UNLIMITED
+    block_length: int = 0
+    min_drafts: int = 0
+    stop_ids: int = UNLIMITED
+    log_probs: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,8 @@ class CheckedRequest:
       ids: the prompt's tokens.
       stop_ids: tokens that end it.
       seed: of its randomness.
-      max_drafts: most drafts verified in a round.
+      min_drafts: drafts verified in every round that drafts.
+      max_drafts: most drafts that are.
       params: everything else.
     """
 
@@ -112,6 +115,7 @@ class CheckedRequest:
     ids: list[int]
     stop_ids: list[int]
     seed: int
+    min_drafts: int
     max_drafts: int
     params: SamplingParams
 
@@ -164,11 +168,12 @@ def _checked(request: Request, index: int, target: Target, limits: Limits):
         raise ValueError(
             f"{len(stop_ids)} stop ids, this batch has room for {limits.stop_ids}"
         )
-    block = limits.block_length
-    most = block
+    most = limits.block_length
     if params.max_drafts is not None:
-        most = min(_whole("max_drafts", params.max_drafts, 0, None), block)
-    _whole("min_drafts", params.min_drafts, 0, min(most, limits.min_drafts))
+        most = min(_whole("max_drafts", params.max_drafts, 0, None), most)
+    # They bound rounds that draft; plain decoding has none.
+    room = min(most, limits.min_drafts) if limits.block_length else None
+    least = _whole("min_drafts", params.min_drafts, 0, room)
     if params.log_probs and not limits.log_probs:
         raise ValueError("log_probs are asked for, this batch keeps none")
     return CheckedRequest(
@@ -176,6 +181,7 @@ def _checked(request: Request, index: int, target: Target, limits: Limits):
         ids=ids,
         stop_ids=stop_ids,
         seed=_whole("seed", seed, 0, 2**32 - 1),
+        min_drafts=min(least, most),
         max_drafts=most,
         params=params,
     )

@@ -147,6 +147,17 @@ def test_each_request_keeps_its_bounds_on_drafts(model, plain):
     assert all(each.verified <= 2 * each.rounds for each in seen)
 
 
+def test_bounds_on_drafts_say_nothing_of_plain_decoding(model):
+    bounds = [{"min_drafts": 2}, {"min_drafts": 1, "max_drafts": 1}, {"max_drafts": 0}]
+    asked = [
+        Request(prompt, max_new_tokens=8, **each)
+        for prompt, each in zip(PROMPTS, bounds)
+    ]
+    plain = generate(model, PROMPTS, max_new_tokens=8)
+    seen = generate(model, asked)
+    assert [each.tokens for each in seen] == [each.tokens for each in plain]
+
+
 def test_mandatory_drafts_need_room_in_a_round(model):
     drafter = zoo.drafter("dspark-gated", model)
     requests = [Request((1,), max_new_tokens=4, min_drafts=n) for n in (0, 3)]

@@ -24,6 +24,17 @@ def total(entries: list[dict], key: str) -> int:
     return sum(len(e[key]) if isinstance(e[key], list) else e[key] for e in entries)
 
 
+def summary(entries: list[dict], checks: dict) -> dict:
+    """Figures of a suite: its cells' entries, and what `checked` returned."""
+    return {
+        "violations": total(entries, "violations") + checks["violations"],
+        "near_ties": total(entries, "near_ties"),
+        "tokens": total(entries, "tokens"),
+        "checks": checks["checks"],
+        "cells": entries,
+    }
+
+
 def checked(console: Console, title: str, checks: list[Check]) -> dict:
     """Prints a table of checks; returns the figures."""
     table = Table(title=title)

@@ -21,7 +21,7 @@ from jaxspark.exactness.audit_schedules import (
     grid_of_schedules,
 )
 from jaxspark.exactness.rejection import Check
-from jaxspark.exactness.suites.report import checked, found, total
+from jaxspark.exactness.suites.report import checked, found, summary, total
 from jaxspark.exactness.tiny_models import DRAFTERS, Family
 from jaxspark.exactness.workers import collect, compile_workers
 from jaxspark.progress import CellProgress, bars
@@ -102,16 +102,14 @@ def _audit_schedules(
         checking.append(workers.submit(appendix_checks))
         for future in as_completed(cells):
             cell, (result, seconds) = cells[future], future.result()
-            counts = {"rounds": result.rounds, "drafted": result.drafted}
-            entry = (
-                asdict(cell)
-                | counts
-                | {
-                    "verified": result.verified,
-                    "seconds": round(seconds, 1),
-                }
-            )
-            finished.add({"cell": cell.name, **entry, **found(result.audit)})
+            counts = {
+                "rounds": result.rounds,
+                "drafted": result.drafted,
+                "verified": result.verified,
+                "seconds": round(seconds, 1),
+            }
+            entry = {"cell": cell.name, **asdict(cell), **counts}
+            finished.add(entry | found(result.audit))
             for difference in result.audit.differences:
                 progress.console.print(f"{cell.name}: {difference}")
             progress.advance(bar)
@@ -144,13 +142,7 @@ def _audit_schedules(
     checks = [_choice(names, group) for names, group in groups.items()]
     checks += [check for each in distributions for check in each]
     enumerated = checked(console, "schedules with rejection sampling", checks)
-    return {
-        "violations": total(entries, "violations") + enumerated["violations"],
-        "near_ties": total(entries, "near_ties"),
-        "tokens": total(entries, "tokens"),
-        "checks": enumerated["checks"],
-        "cells": entries,
-    }
+    return summary(entries, enumerated)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from jaxspark.exactness.audit_schedules import (
     grid_of_schedules,
 )
 from jaxspark.exactness.global_settings import SETTINGS, Setting, audit_setting
-from jaxspark.exactness.suites.report import checked, found, total
+from jaxspark.exactness.suites.report import checked, found, summary, total
 from jaxspark.exactness.suites.schedules import QUICK, few_optimizations
 from jaxspark.exactness.workers import collect, compile_workers
 from jaxspark.progress import bars
@@ -53,13 +53,7 @@ def audit_settings(console: Console) -> dict:
             console.print(f"{entry['setting']}, {entry['cell']}: {difference}")
     checks = [check for each in by_setting for check in each]
     sampled = checked(console, "rejection sampling under global settings", checks)
-    return {
-        "violations": total(entries, "violations") + sampled["violations"],
-        "near_ties": total(entries, "near_ties"),
-        "tokens": total(entries, "tokens"),
-        "checks": sampled["checks"],
-        "cells": entries,
-    }
+    return summary(entries, sampled)
 
 
 @functools.cache
