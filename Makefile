@@ -24,7 +24,12 @@ AOT_CUDA := jax-cuda13-plugin==0.12.0.1 jax-cuda13-pjrt==0.12.0.1 \
 	nvidia-cuda-nvcc==13.5.37 nvidia-nvvm==13.5.37 nvidia-cuda-crt==13.5.37 \
 	nvidia-nvjitlink==13.5.37 nvidia-cuda-nvrtc==13.5.37 nvidia-cuda-runtime==13.5.37
 
-.PHONY: help demo test docs oracle aot aot-tpu lint format clean
+# What runs with annotations checked.
+TYPECHECKED := tests/test_annotations.py tests/models/test_cache_contract.py \
+	tests/drafters/test_contract.py tests/decoding/test_lifecycle.py \
+	tests/training/test_forward.py
+
+.PHONY: help demo test typecheck docs oracle aot aot-tpu lint format clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -35,6 +40,10 @@ demo: $(VENV)/.demo ## Make .venv, install, and run the demo: plain against spec
 test: $(VENV)/.test oracle aot-tpu lint ## The same environment plus what tests need; lint and run the tests
 	@echo "==> tests"
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal -q -rs --durations=10 $(ARGS)
+
+typecheck: $(VENV)/.test ## Tests of small models with annotations of shapes checked at every call
+	@echo "==> annotations"
+	@JAXSPARK_TYPECHECK=1 $(BIN)/python -m pytest -n $(WORKERS) -q -k 'not refused' $(TYPECHECKED)
 
 docs: $(VENV)/.docs ## Build the documentation as a website in build/site
 	@# With --quiet mkdocs does not count warnings.
@@ -52,7 +61,7 @@ format: $(VENV)/.test ## Format the code
 	@$(BIN)/ruff format .
 
 aot: $(VENV)/.test aot-tpu $(AOT)/.cuda ## Compile for TPUs and Hopper GPUs with their real compilers (2 GB of packages)
-	@$(BIN)/python -m pytest -q -rs tests/aot $(ARGS)
+	@JAXSPARK_AOT_ALL=1 $(BIN)/python -m pytest -q -rs tests/aot $(ARGS)
 
 # Without these two environments the tests that need them are skipped, and say so.
 oracle: $(VENV)/.test

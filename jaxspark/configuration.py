@@ -8,7 +8,8 @@ A field stands once, with its help, default and bounds. Libraries and tests cons
 configurations; launchers make flags of them (`jaxspark.launch.program`).
 """
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -28,6 +29,7 @@ class Option:
       may_be_empty: whether an empty text is a value. Elsewhere it is an error: scripts
         write `--name=` when a variable of theirs is not set.
       formerly: an earlier name of the flag, which is still read.
+      renamed: earlier names of choices, which are still read.
     """
 
     help: str
@@ -36,6 +38,7 @@ class Option:
     choices: Sequence[str] | None = None
     may_be_empty: bool = False
     formerly: str | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, name: str, value: Any, default: Any) -> None:
         """Raises ConfigurationError unless the value is the default or allowed."""
@@ -76,8 +79,14 @@ class Configuration:
 
     def __post_init__(self):
         for each in fields(self):
-            if (about := each.metadata.get("option")) is not None:
-                about.check(each.name, getattr(self, each.name), each.default)
+            if (about := each.metadata.get("option")) is None:
+                continue
+            value = getattr(self, each.name)
+            if isinstance(value, str) and value in about.renamed:
+                now = about.renamed[value]
+                warnings.warn(f"{each.name}={value} is now called {now}", stacklevel=2)
+                object.__setattr__(self, each.name, value := now)
+            about.check(each.name, value, each.default)
 
     def recorded(self, names: Iterable[str]) -> dict[str, Any]:
         """Some values in the form that settings files use: lists of strings."""

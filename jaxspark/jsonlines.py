@@ -2,7 +2,7 @@
 
 A line ends at a line feed and nowhere else: JSON texts may hold U+2028, U+0085 and
 other characters at which `str.splitlines` splits. A line that cannot be read is a
-`Problem` of its own and ends nothing.
+`MalformedRow` of its own and ends nothing.
 """
 
 import json
@@ -16,7 +16,7 @@ _BOM, _GZIP = b"\xef\xbb\xbf", b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
-class Problem:
+class MalformedRow:
     """A line, or a row of a dataset, that cannot be used, and why."""
 
     where: str
@@ -29,8 +29,8 @@ class Problem:
 def read_json_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
     """Yields ("file:line", value) for every line that is not blank.
 
-    The value is a `Problem` where the line is none. A byte order mark at the beginning
-    and carriage returns before line feeds are passed over.
+    The value is a `MalformedRow` where the line is none. A byte order mark at the
+    beginning and carriage returns before line feeds are passed over.
 
     Raises:
       ValueError: the file is compressed.
@@ -47,7 +47,7 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
                 try:
                     yield where, _parse(line)
                 except (ValueError, RecursionError) as error:
-                    yield where, Problem(where, _reason(error))
+                    yield where, MalformedRow(where, _reason(error))
 
 
 def _parse(line: bytes) -> Any:
@@ -74,7 +74,7 @@ def _reason(error: ValueError | RecursionError) -> str:
     return f"is not JSON that can be read ({error})"
 
 
-def first_reasons(problems: Sequence[Problem], most: int = 3) -> str:
+def first_reasons(problems: Sequence[MalformedRow], most: int = 3) -> str:
     """Problems as one text for people: the first few, and how many more there are."""
     shown = "; ".join(map(str, problems[:most]))
     more = len(problems) - most
@@ -95,7 +95,7 @@ class JsonLines:
             return
         self._cut_unfinished_line()
         for _, entry in read_json_lines(self.path):
-            if isinstance(entry, Problem):
+            if isinstance(entry, MalformedRow):
                 raise ValueError(f"{entry}; remove the line, or name another file")
             self.entries.append(entry)
 
@@ -123,7 +123,7 @@ class JsonLines:
         self.entries = kept
 
 
-def same_settings(path: str | Path, settings: dict[str, Any]) -> None:
+def check_settings(path: str | Path, settings: dict[str, Any]) -> None:
     """Keeps the settings that something was begun with; they must not change.
 
     Raises:

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
-from jaxspark.jsonlines import JsonLines, same_settings
+from jaxspark.jsonlines import JsonLines, check_settings
 
 
 def bars(console: Console, *, transient: bool = False) -> Progress:
@@ -20,7 +20,7 @@ class CellProgress:
         self.plain: dict[str, list[int]] = {}
         self.cells: dict[str, dict] = {}
         if path:
-            same_settings(f"{path}.settings", settings)
+            check_settings(f"{path}.settings", settings)
             self.lines = JsonLines(path)
             for entry in self.lines.entries:
                 self._remember(entry)

@@ -1,14 +1,20 @@
 """Kernels behind one door: each op is a function with an `implementation` argument.
 
-"xla" always exists and is the specification. Ops live in `<op>/{api,ref}.py`.
+"xla" always exists and is the specification. Ops live in `<op>/{api,ref}.py`; they take
+flat tokens and caches as they lie (`ragged`).
 """
 
 from pallas_kernels.cached_attention.api import cached_attention
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.index_scores.api import index_scores
+from pallas_kernels.ragged import Ragged, Table
 from pallas_kernels.sparse_attention.api import sparse_attention
+from pallas_kernels.sparse_attention.entries import Entries
 
 __all__ = [
+    "Entries",
+    "Ragged",
+    "Table",
     "cached_attention",
     "grouped_matmul",
     "index_scores",

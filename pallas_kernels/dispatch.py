@@ -36,6 +36,21 @@ class Implementation:
     supports: Callable[..., str | None] = _anything
 
 
+def expected_platform() -> str:
+    """The platform that arrays and programs are being made for: "cpu", "tpu", "gpu".
+
+    For what must be chosen before lowering: how wide a cache's rows are, how large a
+    kernel's tiles. It is that of the abstract mesh in use, which names the device when
+    compiling for one that is not here (`jax.sharding.use_abstract_mesh`), else that of
+    the default device.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.platform
+    default = jax.config.jax_default_device or jax.devices()[0]
+    return default if isinstance(default, str) else default.platform
+
+
 def call(
     op: str,
     implementations: Mapping[str, Implementation],

@@ -14,6 +14,13 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     folder = tempfile.mkdtemp(prefix="jaxspark-compiled-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+# Annotations of shapes are checked at every call, so that they cannot lie.
+if os.environ.get("JAXSPARK_TYPECHECK"):
+    from jaxtyping import install_import_hook
+
+    import tests.typecheck  # noqa: F401  The hook finds it there.
+
+    install_import_hook(["jaxspark", "pallas_kernels"], "tests.typecheck.checked")
 # Workers of a run share its seed, so this is done before they are started.
 os.environ.setdefault("JAXSPARK_TEST_SEED", str(secrets.randbelow(2**31)))
 
@@ -28,7 +35,8 @@ import pytest
 
 from jaxspark import load_target
 
-MOST_MAPS = 20000
+# More memory maps than this, and a worker forgets its compiled programs.
+MOST_MAPS = 20_000
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -52,7 +60,7 @@ def random(seed) -> np.random.Generator:
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_compiled_programs():
-    """Programs hold memory maps; Linux gives a process 65,530 of them."""
+    """Each program holds some memory maps; Linux gives a process 65,530 of them."""
     yield
     if len(Path("/proc/self/maps").read_text().splitlines()) > MOST_MAPS:
         jax.clear_caches()

@@ -20,20 +20,17 @@ def forward(
     """One pass of rows [B, Q]; returns logits [B, Q, V], taps [m, B, Q, D], cache."""
     model = nnx.merge(graphdef, params)
     tokens = FlatTokens.from_rows(ids_BQ, starts_B, counts_B, capacity=capacity)
-    x_DT, taps_mDT, cache = model(tokens, cache, taps=taps)
-    view = tokens.view()
-    logits_BQV = view.spread(model.logits(x_DT), 0.0)
-    taps_TmD = jnp.moveaxis(taps_mDT, -1, 0)
-    return logits_BQV, jnp.moveaxis(view.spread(taps_TmD, 0.0), 2, 0), cache
+    x_TD, taps_TmD, cache = model(tokens, cache, taps=taps)
+    logits_BQV = tokens.padded(model.logits(x_TD), 0.0)
+    return logits_BQV, jnp.moveaxis(tokens.padded(taps_TmD, 0.0), 2, 0), cache
 
 
 class Session:
     """A model, its cache and how far each slot has come."""
 
-    def __init__(self, model, slots, length, *, taps=(), lanes=None):
+    def __init__(self, model, slots, length, *, taps=()):
         self.graphdef, self.params = nnx.split(model)
-        options = {} if lanes is None else {"lanes": lanes}
-        self.cache = model.init_cache(slots, length, **options)
+        self.cache = model.init_cache(slots, length)
         self.lengths_B = np.zeros(slots, np.int32)
         self.taps = tuple(taps)
 

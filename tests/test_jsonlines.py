@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxspark.jsonlines import JsonLines, Problem, read_json_lines
+from jaxspark.jsonlines import JsonLines, MalformedRow, read_json_lines
 
 # At each of these str.splitlines or bytes.splitlines ends a line.
 SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
@@ -65,7 +65,7 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path, line, reason):
     path.write_bytes(b'{"a": 1}\n' + line + b'\n"\\ud83d\\ude00"\n')
     first, (_, bad), last = read_json_lines(path)
     assert first[1] == {"a": 1} and last[1] == "\N{GRINNING FACE}"
-    assert isinstance(bad, Problem) and bad.where == f"{path}:2"
+    assert isinstance(bad, MalformedRow) and bad.where == f"{path}:2"
     assert reason in bad.reason
 
 

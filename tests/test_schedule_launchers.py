@@ -45,16 +45,16 @@ def test_calibration_is_kept_beside_the_drafter(place):
     assert calibration.fitted_at == (0.0, 1.0) and calibration.block_length == 2
     found = place.json("calibration/calibration_rejection.json")
     for figures in found.values():
-        before, scaled, biased, sharpened = (
-            figures[way] for way in ("before", "temperatures", "biases", "sharpness")
+        before, scaled, biased, with_certainty = (
+            figures[way] for way in ("before", "temperatures", "biases", "certainty")
         )
         assert len(before["ece"]) == len(scaled["auc"]) == 2
         # One temperature and bias for each place: the first place keeps its order.
         assert before["auc"][0] == scaled["auc"][0] == biased["auc"][0]
         assert before["biases"] == scaled["biases"] == [0, 0]
-        assert biased["weights"] == [0, 0] and len(sharpened["weights"]) == 2
+        assert biased["weights"] == [0, 0] and len(with_certainty["weights"]) == 2
     assert calibration.weights == tuple(
-        tuple(found[temperature]["sharpness"]["weights"]) for temperature in ("0", "1")
+        tuple(found[temperature]["certainty"]["weights"]) for temperature in ("0", "1")
     )
     png = place.folder / "calibration" / "reliability_rejection_1.png"
     assert png.read_bytes().startswith(b"\x89PNG")
@@ -118,7 +118,7 @@ def test_a_profile_of_another_drafter_is_refused(place):
 
 def test_load_is_swept(place):
     sweep = OWN | {
-        **{"suite": "load", "concurrency": (2,), "fixed_lengths": (1, 2)},
+        **{"suite": "load", "concurrency": (2,), "fixed_lengths": (1,)},
         **{"load_block": 2, "load_rounds": 3, "repeats": 3, "capacity": 256},
         **{"prompts_dir": ".", "prompts_per_domain": 1},
         **{"progress": "load.jsonl", "json_out": "load.json"},
@@ -142,7 +142,7 @@ def test_overhead_is_measured(place):
         **{"prompts_dir": ".", "prompts_per_domain": 1, "json_out": "overhead.json"},
     )
     figures = place.json("overhead.json")["figures"]
-    assert figures["decision_and_packing_seconds"] > 0 < figures["sharpness_seconds"]
+    assert figures["decision_and_packing_seconds"] > 0 < figures["certainty_seconds"]
     assert figures["round_seconds"] > 0
 
 

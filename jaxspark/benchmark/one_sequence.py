@@ -120,8 +120,8 @@ def _bench_rows(console: Console, model, options: SequenceOptions) -> dict:
         def body(i, carry):
             ids_1Q, cache = carry
             tokens = FlatTokens.from_rows(ids_1Q, jnp.array([64]) + i, counts_1)
-            x_DT, _, cache = model(tokens, cache)
-            return jnp.argmax(model.logits(x_DT), -1)[None].astype(jnp.int32), cache
+            x_TD, _, cache = model(tokens, cache)
+            return jnp.argmax(model.logits(x_TD), -1)[None].astype(jnp.int32), cache
 
         return jax.lax.fori_loop(0, count, body, (ids_1Q, cache))[0]
 

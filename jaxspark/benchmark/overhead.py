@@ -51,7 +51,7 @@ class OverheadOptions(LoadOptions):
 
 @partial(jax.jit, static_argnames=("schedule", "calibration", "sizes"))
 def _decide(
-    schedule, calibration, sizes, confidence_BG, sharpness_BG, temperature_B, past_nBG
+    schedule, calibration, sizes, confidence_BG, certainty_BG, temperature_B, past_nBG
 ):
     """Survival, schedule and packing, `TIMES` times; the sum keeps all of it."""
     slots, block_length = confidence_BG.shape
@@ -59,7 +59,7 @@ def _decide(
 
     def body(step, total):
         survival_BG = calibration.survival(
-            confidence_BG + 1e-6 * total, sharpness_BG, temperature_B
+            confidence_BG + 1e-6 * total, certainty_BG, temperature_B
         )
         # All inputs change from time to time, or the compiler would decide but once.
         current = Forecast.of(survival_BG)
@@ -76,7 +76,7 @@ def _decide(
 
 
 @jax.jit
-def _sharpness(log_q_GBW):
+def _certainty(log_q_GBW):
     """Entropies of one round's drafts, `TIMES` times."""
 
     def body(_, total):
@@ -165,7 +165,7 @@ def bench_overhead(
 
     parts = {
         "decision": timed(_decide, scheduled.schedule, calibration, sizes, *inputs),
-        "sharpness": timed(_sharpness, log_q_GBW),
+        "certainty": timed(_certainty, log_q_GBW),
     }
     loops = medians(alternate(parts, options.repeats))
     alone = {name: each / TIMES for name, each in loops.items()}
@@ -176,7 +176,7 @@ def bench_overhead(
         "round_seconds_without": seconds["bare"],
         "overhead_of_rounds": ratio - 1,
         "decision_and_packing_seconds": alone["decision"],
-        "sharpness_seconds": alone["sharpness"],
+        "certainty_seconds": alone["certainty"],
         "share_of_round": sum(alone.values()) / seconds["bare"],
     }
     console.print(
@@ -184,8 +184,8 @@ def bench_overhead(
         f"{1e3 * figures['round_seconds']:.1f} ms scheduled, "
         f"{1e3 * figures['round_seconds_without']:.1f} ms without "
         f"({100 * figures['overhead_of_rounds']:+.2f} %, median of pairs); deciding "
-        f"and packing alone {1e3 * alone['decision']:.3f} ms, sharpness "
-        f"{1e3 * alone['sharpness']:.3f} ms (both "
+        f"and packing alone {1e3 * alone['decision']:.3f} ms, certainty "
+        f"{1e3 * alone['certainty']:.3f} ms (both "
         f"{100 * figures['share_of_round']:.2f} %)"
     )
     return figures

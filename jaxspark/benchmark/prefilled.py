@@ -82,7 +82,7 @@ class PrefilledBatch:
             ),
             draft_cache=draft_cache,
             confidence_BG=jnp.zeros((slots, block_length)),
-            sharpness_BG=jnp.zeros((slots, block_length)),
+            certainty_BG=jnp.zeros((slots, block_length)),
             counters=Counters.zeros(slots, block_length),
             schedule=schedule or ScheduleState.empty(slots, block_length),
         )

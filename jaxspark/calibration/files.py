@@ -13,7 +13,7 @@ from jaxspark.decoding import Calibration
 from jaxspark.decoding.couplings import Coupling
 
 FILE = "calibration.json"
-# 2: sharpness of greedy drafts and under gumbel is in log-odds.
+# 2: certainty of greedy drafts and under gumbel is in log-odds.
 FORMAT = "jaxspark-calibration-2"
 
 
@@ -64,7 +64,7 @@ def save_calibration(source: str | Path, calibration: Calibration) -> Path:
             "temperatures": calibration.temperatures,
             "biases": calibration.biases,
             "weights": calibration.weights,
-            "usual": calibration.usual,
+            "prior_blocks": calibration.prior_blocks,
         }
     )
     path.write_text(json.dumps({"format": FORMAT, "entries": entries}, indent=1) + "\n")
@@ -76,7 +76,7 @@ def _calibration(entry: dict) -> Calibration:
     def rows(kept):
         return None if kept is None else tuple(map(tuple, kept))
 
-    usual = entry.get("usual")
+    blocks = entry.get("prior_blocks", entry.get("usual"))  # its earlier name
     return Calibration(
         coupling=entry["coupling"],
         fitted_at=tuple(entry["fitted_at"]),
@@ -84,7 +84,7 @@ def _calibration(entry: dict) -> Calibration:
         biases=rows(entry["biases"]),
         # Files of an earlier time have neither.
         weights=rows(entry.get("weights")),
-        usual=None if usual is None else tuple(map(rows, usual)),
+        prior_blocks=None if blocks is None else tuple(map(rows, blocks)),
     )
 
 

@@ -226,7 +226,7 @@ def measure_costs(
         # No more than half of the caches can hold.
         fitting = capacity // (2 * (block_length + 1)) - 1
         rounds = max(1, min(max(4, 16 // slots), fitting))
-    if drafter.abstains:
+    if drafter.may_skip:
         # Text that repeats itself has something to copy, until a round adds to it.
         rounds = 1
     context = min(capacity // 2, capacity - (rounds + 1) * (block_length + 1))
@@ -237,7 +237,7 @@ def measure_costs(
         )
     random = np.random.default_rng(0)
     prompts = random.integers(model.config.vocab_size, size=(slots, context))
-    if drafter.abstains:
+    if drafter.may_skip:
         prompts = prompts[:, np.arange(context) % max(min(_PERIOD, context // 2), 1)]
     state = init_state(
         model,
@@ -287,7 +287,7 @@ def measure_costs(
     runs = alternate(contestants, repeats)
     seconds = {name: float(np.quantile(each, 0.25)) for name, each in runs.items()}
     curves = (
-        worthwhile(length, each, [seconds[f"{length} {size}"] for size in each])
+        pareto_buckets(length, each, [seconds[f"{length} {size}"] for size in each])
         for length, each in sizes.items()
     )
     return CostProfile(setting=setting, costs=Costs(tuple(curves)))
@@ -298,7 +298,7 @@ def _holding(sizes: tuple[int, ...], slots: int) -> tuple[int, ...]:
     return tuple(size for size in sizes if size >= slots) or sizes[-1:]
 
 
-def worthwhile(
+def pareto_buckets(
     length: int, sizes: Sequence[int], seconds: Sequence[float]
 ) -> CostCurve:
     """The curve of those buckets that take less time than every larger one."""

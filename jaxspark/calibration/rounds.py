@@ -40,14 +40,14 @@ class Rounds:
     Attributes:
       request_N: which request.
       confidence_NG: logits of P(draft j accepted | all before it accepted).
-      sharpness_NG: how decided draft j was, see `Draw`.
+      certainty_NG: how decided draft j was, see `Draw`.
       judged_N: drafts that were judged.
       accepted_N: drafts accepted, all those judged or one fewer.
     """
 
     request_N: Int[np.ndarray, " N"]
     confidence_NG: Float[np.ndarray, "N G"]
-    sharpness_NG: Float[np.ndarray, "N G"]
+    certainty_NG: Float[np.ndarray, "N G"]
     judged_N: Int[np.ndarray, " N"]
     accepted_N: Int[np.ndarray, " N"]
 
@@ -169,15 +169,15 @@ def record_rounds(
         while np.any(state.live_B):
             before = jax.device_get(state.counters)
             state = decode(model, drafter, state, jnp.int32(1), options=options)
-            after, confidence_BG, sharpness_BG = jax.device_get(
-                (state.counters, state.confidence_BG, state.sharpness_BG)
+            after, confidence_BG, certainty_BG = jax.device_get(
+                (state.counters, state.confidence_BG, state.certainty_BG)
             )
             judged_B = (after.reached_BG - before.reached_BG).sum(axis=1)
             accepted_B = (after.accepted_BG - before.accepted_BG).sum(axis=1)
             # Rounds cut short near a limit would count rejections only.
             verified_B = after.verified_B - before.verified_B
             keep = np.flatnonzero(verified_B == block_length)
-            seen = (confidence_BG, sharpness_BG, judged_B, accepted_B)
+            seen = (confidence_BG, certainty_BG, judged_B, accepted_B)
             rows.append((first + keep, *(each[keep] for each in seen)))
         on_group(first + len(group))
     columns = [np.concatenate(column) for column in zip(*rows)]

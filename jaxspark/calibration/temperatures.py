@@ -1,4 +1,4 @@
-"""Sequential temperature scaling (paper section 3.2.1), with sharpness and a bias.
+"""Sequential temperature scaling (paper section 3.2.1), with certainty and a bias.
 
 A confidence head is trained on teacher-forced text, so its product over a block drifts
 from the rate at which real blocks survive. One temperature per draft, fitted from left
@@ -15,7 +15,7 @@ b_k such that forecast and outcome agree in the mean. Calibration error can then
 longer choose t_k, because a constant forecast of the mean has none; the Brier score
 does.
 
-Neither improves the ranking. The sharpness of a draft, s_k, can: a logistic regression
+Neither improves the ranking. The certainty of a draft, s_k, can: a logistic regression
 combines it with the head's logit, and the result is scaled and shifted as before.
 """
 
@@ -36,7 +36,7 @@ from jaxspark.calibration.rounds import Rounds
 # From sharpening tenfold to flattening tenfold, in steps of 1 %; of 5 % beside a bias.
 GRID = np.exp(np.arange(-230, 231) * 0.01)
 BIASED_GRID = GRID[::5]
-# Confidence and sharpness never count against a draft; confidence always a little, for
+# Confidence and certainty never count against a draft; confidence always a little, for
 # it is what temperatures divide.
 LEAST = (0.01, 0.0)
 # Pull of a regression's weights towards 0, which keeps them finite.
@@ -45,7 +45,7 @@ RIDGE = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """What is done to confidences c and sharpness s: sigmoid(c / t + w s + b).
+    """What is done to confidences c and certainty s: sigmoid(c / t + w s + b).
 
     Attributes:
       temperatures_G: t, by draft.
@@ -66,7 +66,7 @@ class Scaling:
     def logits(self, rounds: Rounds) -> Float[np.ndarray, "N G"]:
         """Of P(draft j accepted | all before it accepted)."""
         scaled_NG = rounds.confidence_NG / self.temperatures_G
-        return scaled_NG + rounds.sharpness_NG * self.weights_G + self.biases_G
+        return scaled_NG + rounds.certainty_NG * self.weights_G + self.biases_G
 
     def survival(self, rounds: Rounds) -> Float[np.ndarray, "N G"]:
         """Probability that the first j + 1 drafts are all accepted."""
@@ -82,7 +82,7 @@ def _sigmoid(x):
 
 
 def fit_temperatures(
-    rounds: Rounds, *, biased: bool = False, sharpened: bool = False
+    rounds: Rounds, *, biased: bool = False, with_certainty: bool = False
 ) -> Scaling:
     """One temperature per draft, by grid search from left to right.
 
@@ -91,7 +91,7 @@ def fit_temperatures(
       biased: whether every temperature of the grid comes with the bias that makes
         forecast and truth agree in the mean, and the best Brier score is taken; zeros
         and the least calibration error otherwise.
-      sharpened: whether sharpness counts, as much as a logistic regression says.
+      with_certainty: whether certainty counts, as much as a logistic regression says.
 
     Raises:
       ValueError: a draft that no round judged.
@@ -106,10 +106,10 @@ def fit_temperatures(
                 f"draft {k + 1} was never verified in {len(rounds)} rounds; collect "
                 "rounds that verify whole blocks"
             )
-        signals_2N = np.stack([rounds.confidence_NG[:, k], rounds.sharpness_NG[:, k]])
+        signals_2N = np.stack([rounds.confidence_NG[:, k], rounds.certainty_NG[:, k]])
         own_N = known_N & reached_N
         share_2 = np.array([1.0, 0.0])
-        if sharpened:
+        if with_certainty:
             share_2 = _regression(signals_2N[:, own_N], survived_NG[own_N, k])
         signal_N = share_2 @ signals_2N
         fit = _biased if biased else _unbiased

@@ -10,7 +10,7 @@ from jaxspark.decoding.couplings import Coupling
 VARIANTS: dict[str, dict[str, bool]] = {
     "temperatures": {},
     "biases": {"biased": True},
-    "sharpness": {"biased": True, "sharpened": True},
+    "certainty": {"biased": True, "with_certainty": True},
 }
 
 
@@ -41,7 +41,7 @@ def as_calibration(
         typical blocks of them stand for requests that have had no round.
     """
     rows = [scaling.lists() for scaling, _ in fitted.values()]
-    usual = (
+    blocks = (
         typical_blocks(scaling.survival(rounds)).tolist()
         for scaling, rounds in fitted.values()
     )
@@ -51,5 +51,5 @@ def as_calibration(
         temperatures=tuple(tuple(row["temperatures"]) for row in rows),
         biases=tuple(tuple(row["biases"]) for row in rows),
         weights=tuple(tuple(row["weights"]) for row in rows),
-        usual=tuple(tuple(map(tuple, blocks)) for blocks in usual),
+        prior_blocks=tuple(tuple(map(tuple, each)) for each in blocks),
     )

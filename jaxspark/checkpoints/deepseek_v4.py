@@ -21,7 +21,8 @@ from flax import nnx
 
 from jaxspark.checkpoints.tree import Tensors, checked, compare, named_parameters
 from jaxspark.errors import CheckpointError
-from jaxspark.models.deepseek_v4 import DeepSeekV4, DeepSeekV4Config, stacks
+from jaxspark.models.deepseek_v4 import DeepSeekV4
+from jaxspark.models.deepseek_v4_config import DeepSeekV4Config
 from jaxspark.quantization import blocks
 from pallas_kernels.quantized import Quantized, dense
 
@@ -125,8 +126,8 @@ def target_plan(
       shapes: of its parameters, by path.
       released: whether names are the released ones, else transformers'.
     """
-    period = config.plan[1]
-    firsts = stacks(config)
+    period = config.layer_pattern[1]
+    firsts = config.layer_stacks
     found = {}
     for path, shape in shapes.items():
         if not path.startswith("layers."):
@@ -203,7 +204,7 @@ def _released_pieces(inner, shape, place):
     ]
 
 
-def normalised(tensors: Tensors) -> Tensors:
+def normalized(tensors: Tensors) -> Tensors:
     """Under released names or transformers', whichever the file mostly has.
 
     What transformers saves has released names behind "model.", and some of its own.
@@ -246,7 +247,7 @@ def load_deepseek_v4(
         raise CheckpointError(
             f"{tensors.where}: nothing is quantized here that could stay so in memory"
         )
-    tensors = normalised(tensors)
+    tensors = normalized(tensors)
     released = not any(".self_attn." in name for name in tensors.shapes)
     return fill(
         lambda: DeepSeekV4(config, dtype=dtype, rngs=nnx.Rngs(0)),

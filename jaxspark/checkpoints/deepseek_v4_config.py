@@ -19,7 +19,7 @@ from jaxspark.checkpoints.rope_settings import (
     rope_tables,
 )
 from jaxspark.errors import CheckpointError
-from jaxspark.models.deepseek_v4 import DeepSeekV4Config
+from jaxspark.models.deepseek_v4_config import DeepSeekV4Config
 from jaxspark.models.layers.rope import RopeConfig
 
 MODEL_TYPE, ARCHITECTURE = "deepseek_v4", "DeepseekV4ForCausalLM"

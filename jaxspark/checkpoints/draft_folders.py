@@ -18,19 +18,19 @@ from jaxspark.checkpoints.fields import read_json, write_json
 from jaxspark.checkpoints.safetensors_files import open_safetensors, write_safetensors
 from jaxspark.drafters import Eagle3Config
 from jaxspark.errors import CheckpointError
-from jaxspark.models import DenseConfig, DenseDecoder
+from jaxspark.models import TargetConfig, TargetDecoder
 
 FORMATS = ("deepspec", "speculators")
 
 
 def read_drafter(
-    folder: Path, target: DenseConfig | DenseDecoder, *, dtype: Any
+    folder: Path, target: TargetConfig | TargetDecoder, *, dtype: Any
 ) -> DraftModel:
     """The drafter in a local folder; see `load_draft_checkpoint`."""
     where = str(folder / "config.json")
     raw = read_json(folder / "config.json")
-    model = target if isinstance(target, DenseDecoder) else None
-    theirs = target.config if isinstance(target, DenseDecoder) else target
+    model = target if isinstance(target, TargetDecoder) else None
+    theirs = target.config if isinstance(target, TargetDecoder) else target
     config: DraftConfig
     if speculators.KIND in raw:
         config = speculators.draft_config_from_speculators(raw, theirs, where=where)
@@ -72,7 +72,7 @@ def draft_format(config: DraftConfig, wanted: str | None = None) -> str:
 def save_draft_checkpoint(
     folder: str | Path,
     drafter: DraftModel,
-    target_model: DenseDecoder | None = None,
+    target_model: TargetDecoder | None = None,
     *,
     target_name: str | None = None,
     format: str | None = None,

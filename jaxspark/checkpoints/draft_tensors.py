@@ -29,7 +29,7 @@ from jaxspark.drafters import (
     Eagle3Drafter,
 )
 from jaxspark.errors import CheckpointError
-from jaxspark.models import DenseConfig, DenseDecoder
+from jaxspark.models import TargetConfig, TargetDecoder
 
 type DraftConfig = DSparkConfig | Eagle3Config
 type DraftModel = DSparkDrafter | Eagle3Drafter
@@ -42,7 +42,7 @@ _ANOTHER = 0.25
 _ROWS = 4096
 
 
-def check_fits(config: DraftConfig, target: DenseConfig, *, where: str) -> None:
+def check_fits(config: DraftConfig, target: TargetConfig, *, where: str) -> None:
     """Raises `CheckpointError` if the drafter was made for another target."""
     try:
         config.check_target(target)
@@ -64,11 +64,11 @@ def check_taps(config: DraftConfig, *, where: str) -> None:
 
 def drafter_from_tensors(
     config: DraftConfig,
-    target: DenseConfig,
+    target: TargetConfig,
     tensors: Tensors,
     *,
     dtype,
-    model: DenseDecoder | None = None,
+    model: TargetDecoder | None = None,
 ) -> DraftModel:
     """Builds the drafter from a folder's tensors.
 
@@ -106,7 +106,7 @@ def drafter_from_tensors(
 
 
 def _check_copy(
-    name: str, tensors: Tensors, target: DenseConfig, model: DenseDecoder | None
+    name: str, tensors: Tensors, target: TargetConfig, model: TargetDecoder | None
 ) -> None:
     """A copy must be the target's matrix but for rounding.
 
@@ -204,7 +204,10 @@ def _with(tensors: Tensors, added: str, array: np.ndarray) -> Tensors:
 
 
 def tensors_from_drafter(
-    drafter: DraftModel, target: DenseDecoder | None = None, *, pruned_head: bool = True
+    drafter: DraftModel,
+    target: TargetDecoder | None = None,
+    *,
+    pruned_head: bool = True,
 ) -> dict[str, jax.Array | np.ndarray]:
     """A folder's tensors; with `target`, copies of its embedding and LM head too."""
     arrays: dict[str, jax.Array | np.ndarray] = dict(named_parameters(drafter))

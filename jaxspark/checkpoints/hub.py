@@ -14,7 +14,7 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether `source` has the form "organisation/name"."""
+    """Whether `source` has the form "organization/name"."""
     return _ID.fullmatch(source) is not None
 
 

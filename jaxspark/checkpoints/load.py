@@ -59,6 +59,8 @@ from jaxspark.models import (
     DeepSeekV4Config,
     DenseConfig,
     DenseDecoder,
+    TargetConfig,
+    TargetDecoder,
     TargetModel,
 )
 from jaxspark.settings import standard_settings
@@ -85,7 +87,7 @@ def load_target(
 
     Args:
       source: a folder of safetensors, a `.gguf` file, the name of a built-in model
-        ("smollm2-135m-instruct"), or a Hub id ("organisation/name").
+        ("smollm2-135m-instruct"), or a Hub id ("organization/name").
       dtype: type of parameters, activations and caches: float32 or bfloat16.
       keep_quantized: whether the FP8 and FP4 matrices of a released DeepSeek-V4 folder
         stay so in memory and are dequantized to `dtype` in each product.
@@ -132,7 +134,7 @@ def resolve_folder(source: str | Path, *, verify: bool = False) -> Path:
         if not hub.is_hub_id(str(source)):
             raise CheckpointError(
                 f"{source}: no such folder or file, and not a Hub id "
-                f"(organisation/name); built-in models: {', '.join(BUILT_IN)}"
+                f"(organization/name); built-in models: {', '.join(BUILT_IN)}"
             )
         path = hub.download(str(source))
     folders.verify(path, again=verify)
@@ -162,7 +164,7 @@ def _target_from_folder(
         )
     config_path = folder / "config.json"
     raw = read_json(config_path)
-    config: DenseConfig | DeepSeekV4Config
+    config: TargetConfig
     if is_v4(raw):
         config = v4_config_from_hf(raw, where=str(config_path))
     else:
@@ -185,7 +187,7 @@ def _target_from_folder(
         stop_ids = tuple(dict.fromkeys(stop_ids + tokenizer.stop_ids))
         tokenizer = tokenizer.with_stop_ids(stop_ids)
     tensors = open_safetensors(folder)
-    model: DenseDecoder | DeepSeekV4
+    model: TargetDecoder
     if isinstance(config, DeepSeekV4Config):
         model = load_deepseek_v4(
             config, dequantized(tensors), dtype=dtype, keep_quantized=keep_quantized
@@ -318,8 +320,8 @@ def load_drafter(
         drafter for SmolLM2-135M-Instruct that comes with jaxspark), a folder of
         DeepSpec or speculators, the Hub id of one, or "hybrid:" and one of these three
         (prompt lookup beside).
-        For DeepSeek-V4 the folder or Hub id of a checkpoint with draft stages, which
-        stay quantized in memory if the target's matrices do.
+        For DeepSeek-V4 also the folder or Hub id of a checkpoint with draft stages,
+        which stay quantized in memory if the target's matrices do.
       target: what it shall draft for.
       dtype: of a checkpoint's parameters; None takes the target's.
 
@@ -334,8 +336,10 @@ def load_drafter(
     model = Target.of(target).model
     dtype = model.dtype if dtype is None else dtype
     if isinstance(model, DeepSeekV4):
-        return v4_drafter_from_folder(resolve_folder(source), model, dtype=dtype)
-    if isinstance(model, DenseDecoder):
+        folder = resolve_folder(source)
+        if is_v4(read_json(folder / "config.json")):
+            return v4_drafter_from_folder(folder, model, dtype=dtype)
+    if isinstance(model, TargetDecoder):
         return load_draft_checkpoint(source, model, dtype=dtype)
     raise CheckpointError(
         f"{source}: there are no draft checkpoints for a {type(model).__name__}"
@@ -360,7 +364,10 @@ def drafter_folder(source: str | Path) -> tuple[Path, bool]:
 
 @standard_settings()
 def load_draft_checkpoint(
-    source: str | Path, target: DenseConfig | DenseDecoder, *, dtype: Any = jnp.float32
+    source: str | Path,
+    target: TargetConfig | TargetDecoder,
+    *,
+    dtype: Any = jnp.float32,
 ) -> DraftModel:
     """Loads a DSpark, DFlash or Eagle3 drafter in DeepSpec's or speculators' format.
 

@@ -16,13 +16,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from jaxspark.checkpoints.deepseek_v4_config import v4_config_to_hf
 from jaxspark.checkpoints.deepspec import heads_to_json, read_heads
 from jaxspark.checkpoints.draft_tensors import DraftConfig
 from jaxspark.checkpoints.fields import Fields
 from jaxspark.checkpoints.hf_config import dense_config_from_hf, dense_config_to_hf
 from jaxspark.drafters import DSparkConfig, Eagle3Config
 from jaxspark.errors import CheckpointError
-from jaxspark.models import DenseConfig
+from jaxspark.models import DenseConfig, TargetConfig
 
 KIND = "speculators_model_type"
 _ARCHITECTURES = {
@@ -41,7 +42,7 @@ _EAGLE3_OPTIONS = ("norm_before_fc", "norm_before_residual", "norm_output")
 
 
 def draft_config_from_speculators(
-    config: Mapping[str, Any], target: DenseConfig, *, where: str = "config.json"
+    config: Mapping[str, Any], target: TargetConfig, *, where: str = "config.json"
 ) -> DraftConfig:
     """A drafter's configuration from its parsed `config.json`.
 
@@ -160,7 +161,7 @@ def _speculative_tokens(fields: Fields) -> int:
 
 
 def draft_config_to_speculators(
-    config: DraftConfig, target: DenseConfig, *, dtype, verifier: str | None
+    config: DraftConfig, target: TargetConfig, *, dtype, verifier: str | None
 ) -> dict[str, Any]:
     """The `config.json` of a drafter folder.
 
@@ -178,6 +179,11 @@ def draft_config_to_speculators(
         kind, drafts = "dspark" if heads else "dflash", config.block_size
     layers = dense_config_to_hf(config.backbone, dtype=dtype)
     taps = [layer + 1 for layer in config.target_layer_ids]
+    verifier_config = (
+        dense_config_to_hf(target, dtype=dtype)
+        if isinstance(target, DenseConfig)
+        else v4_config_to_hf(target, dtype=dtype)
+    )
     result = {
         "architectures": [_ARCHITECTURES[kind]],
         KIND: kind,
@@ -189,9 +195,7 @@ def draft_config_to_speculators(
             "default_proposal_method": "greedy",
             "verifier": {
                 "name_or_path": verifier,
-                "architectures": dense_config_to_hf(target, dtype=dtype)[
-                    "architectures"
-                ],
+                "architectures": verifier_config["architectures"],
             },
         },
         "transformer_layer_config": layers,

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 
 from jaxspark.drafters import DeepSeekV4DSparkConfig, DSparkConfig, Eagle3Config
-from jaxspark.models import DeepSeekV4Config, DenseConfig
+from jaxspark.models import DeepSeekV4Config, DenseConfig, TargetConfig
 
 
-def taps(target: DenseConfig, count: int = 5) -> tuple[int, ...]:
+def taps(target: TargetConfig, count: int = 5) -> tuple[int, ...]:
     """Layers spread evenly from the second to the third last, as released drafters."""
     last = max(target.num_hidden_layers - 3, 0)
     first = min(1, last)
@@ -16,7 +16,7 @@ def taps(target: DenseConfig, count: int = 5) -> tuple[int, ...]:
 
 
 def dspark(
-    target: DenseConfig,
+    target: TargetConfig,
     *,
     depth: int = 2,
     block_size: int = 7,
@@ -41,13 +41,13 @@ def dspark(
     )
 
 
-def dflash(target: DenseConfig, **options) -> DSparkConfig:
+def dflash(target: TargetConfig, **options) -> DSparkConfig:
     """DFlash: the same backbone, no sequential head, no confidence."""
     return dspark(target, markov_rank=0, confidence=False, **options)
 
 
 def eagle3(
-    target: DenseConfig,
+    target: TargetConfig,
     *,
     block_size: int = 7,
     draft_vocab_size: int | None = None,
@@ -62,8 +62,26 @@ def eagle3(
     )
 
 
-def _backbone(target: DenseConfig, depth: int) -> DenseConfig:
-    """Qwen3 layers of the target's shape, which is what DeepSpec's format holds."""
+def _backbone(target: TargetConfig, depth: int) -> DenseConfig:
+    """Qwen3 layers, which is what DeepSpec's format holds, of the target's shape."""
+    if isinstance(target, DeepSeekV4Config):
+        width = target.hidden_size
+        # Heads of 128, of less where there would be fewer than four.
+        head_dim = next(size for size in (128, 64, 32, 16, 8) if width >= 4 * size)
+        heads = width // head_dim
+        return DenseConfig(
+            vocab_size=target.vocab_size,
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=depth,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 4 if heads % 4 == 0 else 1,
+            head_dim=head_dim,
+            rms_norm_eps=target.rms_norm_eps,
+            rope=target.rope,
+            max_position_embeddings=target.max_position_embeddings,
+            qk_norm=True,
+        )
     return replace(
         target,
         num_hidden_layers=depth,

@@ -6,7 +6,7 @@ are. Calibrated, its product is the chance that a block survives up to that draf
 
     a_j = sigmoid(c_1 / t_1 + w_1 s_1 + b_1) ... sigmoid(c_j / t_j + w_j s_j + b_j)
 
-s is the sharpness of the drafts (see `Draw`). The head does not see it, and it tells
+s is the certainty of the drafts (see `Draw`). The head does not see it, and it tells
 much: above all under the gumbel coupling, where a draft that wins by far is the
 target's choice too unless the two models differ by as much.
 
@@ -35,8 +35,8 @@ class Calibration:
         Where there are none, confidences are taken as they are.
       temperatures: for each of them one temperature per draft.
       biases: likewise what is added to a scaled logit; None for zeros.
-      weights: likewise what sharpness counts; None for nothing.
-      usual: likewise the survival of typical blocks, which is expected of rounds
+      weights: likewise what certainty counts; None for nothing.
+      prior_blocks: likewise the survival of typical blocks, which is expected of rounds
         before there were any; None if nobody knows.
     """
 
@@ -45,7 +45,7 @@ class Calibration:
     temperatures: tuple[tuple[float, ...], ...]
     biases: tuple[tuple[float, ...], ...] | None = None
     weights: tuple[tuple[float, ...], ...] | None = None
-    usual: tuple[tuple[tuple[float, ...], ...], ...] | None = None
+    prior_blocks: tuple[tuple[tuple[float, ...], ...], ...] | None = None
 
     def __post_init__(self):
         if self.coupling not in COUPLINGS:
@@ -78,14 +78,18 @@ class Calibration:
                     f"{shapes[1]}; give one of each"
                 )
 
-        if self.usual is not None:
+        if self.prior_blocks is not None:
             shape = len(fitted), self.block_length
-            blocks = {len(each) for each in self.usual}
-            drafts = {len(block) for each in self.usual for block in each}
-            if len(self.usual) != shape[0] or len(blocks) != 1 or drafts != {shape[1]}:
+            blocks = {len(each) for each in self.prior_blocks}
+            drafts = {len(block) for each in self.prior_blocks for block in each}
+            if (
+                len(self.prior_blocks) != shape[0]
+                or len(blocks) != 1
+                or drafts != {shape[1]}
+            ):
                 raise ValueError(
-                    f"usual must be as many blocks of {shape[1]} drafts for each of "
-                    f"{shape[0]} sampling temperatures, got {self.usual}"
+                    f"prior_blocks must be as many blocks of {shape[1]} drafts for "
+                    f"each of {shape[0]} sampling temperatures, got {self.prior_blocks}"
                 )
 
     @property
@@ -115,14 +119,14 @@ class Calibration:
     def survival(
         self,
         confidence_BG: Float[Array, "B G"],
-        sharpness_BG: Float[Array, "B G"],
+        certainty_BG: Float[Array, "B G"],
         temperature_B: Float[Array, " B"],
     ) -> Float[Array, "B G"]:
         """Chance that the first j + 1 drafts of each slot are all accepted.
 
         Args:
           confidence_BG: logits.
-          sharpness_BG: how decided the drafts were.
+          certainty_BG: how decided the drafts were.
           temperature_B: the sampling temperature of each slot.
         """
         row_B, fitted_B = self._nearest(temperature_B)
@@ -134,7 +138,7 @@ class Calibration:
 
         logits_BG = confidence_BG / of_slots(self.temperatures, 1.0)
         if self.weights is not None:
-            logits_BG += of_slots(self.weights, 0.0) * sharpness_BG
+            logits_BG += of_slots(self.weights, 0.0) * certainty_BG
         if self.biases is not None:
             logits_BG += of_slots(self.biases, 0.0)
         return jnp.cumprod(jax.nn.sigmoid(logits_BG), axis=1)
@@ -143,17 +147,17 @@ class Calibration:
         self, block_length: int, temperature_B: Float[Array, " B"]
     ) -> Float[Array, "B U G"] | None:
         """Typical blocks at each slot's sampling temperature; None if not known."""
-        if self.usual is None:
+        if self.prior_blocks is None:
             return None
         row_B, _ = self._nearest(temperature_B)
-        return jnp.array(self.usual, jnp.float32)[row_B, :, :block_length]
+        return jnp.array(self.prior_blocks, jnp.float32)[row_B, :, :block_length]
 
     def _nearest(
         self, temperature_B: Float[Array, " B"]
     ) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
         """The row fitted nearest to each slot's temperature, and whether it holds.
 
-        Sharpness is another quantity where drafts are greedy, and acceptance follows
+        Certainty is another quantity where drafts are greedy, and acceptance follows
         another law: a row says nothing of the other regime.
         """
         fitted_R = jnp.array(self.fitted_at)

@@ -4,7 +4,7 @@ Row j of a slot's verified rows gives p_j, the target's distribution for the pos
 after it; q_j is the distribution draft x_{j+1} was drawn from.
 
 rejection (Leviathan et al. 2023, Chen et al. 2023): accept x_{j+1} with probability
-    min(1, p_j(x)/q_j(x)); at the first rejection sample normalise(max(p_j - q_j, 0)),
+    min(1, p_j(x)/q_j(x)); at the first rejection sample normalize(max(p_j - q_j, 0)),
     after the last draft p. The output is distributed as the target's.
 gumbel (drafter-invariant coupling, Daliri et al. 2024): position i owns a noise vector
     n(i); the output is argmax(log p + n(i)) whatever was drafted, and the draft is
@@ -29,6 +29,7 @@ from jaxspark.decoding.sampling import (
 )
 from jaxspark.drafters import Drawn, Proposal
 from jaxspark.models import FlatTokens
+from jaxspark.models.layers.linear import head_logits
 from jaxspark.parallel.axes import Axis
 from jaxspark.settings import standard_settings
 
@@ -98,8 +99,8 @@ class CoupledSampler:
             keys_B = keys(Stream.DRAFT, seed_B, positions_B, j_B)
             # The score must not depend on the drafted token: it would decide, through
             # its confidence, whether it is verified (paper, appendix A).
-            sharpness_B = jnp.where(greedy_B, _best(logits_BW)[1], -entropy(log_q_BW))
-            return Drawn(categorical(keys_B, log_q_BW), log_q_BW, sharpness_B)
+            certainty_B = jnp.where(greedy_B, _best(logits_BW)[1], -entropy(log_q_BW))
+            return Drawn(categorical(keys_B, log_q_BW), log_q_BW, certainty_B)
         # The noise belongs to the position that the draft would take.
         noise_BV = position_noise(seed_B, positions_B + 1 + j, self.vocab)
         noise_BW = noise_BV if ids_W is None else noise_BV[:, ids_W]
@@ -126,7 +127,8 @@ def entropy(log_q_BW: Float[Array, "B W"]) -> Float[Array, " B"]:
 @standard_settings()
 def verify(
     coupling: Coupling,
-    logits_TV: Float[Array, "T V"],
+    hidden_TD: Float[Array, "T D"],
+    head_VD: Float[Array, "V D"],
     tokens: FlatTokens,
     proposal: Proposal,
     lengths_B: Int[Array, " B"],
@@ -138,14 +140,15 @@ def verify(
 
     Args:
       coupling: "rejection" or "gumbel".
-      logits_TV: the target's logits of the verified rows.
+      hidden_TD: the target's last hidden states of the verified rows, normed.
+      head_VD: its LM head.
       tokens: those rows; slot b has its anchor and `lengths_B[b]` drafts, or none.
       proposal: the drafts and their distributions.
       lengths_B: verification length of each slot.
       sampling: per-slot parameters.
       log_probs: whether to fill `Verdict.log_probs_BQ`.
     """
-    index_BQ = tokens.view().index_BQ
+    logits_TV, index_BQ = head_logits(hidden_TD, head_VD), tokens.places_BQ
     drafts_BG = proposal.tokens_BG
     rows = _Rows(index_BQ, drafts_BG, lengths_B)
     sample = {"rejection": _rejection, "gumbel": _gumbel}[coupling]

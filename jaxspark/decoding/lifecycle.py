@@ -199,7 +199,7 @@ def admit(
         stop_ids_BX=put(state.stop_ids_BX, admission.stop_ids_NX),
         sampling=jax.tree.map(put, state.sampling, admission.sampling),
         confidence_BG=put(state.confidence_BG, 0.0),
-        sharpness_BG=put(state.sharpness_BG, 0.0),
+        certainty_BG=put(state.certainty_BG, 0.0),
         schedule=schedule,
         counters=jax.tree.map(lambda old_B: put(old_B, 0), state.counters),
     )
@@ -282,8 +282,8 @@ def prefill(
         ids_NQ = jnp.take_along_axis(tokens_NS, place_NQ, axis=1, mode="clip")
         counts_N = jnp.clip(ends_N - processed_N, 0, chunk)
         tokens = FlatTokens.from_rows(ids_NQ, processed_N, counts_N)
-        _, taps_mDT, target_cache = target(tokens, target_cache, taps=drafter.taps)
-        draft_cache = drafter.observe(draft_cache, taps_mDT, tokens)
+        _, taps_TmD, target_cache = target(tokens, target_cache, taps=drafter.taps)
+        draft_cache = drafter.observe(draft_cache, taps_TmD, tokens)
         return count + 1, processed_N + counts_N, (target_cache, draft_cache)
 
     _, processed_N, caches = jax.lax.while_loop(

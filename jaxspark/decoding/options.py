@@ -147,7 +147,7 @@ def default_buckets(
         return bucket_ladder(slots, block_length)
     if schedule.length is not None:
         block_length = min(schedule.length, block_length)
-    if drafter.abstains and block_length:
+    if drafter.may_skip and block_length:
         return (slots, slots * (block_length + 1))
     return (slots * (block_length + 1),)
 

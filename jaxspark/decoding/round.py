@@ -66,7 +66,7 @@ def _round(target, drafter, options, draft_length: int, state, lagged) -> Decode
         confidence_BG=state.confidence_BG.at[:, :draft_length].set(
             proposal.confidence_BG
         ),
-        sharpness_BG=state.sharpness_BG.at[:, :draft_length].set(proposal.sharpness_BG),
+        certainty_BG=state.certainty_BG.at[:, :draft_length].set(proposal.certainty_BG),
     )
     return _verified(target, drafter, state, proposal, verification, options)
 
@@ -121,7 +121,7 @@ def schedule_round(
         survival_Bg = jnp.cumprod(jax.nn.sigmoid(proposal.confidence_BG), axis=1)
     else:
         survival_Bg = options.calibration.survival(
-            proposal.confidence_BG, proposal.sharpness_BG, state.sampling.temperature
+            proposal.confidence_BG, proposal.certainty_BG, state.sampling.temperature
         )
     proposed_Bg = jnp.arange(drafted) < proposal.lengths_B[:, None]
     survival_Bg = jnp.where(proposed_Bg, survival_Bg, 0.0)
@@ -147,16 +147,16 @@ def _verified(target, drafter, state, proposal, verification, options):
         def run(target_cache, draft_cache):
             tokens = FlatTokens.from_rows(rows_BQ, anchors_B, counts_B, capacity=bucket)
             with jax.named_scope("target"):
-                x_DT, taps_mDT, target_cache = target(
+                x_TD, taps_TmD, target_cache = target(
                     tokens, target_cache, taps=drafter.taps
                 )
-                logits_TV = target.logits(x_DT)
             with jax.named_scope("observe"):
-                draft_cache = drafter.observe(draft_cache, taps_mDT, tokens)
+                draft_cache = drafter.observe(draft_cache, taps_TmD, tokens)
             with jax.named_scope("verify"):
                 verdict = verify(
                     options.coupling,
-                    logits_TV,
+                    target.norm(x_TD),
+                    target.head_VD,
                     tokens,
                     proposal,
                     lengths_B,

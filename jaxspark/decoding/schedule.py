@@ -2,7 +2,7 @@
 
 A round costs what its token bucket costs, plus the drafter. Its worth is the expected
 number of tokens, tau = sum over slots of 1 + a_1 + ... + a_l, with survival a and
-verification length l. Schedulers maximise tau / seconds (paper section 3.2.2), over
+verification length l. Schedulers maximize tau / seconds (paper section 3.2.2), over
 draft lengths too: how many drafts are proposed, perhaps none, is decided before
 anything is drafted, by earlier rounds.
 
@@ -25,7 +25,7 @@ nothing waits for the host.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -38,6 +38,7 @@ from jaxspark.decoding.forecast import Forecast, Verification, smallest_bucket
 MOST_LAG = 4
 
 
+@runtime_checkable
 class Scheduler(Protocol):
     """Chooses what is verified; hashable, as part of the compiled round."""
 

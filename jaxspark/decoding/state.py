@@ -80,7 +80,7 @@ class DecodeState:
       target_cache: the target's position-indexed caches.
       draft_cache: the drafter's.
       confidence_BG: confidence logits of the last round that drafted.
-      sharpness_BG: how decided its drafts were, see `Draw`.
+      certainty_BG: how decided its drafts were, see `Draw`.
       schedule: what scheduling remembers.
       log_probs_BS: log-probabilities of output tokens; [B, 0] unless asked for.
       counters: statistics.
@@ -96,7 +96,7 @@ class DecodeState:
     target_cache: Any
     draft_cache: Any
     confidence_BG: Float[Array, "B G"]
-    sharpness_BG: Float[Array, "B G"]
+    certainty_BG: Float[Array, "B G"]
     schedule: ScheduleState
     log_probs_BS: Float[Array, "B S"]
     counters: Counters
@@ -157,7 +157,7 @@ class DecodeState:
             target_cache=target.init_cache(slots, capacity),
             draft_cache=drafter.init_cache(slots, capacity),
             confidence_BG=logits_BG(),
-            sharpness_BG=logits_BG(),
+            certainty_BG=logits_BG(),
             schedule=ScheduleState.empty(slots, block_length),
             log_probs_BS=jnp.zeros((slots, capacity if log_probs else 0), jnp.float32),
             counters=Counters.zeros(slots, block_length),

@@ -9,8 +9,8 @@ A drafter never decides what is emitted, so a bad one costs speed and nothing el
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -69,14 +69,14 @@ class Proposal:
       tokens_BG: draft tokens; row j stands at position anchor + 1 + j.
       lengths_B: how many of them are meant, 0..G.
       confidence_BG: logits of P(token j accepted | all before it accepted).
-      sharpness_BG: how decided each draft was, see `Drawn`; 0 where nobody knows.
+      certainty_BG: how decided each draft was, see `Drawn`; 0 where nobody knows.
       q: the distribution each token was drawn from.
     """
 
     tokens_BG: Int[Array, "B G"]
     lengths_B: Int[Array, " B"]
     confidence_BG: Float[Array, "B G"]
-    sharpness_BG: Float[Array, "B G"]
+    certainty_BG: Float[Array, "B G"]
     q: DraftDistribution = DraftDistribution()
 
     @classmethod
@@ -86,7 +86,7 @@ class Proposal:
             tokens_BG=jnp.zeros((slots, 0), jnp.int32),
             lengths_B=jnp.zeros((slots,), jnp.int32),
             confidence_BG=jnp.zeros((slots, 0), jnp.float32),
-            sharpness_BG=jnp.zeros((slots, 0), jnp.float32),
+            certainty_BG=jnp.zeros((slots, 0), jnp.float32),
         )
 
 
@@ -98,7 +98,7 @@ class Drawn:
     Attributes:
       tokens_B: target ids.
       log_q_BW: the log-distribution they were drawn from, over the draft vocabulary.
-      sharpness_B: how decided that was, the larger the more. Where the output does not
+      certainty_B: how decided that was, the larger the more. Where the output does not
         depend on drafts (at temperature 0, under the gumbel coupling) the log-odds that
         softmax gives the drafted token's score, noise included: of its being chosen by
         a target whose scores differ by Gumbel noise. Under rejection sampling minus
@@ -107,9 +107,10 @@ class Drawn:
 
     tokens_B: Int[Array, " B"]
     log_q_BW: Float[Array, "B W"]
-    sharpness_B: Float[Array, " B"]
+    certainty_B: Float[Array, " B"]
 
 
+@runtime_checkable
 class DraftSampler(Protocol):
     """How the decode loop lets a drafter sample; the coupling is hidden inside."""
 
@@ -126,6 +127,7 @@ class DraftSampler(Protocol):
         """Samples draft j of every slot, from a draft vocabulary of target ids."""
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """What proposes. Methods are pure; parameters are the drafter's pytree leaves."""
 
@@ -138,7 +140,7 @@ class Drafter(Protocol):
         """Target layers whose outputs `observe` needs (-1: the embedding)."""
 
     @property
-    def abstains(self) -> bool:
+    def may_skip(self) -> bool:
         """Whether it may propose nothing, so that rounds vary in size."""
 
     def check_target(self, target: Any) -> None:
@@ -148,7 +150,7 @@ class Drafter(Protocol):
         """An empty context for `slots` sequences of up to `length` positions."""
 
     def observe(
-        self, cache: Any, taps_mDT: Float[Array, "m D T"], tokens: FlatTokens
+        self, cache: Any, taps_TmD: Float[Array, "T m D"], tokens: FlatTokens
     ) -> Any:
         """Writes the context rows of tokens that the target has just processed."""
 
@@ -176,7 +178,7 @@ class WithoutContext:
         return ()
 
     def observe(
-        self, cache: tuple[()], taps_mDT: Float[Array, "m D T"], tokens: FlatTokens
+        self, cache: tuple[()], taps_TmD: Float[Array, "T m D"], tokens: FlatTokens
     ) -> tuple[()]:
         """Nothing to remember."""
         return cache
@@ -188,11 +190,12 @@ def pairs_before(tokens: FlatTokens) -> FlatTokens:
     For drafters whose context rows are pairs of a feature and the token after it. The
     feature before a slot's first token does not exist, nor its pair: it is padding.
     """
-    return FlatTokens(
-        ids_T=tokens.ids_T,
+    begins_B = (tokens.starts_B == 0) & (tokens.counts_B > 0)
+    return replace(
+        tokens,
         positions_T=jnp.maximum(tokens.positions_T - 1, 0),
         slots_T=jnp.where(tokens.positions_T > 0, tokens.slots_T, -1),
         starts_B=jnp.maximum(tokens.starts_B - 1, 0),
-        limits_T=tokens.limits_T,
-        rows=tokens.rows,
+        offsets_B=tokens.offsets_B + begins_B,
+        counts_B=tokens.counts_B - begins_B,
     )

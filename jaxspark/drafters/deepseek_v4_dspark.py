@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -26,16 +27,17 @@ from jaxspark.drafters.sequential import draft_block
 from jaxspark.models.base import TargetModel
 from jaxspark.models.batch import FlatTokens
 from jaxspark.models.deepseek_v4 import (
-    DeepSeekV4Config,
     DeepSeekV4Layer,
-    Pass,
-    member,
-    stacked,
+    ForwardContext,
+    select_layer,
+    stack_layers,
 )
+from jaxspark.models.deepseek_v4_config import DeepSeekV4Config
 from jaxspark.models.layers.hyper_connections import HyperHead
-from jaxspark.models.layers.linear import Linear, row_product
+from jaxspark.models.layers.linear import Linear, head_logits
 from jaxspark.models.layers.norm import Float32RMSNorm
-from jaxspark.models.rows import Rows
+from jaxspark.models.layers.sparse_attention import AttentionInputs
+from jaxspark.models.rows import Ring
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,7 @@ class DeepSeekV4DSparkConfig:
 class DeepSeekV4DSpark(nnx.Module):
     """Parameters of the drafter; inside a stage, the names are the target's."""
 
-    abstains: ClassVar[bool] = False
+    may_skip: ClassVar[bool] = False
 
     def __init__(
         self, config: DeepSeekV4DSparkConfig, *, dtype=jnp.float32, rngs: nnx.Rngs
@@ -93,7 +95,7 @@ class DeepSeekV4DSpark(nnx.Module):
         norm = partial(Float32RMSNorm, D, eps=c.rms_norm_eps, dtype=dtype)
         self.main_proj = Linear(len(self.taps) * D, D, **options)
         self.main_norm = norm()
-        self.stages = stacked(
+        self.stages = stack_layers(
             partial(DeepSeekV4Layer, c, 0, False, dtype=dtype),
             config.n_mtp_layers,
             rngs,
@@ -133,10 +135,10 @@ class DeepSeekV4DSpark(nnx.Module):
                 f"{self.config.target}, the target's is {target}"
             )
 
-    def init_cache(self, slots: int, length: int) -> Rows:
+    def init_cache(self, slots: int, length: int) -> Ring:
         """Empty rings of context keys, one per stage."""
         c = self.config.target
-        return Rows.ring(
+        return Ring.empty(
             self.config.n_mtp_layers,
             slots,
             length,
@@ -146,26 +148,28 @@ class DeepSeekV4DSpark(nnx.Module):
         )
 
     def observe(
-        self, cache: Rows, taps_mDT: Float[Array, "m D T"], tokens: FlatTokens
-    ) -> Rows:
+        self, cache: Ring, taps_TmD: Float[Array, "T m D"], tokens: FlatTokens
+    ) -> Ring:
         """Writes every stage's keys of the context features c_s."""
-        run = Pass.of(self.config.target, tokens)
-        features_XT = taps_mDT.astype(self.dtype).reshape(-1, taps_mDT.shape[-1])
-        context_DT = self.main_norm(self.main_proj(features_XT))
-        for place in range(self.config.n_mtp_layers):
-            stage = member(self.stages, jnp.int32(place))
-            keys_TH = stage.self_attn.keys(context_DT, run.plain)
-            cache = cache.append(jnp.int32(place), keys_TH, tokens, run.view)
-        return cache
+        angles = ForwardContext.of(self.config.target, tokens).plain
+        features_TX = taps_TmD.astype(self.dtype).reshape(len(taps_TmD), -1)
+        context_TD = self.main_norm(self.main_proj(features_TX))
+
+        def step(cache, place):
+            stage = select_layer(self.stages, place)
+            keys_TH = stage.self_attn.keys(context_TD, angles)
+            return cache.append(place, keys_TH, tokens), None
+
+        return jax.lax.scan(step, cache, jnp.arange(self.config.n_mtp_layers))[0]
 
     def backbone(
         self,
         target,
-        cache: Rows,
+        cache: Ring,
         anchors_B: Int[Array, " B"],
         positions_B: Int[Array, " B"],
         block_length: int,
-    ) -> Float[Array, "D B G"]:
+    ) -> Float[Array, "B G D"]:
         """Collapsed hidden states of a block's rows, before the last norm."""
         B, G = len(anchors_B), block_length
         noise_BQ = jnp.full((B, G - 1), self.config.dspark_noise_token_id, jnp.int32)
@@ -174,56 +178,57 @@ class DeepSeekV4DSpark(nnx.Module):
             positions_B,
             jnp.full((B,), G),
         )
-        run = Pass.of(self.config.target, tokens)
+        angles = ForwardContext.of(self.config.target, tokens).plain
         window = self.config.target.sliding_window
-        # All rows see the last W context rows, as far as there are some, and the block.
-        oldest_B = jnp.maximum(window - positions_B, 0)
-        spans_B2 = jnp.stack([oldest_B, jnp.full((B,), window + G)], axis=1)
-        spans_BG2 = jnp.broadcast_to(spans_B2[:, None], (B, G, 2))
 
-        def attend(stage, place, h_DT):
+        def attend(stage, place, h_TD):
             attention = stage.self_attn
-            before_BWH = cache.before(place, positions_B, window)
-            block_BGH = run.view.spread(attention.keys(h_DT, run.plain), 0)
-            latent_RT = attention.q_a_norm(attention.q_a_proj(h_DT))
-            recent_BRH = jnp.concatenate([before_BWH, block_BGH], axis=1)
-            o_DT = attention.attend(
-                latent_RT, recent_BRH, spans_BG2, {}, run.view, run.plain
+            inputs = AttentionInputs(
+                latent_TR=attention.q_a_norm(attention.q_a_proj(h_TD)),
+                keys_TH=attention.keys(h_TD, angles),
+                before_BWH=cache.before(place, positions_B, window),
+                entries=None,
+                scores_TC=None,
             )
-            return o_DT, None
+            # All rows see the last W context rows, as far as there are some, and the
+            # block.
+            return attention.attend(inputs, tokens, angles, causal=False), None
 
-        x_DT = target.embed(tokens.ids_T).astype(self.dtype)
-        x_MDT = jnp.broadcast_to(x_DT, (self.config.target.hc_mult, *x_DT.shape))
-        for place in map(jnp.int32, range(self.config.n_mtp_layers)):
-            stage = member(self.stages, place)
-            x_MDT, _, _ = stage.around(
-                partial(attend, stage, place), x_MDT, place, tokens
+        x_TD = target.embed(tokens.ids_T).astype(self.dtype)
+        x_TMD = jnp.repeat(x_TD[:, None], self.config.target.hc_mult, axis=1)
+
+        def step(x_TMD, place):
+            stage = select_layer(self.stages, place)
+            x_TMD, _, _ = stage.apply_sublayers(
+                partial(attend, stage, place), x_TMD, place, tokens
             )
-        return self.hc_head(x_MDT).reshape(-1, B, G)
+            return x_TMD, None
+
+        stages = jnp.arange(self.config.n_mtp_layers)
+        x_TMD, _ = jax.lax.scan(step, x_TMD, stages)
+        return self.hc_head(x_TMD).reshape(B, G, -1)
 
     def propose(
         self,
         target: TargetModel,
-        cache: Rows,
+        cache: Ring,
         context: DraftContext,
         sampler: DraftSampler,
         block_length: int,
-    ) -> tuple[Proposal, Rows]:
+    ) -> tuple[Proposal, Ring]:
         """Drafts a block: stages once, then the heads row by row."""
-        hidden_DBG = self.backbone(
+        hidden_BGD = self.backbone(
             target, cache, context.anchors_B, context.positions_B, block_length
         )
-        D, B, G = hidden_DBG.shape
-        normed_DT = self.norm(hidden_DBG.reshape(D, B * G))
-        base_BGV = row_product(target.head_VD, normed_DT).reshape(B, G, -1)
+        base_BGV = head_logits(self.norm(hidden_BGD), target.head_VD)
 
         def step(carry, previous_B, _, row):
-            hidden_DB, base_BV = row
-            embedded_RB = self.markov_head.embed(previous_B)
-            features_IB = jnp.concatenate([hidden_DB, embedded_RB])
-            logits_BV = base_BV + self.markov_head.bias(embedded_RB)
-            return carry, logits_BV, self.confidence_head(features_IB)
+            hidden_BD, base_BV = row
+            embedded_BR = self.markov_head.embed(previous_B)
+            features_BI = jnp.concatenate([hidden_BD, embedded_BR], axis=1)
+            logits_BV = base_BV + self.markov_head.bias(embedded_BR)
+            return carry, logits_BV, self.confidence_head(features_BI)
 
-        rows = (jnp.moveaxis(hidden_DBG, 2, 0), jnp.moveaxis(base_BGV, 1, 0))
+        rows = (jnp.moveaxis(hidden_BGD, 1, 0), jnp.moveaxis(base_BGV, 1, 0))
         proposal, _ = draft_block(step, (), rows, context, sampler, block_length)
         return proposal, cache

@@ -23,9 +23,15 @@ from jaxtyping import Array, Float, Int
 from jaxspark.drafters.base import DraftContext, DraftSampler, Proposal
 from jaxspark.drafters.heads import HEAD_TYPES, ConfidenceHead, MarkovHead
 from jaxspark.drafters.sequential import draft_block
-from jaxspark.models import DenseConfig, FlatTokens, LayerCache, TargetModel
+from jaxspark.models import (
+    DenseConfig,
+    FlatTokens,
+    LayerCache,
+    TargetConfig,
+    TargetModel,
+)
 from jaxspark.models.dense import DecoderLayer
-from jaxspark.models.layers.linear import Buffer, Linear, row_product
+from jaxspark.models.layers.linear import Buffer, Linear, head_logits
 from jaxspark.models.layers.norm import RMSNorm
 from jaxspark.models.layers.rope import Rotation
 
@@ -79,7 +85,7 @@ class DSparkConfig:
                 f"{self.backbone.vocab_size}"
             )
 
-    def check_target(self, target: DenseConfig) -> None:
+    def check_target(self, target: TargetConfig) -> None:
         """Whether it was made for a target of this architecture.
 
         Raises:
@@ -107,7 +113,7 @@ def check_draft_vocab(size: int | None, vocab_size: int) -> None:
 
 
 def check_same_target(
-    backbone: DenseConfig, num_target_layers: int, target: DenseConfig
+    backbone: DenseConfig, num_target_layers: int, target: TargetConfig
 ) -> None:
     """Raises `ValueError` if width, vocabulary or depth are another target's."""
     for name, mine, theirs in (
@@ -125,7 +131,7 @@ def check_same_target(
 class DSparkDrafter(nnx.Module):
     """Parameters of a DSpark or DFlash drafter; paths are DeepSpec's tensor names."""
 
-    abstains: ClassVar[bool] = False
+    may_skip: ClassVar[bool] = False
 
     def __init__(self, config: DSparkConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
@@ -175,17 +181,15 @@ class DSparkDrafter(nnx.Module):
         """Type of parameters, activations and caches."""
         return self.fc.weight.dtype
 
-    def check_target(self, target: DenseConfig) -> None:
+    def check_target(self, target: TargetConfig) -> None:
         """See `DSparkConfig.check_target`."""
         self.config.check_target(target)
 
-    def init_cache(
-        self, slots: int, length: int, *, lanes: int | None = None
-    ) -> tuple[LayerCache, ...]:
+    def init_cache(self, slots: int, length: int) -> tuple[LayerCache, ...]:
         """Empty context rows, one cache per draft layer."""
         c = self.config.backbone
         size = (slots, c.num_key_value_heads, length, c.head_dim, self.dtype)
-        return tuple(LayerCache.zeros(*size, lanes=lanes) for _ in self.layers)
+        return tuple(LayerCache.zeros(*size) for _ in self.layers)
 
     def _rotation(self, tokens: FlatTokens) -> Rotation:
         c = self.config.backbone
@@ -194,21 +198,20 @@ class DSparkDrafter(nnx.Module):
     def observe(
         self,
         cache: tuple[LayerCache, ...],
-        taps_mDT: Float[Array, "m D T"],
+        taps_TmD: Float[Array, "T m D"],
         tokens: FlatTokens,
     ) -> tuple[LayerCache, ...]:
         """Writes keys and values of the context features c_s of processed tokens."""
-        view, rotation = tokens.view(), self._rotation(tokens)
-        context_DT = self.context(taps_mDT.astype(self.dtype))
+        rotation = self._rotation(tokens)
+        context_TD = self.context(taps_TmD.astype(self.dtype))
         return tuple(
-            layer.self_attn.remember(context_DT, layer_cache, tokens, view, rotation)
+            layer.self_attn.update_cache(context_TD, layer_cache, tokens, rotation)
             for layer, layer_cache in zip(self.layers, cache)
         )
 
-    def context(self, taps_mDT: Float[Array, "m D T"]) -> Float[Array, "D T"]:
+    def context(self, taps_TmD: Float[Array, "T m D"]) -> Float[Array, "T D"]:
         """The context features c_s, which every draft layer sees."""
-        features_XT = taps_mDT.reshape(-1, taps_mDT.shape[-1])
-        return self.hidden_norm(self.fc(features_XT))
+        return self.hidden_norm(self.fc(taps_TmD.reshape(len(taps_TmD), -1)))
 
     def backbone(
         self,
@@ -217,7 +220,7 @@ class DSparkDrafter(nnx.Module):
         anchors_B: Int[Array, " B"],
         positions_B: Int[Array, " B"],
         block_length: int,
-    ) -> tuple[Float[Array, "D B G"], tuple[LayerCache, ...]]:
+    ) -> tuple[Float[Array, "B G D"], tuple[LayerCache, ...]]:
         """Normed hidden states of a block's predicting rows, and the written cache."""
         B = anchors_B.shape[0]
         rows = block_length + (not self.config.sample_from_anchor)
@@ -228,22 +231,20 @@ class DSparkDrafter(nnx.Module):
             jnp.full((B,), rows),
             limits_B=positions_B + rows,
         )
-        view, rotation = tokens.view(), self._rotation(tokens)
-        x_DT = target.embed(tokens.ids_T).astype(self.dtype)
+        rotation = self._rotation(tokens)
+        x_TD = target.embed(tokens.ids_T).astype(self.dtype)
         written = []
         for layer, layer_cache in zip(self.layers, cache):
-            x_DT, layer_cache = layer(x_DT, layer_cache, tokens, view, rotation)
+            x_TD, layer_cache = layer(x_TD, layer_cache, tokens, rotation)
             written.append(layer_cache)
-        hidden_DBQ = self.norm(x_DT).reshape(-1, B, rows)
-        return hidden_DBQ[..., rows - block_length :], tuple(written)
+        hidden_BQD = self.norm(x_TD).reshape(B, rows, -1)
+        return hidden_BQD[:, rows - block_length :], tuple(written)
 
-    def logits(self, target, hidden_DBG) -> Float[Array, "B G W"]:
+    def logits(self, target, hidden_BGD) -> Float[Array, "B G W"]:
         """Base logits u_j of all rows over the draft vocabulary."""
-        D, B, G = hidden_DBG.shape
         own = self.lm_head
         head_WD = target.head_VD if own is None else own.weight[...]
-        hidden_DT = hidden_DBG.reshape(D, B * G)
-        return row_product(head_WD, hidden_DT).reshape(B, G, -1)
+        return head_logits(hidden_BGD, head_WD)
 
     def propose(
         self,
@@ -254,25 +255,25 @@ class DSparkDrafter(nnx.Module):
         block_length: int,
     ) -> tuple[Proposal, tuple[LayerCache, ...]]:
         """Drafts a block: backbone once, then the heads row by row."""
-        hidden_DBG, cache = self.backbone(
+        hidden_BGD, cache = self.backbone(
             target, cache, context.anchors_B, context.positions_B, block_length
         )
-        base_BGW = self.logits(target, hidden_DBG)
+        base_BGW = self.logits(target, hidden_BGD)
 
-        def step(state_RB, previous_B, _, row):
-            hidden_DB, logits_BW = row
-            state_RB, latent_RB, confidence_B = self.step(
-                state_RB, previous_B, hidden_DB
+        def step(state_BR, previous_B, _, row):
+            hidden_BD, logits_BW = row
+            state_BR, latent_BR, confidence_B = self.step(
+                state_BR, previous_B, hidden_BD
             )
-            if latent_RB is not None:
-                logits_BW = logits_BW + self.markov_head.bias(latent_RB)
-            return state_RB, logits_BW, confidence_B
+            if latent_BR is not None:
+                logits_BW = logits_BW + self.markov_head.bias(latent_BR)
+            return state_BR, logits_BW, confidence_B
 
         head = self.markov_head
         proposal, _ = draft_block(
             step,
             () if head is None else head.start(len(context.lengths_B)),
-            (jnp.moveaxis(hidden_DBG, 2, 0), jnp.moveaxis(base_BGW, 1, 0)),
+            (jnp.moveaxis(hidden_BGD, 1, 0), jnp.moveaxis(base_BGW, 1, 0)),
             context,
             sampler,
             block_length,
@@ -280,22 +281,22 @@ class DSparkDrafter(nnx.Module):
         )
         return proposal, cache
 
-    def step(self, state_RB, previous_B, hidden_DB):
-        """Row j: next head state, latent of its bias [R, B], confidence logit [B].
+    def step(self, state_BR, previous_B, hidden_BD):
+        """Row j: next head state, latent of its bias [B, R], confidence logit [B].
 
         Without a sequential head the latent is None, without a confidence head the
         logit is 0 (probability one half).
         """
-        features_IB, latent_RB = hidden_DB, None
+        features_BI, latent_BR = hidden_BD, None
         if self.markov_head is not None:
-            embedded_RB = self.markov_head.embed(previous_B)
-            state_RB, latent_RB = self.markov_head.latent(
-                state_RB, embedded_RB, hidden_DB
+            embedded_BR = self.markov_head.embed(previous_B)
+            state_BR, latent_BR = self.markov_head.latent(
+                state_BR, embedded_BR, hidden_BD
             )
             if self.config.confidence_head_with_markov:
-                features_IB = jnp.concatenate([hidden_DB, embedded_RB])
+                features_BI = jnp.concatenate([hidden_BD, embedded_BR], axis=1)
         if self.confidence_head is None:
             confidence_B = jnp.zeros(previous_B.shape, jnp.float32)
         else:
-            confidence_B = self.confidence_head(features_IB)
-        return state_RB, latent_RB, confidence_B
+            confidence_B = self.confidence_head(features_BI)
+        return state_BR, latent_BR, confidence_B

@@ -34,10 +34,16 @@ from jaxspark.drafters.dspark import (
     check_taps,
 )
 from jaxspark.drafters.sequential import draft_block
-from jaxspark.models import DenseConfig, FlatTokens, LayerCache, TargetModel
+from jaxspark.models import (
+    DenseConfig,
+    FlatTokens,
+    LayerCache,
+    TargetConfig,
+    TargetModel,
+)
 from jaxspark.models.cache import pad_heads, padded_width
 from jaxspark.models.layers.attention import Attention
-from jaxspark.models.layers.linear import Linear, row_product
+from jaxspark.models.layers.linear import Linear, head_logits
 from jaxspark.models.layers.mlp import GatedMLP
 from jaxspark.models.layers.norm import RMSNorm
 from jaxspark.models.layers.rope import Rotation
@@ -81,7 +87,7 @@ class Eagle3Config:
         check_taps(self.target_layer_ids, self.num_target_layers, lowest=0)
         check_draft_vocab(self.draft_vocab_size, self.backbone.vocab_size)
 
-    def check_target(self, target: DenseConfig) -> None:
+    def check_target(self, target: TargetConfig) -> None:
         """Raises `ValueError` unless it was made for a target of this architecture."""
         check_same_target(self.backbone, self.num_target_layers, target)
 
@@ -103,21 +109,21 @@ class Eagle3Layer(nnx.Module):
         )
 
     def pair(
-        self, embedded_DT: Float[Array, "D T"], feature_DT: Float[Array, "D T"]
-    ) -> Float[Array, "I T"]:
+        self, embedded_TD: Float[Array, "T D"], feature_TD: Float[Array, "T D"]
+    ) -> Float[Array, "T I"]:
         """What attention reads, I = 2 D."""
-        normed = (self.input_layernorm(embedded_DT), self.hidden_norm(feature_DT))
-        return jnp.concatenate(normed)
+        normed = (self.input_layernorm(embedded_TD), self.hidden_norm(feature_TD))
+        return jnp.concatenate(normed, axis=-1)
 
-    def finish(
-        self, feature_DT: Float[Array, "D T"], attended_DT: Float[Array, "D T"]
-    ) -> Float[Array, "D T"]:
+    def after_attention(
+        self, feature_TD: Float[Array, "T D"], attended_TD: Float[Array, "T D"]
+    ) -> Float[Array, "T D"]:
         """The rest of the layer; the residual is the feature's."""
         if self.norm_before_residual:
-            feature_DT = self.hidden_norm(feature_DT)
-        x_DT = feature_DT + attended_DT
+            feature_TD = self.hidden_norm(feature_TD)
+        x_TD = feature_TD + attended_TD
         with jax.named_scope("mlp"):
-            return x_DT + self.mlp(self.post_attention_layernorm(x_DT))
+            return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 
 
 @jax.tree_util.register_dataclass
@@ -137,7 +143,7 @@ class Eagle3Cache:
 class Eagle3Drafter(nnx.Module):
     """Parameters of an Eagle3 drafter; paths are DeepSpec's tensor names."""
 
-    abstains: ClassVar[bool] = False
+    may_skip: ClassVar[bool] = False
 
     def __init__(self, config: Eagle3Config, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
@@ -172,36 +178,34 @@ class Eagle3Drafter(nnx.Module):
         """Type of parameters, activations and caches."""
         return self.fc.weight.dtype
 
-    def check_target(self, target: DenseConfig) -> None:
+    def check_target(self, target: TargetConfig) -> None:
         """See `Eagle3Config.check_target`."""
         self.config.check_target(target)
 
-    def init_cache(
-        self, slots: int, length: int, *, lanes: int | None = None
-    ) -> Eagle3Cache:
+    def init_cache(self, slots: int, length: int) -> Eagle3Cache:
         """Empty pairs and features."""
         c = self.config.backbone
         size = (slots, c.num_key_value_heads, length, c.head_dim, self.dtype)
         return Eagle3Cache(
-            pairs=LayerCache.zeros(*size, lanes=lanes),
+            pairs=LayerCache.zeros(*size),
             features_BSD=jnp.zeros(
-                (slots, length, padded_width(c.hidden_size, lanes)), self.dtype
+                (slots, length, padded_width(c.hidden_size)), self.dtype
             ),
         )
 
-    def features(self, taps_mDT: Float[Array, "m D T"]) -> Float[Array, "D T"]:
+    def features(self, taps_TmD: Float[Array, "T m D"]) -> Float[Array, "T D"]:
         """f_i of the layers' outputs (without the embedding)."""
-        features_XT = taps_mDT.reshape(-1, taps_mDT.shape[-1])
+        features_TX = taps_TmD.reshape(len(taps_TmD), -1)
         if self.input_norm is not None:
-            features_XT = self.input_norm(features_XT)
-        return self.fc(features_XT)
+            features_TX = self.input_norm(features_TX)
+        return self.fc(features_TX)
 
     def output(
-        self, feature_DT: Float[Array, "D T"]
-    ) -> tuple[Float[Array, "D T"], Float[Array, "D T"]]:
+        self, feature_TD: Float[Array, "T D"]
+    ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
         """What the head reads of the layer's output, and what the next draft does."""
-        normed_DT = self.norm(feature_DT)
-        return normed_DT, normed_DT if self.config.norm_output else feature_DT
+        normed_TD = self.norm(feature_TD)
+        return normed_TD, normed_TD if self.config.norm_output else feature_TD
 
     def rotation(self, positions_T: Int[Array, " T"]) -> Rotation:
         """Angles at the features' positions."""
@@ -209,26 +213,24 @@ class Eagle3Drafter(nnx.Module):
         return Rotation.at(c.rope, c.head_dim, positions_T)
 
     def observe(
-        self, cache: Eagle3Cache, taps_mDT: Float[Array, "m D T"], tokens: FlatTokens
+        self, cache: Eagle3Cache, taps_TmD: Float[Array, "T m D"], tokens: FlatTokens
     ) -> Eagle3Cache:
         """Keeps features; writes the pair that each processed token completes."""
-        taps_mDT = taps_mDT.astype(self.dtype)
-        view = tokens.view()
+        taps_TmD = taps_TmD.astype(self.dtype)
         B, S, width = cache.features_BSD.shape
-        row_T = view.slot_T * S + tokens.positions_T
-        row_T = jnp.where(view.slot_T < B, row_T, B * S)
+        row_T = tokens.slots_T * S + tokens.positions_T
+        row_T = jnp.where(tokens.slots_T >= 0, row_T, B * S)
         table = cache.features_BSD.reshape(-1, width)
-        rows_TD = pad_heads(self.features(taps_mDT[1:]).T, width)
+        rows_TD = pad_heads(self.features(taps_TmD[:, 1:]), width)
         table = jax.lax.optimization_barrier(table.at[row_T].set(rows_TD, mode="drop"))
         before = pairs_before(tokens)
-        D = taps_mDT.shape[1]
-        feature_DT = table[jnp.clip(row_T - 1, 0, B * S - 1), :D].T
+        D = taps_TmD.shape[-1]
+        feature_TD = table[jnp.clip(row_T - 1, 0, B * S - 1), :D]
         layer = self.layers[0]
-        pairs = layer.self_attn.remember(
-            layer.pair(taps_mDT[0], feature_DT),
+        pairs = layer.self_attn.update_cache(
+            layer.pair(taps_TmD[:, 0], feature_TD),
             cache.pairs,
             before,
-            before.view(),
             self.rotation(before.positions_T),
         )
         return Eagle3Cache(pairs=pairs, features_BSD=table.reshape(B, S, width))
@@ -254,25 +256,26 @@ class Eagle3Drafter(nnx.Module):
         feature_BD = jnp.where((positions_B > 0)[:, None], rows_BD, 0)
 
         def step(carry, previous_B, j, _):
-            feature_DB, pairs = carry
+            feature_BD, pairs = carry
             place_B = newest_B + j
             tokens = FlatTokens.from_rows(
                 previous_B[:, None], place_B, jnp.ones((B,), jnp.int32)
             )
-            embedded_DB = target.embed(previous_B).astype(self.dtype)
-            attended_DB, pairs = layer.self_attn(
-                layer.pair(embedded_DB, feature_DB),
+            embedded_BD = target.embed(previous_B).astype(self.dtype)
+            attended_BD, pairs = layer.self_attn(
+                layer.pair(embedded_BD, feature_BD),
                 pairs,
                 tokens,
-                tokens.view(),
                 self.rotation(place_B),
             )
-            hidden_DB, feature_DB = self.output(layer.finish(feature_DB, attended_DB))
-            return (feature_DB, pairs), row_product(head_WD, hidden_DB), None
+            hidden_BD, feature_BD = self.output(
+                layer.after_attention(feature_BD, attended_BD)
+            )
+            return (feature_BD, pairs), head_logits(hidden_BD, head_WD), None
 
         proposal, (_, pairs) = draft_block(
             step,
-            (feature_BD.T, cache.pairs),
+            (feature_BD, cache.pairs),
             (),
             context,
             sampler,

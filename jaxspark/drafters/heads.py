@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxspark.models.layers.linear import Embedding, Linear, product, row_product
-from pallas_kernels.precision import wide_type
+from jaxspark.models.layers.linear import Embedding, Linear, head_logits
 
 HEAD_TYPES = ("vanilla", "gated", "rnn")
 
@@ -43,37 +42,37 @@ class MarkovHead(nnx.Module):
         if kind == "rnn":
             self.joint_proj = Linear(2 * rank + width, 3 * rank, **options)
 
-    def start(self, slots: int) -> Float[Array, "R B"]:
+    def start(self, slots: int) -> Float[Array, "B R"]:
         """The recurrent state before a block's first row."""
-        return jnp.zeros((self.rank, slots), self.markov_w1.weight.dtype)
+        return jnp.zeros((slots, self.rank), self.markov_w1.weight.dtype)
 
-    def embed(self, previous_B: Int[Array, " B"]) -> Float[Array, "R B"]:
+    def embed(self, previous_B: Int[Array, " B"]) -> Float[Array, "B R"]:
         """W1[y] of the previous tokens (target ids)."""
         return self.markov_w1(previous_B)
 
     def latent(
         self,
-        state_RB: Float[Array, "R B"],
-        embedded_RB: Float[Array, "R B"],
-        hidden_DB: Float[Array, "D B"],
-    ) -> tuple[Float[Array, "R B"], Float[Array, "R B"]]:
+        state_BR: Float[Array, "B R"],
+        embedded_BR: Float[Array, "B R"],
+        hidden_BD: Float[Array, "B D"],
+    ) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
         """One row: the next state, and what `bias` maps to the vocabulary."""
         if self.kind == "vanilla":
-            latent_RB = embedded_RB
+            latent_BR = embedded_BR
         elif self.kind == "gated":
-            inputs = jnp.concatenate([hidden_DB, embedded_RB])
-            latent_RB = jax.nn.sigmoid(self.gate_proj(inputs)) * embedded_RB
+            inputs = jnp.concatenate([hidden_BD, embedded_BR], axis=1)
+            latent_BR = jax.nn.sigmoid(self.gate_proj(inputs)) * embedded_BR
         else:
-            inputs = jnp.concatenate([state_RB, embedded_RB, hidden_DB])
-            gate, candidate, output = jnp.split(self.joint_proj(inputs), 3)
+            inputs = jnp.concatenate([state_BR, embedded_BR, hidden_BD], axis=1)
+            gate, candidate, output = jnp.split(self.joint_proj(inputs), 3, axis=1)
             keep = jax.nn.sigmoid(gate)
-            state_RB = keep * state_RB + (1 - keep) * jnp.tanh(candidate)
-            latent_RB = jnp.tanh(output)
-        return state_RB, latent_RB
+            state_BR = keep * state_BR + (1 - keep) * jnp.tanh(candidate)
+            latent_BR = jnp.tanh(output)
+        return state_BR, latent_BR
 
-    def bias(self, latent_RB: Float[Array, "R B"]) -> Float[Array, "B W"]:
+    def bias(self, latent_BR: Float[Array, "B R"]) -> Float[Array, "B W"]:
         """b, which a row's logits are corrected by."""
-        return row_product(self.markov_w2.weight[...], latent_RB)
+        return head_logits(latent_BR, self.markov_w2.weight[...])
 
 
 class ConfidenceHead(nnx.Module):
@@ -82,9 +81,8 @@ class ConfidenceHead(nnx.Module):
     def __init__(self, width: int, *, bias: bool = True, dtype, rngs: nnx.Rngs):
         self.proj = Linear(width, 1, bias=bias, dtype=dtype, rngs=rngs)
 
-    def __call__(self, features_IB: Float[Array, "I B"]) -> Float[Array, " B"]:
+    def __call__(self, features_BI: Float[Array, "B I"]) -> Float[Array, " B"]:
         """One logit per slot, in float32 all along."""
-        wide = wide_type(features_IB.dtype)
-        logit_B = product(self.proj.matrix, features_IB, wide)[0]
+        logit_B = head_logits(features_BI, self.proj.matrix)[:, 0]
         bias = self.proj.bias
         return logit_B if bias is None else logit_B + bias[...]

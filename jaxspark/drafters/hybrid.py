@@ -126,9 +126,9 @@ class HybridDrafter:
         return self.model.taps
 
     @property
-    def abstains(self) -> bool:
+    def may_skip(self) -> bool:
         """Whether the model may."""
-        return self.model.abstains
+        return self.model.may_skip
 
     def check_target(self, target) -> None:
         """Whether the model fits."""
@@ -139,9 +139,9 @@ class HybridDrafter:
         history = History.start(slots, self.lookup.longest, self.block_length)
         return self.model.init_cache(slots, length, **options), history
 
-    def observe(self, cache, taps_mDT: Float[Array, "m D T"], tokens: FlatTokens):
+    def observe(self, cache, taps_TmD: Float[Array, "T m D"], tokens: FlatTokens):
         """The model sees every token, whoever drafts."""
-        return self.model.observe(cache[0], taps_mDT, tokens), cache[1]
+        return self.model.observe(cache[0], taps_TmD, tokens), cache[1]
 
     def propose(
         self,
@@ -183,7 +183,7 @@ class HybridDrafter:
             lengths_B=jnp.where(copies_B, block_length, proposal.lengths_B),
             confidence_BG=jnp.where(copies_B1, rate_BG, proposal.confidence_BG),
             # A copy's confidence is a rate that held, whatever the model thinks.
-            sharpness_BG=jnp.where(copies_B1, 0.0, proposal.sharpness_BG),
+            certainty_BG=jnp.where(copies_B1, 0.0, proposal.certainty_BG),
             q=replace(proposal.q, deterministic_B=copies_B),
         ), (rows, history)
 

@@ -28,18 +28,19 @@ from jaxspark.drafters.sequential import draft_block
 from jaxspark.models.base import TargetModel
 from jaxspark.models.batch import FlatTokens
 from jaxspark.models.deepseek_v4 import (
-    DeepSeekV4Config,
     DeepSeekV4Layer,
-    Pass,
-    member,
-    stacked,
+    ForwardContext,
+    from_the_start,
+    select_layer,
+    stack_layers,
 )
+from jaxspark.models.deepseek_v4_config import DeepSeekV4Config
 from jaxspark.models.layers.experts import Routing
 from jaxspark.models.layers.hyper_connections import HyperHead
-from jaxspark.models.layers.linear import Linear, row_product
+from jaxspark.models.layers.linear import Linear, head_logits
 from jaxspark.models.layers.norm import Float32RMSNorm
 from jaxspark.models.layers.sparse_attention import SparseCache
-from jaxspark.models.rows import Rows
+from jaxspark.models.rows import Ring
 
 
 @jax.tree_util.register_dataclass
@@ -53,13 +54,13 @@ class MTPCache:
     """
 
     pairs: SparseCache
-    streams: Rows
+    streams: Ring
 
 
 class MTPDrafter(nnx.Module):
     """Parameters of the module; names are those of the released `mtp.0.`."""
 
-    abstains: ClassVar[bool] = False
+    may_skip: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class MTPDrafter(nnx.Module):
         norm = partial(Float32RMSNorm, D, eps=config.rms_norm_eps, dtype=dtype)
         self.e_proj, self.h_proj = Linear(D, D, **options), Linear(D, D, **options)
         self.enorm, self.hnorm, self.norm = norm(), norm(), norm()
-        self.stages = stacked(
+        self.stages = stack_layers(
             partial(DeepSeekV4Layer, config, 0, False, dtype=dtype), 1, rngs
         )
         self.hc_head = HyperHead(config, rngs=rngs)
@@ -111,23 +112,22 @@ class MTPDrafter(nnx.Module):
         c = self.config
         return MTPCache(
             pairs=self.stages.self_attn.init_cache(1, slots, length, self.dtype),
-            streams=Rows.ring(
+            streams=Ring.empty(
                 1, slots, length, c.hc_mult * c.hidden_size, self.dtype, lookback=1
             ),
         )
 
     def pair(
-        self, embedded_DT: Float[Array, "D T"], streams_MDT: Float[Array, "M D T"]
-    ) -> Float[Array, "M D T"]:
+        self, embedded_TD: Float[Array, "T D"], streams_TMD: Float[Array, "T M D"]
+    ) -> Float[Array, "T M D"]:
         """The layer's input, on every stream."""
-        e_DT = self.e_proj(self.enorm(embedded_DT))
-        h_MDT = jax.vmap(lambda h_DT: self.h_proj(self.hnorm(h_DT)))(streams_MDT)
-        return e_DT + h_MDT
+        e_TD = self.e_proj(self.enorm(embedded_TD))
+        return e_TD[:, None] + self.h_proj(self.hnorm(streams_TMD))
 
-    def of_whole(
+    def logits(
         self,
         target,
-        streams_MDT: Float[Array, "M D T"],
+        streams_TMD: Float[Array, "T M D"],
         next_T: Int[Array, " T"],
         tokens: FlatTokens,
     ) -> tuple[Float[Array, "T V"], Routing]:
@@ -135,39 +135,37 @@ class MTPDrafter(nnx.Module):
 
         Args:
           target: whose embedding and head it uses.
-          streams_MDT: after the target's last layer.
+          streams_TMD: after the target's last layer.
           next_T: the token after each one; anything for a text's last.
           tokens: the texts.
 
         Returns:
           The logits, and where its experts were chosen.
         """
-        run, stage = Pass.of(self.config, tokens), member(self.stages, jnp.int32(0))
-
-        def attend(h_DT):
-            return stage.self_attn.of_whole(h_DT, tokens, run.view, run.plain)
-
-        x_MDT = self.pair(target.embed(next_T).astype(self.dtype), streams_MDT)
-        x_MDT, _, routing = stage.around(attend, x_MDT, jnp.int32(0), tokens)
-        logits_TV = row_product(target.head_VD, self.norm(self.hc_head(x_MDT)))
-        return logits_TV, routing
+        context = ForwardContext.of(self.config, tokens)
+        stage = select_layer(self.stages, jnp.int32(0))
+        x_TMD = self.pair(target.embed(next_T).astype(self.dtype), streams_TMD)
+        x_TMD, internals = from_the_start(stage, x_TMD, context)
+        logits_TV = head_logits(self.norm(self.hc_head(x_TMD)), target.head_VD)
+        return logits_TV, internals.routing
 
     def observe(
-        self, cache: MTPCache, taps_mDT: Float[Array, "m D T"], tokens: FlatTokens
+        self, cache: MTPCache, taps_TmD: Float[Array, "T m D"], tokens: FlatTokens
     ) -> MTPCache:
         """Keeps streams; writes the pair that each processed token completes."""
-        taps_mDT = taps_mDT.astype(self.dtype)
-        view, zero, T = tokens.view(), jnp.int32(0), taps_mDT.shape[-1]
-        rows_TX = taps_mDT[1:].reshape(-1, T).T
-        newest_B1X, streams = cache.streams.advance(zero, 1, rows_TX, tokens, view)
-        around_BQX = jnp.concatenate([newest_B1X, view.spread(rows_TX, 0)], axis=1)
-        previous_TX = view.collect(around_BQX[:, :-1])
+        taps_TmD = taps_TmD.astype(self.dtype)
+        zero, T = jnp.int32(0), len(taps_TmD)
+        rows_TX = taps_TmD[:, 1:].reshape(T, -1)
+        newest_B1X, streams = cache.streams.advance(zero, 1, rows_TX, tokens)
+        around_BQX = jnp.concatenate([newest_B1X, tokens.padded(rows_TX, 0)], axis=1)
+        previous_TX = tokens.flat(around_BQX[:, :-1])
         before = pairs_before(tokens)
-        x_MDT = self.pair(taps_mDT[0], previous_TX.T.reshape(taps_mDT[1:].shape))
-        run, stage = Pass.of(self.config, before), member(self.stages, zero)
-        h_DT, _, _ = stage.attn_hc(x_MDT)
-        keys_TH = stage.self_attn.keys(stage.input_layernorm(h_DT), run.plain)
-        window = cache.pairs.window.append(zero, keys_TH, before, run.view)
+        x_TMD = self.pair(taps_TmD[:, 0], previous_TX.reshape(taps_TmD[:, 1:].shape))
+        angles = ForwardContext.of(self.config, before).plain
+        stage = select_layer(self.stages, zero)
+        h_TD, _, _ = stage.attn_hc(x_TMD)
+        keys_TH = stage.self_attn.keys(stage.input_layernorm(h_TD), angles)
+        window = cache.pairs.window.append(zero, keys_TH, before)
         return MTPCache(SparseCache(window), streams)
 
     def propose(
@@ -186,20 +184,21 @@ class MTPDrafter(nnx.Module):
         # A slot that holds its anchor alone has no streams yet.
         newest_BX = jnp.where((positions_B > 0)[:, None], newest_BX, 0)
         first_B = jnp.maximum(positions_B - 1, 0)
-        stage = member(self.stages, zero)
+        stage = select_layer(self.stages, zero)
 
         def step(carry, previous_B, j, _):
-            streams_MDB, pairs = carry
+            streams_BMD, pairs = carry
             tokens = FlatTokens.from_rows(
                 previous_B[:, None], first_B + j, jnp.ones((B,), jnp.int32)
             )
-            embedded_DB = target.embed(previous_B).astype(self.dtype)
-            x_MDB = self.pair(embedded_DB, streams_MDB)
-            x_MDB, pairs = stage(x_MDB, pairs, zero, Pass.of(self.config, tokens))
-            normed_DB = self.norm(self.hc_head(x_MDB))
-            return (x_MDB, pairs), row_product(target.head_VD, normed_DB), None
+            embedded_BD = target.embed(previous_B).astype(self.dtype)
+            x_BMD = self.pair(embedded_BD, streams_BMD)
+            context = ForwardContext.of(self.config, tokens)
+            x_BMD, pairs, _ = stage(x_BMD, pairs, zero, context)
+            normed_BD = self.norm(self.hc_head(x_BMD))
+            return (x_BMD, pairs), head_logits(normed_BD, target.head_VD), None
 
-        start = (newest_BX.T.reshape(M, D, B), cache.pairs)
+        start = (newest_BX.reshape(B, M, D), cache.pairs)
         proposal, (_, pairs) = draft_block(
             step, start, (), context, sampler, block_length
         )

@@ -31,7 +31,7 @@ class NgramDrafter(WithoutContext):
     block_length: int = 8
     longest: int = 8
     shortest: int = 2
-    abstains: ClassVar[bool] = True
+    may_skip: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.block_length < 1:
@@ -53,7 +53,7 @@ class NgramDrafter(WithoutContext):
             tokens_BG=tokens_BG,
             lengths_B=jnp.where(match_B >= self.shortest, block_length, 0),
             confidence_BG=jnp.zeros(tokens_BG.shape, jnp.float32),
-            sharpness_BG=jnp.zeros(tokens_BG.shape, jnp.float32),
+            certainty_BG=jnp.zeros(tokens_BG.shape, jnp.float32),
         ), cache
 
     def find(

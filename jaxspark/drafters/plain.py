@@ -14,7 +14,7 @@ class PlainDrafter(WithoutContext):
     """Proposes nothing."""
 
     block_length: ClassVar[int] = 0
-    abstains: ClassVar[bool] = False
+    may_skip: ClassVar[bool] = False
 
     def propose(self, target, cache, context, sampler, block_length):
         """An empty block."""

@@ -64,7 +64,7 @@ def draft_block[Carry, Rows](
         tokens_BG=drawn.tokens_B,
         lengths_B=jnp.full_like(context.lengths_B, block_length),
         confidence_BG=confidence_BG,
-        sharpness_BG=drawn.sharpness_B,
+        certainty_BG=drawn.certainty_B,
         q=DraftDistribution(drawn.log_q_BW, ids_W),
     )
     return proposal, carry

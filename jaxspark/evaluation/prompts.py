@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxspark.configuration import Configuration, option
-from jaxspark.jsonlines import Problem, first_reasons, read_json_lines
+from jaxspark.jsonlines import MalformedRow, first_reasons, read_json_lines
 
 DOMAINS = ("math", "code", "chat")
 # What comes with the package: 20 prompts of each domain, and questions to calibrate by.
@@ -44,11 +44,11 @@ def load_prompts(
         read = [
             _prompt_ids(where, row, tokenizer) for where, row in read_json_lines(path)
         ]
-        problems = [each for each in read if isinstance(each, Problem)]
+        problems = [each for each in read if isinstance(each, MalformedRow)]
         fitting = [
             ids
             for ids in read
-            if not isinstance(ids, Problem) and len(ids) <= max_tokens
+            if not isinstance(ids, MalformedRow) and len(ids) <= max_tokens
         ]
         said = f"{path}: has {len(fitting)} prompts of at most {max_tokens} tokens"
         if problems:
@@ -62,16 +62,16 @@ def load_prompts(
     return prompts
 
 
-def _prompt_ids(where: str, row: Any, tokenizer) -> list[int] | Problem:
-    if isinstance(row, Problem):
+def _prompt_ids(where: str, row: Any, tokenizer) -> list[int] | MalformedRow:
+    if isinstance(row, MalformedRow):
         return row
     turns = row.get("turns") if isinstance(row, Mapping) else None
     if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
-        return Problem(where, "expected an object with a list of texts `turns`")
+        return MalformedRow(where, "expected an object with a list of texts `turns`")
     try:
         return tokenizer.chat([{"role": "user", "content": turns[0]}])
     except Exception as error:  # Templates raise whatever they like.
-        return Problem(where, str(error))
+        return MalformedRow(where, str(error))
 
 
 def in_turn(domains: dict[str, list[list[int]]]) -> list[list[int]]:

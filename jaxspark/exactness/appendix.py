@@ -49,7 +49,7 @@ class TableDrafter(WithoutContext):
       q: distribution of each draft.
       confidence: chance by the drafts before, as a tuple.
       block_length: most drafts.
-      telling: whether its sharpness says which token was drafted; else the decoder's.
+      telling: whether its certainty says which token was drafted; else the decoder's.
     """
 
     q: Sequence[float]
@@ -60,7 +60,7 @@ class TableDrafter(WithoutContext):
 
     def propose(self, target, cache, context, sampler, block_length):
         """Drafts of one slot, one by one."""
-        drafts, log_q, sharpness, chances = [], [], [], []
+        drafts, log_q, certainty, chances = [], [], [], []
         for j in range(block_length):
             table = jnp.zeros((len(self.q),) * j)
             for before in itertools.product(range(len(self.q)), repeat=j):
@@ -70,13 +70,13 @@ class TableDrafter(WithoutContext):
             drafts.append(drawn.tokens_B)
             log_q.append(drawn.log_q_BW)
             told_B = jnp.where(drawn.tokens_B == 0, 3.0, -3.0)
-            sharpness.append(told_B if self.telling else drawn.sharpness_B)
+            certainty.append(told_B if self.telling else drawn.certainty_B)
         chances = jnp.array(chances)[None]
         return Proposal(
             tokens_BG=jnp.stack(drafts, 1),
             lengths_B=jnp.array([block_length]),
             confidence_BG=jnp.log(chances) - jnp.log1p(-chances),
-            sharpness_BG=jnp.stack(sharpness, 1),
+            certainty_BG=jnp.stack(certainty, 1),
             q=DraftDistribution(jnp.stack(log_q, 1)),
         ), cache
 

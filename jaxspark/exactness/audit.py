@@ -192,9 +192,9 @@ def _two_best(model, ids_1T, length, sampling):
     tokens = FlatTokens.from_rows(
         ids_1T, jnp.zeros((1,), jnp.int32), jnp.array([width])
     )
-    x_DT, _, _ = model(tokens, model.init_cache(1, width))
-    last_D1 = jax.lax.dynamic_slice_in_dim(x_DT, length - 1, 1, axis=1)
-    logits_1V = model.logits(last_D1)
+    x_TD, _, _ = model(tokens, model.init_cache(1, width))
+    last_1D = jax.lax.dynamic_slice_in_dim(x_TD, length - 1, 1)
+    logits_1V = model.logits(last_1D)
     noise_1V = position_noise(sampling.seed, length[None], logits_1V.shape[-1])
     sampled_1V = warp(logits_1V, sampling) + noise_1V
     greedy_1V = jax.nn.log_softmax(logits_1V)

@@ -62,8 +62,8 @@ def _next_log_probs(target, rows_BQ, sampling: Sampling) -> Float[Array, "B V"]:
     slots, width = rows_BQ.shape
     begin_B = jnp.zeros((slots,), jnp.int32)
     tokens = FlatTokens.from_rows(rows_BQ, begin_B, jnp.full_like(begin_B, width))
-    x_DT, _, _ = target(tokens, target.init_cache(slots, width))
-    logits_BV = target.logits(x_DT).reshape(slots, width, -1)[:, -1]
+    x_TD, _, _ = target(tokens, target.init_cache(slots, width))
+    logits_BV = target.logits(x_TD).reshape(slots, width, -1)[:, -1]
     return warp(logits_BV, sampling.at(begin_B))
 
 
@@ -192,7 +192,7 @@ class ForcedSampler:
         return Drawn(
             tokens_B=self.forced_G[j][None],
             log_q_BW=warp(logits_BW, self.decoder.sampling),
-            sharpness_B=self.decoder(logits_BW, j, ids_W).sharpness_B,
+            certainty_B=self.decoder(logits_BW, j, ids_W).certainty_B,
         )
 
 
@@ -212,8 +212,8 @@ def draft_blocks(
             jnp.zeros((1,), jnp.int32),
             jnp.array([len(prompt) - 1]),
         )
-        _, taps_mDT, target_cache = target(tokens, target_cache, taps=drafter.taps)
-        draft_cache = drafter.observe(draft_cache, taps_mDT, tokens)
+        _, taps_TmD, target_cache = target(tokens, target_cache, taps=drafter.taps)
+        draft_cache = drafter.observe(draft_cache, taps_TmD, tokens)
 
     @jax.jit
     def propose(forced_G):

@@ -96,7 +96,7 @@ class LeakyDrafter(WithoutContext):
 
     log_q_V: Float[Array, " V"]
     block_length: ClassVar[int] = BLOCK_LENGTH
-    abstains: ClassVar[bool] = False
+    may_skip: ClassVar[bool] = False
 
     def propose(self, target, cache, context, sampler, block_length):
         """Each draft's confidence tells the one before it."""
@@ -110,7 +110,7 @@ class LeakyDrafter(WithoutContext):
 
         proposal, _ = draft_block(step, (), (), context, sampler, block_length)
         return replace(
-            proposal, sharpness_BG=jnp.zeros_like(proposal.sharpness_BG)
+            proposal, certainty_BG=jnp.zeros_like(proposal.certainty_BG)
         ), cache
 
 

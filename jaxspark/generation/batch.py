@@ -315,8 +315,8 @@ def admission_of(requests: Sequence[CheckedRequest], state: DecodeState) -> Admi
 @partial(jax.jit, static_argnames=("window",))
 def _newest(
     state: DecodeState, since_B: Int[Array, " B"], window: int
-) -> tuple[Int[Array, " B"], Int[Array, " B"], Int[Array, "B W"], Float[Array, "B W"]]:
-    """Phases, lengths, and tokens with log-probabilities from `since_B` on."""
+) -> tuple[Int[Array, " B"], Int[Array, " B"], Int[Array, "B W"], Float[Array, "B L"]]:
+    """Phases, lengths, and from `since_B` on tokens and log-probabilities, if kept."""
     place_BW = since_B[:, None] + jnp.arange(window)
     tokens_BW, log_probs_BW = (
         jnp.take_along_axis(x_BS, place_BW, axis=1, mode="clip")

@@ -7,7 +7,7 @@ r"""Calibrates a drafter's confidences, and shows how reliable they are.
 Decodes questions (those that come with jaxspark, or of --data: JSON lines with
 `messages`) and records what the drafter expected and what was accepted; fits, at each
 sampling temperature, one temperature per draft (sequential temperature scaling), then a
-bias too, then what the draft's sharpness counts too; and judges each on other prompts.
+bias too, then what the draft's certainty counts too; and judges each on other prompts.
 Writes the last (see --keep) beside the drafter's weights, and <out>/<name>.json and
 .png with calibration error, ranking and Brier score before and after. Recorded rounds
 stay in --out and are used again.
@@ -30,7 +30,7 @@ from jaxspark.decoding.options import check_block_length
 from jaxspark.evaluation.plots import plot_reliability
 from jaxspark.evaluation.prompts import CALIBRATION, PromptOptions, in_turn
 from jaxspark.figures import write_figures
-from jaxspark.jsonlines import same_settings
+from jaxspark.jsonlines import check_settings
 from jaxspark.launch import common, program
 from jaxspark.training.data.selection import first_questions
 
@@ -61,9 +61,10 @@ class Config(
         "Sampling temperatures to fit at.", (0.0, 1.0), at_least=0
     )
     keep: str = option(
-        "What is kept with the drafter: temperatures alone, biases too, sharpness too.",
-        "sharpness",
+        "What is kept with the drafter: temperatures alone, biases too, certainty too.",
+        "certainty",
         choices=tuple(VARIANTS),
+        renamed={"sharpness": "certainty"},
     )
     slots: int = option("Prompts decoded together.", 32, at_least=1)
     save: bool = option("Write the fit beside the drafter's weights.", True)
@@ -94,7 +95,7 @@ def main(config: Config) -> None:
     folder, _ = drafter_folder(config.draft)
     weights = [sha256(path) for path in sorted(folder.glob("*.safetensors"))]
     settings = {"block_length": block_length, "weights": weights}
-    same_settings(out / "settings.json", config.recorded(names) | settings)
+    check_settings(out / "settings.json", config.recorded(names) | settings)
     results, fitted = {}, {}
     for temperature in sorted(config.temperatures):
         # Fit and test draw other random numbers.

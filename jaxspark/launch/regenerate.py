@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 
 from jaxspark.configuration import option
-from jaxspark.jsonlines import JsonLines, same_settings
+from jaxspark.jsonlines import JsonLines, check_settings
 from jaxspark.launch import common, program
 from jaxspark.progress import bars
 from jaxspark.training.data import Regenerated, regenerate
@@ -57,7 +57,7 @@ def main(config: Config) -> None:
     )
     names = ("max_prompt_tokens", "max_new_tokens", "temperature", "top_p", "seed")
     settings = config.recorded((*names, "dtype"))
-    same_settings(f"{config.out}.settings", settings | {"target": target.name})
+    check_settings(f"{config.out}.settings", settings | {"target": target.name})
     out = JsonLines(config.out)
     dropped = JsonLines(f"{config.out}.dropped")
     done = [entry["key"] for entry in (*out.entries, *dropped.entries)]

@@ -22,7 +22,7 @@ from rich.console import Console
 from jaxspark.configuration import Configuration, option
 from jaxspark.evaluation.comparison import draw, report
 from jaxspark.figures import write_figures
-from jaxspark.jsonlines import same_settings
+from jaxspark.jsonlines import check_settings
 from jaxspark.launch import evaluate, program, train_draft
 from jaxspark.launch.flags import parse
 
@@ -73,7 +73,7 @@ def evaluated(config: Config, where: pathlib.Path, draft: str) -> dict[str, dict
     """Figures of a drafter by temperature: from an earlier run, or measured now."""
     figures = {}
     alike = parse(evaluate.Config, shlex.split(config.evaluate), "evaluate")
-    same_settings(where / "evaluate.json", {"evaluate": config.evaluate})
+    check_settings(where / "evaluate.json", {"evaluate": config.evaluate})
     for temperature in config.temperatures:
         path = where / f"temperature_{temperature:g}.json"
         if not path.exists():

@@ -19,9 +19,9 @@ from rich.console import Console
 from jaxspark.checkpoints import save_draft_checkpoint
 from jaxspark.checkpoints.tree import named_parameters
 from jaxspark.configuration import option
-from jaxspark.jsonlines import same_settings
+from jaxspark.jsonlines import check_settings
 from jaxspark.launch import common, program
-from jaxspark.models import DenseDecoder
+from jaxspark.models import TargetDecoder
 from jaxspark.training import drafter_setup
 from jaxspark.training.config import Recipe, TrainConfig
 from jaxspark.training.data.dataset import DataOptions, read_packed, split
@@ -71,11 +71,7 @@ def main(config: Config) -> int:
     out = pathlib.Path(config.out)
     target, tokenizer = config.load()
     model = target.model
-    if not isinstance(model, DenseDecoder):
-        raise ValueError(
-            f"--target={config.target}: expected a dense model; DeepSeek-V4 comes "
-            "with drafters"
-        )
+    assert isinstance(model, TargetDecoder)
     packed = read_packed(console, config, tokenizer, model.config.vocab_size)
     batches, held_out = split(
         packed,
@@ -96,7 +92,7 @@ def main(config: Config) -> int:
         describe(console, trainer, state, batches, source, packed, layers, limit)
         return 0
     packing = zlib.crc32(packed.ids_PS, zlib.crc32(packed.documents_PS))
-    same_settings(out / "run.json", config.settings() | {"packing": packing})
+    check_settings(out / "run.json", config.settings() | {"packing": packing})
     source = config.source(model, taps, packed, layers, out / "features")
     # A run that goes on has its parameters from a checkpoint.
     if config.start == "least_squares" and not has_checkpoint(out):

@@ -1,6 +1,6 @@
 """What the decode loop asks of a target model and of its caches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from jaxspark.models.batch import FlatTokens
 
 
+@runtime_checkable
 class TargetModel(Protocol):
     """A language model on flat tokens; its parameters are its pytree leaves.
 
@@ -26,21 +27,25 @@ class TargetModel(Protocol):
         """Most positions that a slot may be set back by; None for any number."""
 
     @property
+    def norm(self) -> Callable[[Float[Array, "T D"]], Float[Array, "T D"]]:
+        """The last norm; the head multiplies what it gives."""
+
+    @property
     def head_VD(self) -> Float[Array, "V D"]:
         """The LM head's matrix."""
 
     def init_cache(self, slots: int, length: int) -> Any:
         """Empty caches for `slots` sequences of up to `length` positions."""
 
-    def embed(self, ids_T: Int[Array, " T"]) -> Float[Array, "D T"]:
-        """Embedding columns of token ids."""
+    def embed(self, ids_T: Int[Array, " T"]) -> Float[Array, "T D"]:
+        """Embedding rows of token ids."""
 
-    def logits(self, x_DT: Float[Array, "D T"]) -> Float[Array, "T V"]:
+    def logits(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T V"]:
         """float32 logits of final hidden states, the last norm included."""
 
     def __call__(
         self, tokens: FlatTokens, cache: Any, *, taps: Sequence[int] = ()
-    ) -> tuple[Float[Array, "D T"], Float[Array, "m D T"], Any]:
+    ) -> tuple[Float[Array, "T D"], Float[Array, "T m D"], Any]:
         """Processes T flat tokens of any mix of slots.
 
         Args:

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxspark.models.batch import FlatTokens, SlotView
+from jaxspark.models.batch import FlatTokens
+from pallas_kernels.dispatch import expected_platform
 
 
 @jax.tree_util.register_dataclass
@@ -37,47 +38,44 @@ class LayerCache:
         length: int,
         head_dim: int,
         dtype,
-        *,
-        lanes: int | None = None,
     ) -> "LayerCache":
-        """An empty cache for `slots` sequences of up to `length` positions.
-
-        See `padded_width` for `lanes`.
-        """
-        shape = (slots, heads, length, padded_width(head_dim, lanes))
+        """An empty cache for `slots` sequences of up to `length` positions."""
+        shape = (slots, heads, length, padded_width(head_dim))
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def write(
         self,
-        k_KHT: Float[Array, "K H T"],
-        v_KHT: Float[Array, "K H T"],
+        k_TKH: Float[Array, "T K H"],
+        v_TKH: Float[Array, "T K H"],
         tokens: FlatTokens,
-        view: SlotView,
     ) -> "LayerCache":
         """Stores each token's row at its slot and position; padding is skipped."""
         B, K, S, H = self.k_BKSH.shape
         # Rows are addressed in the flat [B*K*S, H] table: a scatter over one leading
         # axis is done in place on every platform (over axes 0 and 2 TPUs copy).
-        heads_TK = view.slot_T[:, None] * K + jnp.arange(K)
+        heads_TK = tokens.slots_T[:, None] * K + jnp.arange(K)
         row_TK = heads_TK * S + tokens.positions_T[:, None]
-        row_TK = jnp.where(tokens.positions_T[:, None] < S, row_TK, B * K * S)
+        keep_T = (tokens.slots_T >= 0) & (tokens.positions_T < S)
+        row_TK = jnp.where(keep_T[:, None], row_TK, B * K * S)
 
-        def rows(cache_BKSH, new_KHT):
-            new_TKH = jnp.moveaxis(new_KHT, -1, 0).astype(cache_BKSH.dtype)
-            new_TKH = pad_heads(new_TKH, H)
+        def rows(cache_BKSH, new_TKH):
+            new_TKH = pad_heads(new_TKH.astype(cache_BKSH.dtype), H)
             table = cache_BKSH.reshape(-1, H).at[row_TK].set(new_TKH, mode="drop")
             # Without the barrier XLA may fuse the write into each of its readers, and
             # so copies the cache (seen on CPU with a single token).
             return jax.lax.optimization_barrier(table.reshape(B, K, S, H))
 
-        return LayerCache(rows(self.k_BKSH, k_KHT), rows(self.v_BKSH, v_KHT))
+        return LayerCache(rows(self.k_BKSH, k_TKH), rows(self.v_BKSH, v_TKH))
 
 
-def padded_width(width: int, lanes: int | None = None) -> int:
-    """Width of a cache's rows: a multiple of `lanes`, which is 128 on TPU, else 1."""
-    if lanes is None:
-        lanes = 128 if jax.default_backend() == "tpu" else 1
-    return -(-width // lanes) * lanes
+def lanes() -> int:
+    """What the width of a cache's rows is a multiple of: 128 for TPUs, else 1."""
+    return 128 if expected_platform() == "tpu" else 1
+
+
+def padded_width(width: int) -> int:
+    """Width of a cache's rows."""
+    return -(-width // lanes()) * lanes()
 
 
 def pad_heads(x_H: Float[Array, "... h"], width: int) -> Float[Array, "... H"]:

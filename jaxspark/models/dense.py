@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxspark.models.batch import FlatTokens, SlotView
+from jaxspark.models.batch import FlatTokens
 from jaxspark.models.cache import LayerCache
 from jaxspark.models.layers.attention import Attention
-from jaxspark.models.layers.linear import Embedding, Linear, row_product
+from jaxspark.models.layers.linear import Embedding, Linear, head_logits
 from jaxspark.models.layers.mlp import GatedMLP
 from jaxspark.models.layers.norm import RMSNorm
 from jaxspark.models.layers.rope import RopeConfig, Rotation
@@ -69,25 +69,24 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self,
-        x_DT: Float[Array, "D T"],
+        x_TD: Float[Array, "T D"],
         cache: LayerCache,
         tokens: FlatTokens,
-        view: SlotView,
         rotation: Rotation,
-    ) -> tuple[Float[Array, "D T"], LayerCache]:
+    ) -> tuple[Float[Array, "T D"], LayerCache]:
         """One layer on flat tokens; returns its output and the written cache."""
         with jax.named_scope("attention"):
-            h_DT = self.input_layernorm(x_DT)
-            h_DT, cache = self.self_attn(h_DT, cache, tokens, view, rotation)
-        return self.finish(x_DT, h_DT), cache
+            h_TD = self.input_layernorm(x_TD)
+            h_TD, cache = self.self_attn(h_TD, cache, tokens, rotation)
+        return self.after_attention(x_TD, h_TD), cache
 
-    def finish(
-        self, x_DT: Float[Array, "D T"], attended_DT: Float[Array, "D T"]
-    ) -> Float[Array, "D T"]:
+    def after_attention(
+        self, x_TD: Float[Array, "T D"], attended_TD: Float[Array, "T D"]
+    ) -> Float[Array, "T D"]:
         """The rest of the layer, given what attention writes."""
-        x_DT = x_DT + attended_DT
+        x_TD = x_TD + attended_TD
         with jax.named_scope("mlp"):
-            return x_DT + self.mlp(self.post_attention_layernorm(x_DT))
+            return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 
 
 class DenseDecoder(nnx.Module):
@@ -126,22 +125,20 @@ class DenseDecoder(nnx.Module):
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         return head.weight[...]
 
-    def init_cache(
-        self, slots: int, length: int, *, lanes: int | None = None
-    ) -> tuple[LayerCache, ...]:
+    def init_cache(self, slots: int, length: int) -> tuple[LayerCache, ...]:
         """Empty caches for `slots` sequences of up to `length` positions."""
         c = self.config
         size = (slots, c.num_key_value_heads, length, c.head_dim, self.dtype)
-        return tuple(LayerCache.zeros(*size, lanes=lanes) for _ in self.layers)
+        return tuple(LayerCache.zeros(*size) for _ in self.layers)
 
-    def embed(self, ids_T: Int[Array, " T"]) -> Float[Array, "D T"]:
-        """Embedding columns of token ids."""
+    def embed(self, ids_T: Int[Array, " T"]) -> Float[Array, "T D"]:
+        """Embedding rows of token ids."""
         return self.embed_tokens(ids_T)
 
-    def logits(self, x_DT: Float[Array, "D T"]) -> Float[Array, "T V"]:
+    def logits(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T V"]:
         """float32 logits of final hidden states, the last norm included."""
         with jax.named_scope("head"):
-            return row_product(self.head_VD, self.norm(x_DT))
+            return head_logits(self.norm(x_TD), self.head_VD)
 
     @standard_settings()
     def __call__(
@@ -150,7 +147,7 @@ class DenseDecoder(nnx.Module):
         cache: Sequence[LayerCache],
         *,
         taps: Sequence[int] = (),
-    ) -> tuple[Float[Array, "D T"], Float[Array, "m D T"], tuple[LayerCache, ...]]:
+    ) -> tuple[Float[Array, "T D"], Float[Array, "T m D"], tuple[LayerCache, ...]]:
         """Processes T flat tokens of any mix of slots.
 
         Args:
@@ -160,24 +157,23 @@ class DenseDecoder(nnx.Module):
 
         Returns:
           Final hidden states before the last norm (see `logits`), the taps in the
-          order asked for [m, D, T], and the cache with the tokens' rows written.
+          order asked for [T, m, D], and the cache with the tokens' rows written.
         """
-        view = tokens.view()
         rotation = Rotation.at(
             self.config.rope, self.config.head_dim, tokens.positions_T
         )
         with jax.named_scope("embed"):
-            x_DT = self.embed(tokens.ids_T)
-        outputs = {-1: x_DT}
+            x_TD = self.embed(tokens.ids_T)
+        outputs = {-1: x_TD}
         written = []
         for index, (layer, layer_cache) in enumerate(zip(self.layers, cache)):
             with jax.named_scope(f"layer_{index}"):
-                x_DT, layer_cache = layer(x_DT, layer_cache, tokens, view, rotation)
-            outputs[index] = x_DT
+                x_TD, layer_cache = layer(x_TD, layer_cache, tokens, rotation)
+            outputs[index] = x_TD
             written.append(layer_cache)
-        taps_mDT = (
-            jnp.stack([outputs[tap] for tap in taps])
+        taps_TmD = (
+            jnp.stack([outputs[tap] for tap in taps], axis=1)
             if taps
-            else jnp.zeros((0, *x_DT.shape), x_DT.dtype)
+            else jnp.zeros((len(x_TD), 0, x_TD.shape[1]), x_TD.dtype)
         )
-        return x_DT, taps_mDT, tuple(written)
+        return x_TD, taps_TmD, tuple(written)

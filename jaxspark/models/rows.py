@@ -10,13 +10,15 @@ at: positions written past a slot's length and then rejected have overwritten on
 no query looks at any more.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxspark.models.batch import FlatTokens, SlotView
+from jaxspark.models.batch import FlatTokens
+from pallas_kernels import Table
 
 # Most positions by which a slot may be set back: drafts of a round.
 REWIND = 64
@@ -24,46 +26,24 @@ REWIND = 64
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Rows:
+class LayerRows:
     """Rows of width H, S for each of B slots and L layers."""
 
     rows_LBSH: Float[Array, "L B S H"]
 
     @classmethod
-    def zeros(cls, layers: int, slots: int, length: int, width: int, dtype) -> "Rows":
+    def zeros(cls, layers: int, slots: int, length: int, width: int, dtype) -> Self:
         """An empty table."""
         return cls(jnp.zeros((layers, slots, length, width), dtype))
-
-    @classmethod
-    def ring(
-        cls, layers: int, slots: int, length: int, width: int, dtype, *, lookback: int
-    ) -> "Rows":
-        """An empty ring for up to `length` positions.
-
-        No query reads further back than `lookback` positions before its pass.
-        """
-        size = min(length, lookback + REWIND)
-        # TPUs tile rows by sixteens: another size would be copied for every view.
-        return cls.zeros(layers, slots, -(-size // 16) * 16, width, dtype)
 
     @property
     def length(self) -> int:
         """S."""
         return self.rows_LBSH.shape[2]
 
-    def layer(self, layer: Int[Array, ""]) -> Float[Array, "B S H"]:
-        """All rows of one layer."""
-        if len(self.rows_LBSH) == 1:  # nothing to choose, nothing to move
-            return self.rows_LBSH[0]
-        return jax.lax.dynamic_index_in_dim(self.rows_LBSH, layer, keepdims=False)
-
-    def take(
-        self, layer: Int[Array, ""], places_BX: Int[Array, "B X"]
-    ) -> Float[Array, "B X H"]:
-        """Some rows of every slot."""
-        return self._table()[
-            self._row(layer, jnp.arange(len(places_BX))[:, None], places_BX)
-        ]
+    def table(self, layer: Int[Array, ""]) -> Table:
+        """One layer's rows, to be read in place."""
+        return Table(self.rows_LBSH, layer)
 
     def put(
         self,
@@ -72,28 +52,67 @@ class Rows:
         places_N: Int[Array, " N"],
         new_NH: Float[Array, "N H"],
         keep_N: Bool[Array, " N"],
-    ) -> "Rows":
+    ) -> Self:
         """With new rows where `keep_N`; no two of them at one place."""
-        row_N = self._row(layer, slots_N, places_N)
-        row_N = jnp.where(keep_N, row_N, self._table().shape[0])
-        table = (
-            self._table()
-            .at[row_N]
-            .set(new_NH.astype(self.rows_LBSH.dtype), mode="drop")
-        )
+        _, B, S, H = self.rows_LBSH.shape
+        # All rows on one axis: a scatter over it is done in place everywhere.
+        table = self.rows_LBSH.reshape(-1, H)
+        row_N = (layer * B + slots_N) * S + places_N
+        row_N = jnp.where(keep_N, row_N, len(table))
+        table = table.at[row_N].set(new_NH.astype(table.dtype), mode="drop")
         # Without the barrier XLA may fuse the write into readers and copy the table.
         table = jax.lax.optimization_barrier(table)
-        return Rows(table.reshape(self.rows_LBSH.shape))
+        return replace(self, rows_LBSH=table.reshape(self.rows_LBSH.shape))
+
+    def at_slots(self, slots_N: Int[Array, " N"]) -> Self:
+        """The rows of N slots; numbers past the last slot read the last."""
+        rows = self.rows_LBSH.at[:, slots_N].get(mode="clip")
+        return replace(self, rows_LBSH=rows)
+
+    def with_slots(self, slots_N: Int[Array, " N"], rows: Self) -> Self:
+        """With the rows of N slots replaced; numbers past the last are skipped."""
+        new = self.rows_LBSH.at[:, slots_N].set(rows.rows_LBSH, mode="drop")
+        return replace(self, rows_LBSH=new)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Ring(LayerRows):
+    """Rows of the newest S positions of each slot."""
+
+    @classmethod
+    def empty(
+        cls, layers: int, slots: int, length: int, width: int, dtype, *, lookback: int
+    ) -> Self:
+        """A ring for up to `length` positions.
+
+        No query reads further back than `lookback` positions before its pass.
+        """
+        size = min(length, lookback + REWIND)
+        # TPUs tile rows by sixteens: another size would be copied for every view.
+        return cls.zeros(layers, slots, -(-size // 16) * 16, width, dtype)
 
     def before(
         self, layer: Int[Array, ""], starts_B: Int[Array, " B"], count: int
     ) -> Float[Array, "B count H"]:
-        """Of a ring, the rows of the `count` positions before `starts_B`.
+        """The rows of the `count` positions before `starts_B`.
 
         Those of positions below 0 are anything.
         """
         positions_BX = starts_B[:, None] + jnp.arange(-count, 0)
-        return self.take(layer, positions_BX % self.length)
+        return self.table(layer).take(positions_BX % self.length)
+
+    def append(
+        self, layer: Int[Array, ""], new_TH: Float[Array, "T H"], tokens: FlatTokens
+    ) -> Self:
+        """With the rows of this pass's tokens; padding writes nothing."""
+        keep_T = tokens.slots_T >= 0
+        if tokens.rows > self.length:
+            # The older rows of a long pass would only be overwritten by its newer ones.
+            counts_T = tokens.counts_B[tokens.slots_T]
+            keep_T &= tokens.rows_T >= counts_T - self.length
+        places_T = tokens.positions_T % self.length
+        return self.put(layer, tokens.slots_T, places_T, new_TH, keep_T)
 
     def advance(
         self,
@@ -101,44 +120,12 @@ class Rows:
         count: int,
         new_TH: Float[Array, "T H"],
         tokens: FlatTokens,
-        view: SlotView,
-    ) -> tuple[Float[Array, "B count H"], "Rows"]:
-        """Of a ring, the rows before this pass, and the ring with the pass's own.
+    ) -> tuple[Float[Array, "B count H"], Self]:
+        """The rows before this pass, and the ring with the pass's own.
 
         The barrier has them read before anything is written: else XLA copies the table.
         """
         before_BKH = self.before(layer, tokens.starts_B, count)
-        before_BKH, table = jax.lax.optimization_barrier((before_BKH, self.rows_LBSH))
-        return before_BKH, Rows(table).append(layer, new_TH, tokens, view)
-
-    def append(
-        self,
-        layer: Int[Array, ""],
-        new_TH: Float[Array, "T H"],
-        tokens: FlatTokens,
-        view: SlotView,
-    ) -> "Rows":
-        """Of a ring, with the rows of this pass's tokens; padding writes nothing."""
-        keep_T = tokens.slots_T >= 0
-        if tokens.rows > self.length:
-            # The older rows of a long pass would only be overwritten by its newer ones.
-            counts_T = view.counts_B[tokens.slots_T]
-            keep_T &= view.row_T >= counts_T - self.length
-        places_T = tokens.positions_T % self.length
-        return self.put(layer, tokens.slots_T, places_T, new_TH, keep_T)
-
-    def at_slots(self, slots_N: Int[Array, " N"]) -> "Rows":
-        """The rows of N slots; numbers past the last slot read the last."""
-        return Rows(self.rows_LBSH.at[:, slots_N].get(mode="clip"))
-
-    def with_slots(self, slots_N: Int[Array, " N"], rows: "Rows") -> "Rows":
-        """With the rows of N slots replaced; numbers past the last are skipped."""
-        return Rows(self.rows_LBSH.at[:, slots_N].set(rows.rows_LBSH, mode="drop"))
-
-    def _table(self):
-        """All rows on one axis: a scatter over it is done in place everywhere."""
-        return self.rows_LBSH.reshape(-1, self.rows_LBSH.shape[-1])
-
-    def _row(self, layer, slots, places):
-        _, B, S, _ = self.rows_LBSH.shape
-        return (layer * B + slots) * S + places
+        before_BKH, rows = jax.lax.optimization_barrier((before_BKH, self.rows_LBSH))
+        ring = replace(self, rows_LBSH=rows)
+        return before_BKH, ring.append(layer, new_TH, tokens)

@@ -82,7 +82,7 @@ class Trace:
         temperature_N = jnp.full((len(whole),), temperature)
         survival_NG = calibration.survival(
             jnp.asarray(rounds.confidence_NG[whole]),
-            jnp.asarray(rounds.sharpness_NG[whole]),
+            jnp.asarray(rounds.certainty_NG[whole]),
             temperature_N,
         )
         return cls(

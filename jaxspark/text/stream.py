@@ -16,12 +16,13 @@ goes on behind them.
 """
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from tokenizers import Tokenizer as Core
 from tokenizers.decoders import DecodeStream
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """What a stream needs of a tokenizer."""
 

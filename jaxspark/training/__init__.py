@@ -1,1 +1,1 @@
-"""Training drafters: data, objective, optimisation, checkpoints of a run."""
+"""Training drafters: data, objective, optimization, checkpoints of a run."""

@@ -110,16 +110,16 @@ def seen_context(
 
 
 def block_attention(
-    q_NHR: Float[Array, "N H R"],
-    context: tuple[Float[Array, "K H T"], Float[Array, "K H T"]],
-    block: tuple[Float[Array, "K H *U"], Float[Array, "K H *U"]],
+    q_RNH: Float[Array, "R N H"],
+    context: tuple[Float[Array, "T K H"], Float[Array, "T K H"]],
+    block: tuple[Float[Array, "*U K H"], Float[Array, "*U K H"]],
     seen_PAS: Bool[Array, "P A S"],
     seen_QU: Bool[Array, "Q U"],
-) -> Float[Array, "X R"]:
+) -> Float[Array, "R X"]:
     """Each block's Q queries attend to its visible context and to its own U rows.
 
     Args:
-      q_NHR: queries, R = P * A * Q.
+      q_RNH: queries, R = P * A * Q.
       context: keys and values of T = P * S context rows.
       block: keys and values of the blocks' rows, P * A * U of them.
       seen_PAS: context rows that a block sees.
@@ -130,18 +130,18 @@ def block_attention(
     """
     P, A, S = seen_PAS.shape
     Q, U = seen_QU.shape
-    K, H = context[0].shape[:2]
-    g = q_NHR.shape[0] // K
-    einsum = _einsum(q_NHR.dtype)
+    K, H = context[0].shape[1:]
+    g = q_RNH.shape[1] // K
+    einsum = _einsum(q_RNH.dtype)
     # Batch axes lead and one product covers all queries of a key/value head: XLA on
     # CPU takes twice as long over any other order.
-    q_KgHPX = q_NHR.reshape(K, g, H, P, A * Q) * H**-0.5
-    q_PKMH = jnp.transpose(q_KgHPX, (3, 0, 1, 4, 2)).reshape(P, K, g * A * Q, H)
+    q_PXKgH = q_RNH.reshape(P, A * Q, K, g, H) * H**-0.5
+    q_PKMH = jnp.transpose(q_PXKgH, (0, 2, 3, 1, 4)).reshape(P, K, g * A * Q, H)
     k_PKHS, v_PKHS = (
-        jnp.transpose(x.reshape(K, H, P, S), (2, 0, 1, 3)) for x in context
+        jnp.transpose(x.reshape(P, S, K, H), (0, 2, 3, 1)) for x in context
     )
     k_PKAHU, v_PKAHU = (
-        jnp.transpose(x.reshape(K, H, P, A, U), (2, 0, 3, 1, 4)) for x in block
+        jnp.transpose(x.reshape(P, A, U, K, H), (0, 3, 1, 4, 2)) for x in block
     )
 
     def by_block(x_PKM: Shaped[Array, "P K M ..."]):
@@ -164,46 +164,46 @@ def block_attention(
     best = jax.lax.stop_gradient(jnp.maximum(far.max(-1), near.max(-1)))[..., None]
     far, near = jnp.exp(far - best), jnp.exp(near - best)
     total = far.sum(-1, keepdims=True) + near.sum(-1, keepdims=True)
-    far, near = far.astype(q_NHR.dtype), near.astype(q_NHR.dtype)
+    far, near = far.astype(q_RNH.dtype), near.astype(q_RNH.dtype)
     o_PKMH = einsum("PKMS,PKHS->PKMH", far, v_PKHS)
     o_PKMH += by_head(einsum("PKAXU,PKAHU->PKAXH", by_block(near), v_PKAHU))
     o_PKgXH = (o_PKMH / total).reshape(P, K, g, A * Q, H)
-    o_KgHPX = jnp.transpose(o_PKgXH, (1, 2, 4, 0, 3))
-    return o_KgHPX.reshape(-1, P * A * Q).astype(q_NHR.dtype)
+    o_PXKgH = jnp.transpose(o_PKgXH, (0, 3, 1, 2, 4))
+    return o_PXKgH.reshape(P * A * Q, -1).astype(q_RNH.dtype)
 
 
 def packed_attention(
-    q_NHT: Float[Array, "N H T"],
-    k_KHT: Float[Array, "K H T"],
-    v_KHT: Float[Array, "K H T"],
+    q_TNH: Float[Array, "T N H"],
+    k_TKH: Float[Array, "T K H"],
+    v_TKH: Float[Array, "T K H"],
     seen_PSS: Bool[Array, "P S S"],
-) -> Float[Array, "X T"]:
+) -> Float[Array, "T X"]:
     """Attention within packed sequences, T = P * S.
 
     Args:
-      q_NHT: queries.
-      k_KHT: keys.
-      v_KHT: values.
+      q_TNH: queries.
+      k_TKH: keys.
+      v_TKH: values.
       seen_PSS: whether a row sees a row of its sequence.
 
     Returns:
       Outputs of all heads, X = N * H.
     """
     P, S, _ = seen_PSS.shape
-    K, H, T = k_KHT.shape
-    g = q_NHT.shape[0] // K
-    einsum = _einsum(q_NHT.dtype)
-    q_KgHPS = q_NHT.reshape(K, g, H, P, S) * H**-0.5
-    q_PKMH = jnp.transpose(q_KgHPS, (3, 0, 1, 4, 2)).reshape(P, K, g * S, H)
+    T, K, H = k_TKH.shape
+    g = q_TNH.shape[1] // K
+    einsum = _einsum(q_TNH.dtype)
+    q_PSKgH = q_TNH.reshape(P, S, K, g, H) * H**-0.5
+    q_PKMH = jnp.transpose(q_PSKgH, (0, 2, 3, 1, 4)).reshape(P, K, g * S, H)
     k_PKHS, v_PKHS = (
-        jnp.transpose(x.reshape(K, H, P, S), (2, 0, 1, 3)) for x in (k_KHT, v_KHT)
+        jnp.transpose(x.reshape(P, S, K, H), (0, 2, 3, 1)) for x in (k_TKH, v_TKH)
     )
     scores = einsum("PKMH,PKHS->PKMS", q_PKMH, k_PKHS).reshape(P, K, g, S, S)
     scores = jnp.where(seen_PSS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_KHT.dtype)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_TKH.dtype)
     o_PKMH = einsum("PKMS,PKHS->PKMH", weights.reshape(P, K, g * S, S), v_PKHS)
-    o_KgHPS = jnp.transpose(o_PKMH.reshape(P, K, g, S, H), (1, 2, 4, 0, 3))
-    return o_KgHPS.reshape(-1, T).astype(q_NHT.dtype)
+    o_PSKgH = jnp.transpose(o_PKMH.reshape(P, K, g, S, H), (0, 3, 1, 2, 4))
+    return o_PSKgH.reshape(T, -1).astype(q_TNH.dtype)
 
 
 def _einsum(dtype):

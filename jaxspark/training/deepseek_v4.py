@@ -3,19 +3,18 @@
     loss = CE + 1e-4 balance + indexer + 0.3 CE of multi-token prediction
 
 Texts are the slots of one pass: they do not see each other, and each is compressed on
-its own. There are no caches. The repeated layers run in a loop that recomputes them on
-the way back.
+its own. Caches begin empty with each layer and are dropped after it. Layers are
+computed again on the way back.
 
 *Balance*, per text (V3 report, equations 17-20), summed over layers that choose: sum_e
 f_e P_e, where f_e is the share of assignments an expert got times E, and P_e its mean
 share of scores. *Indexer*: KL(p || indexer), where p is the layer's own attention (one
 softmax over window, entries and sink), summed over heads, kept for the entries and
-normalised again; gradients reach the indexer alone. What evens out loads is a bias
-outside the loss, see `balanced`.
+normalized again; gradients reach the indexer alone. What evens out loads is a bias
+outside the loss, see `update_router_bias`.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +23,25 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.drafters.mtp import MTPDrafter
 from jaxspark.models import DeepSeekV4, FlatTokens
-from jaxspark.models.batch import SlotView
-from jaxspark.models.deepseek_v4 import DeepSeekV4Layer, Pass
+from jaxspark.models.deepseek_v4 import (
+    DeepSeekV4Layer,
+    ForwardContext,
+    LayerInternals,
+    from_the_start,
+)
 from jaxspark.models.layers.experts import Routing
-from jaxspark.models.layers.rope import TrailingRotation
-from jaxspark.models.layers.sparse_attention import Looked, SparseAttention
-from pallas_kernels.sparse_attention.ref import masked_scores
+from jaxspark.models.layers.rope import PartialRotation
+from jaxspark.models.layers.sparse_attention import AttentionInputs, SparseAttention
+from pallas_kernels.sparse_attention.ref import (
+    masked_scores,
+    recent_rows,
+    recent_spans,
+)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Report:
+class LayerStats:
     """What the layers of one stack did; its members are the rows.
 
     Attributes:
@@ -59,7 +66,7 @@ class LossWeights:
 
 def forward(
     model: DeepSeekV4, tokens: FlatTokens, *, dense_index: bool = False
-) -> tuple[Float[Array, "M D T"], tuple[Report, ...]]:
+) -> tuple[Float[Array, "T M D"], tuple[LayerStats, ...]]:
     """Whole texts through all layers.
 
     Args:
@@ -68,46 +75,44 @@ def forward(
       dense_index: teach indexers on all entries, not on those chosen (warm-up).
 
     Returns:
-      The streams after the last layer, and a report for each of the model's stacks.
+      The streams after the last layer, and what the layers of each stack did.
     """
-    run = Pass.of(model.config, tokens)
-    x_DT = model.embed(tokens.ids_T)
-    x_MDT = jnp.broadcast_to(x_DT, (model.config.hc_mult, *x_DT.shape))
-    step = jax.checkpoint(partial(_layer, run, dense_index))
-    first, _ = model.config.plan
-    reports = []
-    for stack in model.layers[:first]:
-        x_MDT, report = step(jax.tree.map(lambda w: w[0], stack), x_MDT)
-        reports.append(jax.tree.map(lambda x: x[None], report))
+    context = ForwardContext.of(model.config, tokens)
 
-    def repetition(x_MDT, layers):
-        done = []
-        for layer in layers:
-            x_MDT, report = step(layer, x_MDT)
-            done.append(report)
-        return x_MDT, tuple(done)
+    @jax.checkpoint
+    def run(layer, x_TMD):
+        x_TMD, internals = from_the_start(layer, x_TMD, context)
+        stats = layer_stats(layer, internals, context, dense_index=dense_index)
+        return x_TMD, stats
 
-    x_MDT, repeated = jax.lax.scan(repetition, x_MDT, tuple(model.layers[first:]))
-    return x_MDT, (*reports, *repeated)
+    def step(x_TMD, layer, at):
+        return run(layer, x_TMD)
+
+    x_TMD = model.streams(model.embed(tokens.ids_T))
+    return model.through_layers(step, x_TMD, slice_experts=True)
 
 
-def _layer(run: Pass, dense_index: bool, layer: DeepSeekV4Layer, x_MDT):
-    """One layer, and its report as a row of one."""
-    rotation = run.compressed if layer.ratio else run.plain
-
-    def attend(h_DT):
-        return layer.self_attn.of_whole(h_DT, run.tokens, run.view, rotation)
-
-    x_MDT, looked, routing = layer.around(attend, x_MDT, jnp.int32(0), run.tokens)
-    load_E, balance = load_and_balance(routing, run.tokens)
+def layer_stats(
+    layer: DeepSeekV4Layer,
+    internals: LayerInternals,
+    context: ForwardContext,
+    *,
+    dense_index: bool,
+) -> LayerStats:
+    """What one layer did."""
+    load_E, balance = load_and_balance(internals.routing, context.tokens)
     if layer.mlp.gate.hashed:
         balance = jnp.zeros(())
     index = jnp.zeros(())
-    if looked.scores_BQC is not None:
+    if internals.attention.scores_TC is not None:
         index = index_loss(
-            layer.self_attn, looked, run.view, rotation, dense=dense_index
+            layer.self_attn,
+            internals.attention,
+            context.tokens,
+            layer.rotation(context),
+            dense=dense_index,
         )
-    return x_MDT, Report(load_E, balance, index)
+    return LayerStats(load_E, balance, index)
 
 
 def load_and_balance(
@@ -136,45 +141,41 @@ def load_and_balance(
 
 def index_loss(
     attention: SparseAttention,
-    looked: Looked,
-    view: SlotView,
-    rotation: TrailingRotation,
+    inputs: AttentionInputs,
+    tokens: FlatTokens,
+    rotation: PartialRotation,
     *,
     dense: bool,
 ) -> Float[Array, ""]:
     """Divergence of the indexer from what its layer attends to, in nats per query."""
-    scores_BQC, compressor = looked.scores_BQC, attention.compressor
-    assert scores_BQC is not None and compressor is not None
-    looked, attention = jax.lax.stop_gradient((looked, attention))
-    [entries_BCH], chosen_BQX = looked.seen["entries_LBCH"], looked.seen["chosen_BQX"]
-    real_BQ = view.index_BQ < looked.latent_RT.shape[1]
-    rows = jnp.arange(looked.recent_BRH.shape[1])
-    recent_BQR = (rows >= looked.spans_BQ2[..., :1]) & (
-        rows < looked.spans_BQ2[..., 1:]
-    )
-    row_Q = jnp.arange(real_BQ.shape[1])
-    limits_Q1 = compressor.limits(row_Q)[:, None]
-    open_BQC = jnp.broadcast_to(
-        jnp.arange(entries_BCH.shape[1]) < limits_Q1, scores_BQC.shape
-    )
+    scores_TC, compressor = inputs.scores_TC, attention.compressor
+    assert scores_TC is not None and compressor is not None
+    inputs, attention = jax.lax.stop_gradient((inputs, attention))
+    assert inputs.entries is not None and inputs.entries.chosen_TX is not None
+    entries_BCH = inputs.entries.table.whole()
+    entry_C = jnp.arange(entries_BCH.shape[1])
+    open_TC = entry_C < compressor.limits(tokens.positions_T)[:, None]
     if not dense:
-        open_BQC &= jnp.any(
-            chosen_BQX[..., None] == jnp.arange(entries_BCH.shape[1]), axis=2
-        )
-    q_BQNH = view.spread(attention.queries(looked.latent_RT, rotation), 0)
+        open_TC &= jnp.any(inputs.entries.chosen_TX[..., None] == entry_C, axis=1)
+    open_BQC = tokens.padded(open_TC, False)
+    q_BQNH = tokens.padded(attention.queries(inputs.latent_TR, rotation), 0)
+    recent_BRH = recent_rows(inputs.before_BWH, inputs.keys_TH, tokens)
+    spans_BQ2 = recent_spans(tokens, inputs.before_BWH.shape[1])
+    row_R = jnp.arange(recent_BRH.shape[1])
+    recent_BQR = (row_R >= spans_BQ2[..., :1]) & (row_R < spans_BQ2[..., 1:])
 
     def logits(keys_BSH, seen_BQS):
         return masked_scores(q_BQNH, keys_BSH, seen_BQS, attention.head_dim**-0.5)
 
     sinks_BQN1 = jnp.broadcast_to(attention.sinks[...][:, None], (*q_BQNH.shape[:3], 1))
-    parts = (logits(looked.recent_BRH, recent_BQR), sinks_BQN1)
+    parts = (logits(recent_BRH, recent_BQR), sinks_BQN1)
     entry_BQNC = logits(entries_BCH, open_BQC)
     joint = jax.nn.softmax(jnp.concatenate([entry_BQNC, *parts], axis=-1), axis=-1)
-    mass_BQC = joint[..., : entries_BCH.shape[1]].sum(2)
-    taught_BQ = real_BQ & jnp.any(open_BQC, axis=-1)
+    mass_BQC = joint[..., : len(entry_C)].sum(2)
+    taught_BQ = jnp.any(open_BQC, axis=-1)
     target_BQC = mass_BQC / jnp.maximum(mass_BQC.sum(-1, keepdims=True), 1e-20)
     # Rows without entries have no softmax; they do not count.
-    safe_BQC = jnp.where(open_BQC, scores_BQC, -1e30)
+    safe_BQC = jnp.where(open_BQC, tokens.padded(scores_TC, 0), -1e30)
     log_q_BQC = jax.nn.log_softmax(safe_BQC, axis=-1)
     log_p_BQC = jnp.log(jnp.maximum(target_BQC, 1e-20))
     each_BQC = jnp.where(open_BQC, target_BQC * (log_p_BQC - log_q_BQC), 0.0)
@@ -191,16 +192,16 @@ class Metrics:
       cross_entropy: nats per token.
       mtp: the same of multi-token prediction, 0 without.
       balance, index: sums over layers, those of multi-token prediction included.
-      reports: of every stack.
-      mtp_report: of multi-token prediction's stage, None without.
+      stats: of every stack.
+      mtp_stats: of multi-token prediction's stage, None without.
     """
 
     cross_entropy: Float[Array, ""]
     mtp: Float[Array, ""]
     balance: Float[Array, ""]
     index: Float[Array, ""]
-    reports: tuple[Report, ...]
-    mtp_report: Report | None
+    stats: tuple[LayerStats, ...]
+    mtp_stats: LayerStats | None
 
 
 def pretraining_loss(
@@ -220,34 +221,33 @@ def pretraining_loss(
       weights: of the terms beside the cross entropy.
       dense_index: see `forward`.
     """
-    view = tokens.view()
-    x_MDT, reports = forward(model, tokens, dense_index=dense_index)
-    next_T, known_T = _following(tokens, view, 1)
-    logits_TV = model.logits(model.hc_head(x_MDT))
+    x_TMD, stats = forward(model, tokens, dense_index=dense_index)
+    next_T, known_T = _following(tokens, 1)
+    logits_TV = model.logits(model.hc_head(x_TMD))
     entropy = _cross_entropy(logits_TV, next_T, known_T)
-    extra, mtp_report = jnp.zeros(()), None
+    extra, mtp_stats = jnp.zeros(()), None
     if mtp is not None:
-        later_T, known_T = _following(tokens, view, 2)
-        logits_TV, routing = mtp.of_whole(model, x_MDT, next_T, tokens)
+        later_T, known_T = _following(tokens, 2)
+        logits_TV, routing = mtp.logits(model, x_TMD, next_T, tokens)
         extra = _cross_entropy(logits_TV, later_T, known_T)
         load_E, balance = load_and_balance(routing, tokens)
-        mtp_report = Report(load_E[None], balance[None], jnp.zeros(1))
-    everyone = reports if mtp_report is None else (*reports, mtp_report)
+        mtp_stats = LayerStats(load_E[None], balance[None], jnp.zeros(1))
+    everyone = stats if mtp_stats is None else (*stats, mtp_stats)
     # Sums over layers: each has a router, and perhaps an indexer, of its own.
-    balance = jnp.sum(jnp.concatenate([report.balance_L for report in everyone]))
-    index = jnp.sum(jnp.concatenate([report.index_L for report in everyone]))
+    balance = jnp.sum(jnp.concatenate([each.balance_L for each in everyone]))
+    index = jnp.sum(jnp.concatenate([each.index_L for each in everyone]))
     loss = entropy + weights.balance * balance + weights.index * index
     loss += weights.mtp * extra
-    return loss, Metrics(entropy, extra, balance, index, reports, mtp_report)
+    return loss, Metrics(entropy, extra, balance, index, stats, mtp_stats)
 
 
-def _following(tokens, view, distance) -> tuple[Int[Array, " T"], Bool[Array, " T"]]:
+def _following(tokens, distance) -> tuple[Int[Array, " T"], Bool[Array, " T"]]:
     """The token `distance` positions later, and whether its text has one."""
-    ids_BQ = view.spread(tokens.ids_T, -1)
+    ids_BQ = tokens.padded(tokens.ids_T, -1)
     later_BQ = jnp.pad(
         ids_BQ[:, distance:], ((0, 0), (0, distance)), constant_values=-1
     )
-    later_T = view.collect(later_BQ)
+    later_T = tokens.flat(later_BQ)
     known_T = (later_T >= 0) & (tokens.slots_T >= 0)
     return jnp.maximum(later_T, 0), known_T
 
@@ -258,8 +258,8 @@ def _cross_entropy(logits_TV, labels_T, known_T):
     return jnp.sum(jnp.where(known_T, each_T, 0.0)) / jnp.maximum(jnp.sum(known_T), 1)
 
 
-def balanced[M: (DeepSeekV4, MTPDrafter)](
-    model: M, reports: tuple[Report, ...], *, speed: float = 1e-3
+def update_router_bias[M: (DeepSeekV4, MTPDrafter)](
+    model: M, stats: tuple[LayerStats, ...], *, speed: float = 1e-3
 ) -> M:
     """The model with biases moved against loads (report, section 4.2.2).
 
@@ -268,7 +268,7 @@ def balanced[M: (DeepSeekV4, MTPDrafter)](
 
     Args:
       model: the target, or its multi-token prediction.
-      reports: of the step: `Metrics.reports`, or `Metrics.mtp_report` alone.
+      stats: of the step: `Metrics.stats`, or `Metrics.mtp_stats` alone.
       speed: of the bias, per step.
     """
     graph, state = nnx.split(model)
@@ -276,7 +276,7 @@ def balanced[M: (DeepSeekV4, MTPDrafter)](
     for path, variable in nnx.to_flat_state(state):
         if path[-1] == "e_score_correction_bias":
             stack = int(str(path[1])) if path[0] == "layers" else 0
-            load_LE = reports[stack].load_LE
+            load_LE = stats[stack].load_LE
             mean_L1 = load_LE.mean(axis=1, keepdims=True)
             moved = variable.get_value() + speed * jnp.sign(mean_L1 - load_LE)
             variable = variable.replace(moved)
@@ -284,7 +284,7 @@ def balanced[M: (DeepSeekV4, MTPDrafter)](
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def imbalance(reports: tuple[Report, ...]) -> Float[Array, ""]:
+def imbalance(stats: tuple[LayerStats, ...]) -> Float[Array, ""]:
     """Largest load of an expert over the mean, the worst of all layers."""
-    load_LE = jnp.concatenate([report.load_LE for report in reports])
+    load_LE = jnp.concatenate([each.load_LE for each in stats])
     return jnp.max(load_LE.max(1) / load_LE.mean(1))

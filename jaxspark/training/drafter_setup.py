@@ -12,8 +12,8 @@ from jaxspark.configs import drafters as draft_configs
 from jaxspark.configuration import Configuration, option
 from jaxspark.drafters import DSparkDrafter, Eagle3Drafter
 from jaxspark.drafters.heads import HEAD_TYPES
-from jaxspark.models import DenseDecoder
-from jaxspark.training import initialise, least_squares, objective
+from jaxspark.models import DenseDecoder, TargetDecoder
+from jaxspark.training import initialize, least_squares, objective
 from jaxspark.training.data.packing import Batches, Packed, draft_vocabulary
 from jaxspark.training.features import FeatureSource
 
@@ -41,8 +41,8 @@ class DrafterOptions(Configuration):
     )
     mask_token: int = option("Token that fills a block behind its anchor.", 0)
     init: str | None = option(
-        "How it starts: fitted map by map (if not set, but for eagle3), or draft "
-        "layers that are the target's last.",
+        "How it starts: fitted map by map (if not set, but for eagle3), draft layers "
+        "that are a dense target's last, or at random.",
         None,
         choices=("least_squares", "target", "random"),
     )
@@ -67,7 +67,7 @@ class DrafterOptions(Configuration):
 
 
 def new_drafter(
-    options: DrafterOptions, target: DenseDecoder, packed: Packed, *, seed: int
+    options: DrafterOptions, target: TargetDecoder, packed: Packed, *, seed: int
 ) -> tuple[DSparkDrafter | Eagle3Drafter, list[str]]:
     """A drafter before its first step; least squares is left to `fit`.
 
@@ -108,17 +108,22 @@ def new_drafter(
         other = load_draft_checkpoint(options.warm_start, target)
         if ids is not None and other.config.draft_vocab_size == len(ids):
             ids = np.asarray(other.draft_ids[...])
-    initialise.use_vocabulary(drafter, target, ids)
-    if options.start == "target":
-        initialise.from_target(drafter, target)
-    left = [] if other is None else initialise.from_drafter(drafter, other)
+    initialize.use_vocabulary(drafter, target, ids)
+    if options.start == "target" and isinstance(target, DenseDecoder):
+        initialize.from_target(drafter, target)
+    elif options.init == "target":
+        raise ValueError(
+            "--init=target: draft layers are copies of a dense target's; this one is "
+            f"a {type(target).__name__}, use least_squares or random"
+        )
+    left = [] if other is None else initialize.from_drafter(drafter, other)
     return drafter, left
 
 
 def fit(
     options: DrafterOptions,
     drafter: DSparkDrafter | Eagle3Drafter,
-    target: DenseDecoder,
+    target: TargetDecoder,
     batches: Batches,
     source: FeatureSource,
     *,

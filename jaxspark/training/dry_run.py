@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxspark.training.data.packing import Batches, Packed
-from jaxspark.training.features import FeatureSource, sequence_bytes, target_features
+from jaxspark.training.features import FeatureSource, lower_features, sequence_bytes
 from jaxspark.training.trainer import Trainer, TrainState
 
 
@@ -60,7 +60,7 @@ def describe(
             table.add_row(name, str(leaf.shape), kind, f"{leaf.size:,}")
             counts[kind] += leaf.size
     console.print(table)
-    lowered = target_features.lower(trainer.target, batches[0], taps=source.taps)
+    lowered = lower_features(trainer.target, batches[0], taps=source.taps)
     features, seen = lowered.out_info, lowered.compile()
     step = trainer.lower(state, batches[0], features).compile()
     target = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(trainer.target))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxspark.configuration import Configuration, option
-from jaxspark.models import DenseDecoder
+from jaxspark.models import TargetDecoder
 from jaxspark.training.data.packing import Packed
 from jaxspark.training.features import FeatureCache, FeatureSource
 
@@ -44,7 +44,7 @@ class FeatureOptions(Configuration):
 
     def source(
         self,
-        target: DenseDecoder,
+        target: TargetDecoder,
         taps: tuple[int, ...],
         packed: Packed,
         layers: tuple[int, ...],

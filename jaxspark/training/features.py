@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxspark.checkpoints.tree import named_parameters
-from jaxspark.models import DenseDecoder
-from jaxspark.models.layers.linear import product
+from jaxspark.models import DenseDecoder, FlatTokens, TargetDecoder
 from jaxspark.models.layers.rope import Rotation
 from jaxspark.settings import standard_settings
 from jaxspark.training.blocks import packed_attention
 from jaxspark.training.data.packing import Packed
+from jaxspark.training.vocabulary_loss import head_columns
 
 
 @jax.tree_util.register_dataclass
@@ -45,10 +46,9 @@ class Features:
     hidden_PSD: Float[Array, "P S D"]
     log_z_PS: Float[Array, "P S"]
 
-    def taps_mDT(self, dtype) -> Float[Array, "m D T"]:
-        """The taps of all T = P S positions as columns, as drafters read them."""
-        taps_mDPS = jnp.moveaxis(self.taps_PSmD.astype(dtype), (2, 3), (0, 1))
-        return taps_mDPS.reshape(*taps_mDPS.shape[:2], -1)
+    def taps_TmD(self, dtype) -> Float[Array, "T m D"]:
+        """The taps of all T = P S positions, as drafters read them."""
+        return self.taps_PSmD.astype(dtype).reshape(-1, *self.taps_PSmD.shape[2:])
 
     def with_noise(self, key: Array, scale: float) -> "Features":
         """Uniform noise on the taps, `scale` times the size of each row (RMS).
@@ -68,12 +68,87 @@ class Features:
         return replace(self, taps_PSmD=taps_PSmD + size_PSm1 * noise_PSmD)
 
 
+def target_features(
+    target: TargetDecoder, batch: Packed, *, taps: tuple[int, ...]
+) -> Features:
+    """Runs the target over packed sequences; documents do not see each other.
+
+    A dense target attends within whole sequences, by one program for all batches. Any
+    other takes documents as slots of one pass.
+    """
+    function, *operands, static = _call(target, batch, taps)
+    return function(*operands, **static)
+
+
+def lower_features(
+    target: TargetDecoder, batch: Packed, *, taps: tuple[int, ...]
+) -> Any:
+    """The same, lowered and not run."""
+    function, *operands, static = _call(target, batch, taps)
+    return function.lower(*operands, **static)
+
+
+def _call(target, batch, taps):
+    if isinstance(target, DenseDecoder):
+        return _of_sequences, target, batch, {"taps": taps}
+    static = {"taps": taps, "shape": batch.ids_PS.shape}
+    return _of_documents, target, as_slots(batch), static
+
+
+def as_slots(batch: Packed) -> FlatTokens:
+    """The documents of packed sequences as slots.
+
+    Their number and the longest are rounded up to powers of two, so that few programs
+    serve all batches.
+    """
+    documents_PS = np.asarray(batch.documents_PS)
+    per_row = int(documents_PS.max()) + 1
+    first_P1 = per_row * np.arange(len(documents_PS))[:, None]
+    slots_T = np.where(documents_PS < 0, -1, documents_PS + first_P1).ravel()
+    slots = _power_of_two(per_row * len(documents_PS))
+    real, first = np.unique(slots_T, return_index=True)
+    offsets_B = np.zeros(slots, np.int32)
+    offsets_B[real[real >= 0]] = first[real >= 0]
+    counts_B = np.bincount(slots_T[slots_T >= 0], minlength=slots).astype(np.int32)
+    positions_T = np.asarray(batch.positions_PS).ravel()
+    arrays = {
+        "ids_T": np.asarray(batch.ids_PS).ravel(),
+        "positions_T": positions_T,
+        "limits_T": positions_T + 1,
+        "slots_T": slots_T.astype(np.int32),
+        "starts_B": np.zeros(slots, np.int32),
+        "offsets_B": offsets_B,
+        "counts_B": counts_B,
+    }
+    return FlatTokens(
+        rows=_power_of_two(int(counts_B.max())), **jax.tree.map(jnp.asarray, arrays)
+    )
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << max(count - 1, 0).bit_length()
+
+
+@partial(jax.jit, static_argnames=("taps", "shape"))
+@standard_settings()
+def _of_documents(target, tokens, *, taps, shape) -> Features:
+    cache = target.init_cache(tokens.slots, tokens.rows)
+    x_TD, taps_TmD, _ = target(tokens, cache, taps=taps)
+    return _features(target, x_TD, taps_TmD, shape)
+
+
+def _features(target, x_TD, taps_TmD, shape) -> Features:
+    normed_TD = target.norm(x_TD)
+    return Features(
+        taps_PSmD=taps_TmD.reshape(*shape, *taps_TmD.shape[1:]),
+        hidden_PSD=normed_TD.reshape(*shape, -1),
+        log_z_PS=_log_z(target.head_VD, normed_TD).reshape(shape),
+    )
+
+
 @partial(jax.jit, static_argnames=("taps",))
 @standard_settings()
-def target_features(
-    target: DenseDecoder, batch: Packed, *, taps: tuple[int, ...]
-) -> Features:
-    """Runs the target over packed sequences; documents do not see each other."""
+def _of_sequences(target, batch, *, taps) -> Features:
     P, S = batch.ids_PS.shape
     documents_PS = jnp.asarray(batch.documents_PS)
     seen_PSS = documents_PS[:, :, None] == documents_PS[:, None]
@@ -83,40 +158,29 @@ def target_features(
         target.config.head_dim,
         jnp.asarray(batch.positions_PS).reshape(-1),
     )
-    x_DT = target.embed(jnp.asarray(batch.ids_PS).reshape(-1))
-    outputs = {-1: x_DT}
+    x_TD = target.embed(jnp.asarray(batch.ids_PS).reshape(-1))
+    outputs = {-1: x_TD}
     for index, layer in enumerate(target.layers):
         attention = layer.self_attn
-        h_DT = layer.input_layernorm(x_DT)
-        o_XT = packed_attention(
-            attention.queries(h_DT, rotation),
-            *attention.keys_values(h_DT, rotation),
-            seen_PSS,
-        )
-        x_DT = layer.finish(x_DT, attention.o_proj(o_XT))
-        outputs[index] = x_DT
-    normed_DT = target.norm(x_DT)
-    log_z_T = _log_z(target.head_VD, normed_DT)
-    return Features(
-        taps_PSmD=jnp.stack([outputs[tap].T for tap in taps], 1).reshape(
-            P, S, len(taps), -1
-        ),
-        hidden_PSD=normed_DT.T.reshape(P, S, -1),
-        log_z_PS=log_z_T.reshape(P, S),
-    )
+        h_TD = layer.input_layernorm(x_TD)
+        k_TKH, v_TKH = attention.keys_values(h_TD, rotation)
+        q_TNH = attention.queries(h_TD, rotation)
+        o_TX = packed_attention(q_TNH, k_TKH, v_TKH, seen_PSS)
+        x_TD = layer.after_attention(x_TD, attention.o_proj(o_TX))
+        outputs[index] = x_TD
+    taps_TmD = jnp.stack([outputs[tap] for tap in taps], axis=1)
+    return _features(target, x_TD, taps_TmD, (P, S))
 
 
-def _log_z(head_VD, normed_DT, columns: int = 512):
-    """logsumexp of the logits, some columns at a time: [V, T] need not exist."""
+def _log_z(head_VD, normed_TD, rows: int = 512):
+    """logsumexp of the logits, some rows at a time: [T, V] need not exist."""
 
-    def some(h_DC):
-        return jax.nn.logsumexp(product(head_VD, h_DC, jnp.float32), axis=0)
+    def some(h_ND):
+        return jax.nn.logsumexp(head_columns(head_VD, h_ND), axis=0)
 
-    D, T = normed_DT.shape
-    padded = -(-T // columns) * columns
-    h_DT = jnp.pad(normed_DT, ((0, 0), (0, padded - T)))
-    h_nDC = jnp.moveaxis(h_DT.reshape(D, -1, columns), 1, 0)
-    return jax.lax.map(some, h_nDC).reshape(-1)[:T]
+    T, D = normed_TD.shape
+    h_TD = jnp.pad(normed_TD, ((0, -T % rows), (0, 0)))
+    return jax.lax.map(some, h_TD.reshape(-1, rows, D)).reshape(-1)[:T]
 
 
 class FeatureCache:
@@ -130,7 +194,7 @@ class FeatureCache:
     def __init__(
         self,
         folder: str | Path,
-        target: DenseDecoder,
+        target: TargetDecoder,
         packed: Packed,
         *,
         layers: Sequence[int],
@@ -254,7 +318,7 @@ class FeatureCache:
                 self._put("sums.bin", index, sums)
 
 
-def sequence_bytes(target: DenseDecoder, length: int, layers: Sequence[int]) -> int:
+def sequence_bytes(target: TargetDecoder, length: int, layers: Sequence[int]) -> int:
     """What the features of one sequence take: layers, last hidden states, log Z."""
     row = (len(layers) + 1) * target.config.hidden_size
     return length * (row * np.dtype(target.dtype).itemsize + 4)
@@ -267,7 +331,7 @@ def _checksum(*arrays: np.ndarray) -> int:
     return total or 1  # 0 means absent.
 
 
-def fingerprint(target: DenseDecoder) -> str:
+def fingerprint(target: TargetDecoder) -> str:
     """Identifies a target's weights."""
     total = sha256()
     for array in named_parameters(target).values():
@@ -285,7 +349,7 @@ class FeatureSource:
       cache: where features are kept; None computes them every time.
     """
 
-    target: DenseDecoder
+    target: TargetDecoder
     taps: tuple[int, ...]
     cache: FeatureCache | None = None
 

@@ -54,21 +54,21 @@ def objective_sums(
     vocabulary: DraftVocabulary,
     features: Features,
     blocks: Blocks,
-    hidden_GDN: Float[Array, "G D N"],
+    hidden_GND: Float[Array, "G N D"],
     confidence_GN: Float[Array, "G N"],
-    latent_GRN: Float[Array, "G R N"] | None = None,
+    latent_GNR: Float[Array, "G N R"] | None = None,
     w2_WR: Float[Array, "W R"] | None = None,
 ) -> Sums:
     """The objective's sums, given what a drafter says of its rows."""
     valid_GN = by_row(blocks.valid_PAG)
-    target_GDN, log_z_GN = target_rows(features, blocks)
+    target_GND, log_z_GN = target_rows(features, blocks)
     numerator, terms_GN = vocabulary_terms(
         objective,
-        hidden_GDN,
-        latent_GRN,
+        hidden_GND,
+        latent_GNR,
         w2_WR,
         vocabulary.head_WD,
-        target_GDN,
+        target_GND,
         log_z_GN,
         by_row(vocabulary.places(blocks.labels_PAG)),
         objective.weights(valid_GN),
@@ -78,7 +78,7 @@ def objective_sums(
 
 def target_rows(
     features: Features, blocks: Blocks
-) -> tuple[Float[Array, "G D N"], Float[Array, "G N"]]:
+) -> tuple[Float[Array, "G N D"], Float[Array, "G N"]]:
     """Last hidden states and log Z of all rows of N = P * A blocks.
 
     Gathered once; logits over the vocabulary are made row by row.
@@ -88,4 +88,4 @@ def target_rows(
     hidden_PRD = take_places(jnp.asarray(features.hidden_PSD), places_PR)
     log_z_PR = take_places(jnp.asarray(features.log_z_PS), places_PR)
     hidden_NGD = hidden_PRD.reshape(P * A, G, -1)
-    return jnp.transpose(hidden_NGD, (1, 2, 0)), log_z_PR.reshape(P * A, G).T
+    return jnp.swapaxes(hidden_NGD, 0, 1), log_z_PR.reshape(P * A, G).T

@@ -30,27 +30,27 @@ def dspark_sums(
     objective: Objective,
 ) -> Sums:
     """The objective's sums for a drafter's blocks."""
-    hidden_DPAG = backbone(drafter, target, batch, features, blocks)
-    D, P, A, G = hidden_DPAG.shape
-    hidden_GDN = jnp.moveaxis(hidden_DPAG.reshape(D, P * A, G), 2, 0)
+    hidden_PAGD = backbone(drafter, target, batch, features, blocks)
+    P, A, G, D = hidden_PAGD.shape
+    hidden_GND = jnp.moveaxis(hidden_PAGD.reshape(P * A, G, D), 1, 0)
 
-    def row(state_RN, inputs):
-        hidden_DN, previous_N = inputs
-        state_RN, *outputs = drafter.step(state_RN, previous_N, hidden_DN)
-        return state_RN, outputs
+    def row(state_NR, inputs):
+        hidden_ND, previous_N = inputs
+        state_NR, *outputs = drafter.step(state_NR, previous_N, hidden_ND)
+        return state_NR, outputs
 
     head = drafter.markov_head
     start = () if head is None else head.start(P * A)
-    inputs = (hidden_GDN, by_row(blocks.previous_PAG))
-    _, (latent_GRN, confidence_GN) = jax.lax.scan(row, start, inputs)
+    inputs = (hidden_GND, by_row(blocks.previous_PAG))
+    _, (latent_GNR, confidence_GN) = jax.lax.scan(row, start, inputs)
     return objective_sums(
         objective,
         vocabulary,
         features,
         blocks,
-        hidden_GDN,
+        hidden_GND,
         confidence_GN,
-        latent_GRN,
+        latent_GNR,
         None if head is None else head.markov_w2.weight[...],
     )
 
@@ -60,8 +60,8 @@ def dspark_sums(
 class BlockInputs:
     """What the draft layers read: R = P A Q block rows and T = P S context rows."""
 
-    x_DR: Float[Array, "D R"]
-    context_DT: Float[Array, "D T"]
+    x_RD: Float[Array, "R D"]
+    context_TD: Float[Array, "T D"]
     block_rotation: Rotation
     context_rotation: Rotation
     seen_PAS: Bool[Array, "P A S"]
@@ -90,43 +90,45 @@ class BlockInputs:
         masks = jnp.full((P, A, rows - 1), config.mask_token_id, jnp.int32)
         ids_PAQ = jnp.concatenate([blocks.previous_PAG[..., :1], masks], axis=-1)
         return cls(
-            x_DR=target.embed(ids_PAQ.reshape(-1)).astype(drafter.dtype),
-            context_DT=drafter.context(features.taps_mDT(drafter.dtype)),
+            x_RD=target.embed(ids_PAQ.reshape(-1)).astype(drafter.dtype),
+            context_TD=drafter.context(features.taps_TmD(drafter.dtype)),
             block_rotation=rotation(anchor_PA[..., None] + jnp.arange(rows)),
             context_rotation=rotation(positions_PS),
             seen_PAS=seen_context(batch, blocks.anchors_PA, blocks.anchors_PA),
             seen_QQ=jnp.ones((rows, rows), bool),
         )
 
-    def attend(self, layer, x_DR: Float[Array, "D R"]) -> Float[Array, "X R"]:
+    def attend(self, layer, x_RD: Float[Array, "R D"]) -> Float[Array, "R X"]:
         """Outputs of a layer's heads, before its output map."""
         attention = layer.self_attn
-        normed_DR = layer.input_layernorm(x_DR)
+        normed_RD = layer.input_layernorm(x_RD)
         return block_attention(
-            attention.queries(normed_DR, self.block_rotation),
-            attention.keys_values(self.context_DT, self.context_rotation),
-            attention.keys_values(normed_DR, self.block_rotation),
+            attention.queries(normed_RD, self.block_rotation),
+            attention.keys_values(self.context_TD, self.context_rotation),
+            attention.keys_values(normed_RD, self.block_rotation),
             self.seen_PAS,
             self.seen_QQ,
         )
 
-    def rows(self, layers) -> Float[Array, "D R"]:
+    def rows(self, layers) -> Float[Array, "R D"]:
         """The residual stream after some layers."""
-        x_DR = self.x_DR
+        x_RD = self.x_RD
         for layer in layers:
-            x_DR = self.layer(layer, x_DR)
-        return x_DR
+            x_RD = self.layer(layer, x_RD)
+        return x_RD
 
-    def layer(self, layer, x_DR: Float[Array, "D R"]) -> Float[Array, "D R"]:
+    def layer(self, layer, x_RD: Float[Array, "R D"]) -> Float[Array, "R D"]:
         """A whole layer."""
-        return layer.finish(x_DR, layer.self_attn.o_proj(self.attend(layer, x_DR)))
+        return layer.after_attention(
+            x_RD, layer.self_attn.o_proj(self.attend(layer, x_RD))
+        )
 
 
 def backbone(
     drafter: DSparkDrafter, target, batch: Packed, features: Features, blocks: Blocks
-) -> Float[Array, "D P A G"]:
+) -> Float[Array, "P A G D"]:
     """Normed hidden states of all predicting rows."""
     P, A, G = blocks.labels_PAG.shape
     inputs = BlockInputs.of(drafter, target, batch, features, blocks)
-    x_DR = inputs.rows(drafter.layers)
-    return drafter.norm(x_DR).reshape(-1, P, A, len(inputs.seen_QQ))[..., -G:]
+    x_RD = inputs.rows(drafter.layers)
+    return drafter.norm(x_RD).reshape(P, A, len(inputs.seen_QQ), -1)[:, :, -G:]

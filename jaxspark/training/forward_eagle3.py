@@ -32,47 +32,49 @@ def eagle3_sums(
     positions_PS = jnp.asarray(batch.positions_PS)
     ids_PS = jnp.asarray(batch.ids_PS)
 
-    feature_DT = drafter.features(features.taps_mDT(drafter.dtype))
+    feature_TD = drafter.features(features.taps_TmD(drafter.dtype))
     following_T = jnp.roll(ids_PS, -1, axis=1).reshape(-1)
-    pair_IT = layer.pair(target.embed(following_T).astype(drafter.dtype), feature_DT)
+    pair_TI = layer.pair(target.embed(following_T).astype(drafter.dtype), feature_TD)
     context = layer.self_attn.keys_values(
-        pair_IT, drafter.rotation(positions_PS.reshape(-1))
+        pair_TI, drafter.rotation(positions_PS.reshape(-1))
     )
     anchor_PA = jnp.take_along_axis(positions_PS, blocks.anchors_PA, axis=1)
     # The pair before the anchor is the block's own first row.
     newest_PA = jnp.maximum(anchor_PA - 1, 0)
     seen_PAS = seen_context(batch, blocks.anchors_PA, blocks.anchors_PA - 1)
-    feature_PSD = feature_DT.T.reshape(*positions_PS.shape, D)
+    feature_PSD = feature_TD.reshape(*positions_PS.shape, D)
     first_PAD = take_places(feature_PSD, jnp.maximum(blocks.anchors_PA - 1, 0))
     first_PAD = jnp.where((anchor_PA > 0)[..., None], first_PAD, 0)
 
     def step(carry, inputs):
-        feature_DN, k_KHNG, v_KHNG = carry
+        feature_ND, k_NGKH, v_NGKH = carry
         j, token_N = inputs
-        embedded_DN = target.embed(token_N).astype(drafter.dtype)
-        pair_IN = layer.pair(embedded_DN, feature_DN)
+        embedded_ND = target.embed(token_N).astype(drafter.dtype)
+        pair_NI = layer.pair(embedded_ND, feature_ND)
         rotation = drafter.rotation(newest_PA.reshape(-1) + j)
-        k_KHN, v_KHN = layer.self_attn.keys_values(pair_IN, rotation)
-        is_mine_G = jnp.arange(G) == j
-        k_KHNG = jnp.where(is_mine_G, k_KHN[..., None], k_KHNG)
-        v_KHNG = jnp.where(is_mine_G, v_KHN[..., None], v_KHNG)
-        o_XN = block_attention(
-            layer.self_attn.queries(pair_IN, rotation),
+        k_NKH, v_NKH = layer.self_attn.keys_values(pair_NI, rotation)
+        is_mine_G11 = (jnp.arange(G) == j)[:, None, None]
+        k_NGKH = jnp.where(is_mine_G11, k_NKH[:, None], k_NGKH)
+        v_NGKH = jnp.where(is_mine_G11, v_NKH[:, None], v_NGKH)
+        o_NX = block_attention(
+            layer.self_attn.queries(pair_NI, rotation),
             context,
-            (k_KHNG, v_KHNG),
+            (k_NGKH, v_NGKH),
             seen_PAS,
             (jnp.arange(G) <= j)[None],
         )
-        attended_DN = layer.self_attn.o_proj(o_XN)
-        hidden_DN, feature_DN = drafter.output(layer.finish(feature_DN, attended_DN))
-        return (feature_DN, k_KHNG, v_KHNG), hidden_DN
+        attended_ND = layer.self_attn.o_proj(o_NX)
+        hidden_ND, feature_ND = drafter.output(
+            layer.after_attention(feature_ND, attended_ND)
+        )
+        return (feature_ND, k_NGKH, v_NGKH), hidden_ND
 
     attention = layer.self_attn
-    empty = jnp.zeros((attention.kv_heads, attention.head_dim, P * A, G), drafter.dtype)
-    start = (first_PAD.reshape(P * A, D).T, empty, empty)
+    empty = jnp.zeros((P * A, G, attention.kv_heads, attention.head_dim), drafter.dtype)
+    start = (first_PAD.reshape(P * A, D), empty, empty)
     inputs = (jnp.arange(G), by_row(blocks.previous_PAG))
-    _, hidden_GDN = jax.lax.scan(step, start, inputs)
+    _, hidden_GND = jax.lax.scan(step, start, inputs)
     no_confidence_GN = jnp.zeros((G, P * A), jnp.float32)
     return objective_sums(
-        objective, vocabulary, features, blocks, hidden_GDN, no_confidence_GN
+        objective, vocabulary, features, blocks, hidden_GND, no_confidence_GN
     )

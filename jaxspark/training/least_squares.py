@@ -30,7 +30,7 @@ from scipy.optimize import linprog
 
 from jaxspark.drafters import DSparkDrafter
 from jaxspark.drafters.heads import MarkovHead
-from jaxspark.models import DenseDecoder
+from jaxspark.models import TargetDecoder
 from jaxspark.settings import random_key, standard_settings
 from jaxspark.training.blocks import Blocks, sample_blocks, take_places
 from jaxspark.training.data.packing import Packed
@@ -65,11 +65,11 @@ BATCHES_FOR_KINDS = 8
 class View:
     """What regressions are made of: one batch as the drafter sees it so far.
 
-    Columns C are the rows that predict, by place in the block.
+    Rows C are those that predict, by place in the block.
     """
 
     drafter: DSparkDrafter
-    target: DenseDecoder
+    target: TargetDecoder
     batch: Packed
     features: Features
     blocks: Blocks
@@ -82,95 +82,96 @@ class View:
         )
 
     @cached_property
-    def wanted(self) -> tuple[Float[Array, "D C"], Float[Array, " C"]]:
+    def wanted(self) -> tuple[Float[Array, "C D"], Float[Array, " C"]]:
         """The target's last hidden states, without their norm's weight, and weights."""
-        hidden_GDN, _ = target_rows(self.features, self.blocks)
+        hidden_GND, _ = target_rows(self.features, self.blocks)
         scale_D = self.target.norm.weight[...].astype(jnp.float32)
-        y_GDN = hidden_GDN.astype(jnp.float32) / scale_D[:, None]
+        y_GND = hidden_GND.astype(jnp.float32) / scale_D
         weight_GN = DSPARK.weights(by_row(self.blocks.valid_PAG))
-        return jnp.moveaxis(y_GDN, 0, 1).reshape(len(scale_D), -1), weight_GN.ravel()
+        return y_GND.reshape(-1, len(scale_D)), weight_GN.ravel()
 
-    def predicting(self, x_XR: Float[Array, "X R"]) -> Float[Array, "X C"]:
-        """Columns of the rows that predict."""
+    def predicting(self, x_RX: Float[Array, "R X"]) -> Float[Array, "C X"]:
+        """The rows that predict."""
         P, A, G = self.blocks.labels_PAG.shape
-        x_XNQ = x_XR.reshape(len(x_XR), P * A, -1)
-        return jnp.moveaxis(x_XNQ[..., -G:], 2, 1).reshape(len(x_XR), -1)
+        x_NQX = x_RX.reshape(P * A, -1, x_RX.shape[1])
+        return jnp.moveaxis(x_NQX[:, -G:], 1, 0).reshape(-1, x_RX.shape[1])
 
-    def rows(self, depth: int) -> Float[Array, "D R"]:
+    def rows(self, depth: int) -> Float[Array, "R D"]:
         """The residual stream after `depth` layers."""
         return self.inputs.rows(self.drafter.layers[:depth])
 
-    def attended(self, depth: int) -> Float[Array, "D R"]:
+    def attended(self, depth: int) -> Float[Array, "R D"]:
         """The residual stream after the attention of the next layer."""
-        x_DR, layer = self.rows(depth), self.drafter.layers[depth]
-        return x_DR + layer.self_attn.o_proj(self.inputs.attend(layer, x_DR))
+        x_RD, layer = self.rows(depth), self.drafter.layers[depth]
+        return x_RD + layer.self_attn.o_proj(self.inputs.attend(layer, x_RD))
 
-    def residual(self, input_XR, x_DR):
+    def residual(self, input_RX, x_RD):
         """A map's inputs, what the stream lacks, and weights."""
-        y_DC, weight_C = self.wanted
-        return self.predicting(input_XR), y_DC - self.predicting(x_DR), weight_C
+        y_CD, weight_C = self.wanted
+        return self.predicting(input_RX), y_CD - self.predicting(x_RD), weight_C
 
     def of_fc(self):
         """Taps before the anchor and the anchor itself; all rows' hidden states."""
-        y_DC, weight_C = self.wanted
+        y_CD, weight_C = self.wanted
         blocks, G = self.blocks, self.blocks.labels_PAG.shape[-1]
         before_PA = jnp.maximum(blocks.anchors_PA - 1, 0)
         taps_PAmD = take_places(jnp.asarray(self.features.taps_PSmD), before_PA)
-        anchor_DN = self.target.embed(blocks.previous_PAG[..., 0].ravel())
-        N = anchor_DN.shape[1]
-        x_IN = jnp.concatenate([taps_PAmD.reshape(N, -1).T, anchor_DN])
+        anchor_ND = self.target.embed(blocks.previous_PAG[..., 0].ravel())
+        N = len(anchor_ND)
+        x_NI = jnp.concatenate([taps_PAmD.reshape(N, -1), anchor_ND], axis=1)
         fade_G = DSPARK.weights(jnp.ones((G, 1), bool))
-        y_GDN = jnp.moveaxis(y_DC.reshape(-1, G, N), 1, 0) * jnp.sqrt(fade_G)[:, None]
+        y_GND = y_CD.reshape(G, N, -1) * jnp.sqrt(fade_G)[:, None]
         whole_N = weight_C[-N:] > 0
-        return x_IN.astype(jnp.float32), y_GDN.reshape(-1, N), whole_N
+        y_NX = jnp.moveaxis(y_GND, 0, 1).reshape(N, -1)
+        return x_NI.astype(jnp.float32), y_NX, whole_N
 
     def of_kinds(self, depth: int):
         """A layer's inputs; whether each is a context row, an anchor or a mask."""
-        context_DT = self.inputs.context_DT
-        normed_DR = self.drafter.layers[depth].input_layernorm(self.rows(depth))
-        T, R, Q = context_DT.shape[1], normed_DR.shape[1], len(self.inputs.seen_QQ)
+        context_TD = self.inputs.context_TD
+        normed_RD = self.drafter.layers[depth].input_layernorm(self.rows(depth))
+        T, R, Q = len(context_TD), len(normed_RD), len(self.inputs.seen_QQ)
         real_T = (jnp.asarray(self.batch.documents_PS) >= 0).ravel()
         anchor_R = jnp.arange(R) % Q == 0
         context_X = jnp.arange(T + R) < T
         anchor_X = jnp.concatenate([jnp.zeros(T, bool), anchor_R])
-        kind_3X = jnp.stack([context_X, anchor_X, ~context_X & ~anchor_X])
+        kind_X3 = jnp.stack([context_X, anchor_X, ~context_X & ~anchor_X], axis=1)
         # All three kinds weigh the same.
         weight_R = jnp.where(anchor_R, 1, 1 / max(Q - 1, 1))
         weight_X = jnp.concatenate([real_T * (R / Q / T), weight_R])
-        inputs_DX = jnp.concatenate([context_DT, normed_DR], axis=1)
-        return inputs_DX, kind_3X.astype(jnp.float32), weight_X
+        inputs_XD = jnp.concatenate([context_TD, normed_RD])
+        return inputs_XD, kind_X3.astype(jnp.float32), weight_X
 
     def of_attention(self, depth: int):
         """Outputs of a layer's heads; what is missing without them."""
-        x_DR = self.rows(depth)
-        return self.residual(self.inputs.attend(self.drafter.layers[depth], x_DR), x_DR)
+        x_RD = self.rows(depth)
+        return self.residual(self.inputs.attend(self.drafter.layers[depth], x_RD), x_RD)
 
     def of_constant(self, depth: int):
         """Inputs of a layer's MLP; one."""
         layer = self.drafter.layers[depth]
-        normed_DR = layer.post_attention_layernorm(self.attended(depth))
-        one_R = jnp.ones(normed_DR.shape[1])
-        return normed_DR, one_R[None], one_R
+        normed_RD = layer.post_attention_layernorm(self.attended(depth))
+        one_R = jnp.ones(len(normed_RD))
+        return normed_RD, one_R[:, None], one_R
 
     def of_mlp(self, depth: int):
         """Gated hidden units of a layer's MLP; what is missing without them."""
-        x_DR, layer = self.attended(depth), self.drafter.layers[depth]
-        h_FR = layer.mlp.hidden(layer.post_attention_layernorm(x_DR))
-        return self.residual(h_FR, x_DR)
+        x_RD, layer = self.attended(depth), self.drafter.layers[depth]
+        h_RF = layer.mlp.hidden(layer.post_attention_layernorm(x_RD))
+        return self.residual(h_RF, x_RD)
 
     def of_end(self):
         """Normed rows and the previous token's embedding; the hidden states."""
-        x_DR = self.rows(len(self.drafter.layers))
-        x_DR *= jax.lax.rsqrt(jnp.mean(jnp.square(x_DR), axis=0))
-        embedded_DC = self.target.embed(by_row(self.blocks.previous_PAG).ravel())
-        x_IC = jnp.concatenate([self.predicting(x_DR), embedded_DC])
-        return x_IC.astype(jnp.float32), *self.wanted
+        x_RD = self.rows(len(self.drafter.layers))
+        x_RD *= jax.lax.rsqrt(jnp.mean(jnp.square(x_RD), axis=1, keepdims=True))
+        embedded_CD = self.target.embed(by_row(self.blocks.previous_PAG).ravel())
+        x_CI = jnp.concatenate([self.predicting(x_RD), embedded_CD], axis=1)
+        return x_CI.astype(jnp.float32), *self.wanted
 
 
 @standard_settings()
 def fit(
     drafter: DSparkDrafter,
-    target: DenseDecoder,
+    target: TargetDecoder,
     samples: Sequence[Packed],
     source: Callable[[Packed], Features],
     *,

@@ -9,14 +9,14 @@ from jaxtyping import Array, Float
 
 
 class Regression:
-    """y_OR ~ W_OI x_IR over batches of weighted columns, by its normal equations."""
+    """y_RO ~ x_RI W_OI^T over batches of weighted rows, by its normal equations."""
 
     def __init__(self, xx: np.ndarray | float = 0.0, xy: np.ndarray | float = 0.0):
         self.xx, self.xy = np.asarray(xx), np.asarray(xy)
 
-    def add(self, x_IR: Float[Array, "I R"], y_OR: Float[Array, "O R"], weight_R):
+    def add(self, x_RI: Float[Array, "R I"], y_RO: Float[Array, "R O"], weight_R):
         """Adds a batch."""
-        xx_II, xy_IO = _moments(x_IR, y_OR, weight_R)
+        xx_II, xy_IO = _moments(x_RI, y_RO, weight_R)
         self.xx = self.xx + np.asarray(xx_II, np.float64)
         self.xy = self.xy + np.asarray(xy_IO, np.float64)
 
@@ -27,10 +27,10 @@ class Regression:
 
 
 @jax.jit
-def _moments(x_IR, y_OR, weight_R):
+def _moments(x_RI, y_RO, weight_R):
     dot = partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
-    weighted_IR = x_IR * weight_R
-    return dot(weighted_IR, x_IR.T), dot(weighted_IR, y_OR.T)
+    weighted_IR = (x_RI * weight_R[:, None]).T
+    return dot(weighted_IR, x_RI), dot(weighted_IR, y_RO)
 
 
 def logit_metric(scaled_WD: Float[np.ndarray, "W D"]) -> Float[np.ndarray, "D D"]:

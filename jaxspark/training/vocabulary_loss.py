@@ -19,45 +19,45 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxspark.models.layers.linear import product
 from jaxspark.training.objective import Objective, VocabularyTerms
+from pallas_kernels.precision import precision
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def vocabulary_terms(
     objective: Objective,
-    hidden_GDN: Float[Array, "G D N"],
-    latent_GRN: Float[Array, "G R N"] | None,
+    hidden_GND: Float[Array, "G N D"],
+    latent_GNR: Float[Array, "G N R"] | None,
     w2_WR: Float[Array, "W R"] | None,
     head_WD: Float[Array, "W D"],
-    target_GDN: Float[Array, "G D N"],
+    target_GND: Float[Array, "G N D"],
     log_z_GN: Float[Array, "G N"],
     label_GN: Int[Array, "G N"],
     weight_GN: Float[Array, "G N"],
 ) -> tuple[Float[Array, ""], VocabularyTerms]:
     """The weighted numerator of ce, l1 and soft_ce, and the terms of every row.
 
-    Only the numerator has a gradient, and only with respect to `hidden_GDN`,
-    `latent_GRN` and `w2_WR`.
+    Only the numerator has a gradient, and only with respect to `hidden_GND`,
+    `latent_GNR` and `w2_WR`.
 
     Args:
       objective: weights of the terms.
-      hidden_GDN: normed hidden states of the rows, logits u = head h (+ w2 latent).
-      latent_GRN: latents of the sequential head; None without one.
+      hidden_GND: normed hidden states of the rows, logits u = head h (+ w2 latent).
+      latent_GNR: latents of the sequential head; None without one.
       w2_WR: its output matrix.
       head_WD: rows of the LM head in the draft vocabulary.
-      target_GDN: the target's last hidden state at each row.
-      log_z_GN: its log normaliser over the whole vocabulary.
+      target_GND: the target's last hidden state at each row.
+      log_z_GN: its log normalizer over the whole vocabulary.
       label_GN: place of the next token in the draft vocabulary, W if it is not there.
       weight_GN: weight of each row, 0 where it does not count.
     """
     result, _ = _forward(
         objective,
-        hidden_GDN,
-        latent_GRN,
+        hidden_GND,
+        latent_GNR,
         w2_WR,
         head_WD,
-        target_GDN,
+        target_GND,
         log_z_GN,
         label_GN,
         weight_GN,
@@ -68,11 +68,11 @@ def vocabulary_terms(
 
 def _forward(
     objective,
-    hidden_GDN,
-    latent_GRN,
+    hidden_GND,
+    latent_GNR,
     w2_WR,
     head_WD,
-    target_GDN,
+    target_GND,
     log_z_GN,
     label_GN,
     weight_GN,
@@ -81,11 +81,11 @@ def _forward(
 ):
     def row(carry, inputs):
         total, dw2_WR = carry
-        hidden_DN, latent_RN, target_DN, log_z_N, label_N, weight_N = inputs
-        logits_WN = product(head_WD, hidden_DN, jnp.float32)
+        hidden_ND, latent_NR, target_ND, log_z_N, label_N, weight_N = inputs
+        logits_WN = head_columns(head_WD, hidden_ND)
         if w2_WR is not None:
-            logits_WN += product(w2_WR, latent_RN, jnp.float32)
-        log_p_WN = product(head_WD, target_DN, jnp.float32) - log_z_N
+            logits_WN += head_columns(w2_WR, latent_NR)
+        log_p_WN = head_columns(head_WD, target_ND) - log_z_N
         # Made once, not again in each of their readers.
         logits_WN, log_p_WN = jax.lax.optimization_barrier((logits_WN, log_p_WN))
         numerator_N, terms, d_WN = _row(
@@ -94,20 +94,20 @@ def _forward(
         total += jnp.sum(jnp.where(weight_N > 0, weight_N * numerator_N, 0))
         if not gradient:
             return (total, dw2_WR), (terms, None, None)
-        d_WN = jnp.where(weight_N > 0, weight_N * d_WN, 0).astype(hidden_DN.dtype)
-        dhidden_DN = product(head_WD.T, d_WN).astype(hidden_DN.dtype)
-        dlatent_RN = None
+        d_WN = jnp.where(weight_N > 0, weight_N * d_WN, 0).astype(hidden_ND.dtype)
+        dhidden_ND = _dot(d_WN.T, head_WD).astype(hidden_ND.dtype)
+        dlatent_NR = None
         if w2_WR is not None:
-            dlatent_RN = product(w2_WR.T, d_WN)
-            dw2_WR += product(d_WN, latent_RN.T)
-        return (total, dw2_WR), (terms, dhidden_DN, dlatent_RN)
+            dlatent_NR = _dot(d_WN.T, w2_WR)
+            dw2_WR += _dot(d_WN, latent_NR)
+        return (total, dw2_WR), (terms, dhidden_ND, dlatent_NR)
 
     start = (jnp.float32(0), None if w2_WR is None else jnp.zeros_like(w2_WR))
-    inputs = (hidden_GDN, latent_GRN, target_GDN, log_z_GN, label_GN, weight_GN)
-    (total, dw2_WR), (terms, dhidden_GDN, dlatent_GRN) = jax.lax.scan(
+    inputs = (hidden_GND, latent_GNR, target_GND, log_z_GN, label_GN, weight_GN)
+    (total, dw2_WR), (terms, dhidden_GND, dlatent_GNR) = jax.lax.scan(
         row, start, inputs
     )
-    return (total, terms), (dhidden_GDN, dlatent_GRN, dw2_WR)
+    return (total, terms), (dhidden_GND, dlatent_GNR, dw2_WR)
 
 
 def _backward(objective, gradients, cotangents):
@@ -119,12 +119,19 @@ def _backward(objective, gradients, cotangents):
 vocabulary_terms.defvjp(_forward, _backward)
 
 
-def _row(objective, logits_WN, log_p_WN, label_N, gradient):
-    """Numerators, terms and d numerator / d logits of N rows, which are columns here.
+def head_columns(
+    head_WD: Float[Array, "W D"], x_ND: Float[Array, "N D"]
+) -> Float[Array, "W N"]:
+    """float32 logits of N rows as columns: sums over W are quickest so on CPUs."""
+    return _dot(head_WD, x_ND.T, preferred_element_type=jnp.float32)
 
-    Columns because the head's product makes them so; a transpose would cost as much
-    as everything below.
-    """
+
+def _dot(a, b, **options):
+    return jnp.dot(a, b, precision=precision(a.dtype), **options)
+
+
+def _row(objective, logits_WN, log_p_WN, label_N, gradient):
+    """Numerators, terms and d numerator / d logits of N rows, see `head_columns`."""
     W = logits_WN.shape[0]
     best_N = jnp.max(logits_WN, axis=0)
     log_sum_N = best_N + jnp.log(jnp.sum(jnp.exp(logits_WN - best_N), axis=0))

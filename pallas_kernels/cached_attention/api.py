@@ -1,38 +1,44 @@
-"""Attention of a few query rows per slot over a position-indexed cache."""
+"""Attention of a few tokens per slot over a position-indexed cache."""
 
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.cached_attention.ref import cached_attention_xla
 from pallas_kernels.dispatch import Implementation, call
+from pallas_kernels.ragged import Ragged
 
 IMPLEMENTATIONS = {"xla": Implementation(run=cached_attention_xla)}
 
 
 def cached_attention(
-    q_BKMH: Float[Array, "B K M H"],
+    q_TNH: Float[Array, "T N H"],
     k_BKSH: Float[Array, "B K S H"],
     v_BKSH: Float[Array, "B K S H"],
-    limits_BM: Int[Array, "B M"],
+    ragged: Ragged,
+    limits_T: Int[Array, " T"],
     *,
     scale: float,
+    pages_BP: Int[Array, "B P"] | None = None,
     implementation: str | None = None,
-) -> Float[Array, "B K M H"]:
-    """Grouped-query attention where row m sees cached positions below its limit.
+) -> Float[Array, "T N H"]:
+    """Grouped-query attention where a token sees cached positions below its limit.
 
     Causal attention, verification and the bidirectional draft block are the same call:
-    they differ in `limits_BM` alone. Rows at or past a limit are never read into the
+    they differ in `limits_T` alone. Rows at or past a limit are never read into the
     result, so a cache may hold (finite) garbage there.
 
     Args:
-      q_BKMH: queries, M = query rows x query heads per key/value head.
-      k_BKSH: cached keys by absolute position.
-      v_BKSH: cached values by absolute position.
-      limits_BM: number of visible positions for each query row, in 1..S for real rows.
+      q_TNH: queries of N heads, a multiple of K.
+      k_BKSH: cached keys by absolute position; with `pages_BP` those of a page of S
+        positions, and pages in place of slots.
+      v_BKSH: cached values, likewise.
+      ragged: the tokens' slots.
+      limits_T: number of visible positions, in 1..S for tokens that are not padding.
       scale: factor on the scores, usually H ** -0.5.
+      pages_BP: the pages that hold a slot's positions, in order.
       implementation: "xla", which None also means.
 
     Returns:
-      Attention output, same shape and dtype as `q_BKMH`.
+      Attention output, same shape and dtype as `q_TNH`; padding's is anything.
 
     Raises:
       ValueError: unknown implementation.
@@ -41,6 +47,6 @@ def cached_attention(
         "cached_attention",
         IMPLEMENTATIONS,
         implementation,
-        *(q_BKMH, k_BKSH, v_BKSH, limits_BM),
+        *(q_TNH, k_BKSH, v_BKSH, ragged, limits_T, pages_BP),
         scale=scale,
     )

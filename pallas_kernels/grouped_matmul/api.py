@@ -22,24 +22,26 @@ IMPLEMENTATIONS = {
 def grouped_matmul(
     x_AI: Float[Array, "A I"],
     w_GOI: Float[Array, "G O I"] | Quantized,
-    sizes_E: Int[Array, " E"],
+    group_sizes_E: Int[Array, " E"],
     *,
-    first: int | Int[Array, ""] = 0,
+    group_offset: int | Int[Array, ""] = 0,
     implementation: str | None = None,
 ) -> Float[Array, "A O"]:
     """y_a = W_g(a) x_a, where rows come in the order of their groups.
 
-    The first sizes_E[0] rows belong to group `first`, the next sizes_E[1] to the group
-    after it, and so on. Work and weights read follow the rows and the groups that have
-    some; groups without rows cost nothing. So the matrices of many layers can lie in
-    one array of which `first` names a layer's.
+    The first rows belong to group `group_offset`, as many as `group_sizes_E[0]` says,
+    the next `group_sizes_E[1]` to the group after it, and so on. Work and weights read
+    follow the rows and the groups that have some; groups without rows cost nothing. So
+    the matrices of many layers can lie in one array of which `group_offset` names a
+    layer's.
 
     Args:
       x_AI: rows, sorted by group.
       w_GOI: one output-major matrix per group; of quantized ones only those of groups
         that have rows are dequantized.
-      sizes_E: rows of each of E groups, from `first` on; their sum is at most A.
-      first: the group of the first rows.
+      group_sizes_E: rows of each of E groups, from `group_offset` on; their sum is at
+        most A.
+      group_offset: the group of the first rows.
       implementation: "xla", or "mosaic_tpu", tokamax's kernel for plain matrices from
         128 x 128 on; None takes that in programs for TPUs where it can.
 
@@ -54,7 +56,7 @@ def grouped_matmul(
         raise ValueError(
             f"rows of width {x_AI.shape[-1]} do not fit matrices of {w_GOI.shape[1:]}"
         )
-    x_AI, w_GOI, sizes_E = jax.tree.map(jnp.asarray, (x_AI, w_GOI, sizes_E))
-    operands = (x_AI, w_GOI, sizes_E, jnp.asarray(first, jnp.int32))
+    x_AI, w_GOI, group_sizes_E = jax.tree.map(jnp.asarray, (x_AI, w_GOI, group_sizes_E))
+    operands = (x_AI, w_GOI, group_sizes_E, jnp.asarray(group_offset, jnp.int32))
     with jax.named_scope("grouped_matmul"):
         return call("grouped_matmul", IMPLEMENTATIONS, implementation, *operands)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dispatch import expected_platform
 from pallas_kernels.grouped_matmul.ref import backward
 from pallas_kernels.precision import precision
 from pallas_kernels.quantized import Quantized
@@ -24,11 +25,11 @@ _OUTPUT_MAJOR = jax.lax.RaggedDotDimensionNumbers(
 )
 
 
-def supports(x_AI, w_GOI, sizes_E, first) -> str | None:
+def supports(x_AI, w_GOI, group_sizes_E, group_offset) -> str | None:
     """Why the kernel cannot multiply these; None if it can."""
     if find_spec("tokamax") is None:
         return "is tokamax's, which is not installed: pip install 'jaxspark[tpu]'"
-    if not _knows_its_device():
+    if expected_platform() != "tpu":
         return (
             "chooses tiles for a kind of TPU; to compile for one that is not here, "
             "trace inside jax.sharding.use_abstract_mesh with its abstract device"
@@ -40,19 +41,12 @@ def supports(x_AI, w_GOI, sizes_E, first) -> str | None:
     return None
 
 
-def _knows_its_device() -> bool:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        return device.platform == "tpu"
-    return jax.devices()[0].platform == "tpu"
-
-
 @jax.custom_vjp
 def grouped_matmul_mosaic_tpu(
     x_AI: Float[Array, "A I"],
     w_GOI: Float[Array, "G O I"],
-    sizes_E: Int[Array, " E"],
-    first: Int[Array, ""],
+    group_sizes_E: Int[Array, " E"],
+    group_offset: Int[Array, ""],
 ) -> Float[Array, "A O"]:
     """See `api.grouped_matmul`; gradients are those of XLA's loop."""
     import tokamax  # Optional, and slow to import.
@@ -60,24 +54,24 @@ def grouped_matmul_mosaic_tpu(
     rows = x_AI.shape[0]
     tile = min(_TILE, max(_LEAST, 1 << (rows - 1).bit_length()))
     padded_AI = jnp.pad(x_AI, ((0, -rows % tile), (0, 0)))
-    sizes_E = sizes_E.astype(jnp.int32)
+    group_sizes_E = group_sizes_E.astype(jnp.int32)
     sizes_G = jnp.zeros(len(w_GOI), jnp.int32)
     y_AO = tokamax.ragged_dot_general(
         padded_AI,
         w_GOI,
-        jax.lax.dynamic_update_slice(sizes_G, sizes_E, (first,)),
+        jax.lax.dynamic_update_slice(sizes_G, group_sizes_E, (group_offset,)),
         _OUTPUT_MAJOR,
         precision=precision(x_AI.dtype),
         preferred_element_type=x_AI.dtype,
         implementation="mosaic_tpu",
     )[:rows]
     # The kernel leaves rows of no group as they were in memory.
-    return jnp.where((jnp.arange(rows) < jnp.sum(sizes_E))[:, None], y_AO, 0)
+    return jnp.where((jnp.arange(rows) < jnp.sum(group_sizes_E))[:, None], y_AO, 0)
 
 
-def _forward(x_AI, w_GOI, sizes_E, first):
-    y_AO = grouped_matmul_mosaic_tpu(x_AI, w_GOI, sizes_E, first)
-    return y_AO, (x_AI, w_GOI, sizes_E, first)
+def _forward(x_AI, w_GOI, group_sizes_E, group_offset):
+    y_AO = grouped_matmul_mosaic_tpu(x_AI, w_GOI, group_sizes_E, group_offset)
+    return y_AO, (x_AI, w_GOI, group_sizes_E, group_offset)
 
 
 grouped_matmul_mosaic_tpu.defvjp(_forward, backward)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.precision import precision, wide_type
+from pallas_kernels.precision import accum_dtype, precision
 from pallas_kernels.quantized import Quantized, dense
 
 
@@ -19,22 +19,22 @@ from pallas_kernels.quantized import Quantized, dense
 def grouped_matmul_xla(
     x_AI: Float[Array, "A I"],
     w_GOI: Float[Array, "G O I"] | Quantized,
-    sizes_E: Int[Array, " E"],
-    first: Int[Array, ""],
+    group_sizes_E: Int[Array, " E"],
+    group_offset: Int[Array, ""],
 ) -> Float[Array, "A O"]:
     """See `api.grouped_matmul`."""
-    return _rows(x_AI, w_GOI, sizes_E, first, "OI,tI->tO")
+    return _rows(x_AI, w_GOI, group_sizes_E, group_offset, "OI,tI->tO")
 
 
-def _rows(x_AI, w_GOI, sizes_E, first, equation):
+def _rows(x_AI, w_GOI, group_sizes_E, group_offset, equation):
     """Every row times its group's matrix, or, by `equation`, its transpose."""
-    rows, tile = x_AI.shape[0], _tile(x_AI, sizes_E)
+    rows, tile = x_AI.shape[0], _tile(x_AI, group_sizes_E)
     width = w_GOI.shape[1 if equation.endswith("O") else 2]
 
     def body(index, y_AO):
-        group, start, end = _find(index, sizes_E, tile)
+        group, start, end = _find(index, group_sizes_E, tile)
         x_tI = jax.lax.dynamic_slice_in_dim(padded_AI, start, tile)
-        w_OI = dense(jax.tree.map(partial(_pick, first + group), w_GOI))
+        w_OI = dense(jax.tree.map(partial(_pick, group_offset + group), w_GOI))
         y_tO = _einsum(equation, w_OI, x_tI).astype(x_AI.dtype)
         # Rows past the group's end are zeros until their own group's tile comes.
         y_tO = jnp.where((start + jnp.arange(tile) < end)[:, None], y_tO, 0)
@@ -42,33 +42,33 @@ def _rows(x_AI, w_GOI, sizes_E, first, equation):
 
     padded_AI = jnp.pad(x_AI, ((0, tile), (0, 0)))
     y_AO = jnp.zeros((rows + tile, width), x_AI.dtype)
-    return jax.lax.fori_loop(0, _tiles(sizes_E, tile)[-1], body, y_AO)[:rows]
+    return jax.lax.fori_loop(0, _tiles(group_sizes_E, tile)[-1], body, y_AO)[:rows]
 
 
-def _forward(x_AI, w_GOI, sizes_E, first):
-    y_AO = grouped_matmul_xla(x_AI, w_GOI, sizes_E, first)
-    return y_AO, (x_AI, w_GOI, sizes_E, first)
+def _forward(x_AI, w_GOI, group_sizes_E, group_offset):
+    y_AO = grouped_matmul_xla(x_AI, w_GOI, group_sizes_E, group_offset)
+    return y_AO, (x_AI, w_GOI, group_sizes_E, group_offset)
 
 
 def backward(saved, dy_AO):
     """Gradients of rows and matrices, of what `_forward` saved."""
-    x_AI, w_GOI, sizes_E, first = saved
-    dx_AI = _rows(dy_AO, w_GOI, sizes_E, first, "OI,tO->tI")
+    x_AI, w_GOI, group_sizes_E, group_offset = saved
+    dx_AI = _rows(dy_AO, w_GOI, group_sizes_E, group_offset, "OI,tO->tI")
     if isinstance(w_GOI, Quantized):
         return dx_AI, None, None, None
-    tile = _tile(x_AI, sizes_E)
+    tile = _tile(x_AI, group_sizes_E)
     x_padded, dy_padded = (jnp.pad(r, ((0, tile), (0, 0))) for r in (x_AI, dy_AO))
 
     def body(index, dw_GOI):
-        group, start, end = _find(index, sizes_E, tile)
+        group, start, end = _find(index, group_sizes_E, tile)
         x_tI = jax.lax.dynamic_slice_in_dim(x_padded, start, tile)
         dy_tO = jax.lax.dynamic_slice_in_dim(dy_padded, start, tile)
         dy_tO = jnp.where((start + jnp.arange(tile) < end)[:, None], dy_tO, 0)
-        return dw_GOI.at[first + group].add(_einsum("tO,tI->OI", dy_tO, x_tI))
+        return dw_GOI.at[group_offset + group].add(_einsum("tO,tI->OI", dy_tO, x_tI))
 
     # A sum in bfloat16 would stop growing after some hundred tiles.
-    dw_GOI = jnp.zeros(w_GOI.shape, wide_type(w_GOI.dtype))
-    dw_GOI = jax.lax.fori_loop(0, _tiles(sizes_E, tile)[-1], body, dw_GOI)
+    dw_GOI = jnp.zeros(w_GOI.shape, accum_dtype(w_GOI.dtype))
+    dw_GOI = jax.lax.fori_loop(0, _tiles(group_sizes_E, tile)[-1], body, dw_GOI)
     return dx_AI, dw_GOI.astype(w_GOI.dtype), None, None
 
 
@@ -79,23 +79,23 @@ def _pick(group, leaf_GX):
     return jax.lax.dynamic_index_in_dim(leaf_GX, group, keepdims=False)
 
 
-def _tile(x_AI, sizes_E) -> int:
+def _tile(x_AI, group_sizes_E) -> int:
     """Rows per tile: about what a group has, a power of two within 8..128."""
-    mean = -(-x_AI.shape[0] // sizes_E.shape[0])
+    mean = -(-x_AI.shape[0] // group_sizes_E.shape[0])
     return min(128, max(8, 1 << (mean - 1).bit_length()))
 
 
-def _tiles(sizes_E, tile):
+def _tiles(group_sizes_E, tile):
     """Tiles up to and including each group."""
-    return jnp.cumsum(-(-sizes_E // tile))
+    return jnp.cumsum(-(-group_sizes_E // tile))
 
 
-def _find(index, sizes_E, tile):
+def _find(index, group_sizes_E, tile):
     """Group of a tile, its first row and the end of the group's rows."""
-    ends_E, tiles_E = jnp.cumsum(sizes_E), _tiles(sizes_E, tile)
+    ends_E, tiles_E = jnp.cumsum(group_sizes_E), _tiles(group_sizes_E, tile)
     group = jnp.searchsorted(tiles_E, index, side="right", method="compare_all")
-    before = tiles_E[group] - -(-sizes_E[group] // tile)
-    start = ends_E[group] - sizes_E[group] + (index - before) * tile
+    before = tiles_E[group] - -(-group_sizes_E[group] // tile)
+    start = ends_E[group] - group_sizes_E[group] + (index - before) * tile
     return group, start, ends_E[group]
 
 
@@ -105,5 +105,5 @@ def _einsum(equation, *operands):
         equation,
         *operands,
         precision=precision(dtype),
-        preferred_element_type=wide_type(dtype),
+        preferred_element_type=accum_dtype(dtype),
     )

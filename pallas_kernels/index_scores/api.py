@@ -4,27 +4,30 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.index_scores.ref import index_scores_xla
+from pallas_kernels.ragged import Ragged, Table
 
 IMPLEMENTATIONS = {"xla": Implementation(run=index_scores_xla)}
 
 
 def index_scores(
-    q_BQNH: Float[Array, "B Q N H"],
-    k_BCH: Float[Array, "B C H"],
-    weights_BQN: Float[Array, "B Q N"],
+    q_TNH: Float[Array, "T N H"],
+    keys: Table,
+    weights_TN: Float[Array, "T N"],
+    ragged: Ragged,
     *,
     implementation: str | None = None,
-) -> Float[Array, "B Q C"]:
+) -> Float[Array, "T C"]:
     """sum_n w_n ReLU(q_n . k_c) in float32, for every compressed entry c.
 
     Args:
-      q_BQNH: index queries.
-      k_BCH: one shared index key per compressed entry.
-      weights_BQN: of the index heads, scales included.
+      q_TNH: index queries.
+      keys: one shared index key per compressed entry.
+      weights_TN: of the index heads, scales included.
+      ragged: the tokens' slots.
       implementation: "xla", which None also means.
 
     Raises:
       ValueError: unknown implementation.
     """
-    operands = (q_BQNH, k_BCH, weights_BQN)
+    operands = (q_TNH, keys, weights_TN, ragged)
     return call("index_scores", IMPLEMENTATIONS, implementation, *operands)

@@ -4,18 +4,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.precision import precision, wide_type
+from pallas_kernels.precision import accum_dtype, precision
+from pallas_kernels.ragged import Ragged, Table
 
 # Entries scored at once: the scores of single heads are never all in memory.
 CHUNK = 4096
 
 
 def index_scores_xla(
-    q_BQNH: Float[Array, "B Q N H"],
-    k_BCH: Float[Array, "B C H"],
-    weights_BQN: Float[Array, "B Q N"],
-) -> Float[Array, "B Q C"]:
+    q_TNH: Float[Array, "T N H"],
+    keys: Table,
+    weights_TN: Float[Array, "T N"],
+    ragged: Ragged,
+) -> Float[Array, "T C"]:
     """See `api.index_scores`."""
+    k_BCH, q_BQNH = keys.whole(), ragged.padded(q_TNH, 0)
+    weights_BQN = ragged.padded(weights_TN, 0)
 
     def score(k_BcH):
         dots_BQNc = jnp.einsum(
@@ -23,7 +27,7 @@ def index_scores_xla(
             q_BQNH,
             k_BcH,
             precision=precision(q_BQNH.dtype),
-            preferred_element_type=wide_type(q_BQNH.dtype),
+            preferred_element_type=accum_dtype(q_BQNH.dtype),
         )
         return jnp.einsum(
             "BQN,BQNC->BQC",
@@ -35,10 +39,11 @@ def index_scores_xla(
     entries = k_BCH.shape[1]
     chunks = -(-entries // CHUNK)
     if chunks == 1:
-        return score(k_BCH)
+        return ragged.flat(score(k_BCH))
     missing = chunks * CHUNK - entries
     padded_BCH = jnp.pad(k_BCH, ((0, 0), (0, missing), (0, 0)))
     k_nBcH = jnp.moveaxis(padded_BCH.reshape(len(k_BCH), chunks, CHUNK, -1), 1, 0)
     scores_nBQc = jax.lax.map(score, k_nBcH)
     scores_BQnc = jnp.moveaxis(scores_nBQc, 0, 2)
-    return scores_BQnc.reshape(*scores_BQnc.shape[:2], -1)[..., :entries]
+    scores_BQC = scores_BQnc.reshape(*scores_BQnc.shape[:2], -1)[..., :entries]
+    return ragged.flat(scores_BQC)

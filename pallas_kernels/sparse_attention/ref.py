@@ -1,6 +1,6 @@
 """The XLA reference, and the specification, of `sparse_attention`.
 
-Queries go in blocks of `window`, so that a long prefill reads 2 windows of recent rows
+Queries go in blocks of a window, so that a long prefill reads 2 windows of recent rows
 per query, not all of them. Chosen entries are gathered where that reads fewer rows than
 masking all entries does.
 """
@@ -9,39 +9,45 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.precision import precision, wide_type, widened
+from pallas_kernels.precision import accum_dtype, precision, upcast
+from pallas_kernels.ragged import Ragged, Table
+from pallas_kernels.sparse_attention.entries import Entries
 
 
 def sparse_attention_xla(
-    q_BQNH: Float[Array, "B Q N H"],
-    recent_BRH: Float[Array, "B R H"],
-    spans_BQ2: Int[Array, "B Q 2"],
+    q_TNH: Float[Array, "T N H"],
+    keys_TH: Float[Array, "T H"],
+    before_BWH: Float[Array, "B W H"],
     sinks_N: Float[Array, " N"],
-    entries_LBCH: Float[Array, "L B C H"] | None,
-    layer: int | Int[Array, ""],
-    limits_BQ: Int[Array, "B Q"] | None,
-    chosen_BQX: Int[Array, "B Q X"] | None,
-    window: int,
+    ragged: Ragged,
+    entries: Entries | None,
     scale: float,
-) -> Float[Array, "B Q N H"]:
+    causal: bool,
+) -> Float[Array, "T N H"]:
     """See `api.sparse_attention`."""
+    recent_BRH = recent_rows(before_BWH, keys_TH, ragged)
+    lookback, rows = before_BWH.shape[1], ragged.rows
+    per_query = (
+        ragged.padded(q_TNH, 0),
+        recent_spans(ragged, lookback, causal=causal),
+        *_padded_entries(entries, ragged),
+    )
 
-    def attend(q_BqNH, recent_BrH, spans_Bq2, limits_Bq, chosen_BqX):
+    def attend(recent_BrH, q_BqNH, spans_Bq2, limits_Bq, chosen_BqX):
         row_r = jnp.arange(recent_BrH.shape[1])
         seen_Bqr = (row_r >= spans_Bq2[..., :1]) & (row_r < spans_Bq2[..., 1:])
         parts = [masked_scores(q_BqNH, recent_BrH, seen_Bqr, scale)]
         values = [recent_BrH]
-        if entries_LBCH is not None:
-            keys, seen = _entries(entries_LBCH, layer, limits_Bq, chosen_BqX)
+        if entries is not None:
+            keys, seen = _entries(entries.table, limits_Bq, chosen_BqX)
             parts.append(masked_scores(q_BqNH, keys, seen, scale))
             values.append(keys)
         return _weighted(parts, values, sinks_N).astype(q_BqNH.dtype)
 
-    rows = q_BQNH.shape[1]
-    if rows <= window:
-        return attend(q_BQNH, recent_BRH, spans_BQ2, limits_BQ, chosen_BQX)
+    window = lookback + 1
+    if rows <= window or not causal:
+        return ragged.flat(attend(recent_BRH, *per_query))
     blocks = -(-rows // window)
-    before = recent_BRH.shape[1] - rows
     missing = blocks * window - rows
 
     def blocked(x_BQ):
@@ -54,37 +60,68 @@ def sparse_attention_xla(
     recent_BRH = jnp.pad(recent_BRH, ((0, 0), (0, missing), (0, 0)))
 
     def block(inputs):
-        index, q_BqNH, spans_Bq2, limits_Bq, chosen_BqX = inputs
+        index, q_BqNH, spans_Bq2, *seen = inputs
         start = index * window
-        length = before + window
-        recent_BrH = jax.lax.dynamic_slice_in_dim(recent_BRH, start, length, axis=1)
-        return attend(q_BqNH, recent_BrH, spans_Bq2 - start, limits_Bq, chosen_BqX)
+        recent_BrH = jax.lax.dynamic_slice_in_dim(
+            recent_BRH, start, lookback + window, axis=1
+        )
+        return attend(recent_BrH, q_BqNH, spans_Bq2 - start, *seen)
 
-    inputs = (q_BQNH, spans_BQ2, limits_BQ, chosen_BQX)
-    o_nBqNH = jax.lax.map(block, (jnp.arange(blocks), *map(blocked, inputs)))
+    o_nBqNH = jax.lax.map(block, (jnp.arange(blocks), *map(blocked, per_query)))
     o_BQNH = jnp.moveaxis(o_nBqNH, 0, 1)
-    return o_BQNH.reshape(len(q_BQNH), -1, *q_BQNH.shape[2:])[:, :rows]
+    o_BQNH = o_BQNH.reshape(ragged.slots, -1, *q_TNH.shape[1:])
+    return ragged.flat(o_BQNH[:, :rows])
 
 
-def _entries(entries_LBCH, layer, limits_BQ, chosen_BQX):
-    """Keys [B, C, H] that queries share or [B, Q, X, H], and which each sees."""
-    layers, slots, count, width = entries_LBCH.shape
-    slot_B11 = jnp.arange(slots)[:, None, None]
-    if chosen_BQX is not None and chosen_BQX[0].size < count:
-        # Out of all layers' entries: a layer's own would first be copied.
-        row_BQX = (layer * slots + slot_B11) * count + jnp.maximum(chosen_BQX, 0)
-        return entries_LBCH.reshape(-1, width)[row_BQX], chosen_BQX >= 0
-    if layers == 1:
-        entries_BCH = entries_LBCH[0]
+def recent_rows(
+    before_BWH: Float[Array, "B W H"], keys_TH: Float[Array, "T H"], ragged: Ragged
+) -> Float[Array, "B R H"]:
+    """The W rows before each slot's tokens, then its own Q."""
+    return jnp.concatenate([before_BWH, ragged.padded(keys_TH, 0)], axis=1)
+
+
+def recent_spans(
+    ragged: Ragged, lookback: int, *, causal: bool = True
+) -> Int[Array, "B Q 2"]:
+    """Of `recent_rows`, a query sees rows from .. to - 1.
+
+    Row i lies at position start - lookback + i; none is seen before position 0.
+    """
+    row_Q = jnp.arange(ragged.rows)
+    first_B1 = jnp.maximum(lookback - ragged.starts_B[:, None], 0)
+    if causal:
+        oldest_BQ = jnp.maximum(row_Q, first_B1)
+        newest_BQ = jnp.broadcast_to(row_Q + lookback + 1, oldest_BQ.shape)
     else:
-        entries_BCH = jax.lax.dynamic_index_in_dim(entries_LBCH, layer, keepdims=False)
+        oldest_BQ = jnp.broadcast_to(first_B1, (ragged.slots, ragged.rows))
+        newest_BQ = jnp.broadcast_to(
+            lookback + ragged.counts_B[:, None], oldest_BQ.shape
+        )
+    return jnp.stack([oldest_BQ, newest_BQ], axis=-1)
+
+
+def _padded_entries(entries, ragged):
+    """Limits and choices, one of which there is none of."""
+    if entries is None:
+        return None, None
+    if entries.chosen_TX is None:
+        return ragged.padded(entries.limits_T, 0), None
+    return None, ragged.padded(entries.chosen_TX, -1)
+
+
+def _entries(table: Table, limits_BQ, chosen_BQX):
+    """Keys [B, C, H] that queries share or [B, Q, X, H], and which each sees."""
+    count = table.length
     if chosen_BQX is None:
-        return entries_BCH, jnp.arange(count) < limits_BQ[..., None]
-    rows = chosen_BQX.shape[1]
-    row_Q1 = jnp.arange(rows)[:, None]
+        return table.whole(), jnp.arange(count) < limits_BQ[..., None]
+    if chosen_BQX[0].size < count:
+        return table.take(jnp.maximum(chosen_BQX, 0)), chosen_BQX >= 0
+    slots, rows, _ = chosen_BQX.shape
+    slot_B11, row_Q1 = jnp.arange(slots)[:, None, None], jnp.arange(rows)[:, None]
     place_BQX = jnp.where(chosen_BQX < 0, count, chosen_BQX)
     seen_BQC = jnp.zeros((slots, rows, count), bool)
-    return entries_BCH, seen_BQC.at[slot_B11, row_Q1, place_BQX].set(True, mode="drop")
+    seen_BQC = seen_BQC.at[slot_B11, row_Q1, place_BQX].set(True, mode="drop")
+    return table.whole(), seen_BQC
 
 
 def masked_scores(
@@ -100,14 +137,14 @@ def masked_scores(
         q_BQNH,
         keys,
         precision=precision(keys.dtype),
-        preferred_element_type=wide_type(keys.dtype),
+        preferred_element_type=accum_dtype(keys.dtype),
     )
     return jnp.where(seen_BQS[:, :, None], scores_BQNS, -jnp.inf)
 
 
 def _weighted(parts, values, sinks_N):
     """softmax over all parts and the sink, times values; the sink has none."""
-    sinks_N1 = widened(sinks_N)[:, None]
+    sinks_N1 = upcast(sinks_N)[:, None]
     highest = sinks_N1
     for scores_BQNS in parts:
         highest = jnp.maximum(highest, scores_BQNS.max(-1, keepdims=True))
@@ -122,6 +159,6 @@ def _weighted(parts, values, sinks_N):
             weights_BQNS.astype(rows.dtype),
             rows,
             precision=precision(rows.dtype),
-            preferred_element_type=wide_type(rows.dtype),
+            preferred_element_type=accum_dtype(rows.dtype),
         )
     return output / total

@@ -25,7 +25,7 @@ from jaxspark.configs.targets import (
 from jaxspark.decoding import DecodeOptions, Sampling, decode, init_state
 from jaxspark.drafters import DeepSeekV4DSpark
 from jaxspark.models import DeepSeekV4
-from tests.aot.compile_round import device_of, on
+from tests.aot.chips import device_of, on, tracing_for
 from tests.aot.hlo import new_arrays
 
 # Seven of everything: no weight has as many elements as a cache.
@@ -66,19 +66,20 @@ def report(platform: str, preset: str) -> dict:
     begin = time.perf_counter()
     lowered = decode.lower(*arguments, options=DecodeOptions(block_length=BLOCK))
     compiled = lowered.compile()
-    seconds = time.perf_counter() - begin
+    seconds, text = time.perf_counter() - begin, compiled.as_text()
 
     caches = jax.tree.leaves((state.target_cache, state.draft_cache))
     # A layer may read its own entries as a piece; whole tables stay where they lie.
     sizes = {math.prod(leaf.shape) for leaf in caches if len(leaf) > 1}
     copies = [
         line
-        for line in new_arrays(compiled.as_text(), min(sizes))
+        for line in new_arrays(text, min(sizes))
         if (found := SHAPE.search(line))
         and math.prod(map(int, found[1].split(","))) in sizes
     ]
     return {
         "seconds": round(seconds, 1),
+        "kernels": text.count('custom_call_target="tpu_custom_call"'),
         "tables": len(sizes),
         "copies": copies,
         "cache_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in caches),
@@ -87,4 +88,5 @@ def report(platform: str, preset: str) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(report(*sys.argv[1:])))
+    with tracing_for(sys.argv[1]):
+        print(json.dumps(report(*sys.argv[1:])))

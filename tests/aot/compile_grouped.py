@@ -27,9 +27,13 @@ V5E = AbstractDevice(device_kind="TPU v5 lite", platform="tpu", num_cores=1)
 LAYERS, EXPERTS, OUT, IN = 8, 16, 512, 256
 
 
-def multiply(x_AI, w_GOI, sizes_E, first):
+def multiply(x_AI, w_GOI, group_sizes_E, group_offset):
     return grouped_matmul(
-        x_AI, w_GOI, sizes_E, first=first, implementation="mosaic_tpu"
+        x_AI,
+        w_GOI,
+        group_sizes_E,
+        group_offset=group_offset,
+        implementation="mosaic_tpu",
     )
 
 
@@ -48,7 +52,7 @@ def difference(random, sizes, dtype) -> float:
 
     def with_gradients(product):
         def of_groups(x_AI, w_GOI):
-            return product(x_AI, w_GOI, jnp.array(sizes), first=jnp.int32(4))
+            return product(x_AI, w_GOI, jnp.array(sizes), group_offset=jnp.int32(4))
 
         y_AO, back = jax.vjp(of_groups, x_AI, w_GOI)
         return y_AO, *back(dy_AO)

@@ -10,23 +10,11 @@ JSON per case; nothing is run and no array is ever allocated.
 import json
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.experimental import topologies
-from jax.sharding import (
-    AbstractDevice,
-    AbstractMesh,
-    AxisType,
-    Mesh,
-    NamedSharding,
-    PartitionSpec,
-    use_abstract_mesh,
-)
 
 from jaxspark.decoding import DecodeOptions, init_state
 from jaxspark.decoding.round import decode
@@ -41,37 +29,13 @@ from jaxspark.drafters import (
 )
 from jaxspark.exactness.audit_schedules import scheduler, synthetic_costs
 from jaxspark.models import DenseConfig, DenseDecoder, RopeConfig
+from tests.aot.chips import device_of, on, tracing_for
 from tests.aot.hlo import new_arrays
 
 # Caches dominate: one layer's keys are 25 million numbers, the logits of 48 verified
 # rows 2.4 million. Much smaller ones would fit the vector memory of a TPU v5e (128 MB),
 # which then moves them there and back: copies to look at, but none by mistake.
 SLOTS, POSITIONS, BLOCK = 16, 8192, 2
-LANES = {"cpu": 1, "tpu": 128, "h100": 1}
-
-H100_NAME = "NVIDIA H100 80GB HBM3"
-# An XLA GpuTargetConfigProto, as text: an H100 SXM.
-H100 = f"""
-gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84942979072 device_address_bits: 64
-  pcie_bandwidth: 34359738368 ecc_enabled: true
-  cuda_compute_capability {{ major: 9 feature_extension: ACCELERATED_FEATURES }}
-  device_vendor: "NVIDIA Corporation" name: "{H100_NAME}"
-  platform_version: "Compute Capability 9.0a"
-  driver_version: "13.0.0" runtime_version: "13.0.0"
-  compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0"
-}}
-platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
-device_description_str: "{H100_NAME}"
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,11 +106,10 @@ def models(case: Case):
     return target, drafter
 
 
-def abstract_state(target, drafter, lanes: int):
+def abstract_state(target, drafter):
     """A `DecodeState` without arrays."""
-
-    def initial():
-        state = init_state(
+    return jax.eval_shape(
+        lambda: init_state(
             target,
             drafter,
             [[1]] * SLOTS,
@@ -155,27 +118,13 @@ def abstract_state(target, drafter, lanes: int):
             block_length=BLOCK,
             capacity=POSITIONS,
         )
-        size = (SLOTS, POSITIONS)
-        caches = {"target_cache": target.init_cache(*size, lanes=lanes)}
-        if state.draft_cache:
-            caches["draft_cache"] = drafter.init_cache(*size, lanes=lanes)
-        return replace(state, **caches)
-
-    return jax.eval_shape(initial)
-
-
-def on(device, tree):
-    """The same abstract arrays, placed on a device."""
-    sharding = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
     )
 
 
-def compile_decode(case: Case, device, lanes: int):
+def compile_decode(case: Case, device):
     """The compiled loop on `device`, and the abstract caches it works on."""
     target, drafter = models(case)
-    state = abstract_state(target, drafter, lanes)
+    state = abstract_state(target, drafter)
     full = SLOTS * (BLOCK + 1)
     # As `generate` chooses them for a drafter that may propose nothing.
     sizes = (SLOTS if case.drafter == "ngram" else full // 2, full)
@@ -215,13 +164,13 @@ def compile_transposed(device):
     return lowered.compile(), cache
 
 
-def report(case: Case, platform: str, device) -> dict:
+def report(case: Case, device) -> dict:
     """What the compiled loop does with the caches."""
     start = time.perf_counter()
     if case.mistake == "transposed":
         compiled, caches = compile_transposed(device)
     else:
-        compiled, caches = compile_decode(case, device, LANES[platform])
+        compiled, caches = compile_decode(case, device)
     seconds = time.perf_counter() - start
     # What grows with positions; a hybrid's history is a few numbers per slot.
     arrays = [x for x in jax.tree.leaves(caches) if x.size >= SLOTS * POSITIONS]
@@ -235,31 +184,12 @@ def report(case: Case, platform: str, device) -> dict:
     }
 
 
-def device_of(platform: str):
-    """A device to compile for: "cpu", "tpu" (v5e) or "h100"."""
-    if platform == "cpu":
-        return jax.devices("cpu")[0]
-    if platform == "tpu":
-        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    else:
-        topology = topologies.get_topology_desc(
-            platform="cuda", target_config=H100, topology="1x1x1"
-        )
-    return topology.devices[0]
-
-
 def main(platform: str, cases: list[Case]):
     """Reports on each case."""
     device = device_of(platform)
-    tracing_for = nullcontext()
-    if platform == "h100":
-        kind = AbstractDevice(device_kind=H100_NAME, num_cores=132, platform="gpu")
-        tracing_for = use_abstract_mesh(
-            AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=kind)
-        )
-    with tracing_for:
+    with tracing_for(platform):
         for case in cases:
-            print(json.dumps(report(case, platform, device)), flush=True)
+            print(json.dumps(report(case, device)), flush=True)
 
 
 if __name__ == "__main__":

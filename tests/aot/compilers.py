@@ -43,7 +43,7 @@ def answers(platform: str, program: str, *arguments: str) -> list[dict]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

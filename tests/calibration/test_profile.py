@@ -2,15 +2,15 @@
 
 import pytest
 
-from jaxspark.calibration.profile import measure_costs, worthwhile
+from jaxspark.calibration.profile import measure_costs, pareto_buckets
 from tests import zoo
 
 
 def test_buckets_that_take_as_long_as_larger_ones_are_left_out():
-    curve = worthwhile(2, (11, 13, 16, 24, 32), (78.0, 85.0, 70.0, 109.0, 108.0))
+    curve = pareto_buckets(2, (11, 13, 16, 24, 32), (78.0, 85.0, 70.0, 109.0, 108.0))
     assert (curve.draft_length, curve.sizes) == (2, (16, 32))
     assert curve.seconds == (70.0, 108.0)
-    assert worthwhile(0, (8,), (1.0,)).sizes == (8,)
+    assert pareto_buckets(0, (8,), (1.0,)).sizes == (8,)
 
 
 @pytest.mark.parametrize("capacity", [128, 32])

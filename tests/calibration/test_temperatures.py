@@ -20,7 +20,7 @@ def rounds(seed, count=40_000, verified=4):
     return Rounds(
         request_N=np.arange(count),
         confidence_NG=(honest_NG * DONE).astype(np.float32),
-        sharpness_NG=np.zeros((count, 4)),
+        certainty_NG=np.zeros((count, 4)),
         judged_N=np.minimum(accepted_N + 1, verified),
         accepted_N=accepted_N,
     )
@@ -52,23 +52,23 @@ def test_a_bias_mends_what_no_temperature_can():
 
 
 def told_apart(seed):
-    """Rounds of which confidence tells one half, sharpness the other."""
+    """Rounds of which confidence tells one half, certainty the other."""
     each = rounds(seed, count=8000)
     honest_NG = each.confidence_NG / DONE
     noise_NG = np.random.default_rng(100 + seed).normal(size=honest_NG.shape)
     told_NG = 0.5 * honest_NG + 0.7 * noise_NG
-    return replace(each, confidence_NG=honest_NG - told_NG, sharpness_NG=told_NG)
+    return replace(each, confidence_NG=honest_NG - told_NG, certainty_NG=told_NG)
 
 
 def test_sharpness_tells_what_the_head_does_not():
-    biased, sharpened = (
-        fit_temperatures(told_apart(8), biased=True, sharpened=sharpened)
-        for sharpened in (False, True)
+    biased, with_certainty = (
+        fit_temperatures(told_apart(8), biased=True, with_certainty=with_certainty)
+        for with_certainty in (False, True)
     )
-    np.testing.assert_allclose(sharpened.temperatures_G, 1.0, rtol=0.25)
-    np.testing.assert_allclose(sharpened.weights_G, 1.0, rtol=0.25)
-    np.testing.assert_allclose(sharpened.biases_G, 0.0, atol=0.25)
-    without, with_it = (assess(told_apart(9), fit) for fit in (biased, sharpened))
+    np.testing.assert_allclose(with_certainty.temperatures_G, 1.0, rtol=0.25)
+    np.testing.assert_allclose(with_certainty.weights_G, 1.0, rtol=0.25)
+    np.testing.assert_allclose(with_certainty.biases_G, 0.0, atol=0.25)
+    without, with_it = (assess(told_apart(9), fit) for fit in (biased, with_certainty))
     gained = np.subtract(with_it["auc_conditional"], without["auc_conditional"])
     assert gained.min() > 0.05 and max(with_it["ece"]) < 0.03
 
@@ -76,15 +76,15 @@ def test_sharpness_tells_what_the_head_does_not():
 def test_drafters_without_a_head_are_told_by_sharpness_alone():
     headless = told_apart(10)
     headless = replace(headless, confidence_NG=0 * headless.confidence_NG)
-    fit = fit_temperatures(headless, biased=True, sharpened=True)
+    fit = fit_temperatures(headless, biased=True, with_certainty=True)
     assert fit.weights_G.min() > 0.3
     assert min(assess(headless, fit)["auc"]) > 0.6
 
 
 def test_sharpness_that_misleads_is_left_out():
     wrong = told_apart(11)
-    wrong = replace(wrong, sharpness_NG=-wrong.sharpness_NG)
-    assert not fit_temperatures(wrong, biased=True, sharpened=True).weights_G.any()
+    wrong = replace(wrong, certainty_NG=-wrong.certainty_NG)
+    assert not fit_temperatures(wrong, biased=True, with_certainty=True).weights_G.any()
 
 
 def test_calibrated_confidences_are_left_alone():
@@ -106,7 +106,7 @@ def test_a_draft_that_was_never_verified_cannot_be_fitted():
     all_held = Rounds(
         request_N=np.zeros(3, int),
         confidence_NG=np.zeros((3, 2)),
-        sharpness_NG=np.zeros((3, 2)),
+        certainty_NG=np.zeros((3, 2)),
         judged_N=np.ones(3, int),
         accepted_N=np.ones(3, int),
     )

@@ -22,7 +22,7 @@ from jaxspark.checkpoints import (
 from jaxspark.checkpoints.speculators import draft_config_from_speculators
 from jaxspark.drafters import Eagle3Config, Eagle3Drafter
 from jaxspark.generation import generate
-from jaxspark.training import initialise
+from jaxspark.training import initialize
 from tests import zoo
 from tests.checkpoints.test_deepspec import altered, assert_equal, pruned_drafter
 from tests.checkpoints.tiny import dense, drafter, target
@@ -240,7 +240,7 @@ def test_training_alone_needs_the_verifiers_head(tmp_path):
 def test_llama_layers_decode_greedily_as_without_a_drafter(tmp_path):
     model = zoo.target()
     made = zoo.drafter(zoo.SPECULATORS, model)
-    initialise.from_target(made, model)
+    initialize.from_target(made, model)
     save_draft_checkpoint(tmp_path / "d", made, model, target_name="org/model")
     options = {"max_new_tokens": 24, "block_length": 3, "capacity": 64}
     prompts = zoo.prompts(5, 1, 17)

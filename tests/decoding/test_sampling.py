@@ -115,7 +115,7 @@ def test_python_and_numpy_numbers_share_a_program():
     assert len(traces) == 1
 
 
-# Sharpness --------------------------------------------------------------------------
+# Certainty --------------------------------------------------------------------------
 
 LOGITS_BW = np.random.default_rng(8).normal(0, 2, (3, 50)).astype(np.float32)
 
@@ -128,12 +128,12 @@ def drafted(coupling, seed=0, **settings):
 
 
 def test_under_rejection_sharpness_is_minus_the_entropy_whatever_is_drawn():
-    tokens, sharpness = zip(
+    tokens, certainty = zip(
         *(drafted("rejection", seed, temperature=0.7)[::2] for seed in range(20))
     )
     p_BW = np.exp(LOGITS_BW / 0.7) / np.exp(LOGITS_BW / 0.7).sum(1, keepdims=True)
-    np.testing.assert_allclose(sharpness[0], (p_BW * np.log(p_BW)).sum(1), rtol=1e-5)
-    assert np.ptp(tokens, axis=0).any() and not np.ptp(sharpness, axis=0).any()
+    np.testing.assert_allclose(certainty[0], (p_BW * np.log(p_BW)).sum(1), rtol=1e-5)
+    assert np.ptp(tokens, axis=0).any() and not np.ptp(certainty, axis=0).any()
 
 
 def odds_of_the_best(score_BW):
@@ -142,36 +142,36 @@ def odds_of_the_best(score_BW):
 
 
 def test_under_gumbel_sharpness_is_the_odds_of_the_draft_noise_included():
-    tokens, log_q_BW, sharpness = drafted("gumbel", temperature=1.0)
+    tokens, log_q_BW, certainty = drafted("gumbel", temperature=1.0)
     score_BW = log_q_BW + position_noise(
         np.arange(3, dtype=np.uint32), jnp.arange(3) + 10, 50
     )
     assert tokens.tolist() == np.argmax(score_BW, axis=1).tolist()
-    np.testing.assert_allclose(sharpness, odds_of_the_best(score_BW), rtol=1e-4)
+    np.testing.assert_allclose(certainty, odds_of_the_best(score_BW), rtol=1e-4)
 
 
 def test_these_odds_are_what_gumbel_noise_on_the_target_leaves_the_draft():
-    _, log_q_BW, sharpness = drafted("gumbel", temperature=1.0)
+    _, log_q_BW, certainty = drafted("gumbel", temperature=1.0)
     score_BW = log_q_BW + position_noise(
         np.arange(3, dtype=np.uint32), jnp.arange(3) + 10, 50
     )
     errors_NBW = np.random.default_rng(0).gumbel(size=(20_000, *score_BW.shape))
     stays_NB = np.argmax(score_BW + errors_NBW, axis=2) == np.argmax(score_BW, axis=1)
-    expected = scipy.special.expit(sharpness)
+    expected = scipy.special.expit(certainty)
     np.testing.assert_allclose(stays_NB.mean(axis=0), expected, atol=0.02)
 
 
 @pytest.mark.parametrize("coupling", ["rejection", "gumbel"])
 def test_greedy_drafts_are_judged_by_their_logits_in_any_company(coupling):
     for temperature in (0.0, [0.0, 1.0, 0.0]):
-        sharpness = drafted(coupling, temperature=temperature)[2]
+        certainty = drafted(coupling, temperature=temperature)[2]
         np.testing.assert_allclose(
-            sharpness[::2], odds_of_the_best(LOGITS_BW)[::2], rtol=1e-4
+            certainty[::2], odds_of_the_best(LOGITS_BW)[::2], rtol=1e-4
         )
 
 
 @pytest.mark.parametrize("coupling", ["rejection", "gumbel"])
 def test_sharpness_is_finite_where_one_token_is_left(coupling):
-    sharpness = drafted(coupling, temperature=1.0, top_k=1)[2]
+    certainty = drafted(coupling, temperature=1.0, top_k=1)[2]
     expected = {"rejection": 0.0, "gumbel": 10.0}[coupling]
-    np.testing.assert_allclose(sharpness, expected, atol=1e-5)
+    np.testing.assert_allclose(certainty, expected, atol=1e-5)

@@ -69,7 +69,10 @@ def test_the_usual_is_expected_before_there_is_history(model, plain):
     options = {"coupling": "gumbel", "fitted_at": (1.0,)}
     for usual, drafted in ((None, 1), ((((0.01,) * 4,),), 0)):
         calibration = Calibration(
-            **options, temperatures=((1.0,) * 4,), biases=((-4.0,) * 4,), usual=usual
+            **options,
+            temperatures=((1.0,) * 4,),
+            biases=((-4.0,) * 4,),
+            prior_blocks=usual,
         )
         seen = run(model, plain, schedule, calibration=calibration)
         assert {each.drafted for each in seen} == {drafted}
@@ -252,8 +255,11 @@ def test_calibrations_of_other_rounds_are_refused(options, message):
         ({"coupling": "none"}, "unknown coupling 'none'"),
         ({"biases": ((0.0,),)}, r"have \(2,\) numbers, rows of biases \(1,\)"),
         ({"weights": ((0.0,),)}, r"have \(2,\) numbers, rows of weights \(1,\)"),
-        ({"usual": (((0.0,),),)}, "as many blocks of 2 drafts for each of 1 sampling"),
-        ({"usual": ()}, "as many blocks of 2 drafts for each of 1 sampling"),
+        (
+            {"prior_blocks": (((0.0,),),)},
+            "as many blocks of 2 drafts for each of 1 sampling",
+        ),
+        ({"prior_blocks": ()}, "as many blocks of 2 drafts for each of 1 sampling"),
     ],
 )
 def test_malformed_calibrations_are_refused(changes, message):

@@ -29,8 +29,8 @@ def case(request):
         slots, rows = taps_BmSD.shape[0], taps_BmSD.shape[2]
         ids_BQ = jnp.zeros((slots, rows), jnp.int32)
         tokens = FlatTokens.from_rows(ids_BQ, starts_B, counts_B)
-        flat_TmD = tokens.view().collect(jnp.moveaxis(taps_BmSD, 2, 1))
-        return drafter.observe(cache, jnp.moveaxis(flat_TmD, 0, -1), tokens)
+        flat_TmD = tokens.flat(jnp.moveaxis(taps_BmSD, 2, 1))
+        return drafter.observe(cache, flat_TmD, tokens)
 
     @jax.jit
     def propose(cache, tokens_BS, lengths_B):

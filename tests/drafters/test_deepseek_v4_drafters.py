@@ -13,8 +13,8 @@ from jaxspark.configs.targets import deepseek_v4_tiny
 from jaxspark.drafters import DeepSeekV4DSpark, DraftContext, MTPDrafter
 from jaxspark.drafters.heads import ConfidenceHead
 from jaxspark.models import DeepSeekV4, FlatTokens
-from jaxspark.models.deepseek_v4 import member
-from jaxspark.models.layers.rope import TrailingRotation
+from jaxspark.models.deepseek_v4 import select_layer
+from jaxspark.models.layers.rope import PartialRotation
 from jaxspark.training.deepseek_v4 import forward
 from tests.driver import Sampler, Session
 
@@ -38,38 +38,38 @@ def one_text(ids, start=0, count=None):
 
 
 @jax.jit
-def drafted(drafter, model, taps_mDS, count, anchor):
+def drafted(drafter, model, taps_SmD, count, anchor):
     """Hidden states of a block behind the first `count` context rows."""
-    rows = one_text(jnp.zeros(taps_mDS.shape[-1], jnp.int32), count=count)
-    cache = drafter.observe(drafter.init_cache(1, 64), taps_mDS, rows)
-    return drafter.backbone(model, cache, anchor[None], count[None], G)[:, 0]
+    rows = one_text(jnp.zeros(len(taps_SmD), jnp.int32), count=count)
+    cache = drafter.observe(drafter.init_cache(1, 64), taps_SmD, rows)
+    return drafter.backbone(model, cache, anchor[None], count[None], G)[0]
 
 
 def turned(count, start=0):
     positions = start + jnp.arange(count)
-    return TrailingRotation.at(CONFIG.rope, CONFIG.qk_rope_head_dim, positions)
+    return PartialRotation.at(CONFIG.rope, CONFIG.qk_rope_head_dim, positions)
 
 
-def by_numpy(attention, h_DG, context_Dn):
+def by_numpy(attention, h_GD, context_nD):
     """Attention of a block behind n context rows: the last W of them and itself."""
-    n = context_Dn.shape[1]
+    n = len(context_nD)
     own = turned(G, n)
-    latent = attention.q_a_norm(attention.q_a_proj(h_DG))
+    latent = attention.q_a_norm(attention.q_a_proj(h_GD))
     q_GNH = np.asarray(attention.queries(latent, own))
-    keys_rH = np.asarray(attention.keys(h_DG, own))
+    keys_rH = np.asarray(attention.keys(h_GD, own))
     if n:
-        before = np.asarray(attention.keys(context_Dn, turned(n)))
+        before = np.asarray(attention.keys(context_nD, turned(n)))
         keys_rH = np.concatenate([before[-WINDOW:], keys_rH])
     scores = np.einsum("gnh,rh->gnr", q_GNH, keys_rH) * CONFIG.head_dim**-0.5
     weights = np.exp(scores)
     sinks = np.exp(np.asarray(attention.sinks[...]))[:, None]
     weights /= weights.sum(-1, keepdims=True) + sinks
-    o_NHG = np.einsum("gnr,rh->nhg", weights, keys_rH)
-    o_NHG = np.asarray(own.inverse(jnp.asarray(o_NHG)))
-    groups = o_NHG.reshape(CONFIG.o_groups, -1, G)
+    o_GNH = np.einsum("gnr,rh->gnh", weights, keys_rH)
+    o_GNH = np.asarray(own.inverse(jnp.asarray(o_GNH)))
+    groups = o_GNH.reshape(G, CONFIG.o_groups, -1)
     w_gRI = np.asarray(attention.o_a_proj.matrix)
-    w_gRI = w_gRI.reshape(CONFIG.o_groups, -1, groups.shape[1])
-    low = np.einsum("gri,git->grt", w_gRI, groups).reshape(-1, G)
+    w_gRI = w_gRI.reshape(CONFIG.o_groups, -1, groups.shape[-1])
+    low = np.einsum("gri,tgi->tgr", w_gRI, groups).reshape(G, -1)
     return attention.o_b_proj(jnp.asarray(low))
 
 
@@ -79,32 +79,32 @@ def test_a_block_attends_as_the_equations_say(model, count):
     drafter = DeepSeekV4DSpark(deepseek_v4_dspark(CONFIG), rngs=nnx.Rngs(1))
     drafter.stages.self_attn.sinks[...] += 0.5
     random = np.random.default_rng(count)
-    taps_mDS = jnp.asarray(random.normal(size=(3, D, 3 * WINDOW)), jnp.float32)
+    taps_SmD = jnp.asarray(random.normal(size=(3 * WINDOW, 3, D)), jnp.float32)
     anchor, noise = 7, drafter.config.dspark_noise_token_id
-    seen_DG = drafted(drafter, model, taps_mDS, jnp.int32(count), jnp.int32(anchor))
+    seen_GD = drafted(drafter, model, taps_SmD, jnp.int32(count), jnp.int32(anchor))
 
-    taps_mDn = taps_mDS[..., :count]
-    context = drafter.main_norm(drafter.main_proj(taps_mDn.reshape(3 * D, count)))
+    taps_nmD = taps_SmD[:count]
+    context = drafter.main_norm(drafter.main_proj(taps_nmD.reshape(count, 3 * D)))
     ids = np.array([anchor] + [noise] * (G - 1))
-    x_MDG = jnp.broadcast_to(model.embed(ids), (CONFIG.hc_mult, D, G))
+    x_GMD = model.streams(model.embed(ids))
     for place in map(jnp.int32, range(3)):
-        stage = member(drafter.stages, place)
+        stage = select_layer(drafter.stages, place)
 
-        def attend(h_DG, stage=stage):
-            return by_numpy(stage.self_attn, h_DG, context), None
+        def attend(h_GD, stage=stage):
+            return by_numpy(stage.self_attn, h_GD, context), None
 
-        x_MDG, _, _ = stage.around(attend, x_MDG, place, one_text(ids, count))
-    np.testing.assert_allclose(seen_DG, drafter.hc_head(x_MDG), atol=1e-4)
+        x_GMD, _, _ = stage.apply_sublayers(attend, x_GMD, place, one_text(ids, count))
+    np.testing.assert_allclose(seen_GD, drafter.hc_head(x_GMD), atol=1e-4)
 
 
 def test_confidences_are_not_rounded_to_bfloat16():
     head = ConfidenceHead(64, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    features = np.random.default_rng(0).normal(size=(64, 200))
-    features_IB = jnp.asarray(features, jnp.bfloat16)
-    seen_B = head(features_IB)
+    features = np.random.default_rng(0).normal(size=(200, 64))
+    features_BI = jnp.asarray(features, jnp.bfloat16)
+    seen_B = head(features_BI)
     assert seen_B.dtype == jnp.float32
     weight = np.asarray(head.proj.weight[...], np.float64)
-    expected_B = (weight @ np.asarray(features_IB, np.float64))[0]
+    expected_B = np.asarray(features_BI, np.float64) @ weight[0]
     np.testing.assert_allclose(seen_B, expected_B, rtol=1e-4, atol=1e-5)
 
 
@@ -124,23 +124,22 @@ def logits_of(drafter, model, cache, ids, length):
     return seen[0][0]
 
 
-@pytest.mark.parametrize("chunk", [7, 40])
-def test_mtp_drafts_what_its_training_forward_says(model, chunk):
+def test_mtp_drafts_what_its_training_forward_says(model, chunk=7):
     """From a cache filled in chunks, and of the whole text at once."""
     drafter = MTPDrafter(CONFIG, rngs=nnx.Rngs(1))
     ids = np.random.default_rng(0).integers(0, 61, 40)
     whole = one_text(ids)
-    streams_MDT, _ = jax.jit(forward)(model, whole)
+    streams_TMD, _ = jax.jit(forward)(model, whole)
     next_T = jnp.asarray(np.roll(ids, -1))
-    expected_TV, _ = drafter.of_whole(model, streams_MDT, next_T, whole)
+    expected_TV, _ = drafter.logits(model, streams_TMD, next_T, whole)
 
     session = Session(model, 1, 64, taps=drafter.taps)
     [taps_mtD] = session.feed([ids[:39]], chunk=chunk)[1]
-    taps_mDt, cache = jnp.moveaxis(taps_mtD, 1, 2), drafter.init_cache(1, 64)
+    taps_tmD, cache = jnp.moveaxis(taps_mtD, 0, 1), drafter.init_cache(1, 64)
     observe = jax.jit(lambda *arguments: drafter.observe(*arguments))
     for start in range(0, 39, chunk):
         part = slice(start, min(start + chunk, 39))
-        cache = observe(cache, taps_mDt[..., part], one_text(ids[part], start))
+        cache = observe(cache, taps_tmD[part], one_text(ids[part], start))
     seen_V = logits_of(drafter, model, cache, ids, 40)
     # The pair of position 38 and token 39 predicts token 40.
     np.testing.assert_allclose(seen_V, expected_TV[38], atol=1e-3)

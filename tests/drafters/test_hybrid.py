@@ -23,9 +23,13 @@ def propose(drafter, model, rows, cache=None):
     for slot, row in enumerate(rows):
         tokens_BS[slot, : len(row)] = row
     cache = drafter.init_cache(len(rows), width) if cache is None else cache
-
     lengths_B = jnp.array([len(row) for row in rows])
-    context = DraftContext.of(jnp.asarray(tokens_BS), lengths_B)
+    return _propose(drafter, model, cache, jnp.asarray(tokens_BS), lengths_B)
+
+
+@jax.jit
+def _propose(drafter, model, cache, tokens_BS, lengths_B):
+    context = DraftContext.of(tokens_BS, lengths_B)
     return drafter.propose(model, cache, context, Sampler(greedy_draw), G)
 
 
@@ -51,9 +55,9 @@ def test_a_long_match_is_copied_and_a_new_text_is_not(pair):
     )
     # What the model thinks of its own drafts says nothing of copies.
     np.testing.assert_allclose(
-        proposal.sharpness_BG[1], alone.sharpness_BG[1], atol=1e-5
+        proposal.certainty_BG[1], alone.certainty_BG[1], atol=1e-5
     )
-    assert not proposal.sharpness_BG[0].any() and alone.sharpness_BG.all()
+    assert not proposal.certainty_BG[0].any() and alone.certainty_BG.all()
 
 
 def test_the_model_is_not_run_when_every_slot_copies(pair):
@@ -127,7 +131,12 @@ def test_it_beats_its_parts_on_a_text_that_repeats():
     lengths = {}
     for name in ("ngram", "dspark-gated", "hybrid"):
         outputs = generate(
-            model, prompts, zoo.drafter(name, model), max_new_tokens=60, block_length=G
+            model,
+            prompts,
+            zoo.drafter(name, model),
+            max_new_tokens=60,
+            block_length=G,
+            buckets=(3 * (G + 1),),
         )
         lengths[name] = sum(each.rounds for each in outputs)
     assert lengths["hybrid"] <= min(lengths.values()) * 1.1

@@ -44,9 +44,8 @@ def test_not_one_token_changes(smollm2, asked, coupling, draft):
     count = len(QUESTIONS) * (1 if coupling == "rejection" else 2)
     requests, plain = (each[:count] for each in asked)
     drafter = load_drafter(draft, smollm2)
-    seen = decode_requests(
-        smollm2, requests, drafter, block_length=3, coupling=coupling, capacity=128
-    )
+    options = {"block_length": 3, "buckets": (4 * count,), "capacity": 128}
+    seen = decode_requests(smollm2, requests, drafter, coupling=coupling, **options)
     result = audit(smollm2, requests, plain, seen)
     assert result.tokens > 60
     assert not result.violations, "\n".join(map(str, result.violations))

@@ -25,27 +25,33 @@ def case(sizes, seed=0, rows=None):
     return x_AI, w_GOI, np.array(sizes), group_A
 
 
-def dense(x_AI, w_GOI, group_A, first=0):
-    used = jnp.einsum("aoi,ai->ao", w_GOI[first + group_A], x_AI[: len(group_A)])
+def dense(x_AI, w_GOI, group_A, group_offset=0):
+    used = jnp.einsum("aoi,ai->ao", w_GOI[group_offset + group_A], x_AI[: len(group_A)])
     return jnp.zeros((len(x_AI), w_GOI.shape[1])).at[: len(group_A)].set(used)
 
 
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("second", [False, True])
 def test_rows_meet_their_groups_matrix(name, second):
-    x_AI, w_GOI, sizes_E, group_A = case(SIZES[name])
-    first = len(sizes_E) * second
-    seen = jax.jit(grouped_matmul)(x_AI, w_GOI, sizes_E, first=first)
-    np.testing.assert_allclose(seen, dense(x_AI, w_GOI, group_A, first), atol=1e-4)
+    x_AI, w_GOI, group_sizes_E, group_A = case(SIZES[name])
+    group_offset = len(group_sizes_E) * second
+    seen = jax.jit(grouped_matmul)(
+        x_AI, w_GOI, group_sizes_E, group_offset=group_offset
+    )
+    np.testing.assert_allclose(
+        seen, dense(x_AI, w_GOI, group_A, group_offset), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_gradients_are_those_of_the_dense_product(name):
-    x_AI, w_GOI, sizes_E, group_A = case(SIZES[name])
+    x_AI, w_GOI, group_sizes_E, group_A = case(SIZES[name])
     weight = np.random.default_rng(1).normal(size=(len(x_AI), 5))
 
     def ours(x, w):
-        return jnp.sum(weight * grouped_matmul(x, w, sizes_E, first=1) ** 2)
+        return jnp.sum(
+            weight * grouped_matmul(x, w, group_sizes_E, group_offset=1) ** 2
+        )
 
     def theirs(x, w):
         return jnp.sum(weight * dense(x, w, group_A, 1) ** 2)
@@ -56,9 +62,9 @@ def test_gradients_are_those_of_the_dense_product(name):
 
 
 def test_bfloat16_sums_in_float32():
-    x_AI, w_GOI, sizes_E, group_A = case([40, 40])
+    x_AI, w_GOI, group_sizes_E, group_A = case([40, 40])
     seen = grouped_matmul(
-        jnp.asarray(x_AI, jnp.bfloat16), jnp.asarray(w_GOI, jnp.bfloat16), sizes_E
+        jnp.asarray(x_AI, jnp.bfloat16), jnp.asarray(w_GOI, jnp.bfloat16), group_sizes_E
     )
     assert seen.dtype == jnp.bfloat16
     expected = dense(x_AI, w_GOI, group_A)
@@ -71,6 +77,6 @@ def test_widths_that_do_not_fit_are_an_error():
 
 
 def test_an_unknown_implementation_is_an_error():
-    x_AI, w_GOI, sizes_E, _ = case([1])
+    x_AI, w_GOI, group_sizes_E, _ = case([1])
     with pytest.raises(ValueError, match="xla"):
-        grouped_matmul(x_AI, w_GOI, sizes_E, implementation="cuda")
+        grouped_matmul(x_AI, w_GOI, group_sizes_E, implementation="cuda")

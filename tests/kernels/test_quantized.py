@@ -65,10 +65,10 @@ def test_every_fp8_pattern():
 def test_grouped_products_are_those_of_the_dequantized_matrices(kind):
     w, plain = stack(kind, 6 * [(40, 64)])
     x_AI = np.random.default_rng(1).normal(size=(50, 64)).astype(np.float32)
-    sizes_E = np.array([17, 0, 30])
+    group_sizes_E = np.array([17, 0, 30])
 
     def through(w, x_AI):
-        return grouped_matmul(x_AI, w, sizes_E, first=2)
+        return grouped_matmul(x_AI, w, group_sizes_E, group_offset=2)
 
     np.testing.assert_allclose(
         jax.jit(through)(w, x_AI), through(plain, x_AI), atol=1e-5

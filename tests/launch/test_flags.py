@@ -14,7 +14,7 @@ class Config(Configuration):
 
     out: str = option("Folder.")
     text: str | None = option("Text.", None, may_be_empty=True)
-    kind: str = option("Kind.", "a", choices=("a", "b"))
+    kind: str = option("Kind.", "a", choices=("a", "b"), renamed={"old": "b"})
     count: int = option("Count.", 3, at_least=1)
     share: float = option("Share.", 0.5, at_least=0, at_most=1)
     sizes: tuple[int, ...] = option("Sizes.", (1, 2), at_least=1)
@@ -78,6 +78,11 @@ def test_what_must_be_given_is_named():
 def test_an_earlier_name_is_read_with_a_notice(capsys):
     assert read("--labels=a,b").names == ("a", "b")
     assert capsys.readouterr().err == "--labels is now called --names\n"
+
+
+def test_an_earlier_choice_is_read_with_a_notice():
+    with pytest.warns(UserWarning, match="^kind=old is now called b$"):
+        assert read("--kind=old").kind == "b"
 
 
 def test_programs_and_people_are_refused_alike():

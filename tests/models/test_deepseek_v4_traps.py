@@ -26,8 +26,8 @@ from jaxspark.models.layers.experts import Experts, Router
 from jaxspark.models.layers.hyper_connections import mix, sinkhorn
 from jaxspark.models.layers.indexer import Indexer
 from jaxspark.models.layers.mlp import GatedMLP
-from jaxspark.models.layers.rope import TrailingRotation
-from pallas_kernels import index_scores, sparse_attention
+from jaxspark.models.layers.rope import PartialRotation
+from pallas_kernels import Table, index_scores, sparse_attention
 from tests.driver import Sampler, Session, greedy_draw
 from tests.parity.v4_cases import lengths, random_config
 from tests.parity.v4_weights import random_weights
@@ -50,6 +50,13 @@ def model_of(*ratios, **changes):
     return model
 
 
+def one_slot(count, start=0):
+    """Tokens of a single slot."""
+    return FlatTokens.from_rows(
+        jnp.zeros((1, count), jnp.int32), jnp.array([start]), jnp.array([count])
+    )
+
+
 def logits(model, row):
     """Passes of one size, so that texts of all lengths share a model's program."""
     return Session(model, 1, 160).feed([row], chunk=40)[0][0]
@@ -60,31 +67,31 @@ def ids(count, seed=0):
 
 
 def test_01_streams_are_mixed_by_the_transposed_matrix():
-    x_MDT = normal(3, 4, 2)
-    comb_MMT = jnp.zeros((3, 3, 2)).at[0, 1].set(1.0)
-    mixed = mix(jnp.zeros((4, 2)), x_MDT, jnp.zeros((3, 2)), comb_MMT)
-    np.testing.assert_allclose(mixed[1], x_MDT[0])
-    assert not np.any(mixed[0]) and not np.any(mixed[2])
+    x_TMD = normal(2, 3, 4)
+    comb_TMM = jnp.zeros((2, 3, 3)).at[:, 0, 1].set(1.0)
+    mixed = mix(jnp.zeros((2, 4)), x_TMD, jnp.zeros((2, 3)), comb_TMM)
+    np.testing.assert_allclose(mixed[:, 1], x_TMD[:, 0])
+    assert not np.any(mixed[:, 0]) and not np.any(mixed[:, 2])
 
 
 def test_02_sinkhorn_begins_with_softmax_and_ends_on_columns():
-    logits_MMT, eps = np.asarray(normal(4, 4, 3)), 0.1
-    expected = np.exp(logits_MMT - logits_MMT.max(1, keepdims=True))
-    expected = expected / expected.sum(1, keepdims=True) + eps
+    logits_TMM, eps = np.asarray(normal(3, 4, 4)), 0.1
+    expected = np.exp(logits_TMM - logits_TMM.max(2, keepdims=True))
+    expected = expected / expected.sum(2, keepdims=True) + eps
     for step in range(2 * 20 - 1):
-        axis = step % 2  # columns (over j) first and last
+        axis = 1 + step % 2  # columns (over j) first and last
         expected = expected / (expected.sum(axis, keepdims=True) + eps)
-    seen = sinkhorn(jnp.asarray(logits_MMT), 20, eps)
+    seen = sinkhorn(jnp.asarray(logits_TMM), 20, eps)
     np.testing.assert_allclose(seen, expected, rtol=1e-5)
-    released = sinkhorn(jnp.asarray(logits_MMT), 20, TINY.hc_eps)
-    np.testing.assert_allclose(released.sum(0), 1, atol=2e-6)
+    released = sinkhorn(jnp.asarray(logits_TMM), 20, TINY.hc_eps)
+    np.testing.assert_allclose(released.sum(1), 1, atol=2e-6)
 
 
 @pytest.mark.parametrize("preset", [deepseek_v4_flash, deepseek_v4_pro])
 def test_03_yarn_does_not_scale_cos_and_sin(preset):
     config = preset()
-    turn = TrailingRotation.at(config.compress_rope, 64, jnp.array([0, 5, 99999]))
-    np.testing.assert_allclose(turn.cos_hT**2 + turn.sin_hT**2, 1, rtol=1e-5)
+    turn = PartialRotation.at(config.compress_rope, 64, jnp.array([0, 5, 99999]))
+    np.testing.assert_allclose(turn.cos_Th**2 + turn.sin_Th**2, 1, rtol=1e-5)
     # The ramp between kept and stretched frequencies runs over pairs 15 to 25.
     plain = 160000.0 ** (-np.arange(32) / 32)
     ratio = config.compress_rope.frequencies(64)[0] / plain
@@ -137,16 +144,19 @@ def test_05_entries_turn_by_the_first_position_of_their_window(overlap):
     tokens = FlatTokens.from_rows(
         jnp.zeros((1, 16), jnp.int32), jnp.zeros(1, jnp.int32), jnp.array([16])
     )
-    x_DT = jnp.broadcast_to(normal(config.hidden_size, 1), (config.hidden_size, 16))
+    x_TD = jnp.broadcast_to(normal(config.hidden_size), (16, config.hidden_size))
     if overlap:  # the same values in both series
         half = part.kv_proj.weight[...][:32]
         part.kv_proj.weight[...] = jnp.concatenate([half, half])
-    raw, entries = part.init_raw(1, 1, 16), part.init_entries(1, 1, 16, jnp.float32)
-    _, entries = part(x_DT, raw, entries, jnp.int32(0), tokens, tokens.view())
-    plain_H1 = part.kv_norm(part.kv_proj(x_DT[:, :1])[:32])
-    turn = TrailingRotation.at(config.compress_rope, 16, m * jnp.arange(4))
-    expected_HC = turn(jnp.broadcast_to(plain_H1, (32, 4))[None])[0]
-    np.testing.assert_allclose(entries.rows_LBSH[0, 0], expected_HC.T, atol=1e-5)
+    pending, entries = (
+        part.init_pending(1, 1, 16),
+        part.init_entries(1, 1, 16, jnp.float32),
+    )
+    _, entries = part(x_TD, pending, entries, jnp.int32(0), tokens)
+    plain_1H = part.kv_norm(part.kv_proj(x_TD[:1])[:, :32])
+    turn = PartialRotation.at(config.compress_rope, 16, m * jnp.arange(4))
+    expected_CH = turn(jnp.broadcast_to(plain_1H, (4, 32))[:, None])[:, 0]
+    np.testing.assert_allclose(entries.rows_LBSH[0, 0], expected_CH, atol=1e-5)
 
 
 def test_06_what_is_read_depends_on_distances_alone():
@@ -159,11 +169,11 @@ def test_06_what_is_read_depends_on_distances_alone():
 
 def test_07_the_shared_expert_is_clamped_too():
     part = GatedMLP(8, 16, bias=False, limit=2.0, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    x_DT = 1000.0 * normal(8, 20)
-    gate, up = part.gate_proj(x_DT), part.up_proj(x_DT)
+    x_TD = 1000.0 * normal(20, 8)
+    gate, up = part.gate_proj(x_TD), part.up_proj(x_TD)
     expected = jax.nn.silu(jnp.minimum(gate, 2.0)) * jnp.clip(up, -2.0, 2.0)
-    np.testing.assert_allclose(part.hidden(x_DT), expected, rtol=1e-5)
-    assert np.abs(part.hidden(x_DT)).max() <= 2 * float(jax.nn.silu(2.0)) + 1e-5
+    np.testing.assert_allclose(part.hidden(x_TD), expected, rtol=1e-5)
+    assert np.abs(part.hidden(x_TD)).max() <= 2 * float(jax.nn.silu(2.0)) + 1e-5
     tiny = DeepSeekV4(TINY, rngs=nnx.Rngs(0)).layers[0].mlp
     assert tiny.shared_experts.limit == tiny.experts.limit == TINY.swiglu_limit
 
@@ -187,11 +197,11 @@ def test_09_the_router_survives_extreme_scores(hashed):
     part = Router(TINY, hashed=hashed, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     for factor in (-1e4, 1e4):
         part.weight[...] = jnp.full(part.weight.shape, factor, jnp.bfloat16)
-        routing = part(jnp.ones((TINY.hidden_size, 3), jnp.bfloat16), jnp.arange(3))
+        routing = part(jnp.ones((3, TINY.hidden_size), jnp.bfloat16), jnp.arange(3))
         assert routing.scores_TE.dtype == jnp.float32
         assert np.isfinite(routing.weights_TX).all()
     part.weight[...] = normal(*part.weight.shape).astype(jnp.bfloat16)
-    routing = part(normal(TINY.hidden_size, 3), jnp.arange(3))
+    routing = part(normal(3, TINY.hidden_size), jnp.arange(3))
     np.testing.assert_allclose(
         routing.weights_TX.sum(1), TINY.routed_scaling_factor, rtol=1e-5
     )
@@ -201,11 +211,11 @@ def test_09_scores_are_those_of_float64():
     """Small ones too, which log(1 + exp(x)) would lose."""
     part = Router(TINY, hashed=False, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     part.weight[...] = normal(*part.weight.shape).astype(jnp.bfloat16)
-    x_DT = (3.0 * normal(TINY.hidden_size, 40)).astype(jnp.bfloat16)
-    logits = np.asarray(part.weight[...], np.float64) @ np.asarray(x_DT, np.float64)
+    x_TD = (3.0 * normal(40, TINY.hidden_size)).astype(jnp.bfloat16)
+    logits = np.asarray(x_TD, np.float64) @ np.asarray(part.weight[...], np.float64).T
     assert logits.min() < -20 and logits.max() > 20
-    expected = np.sqrt(np.log1p(np.exp(logits))).T
-    scores_TE = part(x_DT, jnp.arange(40)).scores_TE
+    expected = np.sqrt(np.log1p(np.exp(logits)))
+    scores_TE = part(x_TD, jnp.arange(40)).scores_TE
     np.testing.assert_allclose(scores_TE, expected, rtol=2e-5, atol=2e-19)
 
 
@@ -216,7 +226,7 @@ def test_09_the_router_has_a_gradient_where_scores_vanish():
 
     def total(state):
         routing = nnx.merge(graph, state)(
-            jnp.ones((TINY.hidden_size, 1)), jnp.arange(1)
+            jnp.ones((1, TINY.hidden_size)), jnp.arange(1)
         )
         return routing.weights_TX[0, 0]
 
@@ -225,9 +235,9 @@ def test_09_the_router_has_a_gradient_where_scores_vanish():
 
 def test_09_the_bias_chooses_and_does_not_weigh():
     part = Router(TINY, hashed=False, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    x_DT = normal(TINY.hidden_size, 4)
+    x_TD = normal(4, TINY.hidden_size)
     part.e_score_correction_bias[...] = jnp.zeros(16).at[jnp.array([3, 7])].set(100.0)
-    routing = part(x_DT, jnp.zeros(4, jnp.int32))
+    routing = part(x_TD, jnp.zeros(4, jnp.int32))
     assert np.sort(routing.experts_TX, axis=1).tolist() == [[3, 7]] * 4
     scores_TX = np.take_along_axis(routing.scores_TE, routing.experts_TX, axis=1)
     expected = 1.5 * scores_TX / scores_TX.sum(1, keepdims=True)
@@ -246,10 +256,11 @@ def test_10_routing_tables_stay_integers():
 
 
 def test_11_index_scores_are_weighted_sums_of_relus():
-    q, k, w = normal(1, 2, 3, 8), normal(1, 5, 8), normal(1, 2, 3)
-    dots = np.einsum("bqnh,bch->bqnc", q, k)
-    expected = (np.maximum(dots, 0) * np.asarray(w)[..., None]).sum(2)
-    np.testing.assert_allclose(index_scores(q, k, w), expected, rtol=1e-4, atol=1e-5)
+    q, k, w = normal(2, 3, 8), normal(5, 8), normal(2, 3)
+    dots = np.einsum("tnh,ch->tnc", q, k)
+    expected = (np.maximum(dots, 0) * np.asarray(w)[..., None]).sum(1)
+    seen = index_scores(q, Table(k[None, None]), w, one_slot(2))
+    np.testing.assert_allclose(seen, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_12_queries_have_a_norm_per_head_without_weight():
@@ -261,10 +272,10 @@ def test_12_queries_have_a_norm_per_head_without_weight():
 
 
 def test_13_the_last_channels_turn_in_neighbouring_pairs():
-    turn = TrailingRotation.at(TINY.rope, 8, jnp.array([3]))
-    x_NHT = normal(1, 20, 1)
-    seen = np.asarray(turn(x_NHT))[0, :, 0]
-    x = np.asarray(x_NHT)[0, :, 0]
+    turn = PartialRotation.at(TINY.rope, 8, jnp.array([3]))
+    x_TNH = normal(1, 1, 20)
+    seen = np.asarray(turn(x_TNH))[0, 0]
+    x = np.asarray(x_TNH)[0, 0]
     np.testing.assert_array_equal(seen[:12], x[:12])
     for pair in range(4):
         angle = 3 * 10000.0 ** (-2 * pair / 8)
@@ -300,42 +311,37 @@ def test_14_a_slot_may_be_set_back_by_64_and_no_more():
 
 
 def test_15_sinks_take_weight_and_give_nothing():
-    q, rows = normal(1, 1, 2, 8), normal(1, 4, 8)
-    spans = jnp.array([[[0, 4]]])
+    q, rows = normal(1, 2, 8), normal(4, 8)
 
     def attend(sink):
         sinks = jnp.full((2,), sink)
-        return sparse_attention(q, rows, spans, sinks, window=4, scale=1.0)
+        tokens = one_slot(1, start=9)
+        return sparse_attention(q, rows[3:], rows[None, :3], sinks, tokens, scale=1.0)
 
-    scores = np.einsum("bqnh,brh->bqnr", q, rows)
-    weights = np.exp(scores)
+    weights = np.exp(np.einsum("tnh,rh->tnr", q, rows))
     for sink in (-np.inf, 0.5):
         total = weights.sum(-1, keepdims=True) + np.exp(sink)
-        expected = np.einsum("bqnr,brh->bqnh", weights / total, rows)
+        expected = np.einsum("tnr,rh->tnh", weights / total, rows)
         np.testing.assert_allclose(attend(sink), expected, rtol=1e-4, atol=1e-5)
     assert np.abs(attend(1e4)).max() == 0
-    nothing = sparse_attention(
-        q, rows, jnp.array([[[2, 2]]]), jnp.zeros(2), window=4, scale=1.0
-    )
-    assert np.abs(nothing).max() == 0  # and no NaN
 
 
 def proposals(drafter, model, *, change=None):
     """What it drafts after 20 context rows; `change` alters one of them."""
     taps = np.random.default_rng(1).normal(
-        size=(len(drafter.taps), TINY.hidden_size, 20)
+        size=(20, len(drafter.taps), TINY.hidden_size)
     )
     if change is not None:
-        taps[:, :, change] += 3.0
+        taps[change] += 3.0
     return proposal(drafter, model, jnp.asarray(taps, jnp.float32))
 
 
 @jax.jit
-def proposal(drafter, model, taps_mDT):
-    count = jnp.full(1, taps_mDT.shape[-1])
-    ids_1Q = jnp.zeros((1, taps_mDT.shape[-1]), jnp.int32)
+def proposal(drafter, model, taps_TmD):
+    count = jnp.full(1, len(taps_TmD))
+    ids_1Q = jnp.zeros((1, len(taps_TmD)), jnp.int32)
     tokens = FlatTokens.from_rows(ids_1Q, jnp.zeros(1, jnp.int32), count)
-    cache = drafter.observe(drafter.init_cache(1, 64), taps_mDT, tokens)
+    cache = drafter.observe(drafter.init_cache(1, 64), taps_TmD, tokens)
 
     answer_1S = jnp.arange(64, dtype=jnp.int32)[None] % VOCAB
     length = drafter.block_length
@@ -423,9 +429,9 @@ def test_18_the_window_includes_the_query_itself():
 def test_19_compression_of_draft_layers_is_not_the_targets():
     """Released files list 44 or 46 ratios for 43 layers."""
     config = deepseek_v4_flash()
-    raw = v4_config_to_hf(config, dtype=jnp.bfloat16)
+    pending = v4_config_to_hf(config, dtype=jnp.bfloat16)
     for tail in ([], [0], [0, 0, 0]):
-        longer = raw | {"compress_ratios": [*config.compress_ratios, *tail]}
+        longer = pending | {"compress_ratios": [*config.compress_ratios, *tail]}
         assert v4_config_from_hf(longer) == config
 
 
@@ -438,10 +444,10 @@ def test_20_a_block_is_no_longer_than_the_drafter_was_made_for(drafting):
 def test_21_ties_go_to_the_earliest_entry():
     """Zeros are common, since ReLU makes them; a longer text must choose alike."""
     part = Indexer(TINY, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    scores = jnp.zeros((1, 2, 30)).at[0, :, 17].set(1.0)
-    chosen = part.choose(scores, jnp.array([[30, 5]]))
-    assert chosen[0, 0].tolist() == [17, 0, 1, 2, 3, 4, 5, 6]
-    assert chosen[0, 1].tolist() == [0, 1, 2, 3, 4, -1, -1, -1]
+    scores = jnp.zeros((2, 30)).at[:, 17].set(1.0)
+    chosen = part.choose(scores, jnp.array([30, 5]))
+    assert chosen[0].tolist() == [17, 0, 1, 2, 3, 4, 5, 6]
+    assert chosen[1].tolist() == [0, 1, 2, 3, 4, -1, -1, -1]
 
 
 @pytest.mark.parametrize("limit", [0.5, 10.0])
@@ -450,16 +456,16 @@ def test_experts_compute_what_a_loop_over_tokens_does(limit):
     config = replace(TINY, swiglu_limit=limit)
     part = Experts(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
     router = Router(TINY, hashed=False, dtype=jnp.float32, rngs=nnx.Rngs(1))
-    x_DT = normal(TINY.hidden_size, 9)
-    routing = router(x_DT, jnp.zeros(9, jnp.int32))
+    x_TD = normal(9, TINY.hidden_size)
+    routing = router(x_TD, jnp.zeros(9, jnp.int32))
     slots = jnp.array([0] * 7 + [-1, -1])
-    seen = part(x_DT.T, routing, slots, jnp.int32(0))
+    seen = part(x_TD, routing, slots, jnp.int32(0))
     for token in range(7):
         total = 0.0
         for expert, weight in zip(
             routing.experts_TX[token], routing.weights_TX[token], strict=True
         ):
-            gate, up = jnp.split(part.gate_up_proj[...][expert] @ x_DT[:, token], 2)
+            gate, up = jnp.split(part.gate_up_proj[...][expert] @ x_TD[token], 2)
             hidden = jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
             total += weight * (part.down_proj[...][expert] @ hidden)
         np.testing.assert_allclose(seen[token], total, rtol=1e-3, atol=1e-4)

@@ -105,9 +105,9 @@ def drafted(
         tokens = FlatTokens.from_rows(
             jnp.asarray(ids_AS[:, :width]), jnp.zeros(slots, int), anchors_A
         )
-        taps_TmD = tokens.view().collect(jnp.moveaxis(taps_AmSD, 2, 1))
+        taps_TmD = tokens.flat(jnp.moveaxis(taps_AmSD, 2, 1))
         cache = drafter.init_cache(slots, cases.SEQUENCE)
-        cache = drafter.observe(cache, jnp.moveaxis(taps_TmD, 0, -1), tokens)
+        cache = drafter.observe(cache, taps_TmD, tokens)
         proposal, _ = drafter.propose(
             model,
             cache,

@@ -124,8 +124,8 @@ def observed(drafter, taps, *, chunk):
         packed_mTD = np.concatenate(parts, axis=1)
         missing = slots * chunk - packed_mTD.shape[1]
         packed_mTD = np.pad(packed_mTD, ((0, 0), (0, missing), (0, 0)))
-        taps_mDT = jnp.asarray(packed_mTD.swapaxes(1, 2))
-        cache = drafter.observe(cache, taps_mDT, tokens)
+        taps_TmD = jnp.asarray(packed_mTD.swapaxes(0, 1))
+        cache = drafter.observe(cache, taps_TmD, tokens)
     return cache
 
 
@@ -156,10 +156,10 @@ def test_drafts_equal_numpy(name, length, seed):
     drafter, target, taps, anchors, reference = build(HEADS[name], seed)
     cache = observed(drafter, taps, chunk=5)
     positions_B = jnp.asarray(LENGTHS, jnp.int32) - 1
-    hidden_DBG, _ = drafter.backbone(
+    hidden_BGD, _ = drafter.backbone(
         target, cache, jnp.asarray(anchors, jnp.int32), positions_B, length
     )
-    base_BGW = drafter.logits(target, hidden_DBG)
+    base_BGW = drafter.logits(target, hidden_BGD)
     random = np.random.default_rng(seed + 1)
     for chosen in (None, random.integers(0, 61, (len(LENGTHS), length))):
         proposal, _ = propose(drafter, target, cache, anchors, length, chosen)
@@ -168,7 +168,7 @@ def test_drafts_equal_numpy(name, length, seed):
                 taps[b], anchor, length, None if chosen is None else chosen[b]
             )
             where = (name, f"{seed=}", f"slot {b}")
-            close(hidden_DBG[:, b].T, hidden, ("hidden", *where))
+            close(hidden_BGD[b], hidden, ("hidden", *where))
             close(base_BGW[b], base, ("base logits", *where))
             close(proposal.q.log_q_BGW[b], corrected, ("corrected logits", *where))
             close(proposal.confidence_BG[b], confidence, ("confidence", *where))
@@ -190,7 +190,7 @@ def test_drafting_leaves_no_trace_in_the_context():
     tokens = FlatTokens.from_rows(jnp.zeros((4, 23), jnp.int32), lengths_B, counts_B)
     packed = np.concatenate([p[:, p.shape[1] // 2 :] for p in taps], axis=1)
     packed = np.pad(packed, ((0, 0), (0, 4 * 23 - packed.shape[1]), (0, 0)))
-    half = drafter.observe(half, jnp.asarray(packed.swapaxes(1, 2)), tokens)
+    half = drafter.observe(half, jnp.asarray(packed.swapaxes(0, 1)), tokens)
     first, _ = propose(drafter, target, clean, anchors, BLOCK)
     second, _ = propose(drafter, target, half, anchors, BLOCK)
     assert first.tokens_BG.tolist() == second.tokens_BG.tolist()

@@ -92,9 +92,9 @@ def test_eagle3_drafts_equal_numpy(pruned, random):
         taps_mTD = np.concatenate(rows, axis=1)
         missing = tokens.ids_T.shape[0] - taps_mTD.shape[1]
         taps_mTD = np.pad(taps_mTD, ((0, 0), (0, missing), (0, 0)))
-        embedded_DT = target.embed(tokens.ids_T)
-        taps_mDT = jnp.concatenate([embedded_DT[None], taps_mTD.swapaxes(1, 2)])
-        cache = drafter.observe(cache, taps_mDT, tokens)
+        embedded_TD = target.embed(tokens.ids_T)
+        taps_mTD = jnp.concatenate([embedded_TD[None], taps_mTD])
+        cache = drafter.observe(cache, taps_mTD.swapaxes(0, 1), tokens)
 
     chosen_BG = random.integers(0, 61, (slots, BLOCK)).astype(np.int32)
 

@@ -8,7 +8,7 @@ from jaxspark.checkpoints.deepseek_v4 import load_deepseek_v4
 from jaxspark.checkpoints.deepseek_v4_config import v4_config_from_hf
 from jaxspark.checkpoints.tree import Tensors
 from jaxspark.models import DeepSeekV4, FlatTokens
-from jaxspark.models.deepseek_v4 import Pass, member, stacks
+from jaxspark.models.deepseek_v4 import ForwardContext, from_the_start
 from tests.parity.v4_weights import random_weights
 
 
@@ -20,34 +20,66 @@ def made(config: dict, seed: int) -> DeepSeekV4:
     return load_deepseek_v4(v4_config_from_hf(config), tensors, dtype="float32")
 
 
-def chosen_entries(model: DeepSeekV4, row) -> dict[int, np.ndarray]:
-    """What the indexer of each CSA layer chooses for every query [T, X]; -1: none."""
-    period = model.config.plan[1]
-    places = {
-        first + place * period: (index, place)
-        for index, (first, count) in enumerate(stacks(model.config))
-        for place in range(count)
-    }
+def through(model: DeepSeekV4, row, keep):
+    """What `keep` says of each layer and its internals, on one text; by stack."""
 
     @jax.jit
     def run(model, ids_1Q):
         tokens = FlatTokens.from_rows(
             ids_1Q, jnp.zeros(1, jnp.int32), jnp.full(1, ids_1Q.shape[1])
         )
-        run, chosen = Pass.of(model.config, tokens), {}
-        x_DT = model.embed(tokens.ids_T)
-        x_MDT = jnp.broadcast_to(x_DT, (model.config.hc_mult, *x_DT.shape))
-        for number in range(model.config.num_hidden_layers):
-            index, place = places[number]
-            layer = member(model.layers[index], jnp.int32(place))
-            rotation = run.compressed if layer.ratio else run.plain
+        context = ForwardContext.of(model.config, tokens)
 
-            def attend(h_DT, layer=layer, rotation=rotation):
-                return layer.self_attn.of_whole(h_DT, tokens, run.view, rotation)
+        def step(x_TMD, layer, at):
+            x_TMD, internals = from_the_start(layer, x_TMD, context)
+            return x_TMD, keep(layer, internals, tokens)
 
-            x_MDT, looked, _ = layer.around(attend, x_MDT, jnp.int32(place), tokens)
-            if "chosen_BQX" in looked.seen:
-                chosen[number] = looked.seen["chosen_BQX"][0]
-        return chosen
+        x_TMD = model.streams(model.embed(tokens.ids_T))
+        return model.through_layers(step, x_TMD, slice_experts=True)[1]
 
-    return jax.tree.map(np.asarray, run(model, jnp.asarray(row, jnp.int32)[None]))
+    return run(model, jnp.asarray(row, jnp.int32)[None])
+
+
+def chosen_entries(model: DeepSeekV4, row) -> dict[int, np.ndarray]:
+    """What the indexer of each CSA layer chooses for every query [T, X]; -1: none."""
+
+    def keep(layer, internals, tokens):
+        entries = internals.attention.entries
+        return None if entries is None else entries.chosen_TX
+
+    period = model.config.layer_pattern[1]
+    chosen = through(model, row, keep)
+    return {
+        first + place * period: np.asarray(chosen_LTX[place])
+        for (first, count), chosen_LTX in zip(model.config.layer_stacks, chosen)
+        if chosen_LTX is not None
+        for place in range(count)
+    }
+
+
+def closest_choice(model: DeepSeekV4, row) -> float:
+    """The least by which an expert or an entry was chosen before another one."""
+
+    def margin(scores_TX, count):
+        if scores_TX.shape[1] <= count:
+            return jnp.float32(jnp.inf)
+        best_TX = jax.lax.top_k(scores_TX, count + 1)[0]
+        # Nothing is left out where there are not more than are chosen.
+        gap_T = jnp.where(best_TX[:, -1] > -1e29, best_TX[:, -2] - best_TX[:, -1], 1.0)
+        return jnp.min(gap_T)
+
+    def keep(layer, internals, tokens):
+        least = jnp.float32(jnp.inf)
+        if not layer.mlp.gate.hashed:
+            bias_E = layer.mlp.gate.e_score_correction_bias[...]
+            scores_TE = internals.routing.scores_TE + bias_E
+            least = margin(scores_TE, layer.mlp.gate.top_k)
+        if internals.attention.scores_TC is not None:
+            limits_T = layer.self_attn.compressor.limits(tokens.positions_T)
+            scores_TC = internals.attention.scores_TC
+            open_TC = jnp.arange(scores_TC.shape[1]) < limits_T[:, None]
+            scores_TC = jnp.where(open_TC, scores_TC, -1e30)
+            least = jnp.minimum(least, margin(scores_TC, layer.self_attn.indexer.top_k))
+        return least
+
+    return min(float(jnp.min(each)) for each in through(model, row, keep))

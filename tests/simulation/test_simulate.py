@@ -102,7 +102,7 @@ def test_recorded_rounds_are_replayed_whole():
     rounds = Rounds(
         request_N=np.array([0, 1, 0, 1]),
         confidence_NG=np.array([[2.0, 0.0], [1.0, 1.0], [0.0, 0.0], [3.0, 3.0]]),
-        sharpness_NG=np.zeros((4, 2)),
+        certainty_NG=np.zeros((4, 2)),
         judged_N=np.array([2, 1, 1, 2]),
         accepted_N=np.array([2, 0, 1, 1]),
     )
@@ -120,7 +120,7 @@ def test_rounds_that_never_verified_a_block_are_refused():
     cut = Rounds(
         request_N=np.zeros(1, int),
         confidence_NG=np.zeros((1, 3)),
-        sharpness_NG=np.zeros((1, 3)),
+        certainty_NG=np.zeros((1, 3)),
         judged_N=np.array([1]),
         accepted_N=np.array([1]),
     )

@@ -12,7 +12,7 @@ from jaxspark.text.looping import is_looping
 from jaxspark.training.data import (
     Conversation,
     Dropped,
-    Problem,
+    MalformedRow,
     Regenerated,
     read_conversations,
     regenerate,
@@ -115,7 +115,7 @@ def test_lines_that_hold_no_conversation_are_named(tmp_path):
     good = json.dumps({"messages": [{"role": "user", "content": "é"}]}).encode()
     path.write_bytes(good + b'\n\n{"messages\n\xff\n[]\n' + good)
     rows = list(read_conversations([path]))
-    assert [isinstance(row, Problem) for row in rows] == [
+    assert [isinstance(row, MalformedRow) for row in rows] == [
         False,
         True,
         True,
@@ -319,7 +319,7 @@ def test_what_gives_no_example_is_listed_with_its_reason():
     rows = [
         *questions(2),
         *questions(1),
-        Problem("file:9", "is not JSON"),
+        MalformedRow("file:9", "is not JSON"),
         conversation("x" * 100, ""),
         Conversation(messages=({"role": "assistant", "content": "hi"},), where="f:2"),
     ]

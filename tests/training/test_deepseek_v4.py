@@ -14,19 +14,23 @@ from jax.test_util import check_grads
 from jaxspark.configs.targets import deepseek_v4_tiny
 from jaxspark.drafters import MTPDrafter
 from jaxspark.models import DeepSeekV4, FlatTokens
-from jaxspark.models.deepseek_v4 import DeepSeekV4Layer, Pass
+from jaxspark.models.deepseek_v4 import (
+    DeepSeekV4Layer,
+    ForwardContext,
+    from_the_start,
+)
 from jaxspark.models.layers.compression import Compressor
 from jaxspark.models.layers.experts import MixtureOfExperts, Routing
 from jaxspark.models.layers.hyper_connections import HyperConnection, HyperHead, mix
 from jaxspark.models.layers.indexer import Indexer
 from jaxspark.models.layers.sparse_attention import SparseAttention
 from jaxspark.training.deepseek_v4 import (
-    balanced,
     forward,
     imbalance,
     index_loss,
     load_and_balance,
     pretraining_loss,
+    update_router_bias,
 )
 from tests.driver import Session
 
@@ -77,37 +81,44 @@ def blocks():
     options = {"dtype": jnp.float64, "rngs": rngs}
     tokens = texts(13, 9)
     T, D, M = len(tokens.ids_T), c.hidden_size, c.hc_mult
-    run = Pass.of(c, tokens)
+    context = ForwardContext.of(c, tokens)
     zero = jnp.int32(0)
 
     def hyper(part, x):
-        h_DT, post, comb = part(x.reshape(M, D, T))
-        return mix(jnp.tanh(h_DT), x.reshape(M, D, T), post, comb)
+        h_TD, post, comb = part(x.reshape(T, M, D))
+        return mix(jnp.tanh(h_TD), x.reshape(T, M, D), post, comb)
 
     def scores(part, x):
-        keys = part.compressor.of_whole(x[:D], tokens, run.view)
-        return part.scores(x[:D], x[D : D + c.q_lora_rank], keys, run.view, run.plain)
+        x_TD, latent_TR = x[:, :D], x[:, D : D + c.q_lora_rank]
+        keys = compressed(part.compressor, x_TD)
+        return part.scores(x_TD, latent_TR, keys, tokens, context.plain)
+
+    def compressed(part, x_TD):
+        size = (1, tokens.slots, tokens.rows)
+        pending, entries = (
+            part.init_pending(*size),
+            part.init_entries(*size, jnp.float64),
+        )
+        return part(x_TD, pending, entries, zero, tokens)[1].table(zero)
 
     def compress(part, x):
-        return part.of_whole(x[:D], tokens, run.view)
+        return compressed(part, x[:, :D]).whole()
 
     def attend(part, x):
-        return part.of_whole(x[:D], tokens, run.view, run.compressed)[0]
+        cache = part.init_cache(1, tokens.slots, tokens.rows, jnp.float64)
+        return part(x[:, :D], cache, zero, tokens, context.compressed)[0]
 
     def layer(part, x):
-        def attend(h):
-            return part.self_attn.of_whole(h, tokens, run.view, run.plain)
-
-        return part.around(attend, x.reshape(M, D, T), zero, tokens)[0]
+        return from_the_start(part, x.reshape(T, M, D), context)[0]
 
     def experts(part, x):
-        return part(x[:D], tokens.ids_T, tokens.slots_T, zero)[0]
+        return part(x[:, :D], tokens.ids_T, tokens.slots_T, zero)[0]
 
     compressor = partial(Compressor, c, c.head_dim, **options)
     attention = partial(SparseAttention, c, **options)
     return {
         "hyper-connection": (HyperConnection(c, rngs=rngs), hyper),
-        "hyper head": (HyperHead(c, rngs=rngs), lambda p, x: p(x.reshape(M, D, T))),
+        "hyper head": (HyperHead(c, rngs=rngs), lambda p, x: p(x.reshape(T, M, D))),
         "compression, overlapping": (compressor(4, overlap=True), compress),
         "compression": (compressor(8, overlap=False), compress),
         "indexer": (Indexer(c, **options), scores),
@@ -131,7 +142,7 @@ def test_gradients_equal_finite_differences(name):
         graph, state = nnx.split(lively(module))
         leaves, tree = jax.tree.flatten(state)
         moving = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
-        x = jnp.asarray(np.random.default_rng(1).normal(size=(SMALL.hc_mult * 12, 26)))
+        x = jnp.asarray(np.random.default_rng(1).normal(size=(26, SMALL.hc_mult * 12)))
         weight = None
 
         def loss(parts, x):
@@ -148,12 +159,12 @@ def test_gradients_equal_finite_differences(name):
 
 
 def test_the_training_forward_is_the_models():
-    """Whole texts without caches give the logits of prefill with caches."""
+    """Whole texts give the logits of prefill."""
     model = DeepSeekV4(SMALL, rngs=nnx.Rngs(0))
     model.embed_tokens.weight[...] *= 30.0
     tokens = texts(37, 20, 5)
-    x_MDT, _ = jax.jit(forward)(model, tokens)
-    seen = tokens.view().spread(model.logits(model.hc_head(x_MDT)), 0.0)
+    x_TMD, _ = jax.jit(forward)(model, tokens)
+    seen = tokens.padded(model.logits(model.hc_head(x_TMD)), 0.0)
     rows = [np.asarray(tokens.ids_T[tokens.slots_T == slot]) for slot in range(3)]
     expected = Session(model, 3, 48).feed(rows)[0]
     for slot, theirs in enumerate(expected):
@@ -168,8 +179,8 @@ def test_documents_do_not_see_each_other():
     mixed = replace(one, ids_T=ids_T)
     first, second = (jax.jit(forward)(model, each)[0] for each in (one, mixed))
     mine = np.asarray(one.slots_T) == 0
-    np.testing.assert_allclose(first[:, :, mine], second[:, :, mine], atol=1e-5)
-    assert np.abs(first[:, :, ~mine] - second[:, :, ~mine]).max() > 1e-2
+    np.testing.assert_allclose(first[mine], second[mine], atol=1e-5)
+    assert np.abs(first[~mine] - second[~mine]).max() > 1e-2
 
 
 def test_the_indexers_loss_reaches_the_indexer_alone():
@@ -202,25 +213,27 @@ def test_an_indexer_that_says_what_attention_does_has_no_loss():
             SparseAttention(SMALL, 4, dtype=jnp.float64, rngs=nnx.Rngs(0))
         )
         tokens = texts(24)
-        run = Pass.of(SMALL, tokens)
-        x_DT = jnp.asarray(np.random.default_rng(0).normal(size=(12, 24)))
-        _, looked = attention.of_whole(x_DT, tokens, run.view, run.compressed)
-        q = run.view.spread(attention.queries(looked.latent_RT, run.compressed), 0)
-        [entries] = looked.seen["entries_LBCH"]
+        rotation = ForwardContext.of(SMALL, tokens).compressed
+        x_TD = jnp.asarray(np.random.default_rng(0).normal(size=(24, 12)))
+        cache = attention.init_cache(1, 1, 24, jnp.float64)
+        _, _, inputs = attention(x_TD, cache, jnp.int32(0), tokens, rotation)
+        q = tokens.padded(attention.queries(inputs.latent_TR, rotation), 0)
+        entries = inputs.entries.table.whole()
         scale = SMALL.head_dim**-0.5
         dots = scale * np.einsum("bqnh,bch->bqnc", q, entries)
-        near = scale * np.einsum("bqnh,brh->bqnr", q, looked.recent_BRH)
-        row = np.arange(near.shape[-1])
-        seen = (row >= looked.spans_BQ2[..., :1]) & (row < looked.spans_BQ2[..., 1:])
+        recent = np.concatenate([inputs.before_BWH, inputs.keys_TH[None]], axis=1)
+        near = scale * np.einsum("bqnh,brh->bqnr", q, recent)
+        row, query = np.arange(near.shape[-1]), np.arange(24)[:, None]
+        seen = (row >= np.maximum(query, 3)) & (row <= query + 3)  # 3 rows before 0
         open_ = np.arange(entries.shape[1]) < (np.arange(24)[:, None] + 1) // 4
-        total = (np.exp(near) * seen[:, :, None]).sum(-1)
+        total = (np.exp(near) * seen[:, None]).sum(-1)
         total += np.exp(np.asarray(attention.sinks[...]))
         total += (np.exp(dots) * open_[:, None]).sum(-1)
         mass = (np.exp(dots) / total[..., None]).sum(2)
-        perfect = replace(looked, scores_BQC=jnp.asarray(np.log(mass)))
-        loss = partial(index_loss, attention, view=run.view, rotation=run.compressed)
+        perfect = replace(inputs, scores_TC=jnp.asarray(np.log(mass[0])))
+        loss = partial(index_loss, attention, tokens=tokens, rotation=rotation)
         assert abs(loss(perfect, dense=True)) < 1e-9
-        assert loss(looked, dense=True) > 1e-3
+        assert loss(inputs, dense=True) > 1e-3
 
 
 def test_balance_is_one_when_even_and_grows_with_skew():
@@ -268,8 +281,8 @@ def test_a_short_run_learns_and_evens_out_loads():
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
         updates, state = optimizer.update(grads, state)
         model, mtp = nnx.merge(graph, optax.apply_updates(params, updates), rest)
-        model = balanced(model, metrics.reports, speed=4e-3)
-        mtp = balanced(mtp, (metrics.mtp_report,), speed=4e-3)
+        model = update_router_bias(model, metrics.stats, speed=4e-3)
+        mtp = update_router_bias(mtp, (metrics.mtp_stats,), speed=4e-3)
         _, params, rest = nnx.split((model, mtp), nnx.Param, ...)
         return params, rest, state, metrics
 
@@ -294,8 +307,8 @@ def test_a_short_run_learns_and_evens_out_loads():
 
 def _together(steps):
     """Mean losses of some steps, and the imbalance of their loads in sum."""
-    reports = [(*m.reports[1:], m.mtp_report) for m in steps]
-    total = jax.tree.map(lambda *each: sum(each), *reports)
+    stats = [(*m.stats[1:], m.mtp_stats) for m in steps]
+    total = jax.tree.map(lambda *each: sum(each), *stats)
     entropy = np.mean([float(m.cross_entropy) for m in steps])
     mtp = np.mean([float(m.mtp) for m in steps])
     return float(entropy), float(mtp), float(imbalance(total))

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxspark.models import FlatTokens
+from jaxspark.configs.targets import deepseek_v4_tiny
+from jaxspark.models import DeepSeekV4, FlatTokens
+from jaxspark.training import drafter_setup
 from jaxspark.training.config import TrainConfig
 from jaxspark.training.features import FeatureCache, FeatureSource, target_features
 from jaxspark.training.objective import Objective
@@ -30,21 +32,52 @@ def packed():
     return made.packed(20, 25, 40, 33)
 
 
-def test_features_are_those_of_each_document_alone(packed):
-    model = zoo.target()
+def v4():
+    """A DeepSeek-V4 of layers with and without entries."""
+    config = replace(
+        deepseek_v4_tiny(zoo.VOCAB), compress_ratios=(0, 4, 4), hc_sinkhorn_iters=2
+    )
+    return DeepSeekV4(config, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("target", [zoo.target, v4])
+def test_features_are_those_of_each_document_alone(packed, target):
+    model = target()
     features = FeatureSource(model, TAPS)(packed)
-    for row, number in ((0, 0), (0, 1), (1, 0)):
+    documents = ((0, 0), (0, 1), (1, 0)) if target is zoo.target else ((0, 1),)
+    forward = jax.jit(lambda model, tokens, cache: model(tokens, cache, taps=TAPS))
+    for row, number in documents:
         mine = packed.documents_PS[row] == number
         ids_1Q = packed.ids_PS[row][mine][None]
         count = ids_1Q.shape[1]
         tokens = FlatTokens.from_rows(
             jax.numpy.asarray(ids_1Q), jax.numpy.zeros(1, int), jax.numpy.array([count])
         )
-        x_DT, taps_mDT, _ = model(tokens, model.init_cache(1, count), taps=TAPS)
-        seen = np.moveaxis(np.asarray(features.taps_PSmD)[row][mine], 0, -1)
-        np.testing.assert_allclose(seen, taps_mDT, atol=2e-4)
-        log_z = jax.nn.logsumexp(model.logits(x_DT), axis=-1)
+        x_TD, taps_TmD, _ = forward(model, tokens, model.init_cache(1, count))
+        seen = np.asarray(features.taps_PSmD)[row][mine]
+        np.testing.assert_allclose(seen, taps_TmD, atol=2e-4)
+        log_z = jax.nn.logsumexp(model.logits(x_TD), axis=-1)
         np.testing.assert_allclose(features.log_z_PS[row][mine], log_z, atol=2e-4)
+
+
+def test_a_drafter_is_trained_for_any_target(packed):
+    """The loss of one batch falls, also for a target whose layers are no dense ones."""
+    model = v4()
+    options = drafter_setup.DrafterOptions(depth=1, rank=8, block_length=4, taps=TAPS)
+    drafter, _ = drafter_setup.new_drafter(options, model, packed, seed=0)
+    trainer, state = Trainer.create(drafter, model, replace(CONFIG, steps=9))
+    batch = [(packed, target_features(model, packed, taps=TAPS))]
+    losses = []
+    for _ in range(5):
+        state, sums = trainer.step(state, batch)
+        losses.append(float(sums.numerator / sums.weight))
+    assert losses[-1] < losses[0]
+
+
+def test_a_start_from_dense_layers_wants_a_dense_target(packed):
+    options = drafter_setup.DrafterOptions(init="target", taps=TAPS)
+    with pytest.raises(ValueError, match="copies of a dense target's.*DeepSeekV4"):
+        drafter_setup.new_drafter(options, v4(), packed, seed=0)
 
 
 def test_noise_has_the_size_that_was_asked_for(packed):

@@ -66,17 +66,17 @@ def test_training_drafts_what_decoding_drafts(kind, monkeypatch):
         }
 
     seen = says()
-    logits_GW = seen["hidden"][..., 0] @ vocabulary.head_WD.T
+    logits_GW = seen["hidden"][:, 0] @ vocabulary.head_WD.T
     if seen["latent"] is not None:
-        logits_GW += seen["latent"][..., 0] @ seen["w2"].T
-    target_GDN, log_z_GN = forward.target_rows(features, blocks)
-    log_p_GW = target_GDN[..., 0] @ vocabulary.head_WD.T - log_z_GN
+        logits_GW += seen["latent"][:, 0] @ seen["w2"].T
+    target_GND, log_z_GN = forward.target_rows(features, blocks)
+    log_p_GW = target_GND[:, 0] @ vocabulary.head_WD.T - log_z_GN
 
     rows = jnp.asarray(ids_L[None, :anchor])
     start, count = jnp.zeros((1,), jnp.int32), jnp.array([anchor])
     tokens = FlatTokens.from_rows(rows, start, count)
-    _, taps_mDT, _ = model(tokens, model.init_cache(1, 48), taps=drafter.taps)
-    cache = drafter.observe(drafter.init_cache(1, 48), taps_mDT, tokens)
+    _, taps_TmD, _ = model(tokens, model.init_cache(1, 48), taps=drafter.taps)
+    cache = drafter.observe(drafter.init_cache(1, 48), taps_TmD, tokens)
     logits = []
 
     def draw(logits_BW, j, ids_W):
@@ -99,8 +99,8 @@ def test_training_drafts_what_decoding_drafts(kind, monkeypatch):
 
     # The target's distribution of each row is that of its own forward pass.
     whole = FlatTokens.from_rows(jnp.asarray(ids_L[None]), start, jnp.array([25]))
-    x_DT, _, _ = model(whole, model.init_cache(1, 48))
-    log_p_TV = jax.nn.log_softmax(model.logits(x_DT))[anchor : anchor + G]
+    x_TD, _, _ = model(whole, model.init_cache(1, 48))
+    log_p_TV = jax.nn.log_softmax(model.logits(x_TD))[anchor : anchor + G]
     ids_W = slice(None) if drafter.draft_ids is None else drafter.draft_ids[...]
     np.testing.assert_allclose(log_p_GW, log_p_TV[:, ids_W], atol=2e-4)
 

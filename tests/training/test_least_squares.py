@@ -81,11 +81,11 @@ def test_heads_look_where_they_are_aimed():
     view = View(drafter, model, batch, features, blocks)
     attention = drafter.layers[0].self_attn
     inputs = view.inputs
-    normed_DR = drafter.layers[0].input_layernorm(inputs.x_DR)
-    q_NHR = attention.queries(normed_DR, inputs.block_rotation)
-    k_KHT, _ = attention.keys_values(inputs.context_DT, inputs.context_rotation)
+    normed_RD = drafter.layers[0].input_layernorm(inputs.x_RD)
+    q_RNH = attention.queries(normed_RD, inputs.block_rotation)
+    k_TKH, _ = attention.keys_values(inputs.context_TD, inputs.context_rotation)
     S = batch.ids_PS.shape[1]
-    scores_RT = np.asarray(jnp.einsum("hr,ht->rt", q_NHR[0], k_KHT[0]))
+    scores_RT = np.asarray(jnp.einsum("rh,th->rt", q_RNH[:, 0], k_TKH[:, 0]))
     Q = len(inputs.seen_QQ)
     hits = total = 0
     for index, anchor in enumerate(np.asarray(blocks.anchors_PA).ravel()):
@@ -100,13 +100,13 @@ def test_heads_look_where_they_are_aimed():
 
 
 def test_regression_is_ridge_regression():
-    """Batches add up to the closed form over all columns."""
+    """Batches add up to the closed form over all rows."""
     rng = np.random.default_rng(0)
-    x_IR, w_OI = rng.normal(size=(5, 200)), rng.normal(size=(3, 5))
-    y_OR, weight_R = w_OI @ x_IR, rng.uniform(size=200)
+    x_RI, w_OI = rng.normal(size=(200, 5)), rng.normal(size=(3, 5))
+    y_RO, weight_R = x_RI @ w_OI.T, rng.uniform(size=200)
     regression = Regression()
     for part in np.array_split(np.arange(200), 3):
-        regression.add(*(a[..., part].astype("f4") for a in (x_IR, y_OR, weight_R)))
+        regression.add(*(a[part].astype("f4") for a in (x_RI, y_RO, weight_R)))
     np.testing.assert_allclose(regression.solve(0.0), w_OI, atol=1e-4)
     assert np.abs(regression.solve(10.0)).sum() < 0.5 * np.abs(w_OI).sum()
 

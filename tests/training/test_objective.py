@@ -61,11 +61,11 @@ def ours(logits, confidence, p, labels, valid):
     valid = jnp.asarray(valid)
     numerator, terms = vocabulary_terms(
         OBJECTIVE,
-        jnp.asarray(logits, jnp.float32).swapaxes(1, 2),
+        jnp.asarray(logits, jnp.float32),
         None,
         None,
         jnp.eye(W),
-        jnp.log(jnp.asarray(p, jnp.float32)).swapaxes(1, 2),
+        jnp.log(jnp.asarray(p, jnp.float32)),
         jnp.zeros((G, N)),
         jnp.asarray(labels),
         OBJECTIVE.weights(valid),
@@ -183,7 +183,7 @@ def test_ranking_is_that_of_accepted_drafts_on_the_average():
 def test_gradients_of_the_heads_equal_those_of_the_plain_formula():
     """Head, latent and output matrix, against automatic differentiation."""
     random = np.random.default_rng(0)
-    shapes = dict(hidden=(G, 6, N), latent=(G, 4, N), w2=(W, 4))
+    shapes = dict(hidden=(G, N, 6), latent=(G, N, 4), w2=(W, 4))
     trained = {
         k: jnp.asarray(random.normal(0, 1, s), jnp.float32) for k, s in shapes.items()
     }
@@ -195,12 +195,12 @@ def test_gradients_of_the_heads_equal_those_of_the_plain_formula():
 
     def fused(trained):
         return vocabulary_terms(
-            OBJECTIVE, *trained.values(), head, target.mT, log_z, labels, weights
+            OBJECTIVE, *trained.values(), head, target, log_z, labels, weights
         )[0]
 
     def plain(trained):
-        logits = jnp.einsum("WD,GDN->GNW", head, trained["hidden"])
-        logits += jnp.einsum("WR,GRN->GNW", trained["w2"], trained["latent"])
+        logits = jnp.einsum("WD,GND->GNW", head, trained["hidden"])
+        logits += jnp.einsum("WR,GNR->GNW", trained["w2"], trained["latent"])
         log_q, p = (
             jax.nn.log_softmax(logits),
             jnp.exp(target @ head.T - log_z[..., None]),

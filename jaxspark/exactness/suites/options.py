@@ -15,7 +15,7 @@ GRIDS = {
     "all": TokenGrid(
         drafters=("ngram", "hybrid:dspark"),
         block_lengths=(4,),
-        schedules=("lagged", "threshold:0.3", "causal", "free"),
+        schedules=("lagged", "threshold:0.3", "causal"),
         prompts_per_domain=4,
         max_new_tokens=48,
     ),

@@ -5,11 +5,10 @@ their limit. Llama has no q/k norm, Qwen3 one per head.
 """
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxspark.models.batch import FlatTokens, SlotView
+from jaxspark.models.batch import FlatTokens
 from jaxspark.models.cache import LayerCache, pad_heads
 from jaxspark.models.layers.linear import Linear
 from jaxspark.models.layers.norm import RMSNorm
@@ -38,67 +37,54 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(H, eps=eps, dtype=dtype) if config.qk_norm else None
         self.heads, self.kv_heads, self.head_dim = N, K, H
 
-    def remember(
+    def update_cache(
         self,
-        x_DT: Float[Array, "D T"],
+        x_TI: Float[Array, "T I"],
         cache: LayerCache,
         tokens: FlatTokens,
-        view: SlotView,
         rotation: Rotation,
     ) -> LayerCache:
-        """Writes the key/value rows of `x_DT` at the tokens' positions."""
-        k_KHT, v_KHT = self.keys_values(x_DT, rotation)
-        return cache.write(k_KHT, v_KHT, tokens, view)
+        """Writes the key/value rows of `x_TI` at the tokens' positions."""
+        k_TKH, v_TKH = self.keys_values(x_TI, rotation)
+        return cache.write(k_TKH, v_TKH, tokens)
 
     def keys_values(
-        self, x_DT: Float[Array, "D T"], rotation: Rotation
-    ) -> tuple[Float[Array, "K H T"], Float[Array, "K H T"]]:
+        self, x_TI: Float[Array, "T I"], rotation: Rotation
+    ) -> tuple[Float[Array, "T K H"], Float[Array, "T K H"]]:
         """Keys, normed and rotated, and values."""
-        k_KHT = self.k_proj(x_DT).reshape(self.kv_heads, self.head_dim, -1)
-        v_KHT = self.v_proj(x_DT).reshape(self.kv_heads, self.head_dim, -1)
+        k_TKH = self.k_proj(x_TI).reshape(-1, self.kv_heads, self.head_dim)
+        v_TKH = self.v_proj(x_TI).reshape(-1, self.kv_heads, self.head_dim)
         if self.k_norm is not None:
-            k_KHT = self.k_norm(k_KHT)
-        return rotation(k_KHT), v_KHT
+            k_TKH = self.k_norm(k_TKH)
+        return rotation(k_TKH), v_TKH
 
     def queries(
-        self, x_DT: Float[Array, "D T"], rotation: Rotation
-    ) -> Float[Array, "N H T"]:
+        self, x_TI: Float[Array, "T I"], rotation: Rotation
+    ) -> Float[Array, "T N H"]:
         """Queries, normed and rotated."""
-        q_NHT = self.q_proj(x_DT).reshape(self.heads, self.head_dim, -1)
+        q_TNH = self.q_proj(x_TI).reshape(-1, self.heads, self.head_dim)
         if self.q_norm is not None:
-            q_NHT = self.q_norm(q_NHT)
-        return rotation(q_NHT)
+            q_TNH = self.q_norm(q_TNH)
+        return rotation(q_TNH)
 
     def __call__(
         self,
-        x_DT: Float[Array, "D T"],
+        x_TI: Float[Array, "T I"],
         cache: LayerCache,
         tokens: FlatTokens,
-        view: SlotView,
         rotation: Rotation,
-    ) -> tuple[Float[Array, "D T"], LayerCache]:
-        """Remembers the tokens, then lets each attend up to its limit."""
-        cache = self.remember(x_DT, cache, tokens, view, rotation)
-        q_TNH = jnp.moveaxis(self.queries(x_DT, rotation), -1, 0)
+    ) -> tuple[Float[Array, "T D"], LayerCache]:
+        """Writes the tokens' rows, then lets each attend up to its limit."""
+        cache = self.update_cache(x_TI, cache, tokens, rotation)
+        q_TNH = pad_heads(self.queries(x_TI, rotation), cache.k_BKSH.shape[-1])
         with jax.named_scope("cached_attention"):
-            o_TNH = self._attend(q_TNH, cache, tokens, view)
-        o_XT = o_TNH.reshape(q_TNH.shape[0], -1).T
-        return self.o_proj(o_XT), cache
-
-    def _attend(self, q_TNH, cache, tokens, view):
-        """Flat queries -> per-slot rows [B, K, (Q N/K), H] -> flat outputs."""
-        B, Q = view.index_BQ.shape
-        K, H = self.kv_heads, self.head_dim
-        groups = self.heads // K
-        q_BQKgH = view.spread(q_TNH, 0).reshape(B, Q, K, groups, H)
-        q_BKMH = jnp.moveaxis(q_BQKgH, 2, 1).reshape(B, K, Q * groups, H)
-        limits_BM = jnp.repeat(view.spread(tokens.limits_T, 1), groups, axis=1)
-        o_BKMH = cached_attention(
-            pad_heads(q_BKMH, cache.k_BKSH.shape[-1]),
-            cache.k_BKSH,
-            cache.v_BKSH,
-            limits_BM,
-            scale=H**-0.5,
-        )[..., :H]
-        o_BQKgH = jnp.moveaxis(o_BKMH.reshape(B, K, Q, groups, H), 1, 2)
-        return view.collect(o_BQKgH.reshape(B, Q, K * groups, H))
+            o_TNH = cached_attention(
+                q_TNH,
+                cache.k_BKSH,
+                cache.v_BKSH,
+                tokens,
+                tokens.limits_T,
+                scale=self.head_dim**-0.5,
+            )
+        o_TNH = o_TNH[..., : self.head_dim]
+        return self.o_proj(o_TNH.reshape(len(o_TNH), -1)), cache

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxspark.models.batch import FlatTokens, SlotView
-from jaxspark.models.layers.linear import Linear, product
+from jaxspark.models.batch import FlatTokens
+from jaxspark.models.layers.linear import Linear, matmul
 from jaxspark.models.layers.norm import Float32RMSNorm
-from jaxspark.models.layers.rope import TrailingRotation
-from jaxspark.models.rows import Rows
-from pallas_kernels.precision import widened
+from jaxspark.models.layers.rope import PartialRotation
+from jaxspark.models.rows import LayerRows, Ring
+from pallas_kernels.precision import upcast
 
 
 class Compressor(nnx.Module):
@@ -39,23 +39,23 @@ class Compressor(nnx.Module):
         self.gate_proj = Linear(config.hidden_size, channels, **options)
         self.position_bias = nnx.Param(jnp.zeros((ratio, channels), jnp.float32))
         self.kv_norm = Float32RMSNorm(width, eps=config.rms_norm_eps, dtype=dtype)
-        self.rope, self.turning = config.compress_rope, config.qk_rope_head_dim
+        self.rope, self.rope_dim = config.compress_rope, config.qk_rope_head_dim
 
     @property
     def lookback(self) -> int:
         """Positions before a pass that a window completed in it may hold."""
         return self.series * self.ratio - 1
 
-    def init_raw(self, layers: int, slots: int, length: int) -> Rows:
+    def init_pending(self, layers: int, slots: int, length: int) -> Ring:
         """The ring of rows that await their window's end."""
         width = 2 * self.series * self.width
-        return Rows.ring(
+        return Ring.empty(
             layers, slots, length, width, jnp.float32, lookback=self.lookback
         )
 
-    def init_entries(self, layers: int, slots: int, length: int, dtype) -> Rows:
+    def init_entries(self, layers: int, slots: int, length: int, dtype) -> LayerRows:
         """The table of entries."""
-        return Rows.zeros(
+        return LayerRows.zeros(
             layers, slots, max(length // self.ratio, 1), self.width, dtype
         )
 
@@ -65,18 +65,17 @@ class Compressor(nnx.Module):
 
     def __call__(
         self,
-        x_DT: Float[Array, "D T"],
-        raw: Rows,
-        entries: Rows,
+        x_TD: Float[Array, "T D"],
+        pending: Ring,
+        entries: LayerRows,
         layer: Int[Array, ""],
         tokens: FlatTokens,
-        view: SlotView,
-    ) -> tuple[Rows, Rows]:
+    ) -> tuple[Ring, LayerRows]:
         """Remembers the tokens' rows and writes the entries that they complete."""
-        rows_TX = self.rows(x_DT, tokens.positions_T)
-        before_BKX, raw = raw.advance(layer, self.lookback, rows_TX, tokens, view)
-        entry_BC, new_BCH = self.pool(before_BKX, rows_TX, tokens, view)
-        ends_B = tokens.starts_B + view.counts_B
+        rows_TX = self.rows(x_TD, tokens.positions_T)
+        before_BKX, pending = pending.advance(layer, self.lookback, rows_TX, tokens)
+        entry_BC, new_BCH = self.pool(before_BKX, rows_TX, tokens)
+        ends_B = tokens.starts_B + tokens.counts_B
         complete_BC = self.ratio * (entry_BC + 1) <= ends_B[:, None]
         slot_BC = jnp.broadcast_to(jnp.arange(len(ends_B))[:, None], entry_BC.shape)
         entries = entries.put(
@@ -86,35 +85,23 @@ class Compressor(nnx.Module):
             new_BCH.reshape(-1, self.width),
             (complete_BC & (entry_BC < entries.length)).ravel(),
         )
-        return raw, entries
-
-    def of_whole(
-        self, x_DT: Float[Array, "D T"], tokens: FlatTokens, view: SlotView
-    ) -> Float[Array, "B C H"]:
-        """Entries of texts that begin with this pass, without any cache.
-
-        Those past a text's end are anything.
-        """
-        rows_TX = self.rows(x_DT, tokens.positions_T)
-        size = (len(view.index_BQ), self.lookback, rows_TX.shape[1])
-        return self.pool(jnp.zeros(size, rows_TX.dtype), rows_TX, tokens, view)[1]
+        return pending, entries
 
     def rows(
-        self, x_DT: Float[Array, "D T"], positions_T: Int[Array, " T"]
+        self, x_TD: Float[Array, "T D"], positions_T: Int[Array, " T"]
     ) -> Float[Array, "T X"]:
         """Values, then logits with their position's bias, of all series."""
-        x_DT = widened(x_DT)
-        value_XT = product(widened(self.kv_proj.matrix), x_DT)
-        logit_XT = product(widened(self.gate_proj.matrix), x_DT)
+        x_TD = upcast(x_TD)
+        value_TX = matmul(x_TD, upcast(self.kv_proj.matrix))
+        logit_TX = matmul(x_TD, upcast(self.gate_proj.matrix))
         bias_TX = self.position_bias[...][positions_T % self.ratio]
-        return jnp.concatenate([value_XT.T, logit_XT.T + bias_TX], axis=1)
+        return jnp.concatenate([value_TX, logit_TX + bias_TX], axis=1)
 
     def pool(
         self,
         before_BKX: Float[Array, "B K X"],
         rows_TX: Float[Array, "T X"],
         tokens: FlatTokens,
-        view: SlotView,
     ) -> tuple[Int[Array, "B C"], Float[Array, "B C H"]]:
         """The entries that may end in this pass, from its rows and those before it.
 
@@ -122,7 +109,7 @@ class Compressor(nnx.Module):
         is the caller's question.
         """
         m, H = self.ratio, self.width
-        around_BRX = jnp.concatenate([before_BKX, view.spread(rows_TX, 0)], axis=1)
+        around_BRX = jnp.concatenate([before_BKX, tokens.padded(rows_TX, 0)], axis=1)
         count = -(-tokens.rows // m)
         entry_BC = (tokens.starts_B // m)[:, None] + jnp.arange(count)
         first_BC = m * (entry_BC + 1 - self.series)
@@ -140,8 +127,8 @@ class Compressor(nnx.Module):
             values = jnp.where(missing_BCp[..., None], 0.0, values)
         weights_BCpH = jax.nn.softmax(logits, axis=2)
         pooled_CH = jnp.sum(weights_BCpH * values, axis=2).reshape(-1, H)
-        rotation = TrailingRotation.at(self.rope, self.turning, m * entry_BC.ravel())
-        new_CH = rotation(self.kv_norm(pooled_CH.T)[None])[0].T
+        rotation = PartialRotation.at(self.rope, self.rope_dim, m * entry_BC.ravel())
+        new_CH = rotation(self.kv_norm(pooled_CH)[:, None])[:, 0]
         return entry_BC, new_CH.reshape(*entry_BC.shape, H)
 
     def _overlapping(self, rows_BCpX):

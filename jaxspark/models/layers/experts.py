@@ -17,10 +17,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxspark.models.layers.linear import Buffer, product
+from jaxspark.models.layers.linear import Buffer, matmul
 from jaxspark.models.layers.mlp import GatedMLP, clamped_swiglu
 from pallas_kernels import grouped_matmul
-from pallas_kernels.precision import widened
+from pallas_kernels.precision import upcast
 
 
 @jax.tree_util.register_dataclass
@@ -54,12 +54,12 @@ class Router(nnx.Module):
         else:
             self.e_score_correction_bias = Buffer(jnp.zeros((E,), jnp.float32))
 
-    def __call__(self, x_DT: Float[Array, "D T"], ids_T: Int[Array, " T"]) -> Routing:
-        """Routes every column."""
-        logits_ET = product(widened(self.weight[...]), widened(x_DT))
+    def __call__(self, x_TD: Float[Array, "T D"], ids_T: Int[Array, " T"]) -> Routing:
+        """Routes every row."""
+        logits_TE = matmul(upcast(x_TD), upcast(self.weight[...]))
         # Where softplus vanishes, its root has no gradient.
-        least = jnp.finfo(logits_ET.dtype).tiny
-        scores_TE = jnp.sqrt(jnp.maximum(jax.nn.softplus(logits_ET.T), least))
+        least = jnp.finfo(logits_TE.dtype).tiny
+        scores_TE = jnp.sqrt(jnp.maximum(jax.nn.softplus(logits_TE), least))
         if self.hashed:
             experts_TX = self.tid2eid[...][ids_T]
         else:
@@ -102,20 +102,20 @@ class Experts(nnx.Module):
         expert_A = jnp.where(slots_T[:, None] < 0, self.count, routing.experts_TX)
         expert_A = expert_A.ravel()
         order_A = jnp.argsort(expert_A, stable=True)
-        sizes_E = jnp.sum(expert_A[:, None] == jnp.arange(self.count), axis=0)
-        first = layer * self.count
+        group_sizes_E = jnp.sum(expert_A[:, None] == jnp.arange(self.count), axis=0)
+        group_offset = layer * self.count
 
         def multiply(rows, weight):
             w_GOI = jax.tree.map(
                 lambda leaf: leaf.reshape(-1, *leaf.shape[-2:]), weight[...]
             )
-            return grouped_matmul(rows, w_GOI, sizes_E, first=first)
+            return grouped_matmul(rows, w_GOI, group_sizes_E, group_offset=group_offset)
 
         hidden_A2F = multiply(x_TD[order_A // X], self.gate_up_proj)
         gate_AF, up_AF = jnp.split(hidden_A2F, 2, axis=1)
         out_AD = multiply(clamped_swiglu(gate_AF, up_AF, self.limit), self.down_proj)
         place_A = jnp.argsort(order_A)
-        out_TXD = widened(out_AD[place_A]).reshape(T, X, -1)
+        out_TXD = upcast(out_AD[place_A]).reshape(T, X, -1)
         y_TD = jnp.sum(routing.weights_TX[..., None] * out_TXD, axis=1)
         return y_TD.astype(x_TD.dtype)
 
@@ -137,16 +137,16 @@ class MixtureOfExperts(nnx.Module):
 
     def __call__(
         self,
-        x_DT: Float[Array, "D T"],
+        x_TD: Float[Array, "T D"],
         ids_T: Int[Array, " T"],
         slots_T: Int[Array, " T"],
         layer: Int[Array, ""],
-    ) -> tuple[Float[Array, "D T"], Routing]:
-        """Maps every column, and says where it went."""
-        routing = self.gate(x_DT, ids_T)
+    ) -> tuple[Float[Array, "T D"], Routing]:
+        """Maps every row, and says where it went."""
+        routing = self.gate(x_TD, ids_T)
         with jax.named_scope("experts"):
-            routed_TD = self.experts(x_DT.T, routing, slots_T, layer)
-        return routed_TD.T + self.shared_experts(x_DT), routing
+            routed_TD = self.experts(x_TD, routing, slots_T, layer)
+        return routed_TD + self.shared_experts(x_TD), routing
 
 
 def _spread_ids(vocab: int, top_k: int, experts: int) -> Int[Array, "V X"]:

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxspark.models.layers.linear import product
-from jaxspark.models.layers.norm import normalise
+from jaxspark.models.layers.linear import matmul
+from jaxspark.models.layers.norm import normalize
 
 
 class HyperConnection(nnx.Module):
@@ -32,19 +32,20 @@ class HyperConnection(nnx.Module):
         self.norm_eps = config.rms_norm_eps
 
     def __call__(
-        self, x_MDT: Float[Array, "M D T"]
-    ) -> tuple[Float[Array, "D T"], Float[Array, "M T"], Float[Array, "M M T"]]:
+        self, x_TMD: Float[Array, "T M D"]
+    ) -> tuple[Float[Array, "T D"], Float[Array, "T M"], Float[Array, "T M M"]]:
         """The sublayer's input, and `post` and `comb` for `mix`."""
-        M, D, T = x_MDT.shape
-        mix_XT = project(self.fn[...], x_MDT, self.norm_eps)
+        T, M, _ = x_TMD.shape
+        mix_TX = project(self.fn[...], x_TMD, self.norm_eps)
         scale_X = jnp.repeat(
             self.scale[...], jnp.array([M, M, M * M]), total_repeat_length=M * (2 + M)
         )
-        mix_XT = mix_XT * scale_X[:, None] + self.base[...][:, None]
-        pre_MT = jax.nn.sigmoid(mix_XT[:M]) + self.eps
-        post_MT = 2 * jax.nn.sigmoid(mix_XT[M : 2 * M])
-        comb_MMT = sinkhorn(mix_XT[2 * M :].reshape(M, M, T), self.iterations, self.eps)
-        return collapse(pre_MT, x_MDT), post_MT, comb_MMT
+        mix_TX = mix_TX * scale_X + self.base[...]
+        pre_TM = jax.nn.sigmoid(mix_TX[:, :M]) + self.eps
+        post_TM = 2 * jax.nn.sigmoid(mix_TX[:, M : 2 * M])
+        comb_TMM = mix_TX[:, 2 * M :].reshape(T, M, M)
+        comb_TMM = sinkhorn(comb_TMM, self.iterations, self.eps)
+        return collapse(pre_TM, x_TMD), post_TM, comb_TMM
 
 
 class HyperHead(nnx.Module):
@@ -57,52 +58,52 @@ class HyperHead(nnx.Module):
         self.hc_scale = nnx.Param(jnp.ones((1,), jnp.float32))
         self.eps, self.norm_eps = config.hc_eps, config.rms_norm_eps
 
-    def __call__(self, x_MDT: Float[Array, "M D T"]) -> Float[Array, "D T"]:
+    def __call__(self, x_TMD: Float[Array, "T M D"]) -> Float[Array, "T D"]:
         """One stream of all."""
-        mix_MT = project(self.hc_fn[...], x_MDT, self.norm_eps)
-        mix_MT = mix_MT * self.hc_scale[...] + self.hc_base[...][:, None]
-        return collapse(jax.nn.sigmoid(mix_MT) + self.eps, x_MDT)
+        mix_TM = project(self.hc_fn[...], x_TMD, self.norm_eps)
+        mix_TM = mix_TM * self.hc_scale[...] + self.hc_base[...]
+        return collapse(jax.nn.sigmoid(mix_TM) + self.eps, x_TMD)
 
 
 def project(
-    fn_XY: Float[Array, "X MD"], x_MDT: Float[Array, "M D T"], eps: float
-) -> Float[Array, "X T"]:
+    fn_XY: Float[Array, "X MD"], x_TMD: Float[Array, "T M D"], eps: float
+) -> Float[Array, "T X"]:
     """fn times the normed concatenation of all streams."""
-    return product(fn_XY, normalise(x_MDT.reshape(-1, x_MDT.shape[-1]), eps))
+    return matmul(normalize(x_TMD.reshape(len(x_TMD), -1), eps), fn_XY)
 
 
 def sinkhorn(
-    mix_MMT: Float[Array, "M M T"], iterations: int, eps: float
-) -> Float[Array, "M M T"]:
+    mix_TMM: Float[Array, "T M M"], iterations: int, eps: float
+) -> Float[Array, "T M M"]:
     """Doubly stochastic matrices from logits: rows by softmax, then columns, and so on.
 
-    It ends on a column norm, as the released models do: the sum over the first axis,
+    It ends on a column norm, as the released models do: the sum over the first M,
     from which streams are mixed, is 1.
     """
-    comb_MMT = jax.nn.softmax(mix_MMT, axis=1) + eps
-    comb_MMT /= comb_MMT.sum(0, keepdims=True) + eps
+    comb_TMM = jax.nn.softmax(mix_TMM, axis=2) + eps
+    comb_TMM /= comb_TMM.sum(1, keepdims=True) + eps
     for _ in range(iterations - 1):
-        comb_MMT /= comb_MMT.sum(1, keepdims=True) + eps
-        comb_MMT /= comb_MMT.sum(0, keepdims=True) + eps
-    return comb_MMT
+        comb_TMM /= comb_TMM.sum(2, keepdims=True) + eps
+        comb_TMM /= comb_TMM.sum(1, keepdims=True) + eps
+    return comb_TMM
 
 
 def collapse(
-    pre_MT: Float[Array, "M T"], x_MDT: Float[Array, "M D T"]
-) -> Float[Array, "D T"]:
+    pre_TM: Float[Array, "T M"], x_TMD: Float[Array, "T M D"]
+) -> Float[Array, "T D"]:
     """sum_j pre_j x_j."""
-    return (pre_MT[:, None] * x_MDT).sum(0).astype(x_MDT.dtype)
+    return (pre_TM[..., None] * x_TMD).sum(1).astype(x_TMD.dtype)
 
 
 def mix(
-    y_DT: Float[Array, "D T"],
-    x_MDT: Float[Array, "M D T"],
-    post_MT: Float[Array, "M T"],
-    comb_MMT: Float[Array, "M M T"],
-) -> Float[Array, "M D T"]:
+    y_TD: Float[Array, "T D"],
+    x_TMD: Float[Array, "T M D"],
+    post_TM: Float[Array, "T M"],
+    comb_TMM: Float[Array, "T M M"],
+) -> Float[Array, "T M D"]:
     """x'_k = post_k y + sum_j comb_jk x_j."""
-    mixed_MDT = (comb_MMT[:, :, None] * x_MDT[:, None]).sum(0)
-    return (post_MT[:, None] * y_DT + mixed_MDT).astype(x_MDT.dtype)
+    mixed_TMD = (comb_TMM[..., None] * x_TMD[:, :, None]).sum(1)
+    return (post_TM[..., None] * y_TD[:, None] + mixed_TMD).astype(x_TMD.dtype)
 
 
 def _normal(rngs, shape, config):

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxspark.models.batch import SlotView
+from jaxspark.models.batch import FlatTokens
 from jaxspark.models.layers.compression import Compressor
-from jaxspark.models.layers.linear import Linear, product
-from jaxspark.models.layers.rope import TrailingRotation
-from pallas_kernels import index_scores
-from pallas_kernels.precision import wide_type
+from jaxspark.models.layers.linear import Linear, matmul
+from jaxspark.models.layers.rope import PartialRotation
+from pallas_kernels import Table, index_scores
+from pallas_kernels.precision import accum_dtype
 
 
 class Indexer(nnx.Module):
@@ -36,31 +36,27 @@ class Indexer(nnx.Module):
 
     def scores(
         self,
-        x_DT: Float[Array, "D T"],
-        latent_RT: Float[Array, "R T"],
-        keys_BCH: Float[Array, "B C H"],
-        view: SlotView,
-        rotation: TrailingRotation,
-    ) -> Float[Array, "B Q C"]:
+        x_TD: Float[Array, "T D"],
+        latent_TR: Float[Array, "T R"],
+        keys: Table,
+        tokens: FlatTokens,
+        rotation: PartialRotation,
+    ) -> Float[Array, "T C"]:
         """Scores of all entries, whether complete or not, in float32."""
-        q_NHT = self.q_b_proj(latent_RT).reshape(self.heads, self.width, -1)
-        q_TNH = jnp.moveaxis(rotation(q_NHT), -1, 0)
-        wide = wide_type(x_DT.dtype)
-        weight_NT = product(self.weights_proj.matrix, x_DT, wide)
-        weight_NT *= (self.width * self.heads) ** -0.5
+        q_TNH = self.q_b_proj(latent_TR).reshape(-1, self.heads, self.width)
+        q_TNH = rotation(q_TNH)
+        wide = accum_dtype(x_TD.dtype)
+        weight_TN = matmul(x_TD, self.weights_proj.matrix, wide)
+        weight_TN *= (self.width * self.heads) ** -0.5
         with jax.named_scope("index_scores"):
-            return index_scores(
-                view.spread(q_TNH, 0).astype(keys_BCH.dtype),
-                keys_BCH,
-                view.spread(weight_NT.T, 0.0),
-            )
+            q_TNH = q_TNH.astype(keys.rows_LBCH.dtype)
+            return index_scores(q_TNH, keys, weight_TN, tokens)
 
     def choose(
-        self, scores_BQC: Float[Array, "B Q C"], limits_BQ: Int[Array, "B Q"]
-    ) -> Int[Array, "B Q X"]:
-        """The best entries below each query's limit; -1 where there are fewer."""
-        entry_C = jnp.arange(scores_BQC.shape[-1])
-        open_BQC = entry_C < limits_BQ[..., None]
-        scores_BQC = jnp.where(open_BQC, scores_BQC, -jnp.inf)
-        _, chosen_BQX = jax.lax.top_k(scores_BQC, min(self.top_k, len(entry_C)))
-        return jnp.where(chosen_BQX < limits_BQ[..., None], chosen_BQX, -1)
+        self, scores_TC: Float[Array, "T C"], limits_T: Int[Array, " T"]
+    ) -> Int[Array, "T X"]:
+        """The best entries below each token's limit; -1 where there are fewer."""
+        entry_C = jnp.arange(scores_TC.shape[-1])
+        scores_TC = jnp.where(entry_C < limits_T[:, None], scores_TC, -jnp.inf)
+        _, chosen_TX = jax.lax.top_k(scores_TC, min(self.top_k, len(entry_C)))
+        return jnp.where(chosen_TX < limits_T[:, None], chosen_TX, -1)

@@ -1,40 +1,64 @@
-"""Affine maps in column convention: tokens are columns, y_OT = W_OI x_IT + b_O.
+"""Affine maps of token rows, y_TO = x_TI W_OI^T + b_O.
 
-Weights keep the checkpoint's output-major layout [O, I] and activations are stored
-feature-major. A product then streams every weight row once, whatever the number of
-tokens, which keeps the extra rows of speculative verification cheap
-(`launch/bench.py --suite=layout` compares the layouts).
+Activations are token-major, [T, D], as everywhere in the field and as kernels read
+them; weights keep the checkpoint's output-major layout [O, I].
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.precision import precision, wide_type
+from pallas_kernels.precision import accum_dtype, precision
 from pallas_kernels.quantized import dense
 
-
-def product(
-    w_OI: Float[Array, "O I"], x_IT: Float[Array, "I T"], dtype=None
-) -> Float[Array, "O T"]:
-    """W x as `dtype`; float32 in full precision (no TF32 or bfloat16 passes)."""
-    exact = precision(w_OI.dtype)
-    return jnp.dot(w_OI, x_IT, precision=exact, preferred_element_type=dtype)
+# Up to so many float32 rows, a product is computed as (W x^T)^T, see `matmul`.
+_STREAMED_ROWS = 16
 
 
-def row_product(
-    w_OI: Float[Array, "O I"], x_IT: Float[Array, "I T"]
-) -> Float[Array, "T O"]:
-    """(W x)^T in float32: a contiguous row of outputs per token, as sampling reads it.
+def matmul(
+    x: Float[Array, "*T I"], w_OI: Float[Array, "O I"], dtype=None
+) -> Float[Array, "*T O"]:
+    """x W^T as `dtype`; float32 in full precision (no TF32 or bfloat16 passes).
 
-    Nothing is rounded to bfloat16 on the way: near 16 its steps of 0.125 make ties.
-
-    Without the barrier XLA folds the transpose into the product, which then reads W
-    column-wise: 97 ms instead of 7 for two tokens and a head of 49152 x 576 on CPU.
+    How it is written matters on CPUs (`jaxspark bench --suite=layout`). A few float32
+    rows, as decoding has them, are multiplied as (W x^T)^T, which streams each row of W
+    once: up to 1.5 times as fast. The barrier keeps XLA from folding the transpose into
+    the product. A single bfloat16 row goes as two: alone it takes 4 times as long.
     """
-    y_OT = product(w_OI, x_IT, wide_type(x_IT.dtype))
-    return jax.lax.optimization_barrier(y_OT).T
+    exact = precision(w_OI.dtype)
+    rows = math.prod(x.shape[:-1])
+    if w_OI.dtype == jnp.float32 and 1 <= rows <= _STREAMED_ROWS:
+        x_IT = x.reshape(rows, -1).T
+        y_OT = jnp.dot(w_OI, x_IT, precision=exact, preferred_element_type=dtype)
+        y_TO = jax.lax.optimization_barrier(y_OT).T
+        return y_TO.reshape(*x.shape[:-1], -1)
+    if w_OI.dtype == jnp.bfloat16 and rows == 1:
+        twice = jnp.broadcast_to(x, (2, *x.shape))
+        return _contract(twice, w_OI, exact, dtype)[0]
+    return _contract(x, w_OI, exact, dtype)
+
+
+def _contract(x, w_OI, exact, dtype):
+    return jax.lax.dot_general(
+        x,
+        w_OI,
+        (((x.ndim - 1,), (1,)), ((), ())),
+        precision=exact,
+        preferred_element_type=dtype,
+    )
+
+
+def head_logits(
+    x: Float[Array, "*T D"], w_VD: Float[Array, "V D"]
+) -> Float[Array, "*T V"]:
+    """x W^T in float32: nothing is rounded to bfloat16 on the way.
+
+    Near 16 its steps of 0.125 make ties.
+    """
+    return matmul(x, w_VD, accum_dtype(x.dtype))
 
 
 class Buffer(nnx.Variable):
@@ -42,7 +66,7 @@ class Buffer(nnx.Variable):
 
 
 class Linear(nnx.Module):
-    """y_OT = W_OI x_IT (+ b_O); `weight` and `bias` as in the checkpoint.
+    """y_TO = x_TI W_OI^T (+ b_O); `weight` and `bias` as in the checkpoint.
 
     The weight may be `Quantized`; `matrix` is what it stands for.
     """
@@ -61,20 +85,20 @@ class Linear(nnx.Module):
         """W, dequantized if it is kept in blocks."""
         return dense(self.weight[...])
 
-    def __call__(self, x_IT: Float[Array, "I T"]) -> Float[Array, "O T"]:
-        """Maps every column."""
-        y_OT = product(self.matrix, x_IT)
-        return y_OT if self.bias is None else y_OT + self.bias[...][:, None]
+    def __call__(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
+        """Maps every row."""
+        y = matmul(x, self.matrix)
+        return y if self.bias is None else y + self.bias[...]
 
 
 class Embedding(nnx.Module):
-    """Rows of a [V, D] table as columns; the same table may serve as the LM head."""
+    """Rows of a [V, D] table; the same table may serve as the LM head."""
 
     def __init__(self, vocab: int, width: int, *, dtype, rngs: nnx.Rngs):
         self.weight = nnx.Param(
             0.02 * jax.random.normal(rngs.params(), (vocab, width), dtype)
         )
 
-    def __call__(self, ids_T: Int[Array, " T"]) -> Float[Array, "D T"]:
-        """Looks up one column per id."""
-        return self.weight[...][ids_T].T
+    def __call__(self, ids_T: Int[Array, " T"]) -> Float[Array, "T D"]:
+        """Looks up one row per id."""
+        return self.weight[...][ids_T]

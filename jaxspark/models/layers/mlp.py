@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxspark.models.layers.linear import Linear
-from pallas_kernels.precision import widened
+from pallas_kernels.precision import upcast
 
 
 class GatedMLP(nnx.Module):
@@ -27,21 +27,21 @@ class GatedMLP(nnx.Module):
         self.down_proj = Linear(hidden, width, bias=bias, dtype=dtype, rngs=rngs)
         self.limit = limit
 
-    def __call__(self, x_DT: Float[Array, "D T"]) -> Float[Array, "D T"]:
-        """Maps every column."""
-        return self.down_proj(self.hidden(x_DT))
+    def __call__(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """Maps every row."""
+        return self.down_proj(self.hidden(x_TD))
 
-    def hidden(self, x_DT: Float[Array, "D T"]) -> Float[Array, "F T"]:
+    def hidden(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T F"]:
         """The gated hidden units."""
-        gate_FT, up_FT = self.gate_proj(x_DT), self.up_proj(x_DT)
+        gate_TF, up_TF = self.gate_proj(x_TD), self.up_proj(x_TD)
         if self.limit is None:
-            return jax.nn.silu(gate_FT) * up_FT
-        return clamped_swiglu(gate_FT, up_FT, self.limit)
+            return jax.nn.silu(gate_TF) * up_TF
+        return clamped_swiglu(gate_TF, up_TF, self.limit)
 
 
 def clamped_swiglu(
     gate: Float[Array, "..."], up: Float[Array, "..."], limit: float
 ) -> Float[Array, "..."]:
     """silu(min(gate, limit)) * clip(up, -limit, limit), in float32 and rounded once."""
-    wide_gate, wide_up = widened(gate), jnp.clip(widened(up), -limit, limit)
+    wide_gate, wide_up = upcast(gate), jnp.clip(upcast(up), -limit, limit)
     return (jax.nn.silu(jnp.minimum(wide_gate, limit)) * wide_up).astype(gate.dtype)

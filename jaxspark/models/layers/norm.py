@@ -5,33 +5,33 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels.precision import widened
+from pallas_kernels.precision import upcast
 
 
-def normalise(x_DT: Float[Array, "... D T"], eps: float) -> Float[Array, "... D T"]:
+def normalize(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
     """x_D / sqrt(mean_D(x^2) + eps) in float32."""
-    x_DT = widened(x_DT)
-    mean_square = jnp.mean(jnp.square(x_DT), axis=-2, keepdims=True)
-    return x_DT * jax.lax.rsqrt(mean_square + eps)
+    x = upcast(x)
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(mean_square + eps)
 
 
 class RMSNorm(nnx.Module):
-    """x_D / sqrt(mean_D(x^2) + eps) * w_D over the feature axis of `[..., D, T]`."""
+    """x_D / sqrt(mean_D(x^2) + eps) * w_D over the last axis."""
 
     def __init__(self, width: int, *, eps: float, dtype):
         self.weight = nnx.Param(jnp.ones((width,), dtype))
         self.eps = eps
 
-    def __call__(self, x_DT: Float[Array, "... D T"]) -> Float[Array, "... D T"]:
-        """Norms every column; rounded before the weight, as Llama does."""
-        x = normalise(x_DT, self.eps).astype(x_DT.dtype)
-        return self.weight[...][:, None] * x
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Norms every row; rounded before the weight, as Llama does."""
+        normed = normalize(x, self.eps).astype(x.dtype)
+        return self.weight[...] * normed
 
 
 class Float32RMSNorm(RMSNorm):
     """The same, weight included in float32 and rounded once, as DeepSeek does."""
 
-    def __call__(self, x_DT: Float[Array, "... D T"]) -> Float[Array, "... D T"]:
-        """Norms every column."""
-        weight_D = widened(self.weight[...])
-        return (weight_D[:, None] * normalise(x_DT, self.eps)).astype(x_DT.dtype)
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Norms every row."""
+        weight_D = upcast(self.weight[...])
+        return (weight_D * normalize(x, self.eps)).astype(x.dtype)

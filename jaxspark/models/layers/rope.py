@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021) with the scalings checkpoints use.
 
 A head's vector is split in halves (x, y); at position p frequency i turns the pair
-(x_i, y_i) by the angle p * f_i (`TrailingRotation` pairs neighbours instead).
+(x_i, y_i) by the angle p * f_i (`PartialRotation` pairs neighbours instead).
 `RopeConfig` names how f_i is derived from the base f_i = theta^(-2i/H): `default`,
 `linear` (all f_i / factor), `llama3` (low frequencies / factor, smooth in between),
 `yarn` (Peng et al. 2023; ramp between both, and cos/sin scaled by an attention factor).
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.precision import widened
+from pallas_kernels.precision import upcast
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -103,54 +103,54 @@ class RopeConfig:
 class Rotation:
     """cos and sin of every token's angles, computed once per forward pass."""
 
-    cos_hT: Float[Array, "h T"]
-    sin_hT: Float[Array, "h T"]
+    cos_Th: Float[Array, "T h"]
+    sin_Th: Float[Array, "T h"]
 
     @classmethod
     def at(cls, config: RopeConfig, head_dim: int, positions_T: Int[Array, " T"]):
         """Angles for absolute `positions_T`, in float32."""
         frequencies_h, scale = config.frequencies(head_dim)
-        angles_hT = frequencies_h[:, None] * positions_T.astype(jnp.float32)
-        return cls(jnp.cos(angles_hT) * scale, jnp.sin(angles_hT) * scale)
+        angles_Th = positions_T.astype(jnp.float32)[:, None] * frequencies_h
+        return cls(jnp.cos(angles_Th) * scale, jnp.sin(angles_Th) * scale)
 
-    def __call__(self, x_NHT: Float[Array, "N H T"]) -> Float[Array, "N H T"]:
+    def __call__(self, x_TNH: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
         """Turns each head's (first half, second half) pairs."""
-        x, y = jnp.split(widened(x_NHT), 2, axis=1)
-        cos, sin = self.cos_hT, self.sin_hT
-        turned = jnp.concatenate([x * cos - y * sin, y * cos + x * sin], axis=1)
-        return turned.astype(x_NHT.dtype)
+        x, y = jnp.split(upcast(x_TNH), 2, axis=-1)
+        cos, sin = self.cos_Th[:, None], self.sin_Th[:, None]
+        turned = jnp.concatenate([x * cos - y * sin, y * cos + x * sin], axis=-1)
+        return turned.astype(x_TNH.dtype)
 
 
 @dataclass(frozen=True)
-class TrailingRotation:
+class PartialRotation:
     """Turns the last 2h of a head's H channels, in pairs of neighbours (DeepSeek-V4).
 
     The channels before them carry no position.
     """
 
-    cos_hT: Float[Array, "h T"]
-    sin_hT: Float[Array, "h T"]
+    cos_Th: Float[Array, "T h"]
+    sin_Th: Float[Array, "T h"]
 
     @classmethod
     def at(cls, config: RopeConfig, width: int, positions_T: Int[Array, " T"]):
         """Angles of `width` turning channels for absolute `positions_T`, in float32."""
         turns = Rotation.at(config, width, positions_T)
-        return cls(turns.cos_hT, turns.sin_hT)
+        return cls(turns.cos_Th, turns.sin_Th)
 
     @property
-    def inverse(self) -> "TrailingRotation":
+    def inverse(self) -> "PartialRotation":
         """The rotation back."""
-        return TrailingRotation(self.cos_hT, -self.sin_hT)
+        return PartialRotation(self.cos_Th, -self.sin_Th)
 
-    def __call__(self, x_NHT: Float[Array, "N H T"]) -> Float[Array, "N H T"]:
+    def __call__(self, x_TNH: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
         """Turns each head's last pairs."""
-        N, H, T = x_NHT.shape
-        turning = 2 * self.cos_hT.shape[0]
-        pairs_Nh2T = widened(x_NHT[:, H - turning :]).reshape(N, -1, 2, T)
-        x_NhT, y_NhT = pairs_Nh2T[:, :, 0], pairs_Nh2T[:, :, 1]
-        cos, sin = self.cos_hT, self.sin_hT
-        turned_Nh2T = jnp.stack(
-            [x_NhT * cos - y_NhT * sin, y_NhT * cos + x_NhT * sin], axis=2
+        T, N, H = x_TNH.shape
+        rope_dim = 2 * self.cos_Th.shape[1]
+        pairs_TNh2 = upcast(x_TNH[..., H - rope_dim :]).reshape(T, N, -1, 2)
+        x_TNh, y_TNh = pairs_TNh2[..., 0], pairs_TNh2[..., 1]
+        cos, sin = self.cos_Th[:, None], self.sin_Th[:, None]
+        turned_TNh2 = jnp.stack(
+            [x_TNh * cos - y_TNh * sin, y_TNh * cos + x_TNh * sin], axis=-1
         )
-        turned_NrT = turned_Nh2T.reshape(N, turning, T).astype(x_NHT.dtype)
-        return jnp.concatenate([x_NHT[:, : H - turning], turned_NrT], axis=1)
+        turned_TNr = turned_TNh2.reshape(T, N, rope_dim).astype(x_TNH.dtype)
+        return jnp.concatenate([x_TNH[..., : H - rope_dim], turned_TNr], axis=-1)

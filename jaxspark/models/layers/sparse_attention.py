@@ -10,58 +10,59 @@ HCA (every 128, all of them). Keys are values too, so values carry the rotation 
 positions; turned back by the query's, what is read depends on distances alone.
 """
 
-import dataclasses
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxspark.models.batch import FlatTokens, SlotView
+from jaxspark.models.batch import FlatTokens
 from jaxspark.models.layers.compression import Compressor
 from jaxspark.models.layers.indexer import Indexer
-from jaxspark.models.layers.linear import Linear, product
-from jaxspark.models.layers.norm import Float32RMSNorm, normalise
-from jaxspark.models.layers.rope import TrailingRotation
-from jaxspark.models.rows import Rows
-from pallas_kernels import sparse_attention
+from jaxspark.models.layers.linear import Linear, matmul
+from jaxspark.models.layers.norm import Float32RMSNorm, normalize
+from jaxspark.models.layers.rope import PartialRotation
+from jaxspark.models.rows import LayerRows, Ring
+from pallas_kernels import Entries, sparse_attention
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class SparseCache:
     """What the layers of one kind remember.
 
     Attributes:
       window: ring of the newest keys.
-      raw: ring of rows that await compression; None for layers without entries.
+      pending: ring of rows that await compression; None for layers without entries.
       entries: compressed entries.
-      index_raw, index_keys: the indexer's; None for layers without one.
+      index_pending, index_keys: the indexer's; None for layers without one.
     """
 
-    window: Rows
-    raw: Rows | None = None
-    entries: Rows | None = None
-    index_raw: Rows | None = None
-    index_keys: Rows | None = None
+    window: Ring
+    pending: Ring | None = None
+    entries: LayerRows | None = None
+    index_pending: Ring | None = None
+    index_keys: LayerRows | None = None
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Looked:
-    """What attention over whole texts looked at, see `sparse_attention`.
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What attention read, see `sparse_attention`; losses are made of it.
 
     Attributes:
-      latent_RT: of the queries.
-      recent_BRH, spans_BQ2, seen: rows and entries.
-      scores_BQC: of the indexer; None for layers without one.
+      latent_TR: of the queries.
+      keys_TH, before_BWH: recent rows.
+      entries: compressed entries; None for layers without.
+      scores_TC: of the indexer; None for layers without one.
     """
 
-    latent_RT: Float[Array, "R T"]
-    recent_BRH: Float[Array, "B R H"]
-    spans_BQ2: Int[Array, "B Q 2"]
-    seen: dict
-    scores_BQC: Float[Array, "B Q C"] | None
+    latent_TR: Float[Array, "T R"]
+    keys_TH: Float[Array, "T H"]
+    before_BWH: Float[Array, "B W H"]
+    entries: Entries | None
+    scores_TC: Float[Array, "T C"] | None
 
 
 class SparseAttention(nnx.Module):
@@ -94,164 +95,118 @@ class SparseAttention(nnx.Module):
     def init_cache(self, layers: int, slots: int, length: int, dtype) -> SparseCache:
         """Empty caches of `layers` such layers for sequences of `length` positions."""
         size = (layers, slots, length)
-        window = Rows.ring(*size, self.head_dim, dtype, lookback=self.window - 1)
+        window = Ring.empty(*size, self.head_dim, dtype, lookback=self.window - 1)
         if self.compressor is None:
             return SparseCache(window)
-        raw = self.compressor.init_raw(*size)
+        pending = self.compressor.init_pending(*size)
         entries = self.compressor.init_entries(*size, dtype)
         if self.indexer is None:
-            return SparseCache(window, raw, entries)
+            return SparseCache(window, pending, entries)
         index = self.indexer.compressor
         return SparseCache(
             window,
-            raw,
+            pending,
             entries,
-            index.init_raw(*size),
+            index.init_pending(*size),
             index.init_entries(*size, dtype),
         )
 
     def __call__(
         self,
-        x_DT: Float[Array, "D T"],
+        x_TD: Float[Array, "T D"],
         cache: SparseCache,
         layer: Int[Array, ""],
         tokens: FlatTokens,
-        view: SlotView,
-        rotation: TrailingRotation,
-    ) -> tuple[Float[Array, "D T"], SparseCache]:
+        rotation: PartialRotation,
+    ) -> tuple[Float[Array, "T D"], SparseCache, AttentionInputs]:
         """Each token attends to its slot's window and entries; writes all caches."""
-        rows_TH = self.keys(x_DT, rotation)
+        keys_TH = self.keys(x_TD, rotation)
         before_BWH, window = cache.window.advance(
-            layer, self.window - 1, rows_TH, tokens, view
+            layer, self.window - 1, keys_TH, tokens
         )
-        recent_BRH = jnp.concatenate([before_BWH, view.spread(rows_TH, 0)], axis=1)
-        cache = dataclasses.replace(cache, window=window)
+        cache = replace(cache, window=window)
+        latent_TR = self.q_a_norm(self.q_a_proj(x_TD))
+        entries, scores_TC = None, None
+        if self.compressor is not None:
+            cache, entries, scores_TC = self._entries(
+                self.compressor, x_TD, latent_TR, cache, layer, tokens, rotation
+            )
+        inputs = AttentionInputs(latent_TR, keys_TH, before_BWH, entries, scores_TC)
+        return self.attend(inputs, tokens, rotation), cache, inputs
 
-        spans_BQ2 = self._spans(tokens)
-        latent_RT = self.q_a_norm(self.q_a_proj(x_DT))
-        cache, seen = self.compressed(
-            x_DT, latent_RT, cache, layer, tokens, view, rotation
-        )
-        o_DT = self.attend(latent_RT, recent_BRH, spans_BQ2, seen, view, rotation)
-        return o_DT, cache
+    def keys(
+        self, x_TD: Float[Array, "T D"], rotation: PartialRotation
+    ) -> Float[Array, "T H"]:
+        """The shared keys, which are the values too."""
+        return rotation(self.kv_norm(self.kv_proj(x_TD))[:, None])[:, 0]
 
-    def of_whole(
+    def _entries(
         self,
-        x_DT: Float[Array, "D T"],
+        compressor: Compressor,
+        x_TD: Float[Array, "T D"],
+        latent_TR: Float[Array, "T R"],
+        cache: SparseCache,
+        layer: Int[Array, ""],
         tokens: FlatTokens,
-        view: SlotView,
-        rotation: TrailingRotation,
-    ) -> tuple[Float[Array, "D T"], "Looked"]:
-        """The same for texts that begin with this pass, without any cache.
+        rotation: PartialRotation,
+    ) -> tuple[SparseCache, Entries, Float[Array, "T C"] | None]:
+        """Brings entries up to date; which of them tokens see, and the scores.
 
         The indexer learns from what attention does and not the other way round, so no
         gradient flows from it into its inputs.
-
-        Returns:
-          The output, and what was looked at, for the indexer's loss.
         """
-        rows_TH = self.keys(x_DT, rotation)
-        lookback = self.window - 1
-        before_BWH = jnp.zeros((tokens.slots, lookback, self.head_dim), rows_TH.dtype)
-        recent_BRH = jnp.concatenate([before_BWH, view.spread(rows_TH, 0)], axis=1)
-        spans_BQ2 = self._spans(tokens)
-        latent_RT = self.q_a_norm(self.q_a_proj(x_DT))
-        seen, scores_BQC = {}, None
-        if self.compressor is not None:
-            entries_BCH = self.compressor.of_whole(x_DT, tokens, view)
-            seen["entries_LBCH"] = entries_BCH[None].astype(x_DT.dtype)
-            positions_BQ = tokens.starts_B[:, None] + jnp.arange(tokens.rows)
-            limits_BQ = self.compressor.limits(positions_BQ)
-            if self.indexer is None:
-                seen["limits_BQ"] = limits_BQ
-            else:
-                stop = jax.lax.stop_gradient
-                keys_BCH = self.indexer.compressor.of_whole(stop(x_DT), tokens, view)
-                scores_BQC = self.indexer.scores(
-                    stop(x_DT),
-                    stop(latent_RT),
-                    keys_BCH.astype(x_DT.dtype),
-                    view,
-                    rotation,
-                )
-                seen["chosen_BQX"] = self.indexer.choose(stop(scores_BQC), limits_BQ)
-        o_DT = self.attend(latent_RT, recent_BRH, spans_BQ2, seen, view, rotation)
-        return o_DT, Looked(latent_RT, recent_BRH, spans_BQ2, seen, scores_BQC)
-
-    def keys(
-        self, x_DT: Float[Array, "D T"], rotation: TrailingRotation
-    ) -> Float[Array, "T H"]:
-        """The shared keys, which are the values too."""
-        return rotation(self.kv_norm(self.kv_proj(x_DT))[None])[0].T
-
-    def _spans(self, tokens: FlatTokens) -> Int[Array, "B Q 2"]:
-        """Rows each query sees, of those W - 1 before the pass and of its own.
-
-        Row i lies at position start - (W - 1) + i. The query in row r sees W rows, r to
-        r + W - 1, of which the last is its own, but none before position 0.
-        """
-        row_Q = jnp.arange(tokens.rows)
-        oldest_BQ = jnp.maximum(row_Q, self.window - 1 - tokens.starts_B[:, None])
-        newest_BQ = jnp.broadcast_to(row_Q + self.window, oldest_BQ.shape)
-        return jnp.stack([oldest_BQ, newest_BQ], axis=-1)
-
-    def compressed(
-        self, x_DT, latent_RT, cache, layer, tokens, view, rotation
-    ) -> tuple[SparseCache, dict]:
-        """Brings entries up to date; which of them the queries see, as keywords."""
-        if self.compressor is None:
-            return cache, {}
-        where = (layer, tokens, view)
+        assert cache.pending is not None and cache.entries is not None
         with jax.named_scope("compress"):
-            raw, entries = self.compressor(x_DT, cache.raw, cache.entries, *where)
-        cache = dataclasses.replace(cache, raw=raw, entries=entries)
-        positions_BQ = tokens.starts_B[:, None] + jnp.arange(tokens.rows)
-        limits_BQ = self.compressor.limits(positions_BQ)
-        seen = {"entries_LBCH": entries.rows_LBSH, "layer": layer}
+            pending, entries = compressor(
+                x_TD, cache.pending, cache.entries, layer, tokens
+            )
+        cache = replace(cache, pending=pending, entries=entries)
+        limits_T = compressor.limits(tokens.positions_T)
+        table = entries.table(layer)
         if self.indexer is None:
-            return cache, seen | {"limits_BQ": limits_BQ}
+            return cache, Entries(table, limits_T=limits_T), None
+        x_TD, latent_TR = jax.lax.stop_gradient((x_TD, latent_TR))
+        assert cache.index_pending is not None and cache.index_keys is not None
         with jax.named_scope("index"):
-            raw, keys = self.indexer.compressor(
-                x_DT, cache.index_raw, cache.index_keys, *where
+            pending, keys = self.indexer.compressor(
+                x_TD, cache.index_pending, cache.index_keys, layer, tokens
             )
-            cache = dataclasses.replace(cache, index_raw=raw, index_keys=keys)
-            scores_BQC = self.indexer.scores(
-                x_DT, latent_RT, keys.layer(layer), view, rotation
+            cache = replace(cache, index_pending=pending, index_keys=keys)
+            scores_TC = self.indexer.scores(
+                x_TD, latent_TR, keys.table(layer), tokens, rotation
             )
-            chosen_BQX = self.indexer.choose(scores_BQC, limits_BQ)
-        return cache, seen | {"chosen_BQX": chosen_BQX}
+            chosen_TX = self.indexer.choose(jax.lax.stop_gradient(scores_TC), limits_T)
+        return cache, Entries(table, chosen_TX=chosen_TX), scores_TC
 
     def queries(
-        self, latent_RT: Float[Array, "R T"], rotation: TrailingRotation
+        self, latent_TR: Float[Array, "T R"], rotation: PartialRotation
     ) -> Float[Array, "T N H"]:
         """Queries, normed per head and rotated."""
-        q_NHT = self.q_b_proj(latent_RT).reshape(self.heads, self.head_dim, -1)
-        q_NHT = rotation(normalise(q_NHT, self.eps).astype(latent_RT.dtype))
-        return jnp.moveaxis(q_NHT, -1, 0)
+        q_TNH = self.q_b_proj(latent_TR).reshape(-1, self.heads, self.head_dim)
+        return rotation(normalize(q_TNH, self.eps).astype(latent_TR.dtype))
 
     def attend(
         self,
-        latent_RT: Float[Array, "R T"],
-        recent_BRH: Float[Array, "B R H"],
-        spans_BQ2: Int[Array, "B Q 2"],
-        seen: dict,
-        view: SlotView,
-        rotation: TrailingRotation,
-    ) -> Float[Array, "D T"]:
+        inputs: AttentionInputs,
+        tokens: FlatTokens,
+        rotation: PartialRotation,
+        *,
+        causal: bool = True,
+    ) -> Float[Array, "T D"]:
         """Queries from their latent, attention, and the grouped output projection."""
-        T = latent_RT.shape[1]
+        T = len(inputs.latent_TR)
         with jax.named_scope("sparse_attention"):
-            o_BQNH = sparse_attention(
-                view.spread(self.queries(latent_RT, rotation), 0),
-                recent_BRH,
-                spans_BQ2,
+            o_TNH = sparse_attention(
+                self.queries(inputs.latent_TR, rotation),
+                inputs.keys_TH,
+                inputs.before_BWH,
                 self.sinks[...],
-                window=self.window,
+                tokens,
+                inputs.entries,
                 scale=self.head_dim**-0.5,
-                **seen,
+                causal=causal,
             )
-        o_NHT = rotation.inverse(jnp.moveaxis(view.collect(o_BQNH), 0, -1))
-        o_gIT = o_NHT.reshape(self.groups, -1, T)
-        w_gRI = self.o_a_proj.matrix.reshape(self.groups, -1, o_gIT.shape[1])
-        low_XT = jax.vmap(product)(w_gRI, o_gIT).reshape(-1, T)
-        return self.o_b_proj(low_XT)
+        o_TgI = rotation.inverse(o_TNH).reshape(T, self.groups, -1)
+        w_gRI = self.o_a_proj.matrix.reshape(self.groups, -1, o_TgI.shape[-1])
+        low_TgR = jax.vmap(matmul, in_axes=(1, 0), out_axes=1)(o_TgI, w_gRI)
+        return self.o_b_proj(low_TgR.reshape(T, -1))

@@ -1,13 +1,13 @@
 """From conversations in files to packed training sequences."""
 
-from jaxspark.jsonlines import Problem
+from jaxspark.jsonlines import MalformedRow
 from jaxspark.training.data.conversations import Conversation, read_conversations
 from jaxspark.training.data.regeneration import Dropped, Regenerated, regenerate
 
 __all__ = [
     "Conversation",
     "Dropped",
-    "Problem",
+    "MalformedRow",
     "Regenerated",
     "read_conversations",
     "regenerate",

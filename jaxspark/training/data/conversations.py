@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from jaxspark.jsonlines import Problem, read_json_lines
+from jaxspark.jsonlines import MalformedRow, read_json_lines
 
 _MOST_ID = 2**31 - 1  # ids are int32 on the device
 
@@ -62,7 +62,7 @@ class Conversation:
 
 def read_conversations(
     paths: Iterable[str | Path],
-) -> Iterator[Conversation | Problem]:
+) -> Iterator[Conversation | MalformedRow]:
     """Reads files of JSON lines, or dataset folders, in the given order.
 
     Of a dataset with several splits only `train` is read; the others are named in a
@@ -80,7 +80,7 @@ def read_conversations(
         else:
             raise ValueError(f"{path}: no such file or folder")
         for where, row in rows:
-            yield row if isinstance(row, Problem) else _conversation(row, where)
+            yield row if isinstance(row, MalformedRow) else _conversation(row, where)
 
 
 def _dataset_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -140,27 +140,27 @@ def _training_split(path: Path, names: Sequence[str]) -> str:
     return chosen
 
 
-def _conversation(row: Any, where: str) -> Conversation | Problem:
+def _conversation(row: Any, where: str) -> Conversation | MalformedRow:
     messages = row.get("messages") if isinstance(row, Mapping) else None
     if not isinstance(messages, Sequence) or not messages:
-        return Problem(where, 'expected an object with a list "messages"')
+        return MalformedRow(where, 'expected an object with a list "messages"')
     for message in messages:
         if not _is_message(message):
-            return Problem(
+            return MalformedRow(
                 where,
                 'expected messages with texts "role" and "content", found '
                 f"{reprlib.repr(message)}",
             )
     tools = row.get("tools")
     if tools is not None and not isinstance(tools, list):
-        return Problem(where, f"tools must be a list, found {reprlib.repr(tools)}")
+        return MalformedRow(where, f"tools must be a list, found {reprlib.repr(tools)}")
     ids = row.get("answer_ids")
     if ids is not None:
         whole = isinstance(ids, Sequence) and all(
             type(i) is int and 0 <= i <= _MOST_ID for i in ids
         )
         if not whole or not ids or messages[-1]["role"] != "assistant":
-            return Problem(
+            return MalformedRow(
                 where, "answer_ids must be token ids of a last message by the assistant"
             )
     return Conversation(

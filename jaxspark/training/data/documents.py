@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxspark.jsonlines import Problem, first_reasons
+from jaxspark.jsonlines import MalformedRow, first_reasons
 from jaxspark.text import Tokenizer
 from jaxspark.training.data.conversations import Conversation
 
@@ -88,11 +88,11 @@ def _up_to_stop(ids: list[int], stop_ids: Iterable[int]) -> list[int]:
 
 def read_documents(
     tokenizer: Tokenizer,
-    conversations: Iterable[Conversation | Problem],
+    conversations: Iterable[Conversation | MalformedRow],
     *,
     max_tokens: int,
     vocab_size: int | None = None,
-) -> tuple[list[Document], int, list[Problem]]:
+) -> tuple[list[Document], int, list[MalformedRow]]:
     """Conversations as documents; one that is no good ends nothing.
 
     Args:
@@ -110,10 +110,10 @@ def read_documents(
       ValueError: no document is left; names the first reasons.
     """
     documents: list[Document] = []
-    dropped: list[Problem] = []
+    dropped: list[MalformedRow] = []
     cut = 0
     for each in conversations:
-        if isinstance(each, Problem):
+        if isinstance(each, MalformedRow):
             dropped.append(each)
             continue
         try:
@@ -121,7 +121,7 @@ def read_documents(
             _check_vocabulary(document, vocab_size)
         except ValueError as error:
             reason = str(error).removeprefix(f"{each.where}: ")
-            dropped.append(Problem(each.where, reason))
+            dropped.append(MalformedRow(each.where, reason))
             continue
         if len(document.ids_L) > max_tokens:
             cut += 1
@@ -133,7 +133,7 @@ def read_documents(
             documents.append(document)
         else:
             reason = f"no answer of two tokens within {max_tokens}"
-            dropped.append(Problem(each.where, reason))
+            dropped.append(MalformedRow(each.where, reason))
     if not documents:
         raise ValueError(
             "the data hold no answer of at least two tokens"

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxspark.generation import Request, SamplingParams, generate_stream
 from jaxspark.generation.request import check_ids
-from jaxspark.jsonlines import Problem
+from jaxspark.jsonlines import MalformedRow
 from jaxspark.text.looping import is_looping
 from jaxspark.training.data.conversations import Conversation
 
@@ -54,7 +54,7 @@ class Dropped:
 
 def regenerate(
     target,
-    conversations: Iterable[Conversation | Problem],
+    conversations: Iterable[Conversation | MalformedRow],
     *,
     done: Iterable[str] = (),
     slots: int = 64,
@@ -98,7 +98,7 @@ def regenerate(
     def requests() -> Iterator[Request]:
         index = 0
         for each in conversations:
-            if isinstance(each, Problem):
+            if isinstance(each, MalformedRow):
                 if each.where not in seen:
                     # It has no text to be known by.
                     dropped.append(

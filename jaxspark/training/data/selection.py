@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from jaxspark.jsonlines import Problem, first_reasons
+from jaxspark.jsonlines import MalformedRow, first_reasons
 from jaxspark.text import Tokenizer
 from jaxspark.training.data.conversations import Conversation, read_conversations
 
@@ -19,7 +19,7 @@ def select_conversations(
     exclude: Sequence[str] = (),
     most: int | None = None,
     seed: int = 0,
-) -> list[Conversation | Problem]:
+) -> list[Conversation | MalformedRow]:
     """Conversations of several files in turn, each file shuffled, none twice.
 
     Args:
@@ -42,13 +42,13 @@ def select_conversations(
         rows = [
             row
             for row in read_conversations([path])
-            if isinstance(row, Problem) or wanted(row.source)
+            if isinstance(row, MalformedRow) or wanted(row.source)
         ]
         random.Random(seed).shuffle(rows)
         columns.append(rows)
-    known: dict[str, Conversation | Problem] = {}
+    known: dict[str, Conversation | MalformedRow] = {}
     for row in _in_turn(columns):
-        known.setdefault(row.where if isinstance(row, Problem) else row.key, row)
+        known.setdefault(row.where if isinstance(row, MalformedRow) else row.key, row)
     return list(known.values())[:most]
 
 
@@ -73,12 +73,12 @@ def first_questions(
       ValueError: there is none.
     """
     columns: list[list[list[int]]] = []
-    dropped: list[Problem] = []
+    dropped: list[MalformedRow] = []
     for path in paths:
         column = []
         for row in read_conversations([path]):
             asked = _first_question(tokenizer, row)
-            if isinstance(asked, Problem):
+            if isinstance(asked, MalformedRow):
                 dropped.append(asked)
             elif len(asked) <= max_tokens:
                 column.append(asked)
@@ -98,17 +98,17 @@ def first_questions(
 
 
 def _first_question(
-    tokenizer: Tokenizer, row: Conversation | Problem
-) -> list[int] | Problem:
-    if isinstance(row, Problem):
+    tokenizer: Tokenizer, row: Conversation | MalformedRow
+) -> list[int] | MalformedRow:
+    if isinstance(row, MalformedRow):
         return row
     asked = list(itertools.takewhile(lambda m: m["role"] != "assistant", row.messages))
     if not asked:
-        return Problem(row.where, "no message before the assistant's")
+        return MalformedRow(row.where, "no message before the assistant's")
     try:
         return tokenizer.chat(asked, tools=row.tools)
     except Exception as error:  # Templates raise whatever they like.
-        return Problem(row.where, str(error))
+        return MalformedRow(row.where, str(error))
 
 
 def _in_turn[T](columns: Iterable[Iterable[T]]) -> Iterable[T]:

@@ -13,14 +13,14 @@ from flax import nnx
 
 from jaxspark.checkpoints.tree import named_parameters
 from jaxspark.drafters import DSparkDrafter, Eagle3Drafter
-from jaxspark.models import DenseDecoder
+from jaxspark.models import DenseDecoder, TargetDecoder
 
 # Inputs without a known part start with a small one, for the sake of symmetry breaking.
 _LITTLE = 0.02
 
 
 def use_vocabulary(
-    drafter: Any, target: DenseDecoder, ids_W: np.ndarray | None
+    drafter: Any, target: TargetDecoder, ids_W: np.ndarray | None
 ) -> None:
     """Gives a drafter with a pruned vocabulary its ids and the target's head rows."""
     if drafter.draft_ids is not None:
@@ -86,7 +86,7 @@ def _copy(layer: nnx.Module, source: nnx.Module) -> None:
         if mine.shape != theirs.shape:
             raise ValueError(
                 f"a draft layer's {name} has shape {mine.shape}, the target's "
-                f"{theirs.shape}; initialise at random"
+                f"{theirs.shape}; initialize at random"
             )
         variable[...] = theirs
 

@@ -1,0 +1,107 @@
+"""What ops take in place of padded batches: flat tokens of many slots, and page tables.
+
+Models run on T flat tokens; only attention looks at slots. Padding to [B, Q] is what
+references do with them, a kernel need not.
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Ragged:
+    """Where the tokens of B slots lie among T flat ones.
+
+    The tokens of a slot lie together and hold consecutive positions. What lies between
+    and behind the slots is padding.
+
+    Attributes:
+      slots_T: slot of each token, -1 for padding.
+      starts_B: absolute position of each slot's first token (any value if none).
+      offsets_B: flat place of each slot's first token.
+      counts_B: tokens of each slot.
+      rows: Q, the most tokens that a slot may have (static).
+    """
+
+    slots_T: Int[Array, " T"]
+    starts_B: Int[Array, " B"]
+    offsets_B: Int[Array, " B"]
+    counts_B: Int[Array, " B"]
+    rows: int = field(metadata={"static": True})
+
+    @property
+    def slots(self) -> int:
+        """B, the number of slots."""
+        return self.starts_B.shape[0]
+
+    @property
+    def rows_T(self) -> Int[Array, " T"]:
+        """Row of each token in its slot; 0 for padding."""
+        row_T = jnp.arange(len(self.slots_T)) - self.offsets_B[self.slots_T]
+        return jnp.where(self.slots_T < 0, 0, row_T)
+
+    @property
+    def places_BQ(self) -> Int[Array, "B Q"]:
+        """Flat place of each slot's rows; T where there is none."""
+        row_Q = jnp.arange(self.rows)
+        place_BQ = self.offsets_B[:, None] + row_Q
+        return jnp.where(row_Q < self.counts_B[:, None], place_BQ, len(self.slots_T))
+
+    def padded(self, x_T: Shaped[Array, "T ..."], fill) -> Shaped[Array, "B Q ..."]:
+        """Flat to padded; absent rows read `fill`."""
+        x_T = jnp.asarray(x_T)
+        return x_T.at[self.places_BQ].get(mode="fill", fill_value=fill)
+
+    def flat(self, x_BQ: Shaped[Array, "B Q ..."]) -> Shaped[Array, "T ..."]:
+        """Padded to flat; padding reads some row (its value must not matter)."""
+        return x_BQ[jnp.maximum(self.slots_T, 0), self.rows_T]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Table:
+    """One layer's cached rows, read in place out of all layers' stack.
+
+    Attributes:
+      rows_LBCH: the rows, C for each slot; with `pages_BP` those of a page, and pages
+        in place of slots.
+      layer: whose are meant.
+      pages_BP: the pages that hold a slot's rows, in order; None: they lie together.
+    """
+
+    rows_LBCH: Float[Array, "L B C H"]
+    layer: int | Int[Array, ""] = 0
+    pages_BP: Int[Array, "B P"] | None = None
+
+    @property
+    def length(self) -> int:
+        """Rows of a slot."""
+        size = self.rows_LBCH.shape[2]
+        return size if self.pages_BP is None else size * self.pages_BP.shape[1]
+
+    def whole(self) -> Float[Array, "B C H"]:
+        """All rows of every slot."""
+        if len(self.rows_LBCH) == 1:  # nothing to choose, nothing to move
+            rows_BCH = self.rows_LBCH[0]
+        else:
+            rows_BCH = jax.lax.dynamic_index_in_dim(
+                self.rows_LBCH, self.layer, keepdims=False
+            )
+        if self.pages_BP is None:
+            return rows_BCH
+        rows_BPCH = rows_BCH[self.pages_BP]
+        return rows_BPCH.reshape(len(rows_BPCH), -1, rows_BPCH.shape[-1])
+
+    def take(self, rows_BX: Int[Array, "B *X"]) -> Float[Array, "B *X H"]:
+        """Some rows of every slot, without a copy of the layer's others."""
+        _, blocks, size, width = self.rows_LBCH.shape
+        slot_B = jnp.arange(len(rows_BX)).reshape(-1, *[1] * (rows_BX.ndim - 1))
+        block_BX = slot_B
+        if self.pages_BP is not None:
+            block_BX, rows_BX = self.pages_BP[slot_B, rows_BX // size], rows_BX % size
+        place_BX = (self.layer * blocks + block_BX) * size + rows_BX
+        return self.rows_LBCH.reshape(-1, width)[place_BX]
