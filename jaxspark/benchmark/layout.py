@@ -18,7 +18,7 @@ def input_major(x_TI, w_OI, w_IO):
 
 
 def output_major(x_TI, w_OI, w_IO):
-    """x W^T, with weights as in the checkpoint."""
+    """x W^T as one writes it, with weights as in the checkpoint."""
     return x_TI @ w_OI.T
 
 
@@ -34,7 +34,7 @@ def ours(x_TI, w_OI, w_IO):
 
 WRITINGS = {
     "x W": input_major,
-    "x W^T": output_major,
+    "x @ W.T": output_major,
     "(W x^T)^T": streamed,
     "matmul": ours,
 }

@@ -3,7 +3,7 @@
   jaxspark bench --suite=decode                 plain, n-gram, rows per round
   jaxspark bench --suite=decode --peer_python=.venv-oracle/bin/python
                                                 ... beside HF transformers
-  jaxspark bench --suite=layout                 why activations are columns
+  jaxspark bench --suite=layout                 how few rows are multiplied
   jaxspark bench --suite=draft --draft=FOLDER   a drafter alone, in hybrid, and n-gram,
                                                 at every block length
   jaxspark bench --suite=load --draft=dspark    many requests at once: fixed lengths
