@@ -40,7 +40,7 @@ class Rounds:
     Attributes:
       request_N: which request.
       confidence_NG: logits of P(draft j accepted | all before it accepted).
-      certainty_NG: how decided draft j was, see `Draw`.
+      certainty_NG: how decided draft j was, see `Drawn`.
       judged_N: drafts that were judged.
       accepted_N: drafts accepted, all those judged or one fewer.
     """

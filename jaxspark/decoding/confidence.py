@@ -6,7 +6,7 @@ are. Calibrated, its product is the chance that a block survives up to that draf
 
     a_j = sigmoid(c_1 / t_1 + w_1 s_1 + b_1) ... sigmoid(c_j / t_j + w_j s_j + b_j)
 
-s is the certainty of the drafts (see `Draw`). The head does not see it, and it tells
+s is the certainty of the drafts (see `Drawn`). The head does not see it, and it tells
 much: above all under the gumbel coupling, where a draft that wins by far is the
 target's choice too unless the two models differ by as much.
 

@@ -80,7 +80,7 @@ class DecodeState:
       target_cache: the target's position-indexed caches.
       draft_cache: the drafter's.
       confidence_BG: confidence logits of the last round that drafted.
-      certainty_BG: how decided its drafts were, see `Draw`.
+      certainty_BG: how decided its drafts were, see `Drawn`.
       schedule: what scheduling remembers.
       log_probs_BS: log-probabilities of output tokens; [B, 0] unless asked for.
       counters: statistics.

@@ -195,7 +195,7 @@ class DeepSeekV4DSpark(nnx.Module):
             return attention.attend(inputs, tokens, angles, causal=False), None
 
         x_TD = target.embed(tokens.ids_T).astype(self.dtype)
-        x_TMD = jnp.repeat(x_TD[:, None], self.config.target.hc_mult, axis=1)
+        x_TMD = target.streams(x_TD)
 
         def step(x_TMD, place):
             stage = select_layer(self.stages, place)

@@ -134,10 +134,10 @@ class HybridDrafter:
         """Whether the model fits."""
         self.model.check_target(target)
 
-    def init_cache(self, slots: int, length: int, **options) -> tuple[Any, History]:
+    def init_cache(self, slots: int, length: int) -> tuple[Any, History]:
         """The model's context and an empty history."""
         history = History.start(slots, self.lookup.longest, self.block_length)
-        return self.model.init_cache(slots, length, **options), history
+        return self.model.init_cache(slots, length), history
 
     def observe(self, cache, taps_TmD: Float[Array, "T m D"], tokens: FlatTokens):
         """The model sees every token, whoever drafts."""
