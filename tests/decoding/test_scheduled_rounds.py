@@ -22,7 +22,13 @@ from jaxspark.decoding import (
     parse_schedule,
     prefill,
 )
-from jaxspark.generation import Request, generate, generate_stream
+from jaxspark.generation import (
+    ContinuousBatch,
+    Request,
+    RequestError,
+    generate,
+    generate_stream,
+)
 from tests import zoo
 
 PROMPTS = zoo.prompts(3, 17, 8)
@@ -40,10 +46,10 @@ def plain(model):
     return [each.tokens for each in generate(model, PROMPTS, **PLAIN)]
 
 
-def run(model, plain, schedule, *, prompts=PROMPTS, **options):
+def run(model, plain, schedule, **options):
     seen = generate(
         model,
-        prompts,
+        PROMPTS,
         zoo.drafter("dspark-gated", model),
         schedule=schedule,
         **OPTIONS | options,
@@ -52,14 +58,13 @@ def run(model, plain, schedule, *, prompts=PROMPTS, **options):
     return seen
 
 
-def costs(draft_seconds, slope=1.0):
-    sizes = (3, 15)
+def costs(draft_seconds, slope=1.0, sizes=(15,)):
     seconds = tuple(1 + draft_seconds + slope * (size - 3) for size in sizes)
     return zoo.costs(sizes, seconds, plain=1.0, length=4)
 
 
 def test_dear_drafts_are_only_tried_now_and_then(model, plain):
-    seen = run(model, plain, Lagged(costs=costs(1.0), probe_share=0.1))
+    seen = run(model, plain, Lagged(costs=costs(1.0, sizes=(3, 15)), probe_share=0.1))
     for each in seen:
         assert each.rounds >= 39 and 1 <= each.drafted <= 0.2 * each.rounds
 
@@ -79,7 +84,7 @@ def test_the_usual_is_expected_before_there_is_history(model, plain):
 
 
 def test_requests_begin_with_the_memory_of_those_before_them(model):
-    seconds = zoo.costs((1, 2, 5), (2.2, 2.3, 2.5), plain=1.0, length=4)
+    seconds = zoo.costs((5,), (2.5,), plain=1.0, length=4)
     requests = [Request(prompt, max_new_tokens=12) for prompt in PROMPTS]
     # At another temperature, it has nothing to begin with.
     requests.append(Request(PROMPTS[0], max_new_tokens=12, temperature=0.5))
@@ -98,7 +103,7 @@ def test_requests_begin_with_the_memory_of_those_before_them(model):
 
 
 def test_drafts_that_cost_nothing_are_all_verified(model, plain):
-    seen = run(model, plain, Causal(costs=costs(0.0, slope=0.0)))
+    seen = run(model, plain, Causal(costs=costs(0.0, slope=0.0, sizes=(3, 15))))
     assert all(each.drafted == each.rounds for each in seen)
     assert sum(e.verified for e in seen) > 3 * sum(e.rounds for e in seen)
 
@@ -163,31 +168,28 @@ def test_bounds_on_drafts_say_nothing_of_plain_decoding(model):
 
 def test_mandatory_drafts_need_room_in_a_round(model):
     drafter = zoo.drafter("dspark-gated", model)
-    requests = [Request((1,), max_new_tokens=4, min_drafts=n) for n in (0, 3)]
     for options, most in ((dict(schedule=Fixed(1)), 1), (dict(buckets=(6,)), 2)):
         options = DecodeOptions(block_length=4, **options)
-        done = dict(
-            generate_stream(
-                model, requests, drafter, slots=2, capacity=64, options=options
-            )
-        )
-        assert (
-            f"min_drafts must be a whole number, in 0..{most}; got 3" in done[1].error
-        )
-        assert len(done[0].tokens) == 4
+        batch = ContinuousBatch(model, drafter, slots=2, capacity=64, options=options)
+        batch.submit(Request((1,), max_new_tokens=4, min_drafts=most))
+        with pytest.raises(
+            RequestError, match=rf"min_drafts .*, in 0\.\.{most}; got 3"
+        ):
+            batch.submit(Request((1,), max_new_tokens=4, min_drafts=3))
 
 
 def test_calibration_changes_what_is_verified(model, plain):
-    verified = []
-    for t in (0.01, 100.0):
-        calibration = Calibration(
-            coupling="gumbel", fitted_at=(1.0,), temperatures=((t,) * 4,)
-        )
-        # Sharp confidences are 0 or 1, flat ones a half at every place.
-        options = {"calibration": calibration, "buckets": (15,)}
-        seen = run(model, plain, Threshold(0.45), **options)
-        verified.append([each.verified / each.rounds for each in seen])
-    assert np.ptp(verified[1]) < 0.2 and verified[0] != verified[1]
+    """Sure of the first two drafts of every block, and of no other."""
+    calibration = Calibration(
+        coupling="gumbel",
+        fitted_at=(1.0,),
+        temperatures=((100.0,) * 4,),
+        biases=((9.0, 9.0, -9.0, -9.0),),
+    )
+    options = {"calibration": calibration, "buckets": (15,)}
+    for each in run(model, plain, Threshold(0.9), **options):
+        # The last rounds have less room.
+        assert 2 * (each.rounds - 2) <= each.verified <= 2 * each.rounds
 
 
 def test_biases_shift_confidences():
@@ -268,16 +270,15 @@ def test_malformed_calibrations_are_refused(changes, message):
         Calibration(**good | changes)
 
 
-def test_costs_are_measured_where_they_are_missing(model, plain, capsys):
+def test_costs_are_measured_where_they_are_missing(model, capsys):
     drafter = zoo.drafter("dspark-gated", model)
     size = {"slots": 1, "capacity": 64}
-    options = DecodeOptions(block_length=1, schedule=Lagged())
+    options = DecodeOptions(block_length=1, schedule=Lagged(), buckets=(2,))
     measured = with_measured_costs(options, model, drafter, **size)
     assert "measuring what rounds of 1 cost" in capsys.readouterr().out
     assert measured.schedule.costs.draft_lengths == (0, 1)
+    assert measured.resolve(drafter, 1).sizes(1) == (2,)
     assert with_measured_costs(measured, model, drafter, **size) is measured
-    few = {"prompts": PROMPTS[:1], "block_length": 1}
-    run(model, plain[:1], measured.schedule, **few)
     assert not capsys.readouterr().out
 
 

@@ -1,7 +1,8 @@
 """Guarantees 1 and 3 on tiny models: not one token changes.
 
-Greedy output, and sampled output under the gumbel coupling, equal plain decoding's for
-every drafter, block length, batch, bucket and schedule.
+Greedy output, and sampled output under the gumbel coupling, equal plain decoding's
+whatever the drafter, block length, batch, bucket and schedule. Here are drafters that
+`jaxspark audit --suite=quick` does not have, and one of each family that it has.
 """
 
 import pytest
@@ -13,16 +14,8 @@ from tests import zoo
 
 LENGTHS = (1, 2, 17, 40, 5)
 TEMPERATURES = (0.0, 1.0, 0.7, 0.0, 1.3)
-# Buckets change nothing, see below: prompt lookup would have eight.
+# Buckets change nothing, see below: prompt lookup would have two.
 OPTIONS = {"capacity": 128, "buckets": (len(LENGTHS) * (zoo.BLOCK + 1),)}
-# Drafters see embedding, head and taps of a target: on the second one two suffice.
-ON_QWEN3 = [("qwen3", "dspark-rnn"), ("qwen3", "eagle3-pruned")]
-
-
-def drafters(*names):
-    """Of the first target, beside those of the second."""
-    pairs = [("llama", name) for name in names] + ON_QWEN3
-    return pytest.mark.parametrize(("model", "name"), pairs, indirect=["model"])
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +59,11 @@ def assert_exact(model, asked, plain, seen):
     assert len(result.near_ties) <= 1
 
 
-@drafters("ngram", "dspark-pruned")
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("llama", "dspark-rnn"), ("qwen3", "eagle3-pruned")],
+    indirect=["model"],
+)
 def test_greedy_is_greedy_in_a_batch(model, greedy, name):
     """Blocks of other lengths bring more drafters, see below."""
     asked, plain = greedy
@@ -74,7 +71,17 @@ def test_greedy_is_greedy_in_a_batch(model, greedy, name):
     assert_exact(model, asked, plain, decode_requests(model, asked, drafter, **OPTIONS))
 
 
-@drafters(*zoo.DRAFTERS)
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        *(
+            ("llama", name)
+            for name in ("ngram", "dspark-rnn", "dflash-masks", "hybrid")
+        ),
+        ("qwen3", "eagle3-pruned"),
+    ],
+    indirect=["model"],
+)
 def test_sampling_is_reproducible(model, sampled, name):
     """Two of these requests are greedy."""
     asked, plain = sampled
@@ -84,11 +91,7 @@ def test_sampling_is_reproducible(model, sampled, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "block_length"),
-    [
-        *(("ngram", 1), ("dspark-rnn", 1), ("eagle3", 1), ("hybrid", 1)),
-        *(("dflash-masks", 5), ("eagle3-pruned", 5)),
-    ],
+    ("name", "block_length"), [("hybrid", 1), ("eagle3", 1), ("dflash-masks", 5)]
 )
 def test_the_block_length_changes_nothing(model, greedy, name, block_length):
     asked, plain = greedy
@@ -97,10 +100,9 @@ def test_the_block_length_changes_nothing(model, greedy, name, block_length):
     assert_exact(model, asked, plain, seen)
 
 
-@pytest.mark.parametrize("name", ["ngram", "dspark-rnn"])
-def test_greedy_is_greedy_alone(model, greedy, name):
+def test_greedy_is_greedy_alone(model, greedy):
     asked, plain = greedy
-    drafter = zoo.drafter(name, model)
+    drafter = zoo.drafter("dspark-rnn", model)
     seen = [decode_requests(model, [each], drafter, **OPTIONS)[0] for each in asked]
     assert_exact(model, asked, plain, seen)
 
@@ -114,25 +116,24 @@ def test_filters_are_reproducible_too(model):
     )
     options = {"coupling": "gumbel", **OPTIONS}
     plain = plain_outputs(model, asked, **options)
-    seen = decode_requests(model, asked, zoo.drafter("dspark-gated", model), **options)
+    seen = decode_requests(model, asked, zoo.drafter("dspark-rnn", model), **options)
     assert_exact(model, asked, plain, seen)
 
 
-@pytest.mark.parametrize("buckets", [(64,), (1, 2, 3, 12, 99)], ids=str)
-def test_buckets_change_nothing(model, sampled, buckets):
+def test_buckets_change_nothing(model, sampled):
+    """Too small for the anchors, nor multiples of anything, larger than all drafts."""
     asked, plain = sampled
     drafter = zoo.drafter("ngram", model)
-    options = {**OPTIONS, "buckets": buckets}
+    options = {**OPTIONS, "buckets": (3, 12, 99)}
     seen = decode_requests(model, asked, drafter, coupling="gumbel", **options)
     assert_exact(model, asked, plain, seen)
 
 
-@pytest.mark.parametrize("length", [0, 3])
-def test_the_verification_length_changes_nothing(model, sampled, length):
+def test_the_verification_length_changes_nothing(model, sampled):
     asked, plain = sampled
     drafter = zoo.drafter("dspark-vanilla", model)
     seen = decode_requests(
-        model, asked, drafter, schedule=Fixed(length), coupling="gumbel", **OPTIONS
+        model, asked, drafter, schedule=Fixed(3), coupling="gumbel", **OPTIONS
     )
     assert_exact(model, asked, plain, seen)
 
@@ -158,6 +159,7 @@ def test_rejection_sampling_ignores_its_batch(model):
 
 def test_the_audit_reports_a_changed_token(model, greedy):
     asked, plain = greedy
-    other = decode_requests(model, asked[::-1], zoo.drafter("ngram", model), **OPTIONS)
+    drafter = zoo.drafter("dspark-rnn", model)
+    other = decode_requests(model, asked[::-1], drafter, **OPTIONS)
     result = audit(model, asked, plain, other)
     assert result.violations
