@@ -7,9 +7,10 @@ import shutil
 import tempfile
 
 # Before JAX is imported, and for the processes that tests start: tiny programs run for
-# milliseconds, so they are compiled quickly rather than well, and once for all.
+# milliseconds, so they are compiled quickly rather than well, and once for all, also
+# those that take no time worth mentioning: there are thousands.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     folder = tempfile.mkdtemp(prefix="jaxspark-compiled-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

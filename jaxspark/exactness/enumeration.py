@@ -205,15 +205,16 @@ def draft_blocks(
     state = init_state(
         target, drafter, [prompt], [limit], sampling, block_length=block_length
     )
-    target_cache, draft_cache = state.target_cache, state.draft_cache
+    draft_cache = state.draft_cache
     if len(prompt) > 1:
         tokens = FlatTokens.from_rows(
             jnp.array([prompt[:-1]], jnp.int32),
             jnp.zeros((1,), jnp.int32),
             jnp.array([len(prompt) - 1]),
         )
-        _, taps_TmD, target_cache = target(tokens, target_cache, taps=drafter.taps)
-        draft_cache = drafter.observe(draft_cache, taps_TmD, tokens)
+        draft_cache = _observed(
+            target, drafter, tokens, state.target_cache, draft_cache
+        )
 
     @jax.jit
     def propose(forced_G):
@@ -230,6 +231,13 @@ def draft_blocks(
         if drafts not in seen and _draft_probability(proposal) > 0:
             seen.add(drafts)
             yield drafts, proposal
+
+
+@jax.jit
+def _observed(target, drafter, tokens: FlatTokens, target_cache, draft_cache):
+    """The drafter's cache once it has seen tokens of a prompt."""
+    _, taps_TmD, _ = target(tokens, target_cache, taps=drafter.taps)
+    return drafter.observe(draft_cache, taps_TmD, tokens)
 
 
 def _seen(proposal: Proposal) -> Proposal:

@@ -39,7 +39,7 @@ LOOPS = {
     ],
 }
 if not os.environ.get("JAXSPARK_AOT_ALL"):
-    LOOPS["tpu"] = LOOPS["tpu"][-1:]
+    LOOPS["tpu"], LOOPS["h100"] = LOOPS["tpu"][1:2], []
     LOOPS["cpu"] = [LOOPS["cpu"][0], LOOPS["cpu"][-1]]
 MISTAKES = {
     "cpu": [{"mistake": "transposed"}, {"mistake": "not donated"}],

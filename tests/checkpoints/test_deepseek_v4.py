@@ -44,7 +44,9 @@ VOCAB = 61
 @pytest.fixture(scope="module")
 def model():
     """A tiny target with a bias and sinks that are not zero."""
-    config = replace(deepseek_v4_tiny(VOCAB), hc_sinkhorn_iters=3)
+    config = replace(
+        deepseek_v4_tiny(VOCAB), compress_ratios=(0, 4, 32, 4, 32), hc_sinkhorn_iters=3
+    )
     model = DeepSeekV4(config, rngs=nnx.Rngs(0))
     graph, state = nnx.split(model)
     random = np.random.default_rng(0)
@@ -231,11 +233,11 @@ def sharding(path):
     return NamedSharding(mesh, P(None, "expert") if "mlp.experts" in path else P())
 
 folder = Path(sys.argv[1])
-plain = load_target(folder).model
 for keep in (False, True):
-    whole = named_parameters(load_target(folder, keep_quantized=keep).model)
+    model = load_target(folder, keep_quantized=keep).model
+    whole = named_parameters(model)
     spread = load_deepseek_v4(
-        plain.config,
+        model.config,
         dequantized(open_safetensors(folder)),
         dtype=jnp.float32,
         sharding=sharding,

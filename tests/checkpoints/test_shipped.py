@@ -40,7 +40,8 @@ def test_it_drafts_well_and_changes_nothing(smollm2, name, least):
     ]
     plain = generate(smollm2, prompts, max_new_tokens=48)
     drafter = load_drafter(name, smollm2)
-    seen = generate(smollm2, prompts, drafter, max_new_tokens=48)
+    options = {"max_new_tokens": 48, "buckets": (3 * (drafter.block_length + 1),)}
+    seen = generate(smollm2, prompts, drafter, **options)
     assert [each.tokens for each in seen] == [each.tokens for each in plain]
     tokens = sum(len(each.tokens) for each in seen)
     assert tokens / sum(each.rounds for each in seen) > least

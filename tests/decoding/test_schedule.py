@@ -225,7 +225,7 @@ def random_round(seed):
     return dict(p=p, q=q, confidence=confidence, earlier_G=earlier), TEMPTING[seed % 2]
 
 
-SEEDS = range(6)
+SEEDS = range(4)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

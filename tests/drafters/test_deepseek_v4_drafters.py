@@ -18,7 +18,9 @@ from jaxspark.models.layers.rope import PartialRotation
 from jaxspark.training.deepseek_v4 import forward
 from tests.driver import Sampler, Session
 
-CONFIG = replace(deepseek_v4_tiny(61), hc_sinkhorn_iters=3)
+CONFIG = replace(
+    deepseek_v4_tiny(61), compress_ratios=(0, 4, 32, 4, 32), hc_sinkhorn_iters=3
+)
 G, WINDOW, D = 5, CONFIG.sliding_window, CONFIG.hidden_size
 
 
@@ -73,7 +75,7 @@ def by_numpy(attention, h_GD, context_nD):
     return attention.o_b_proj(jnp.asarray(low))
 
 
-@pytest.mark.parametrize("count", [0, 3, WINDOW - 1, WINDOW, 20, 3 * WINDOW])
+@pytest.mark.parametrize("count", [0, 3, WINDOW, 3 * WINDOW])
 def test_a_block_attends_as_the_equations_say(model, count):
     """It begins one past the newest context row, sees W of them and all of itself."""
     drafter = DeepSeekV4DSpark(deepseek_v4_dspark(CONFIG), rngs=nnx.Rngs(1))

@@ -38,7 +38,7 @@ def step_by_step(model, prompt, count):
     session = Session(model, 1, 64)
     row, tokens, log_probs = prompt, [], []
     for _ in range(count):
-        [logits], _ = session.feed([row])
+        [logits], _ = session.feed([row], chunk=1)
         log_p_V = jax.nn.log_softmax(logits[-1])
         tokens.append(int(np.argmax(logits[-1])))
         log_probs.append(float(log_p_V[tokens[-1]]))
@@ -66,7 +66,7 @@ def test_log_probs_do_not_change_with_speculation(model, ngram):
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 9, 10, 11])
 def test_a_budget_is_met_to_the_token(model, ngram, budget):
-    [seen] = generate(model, zoo.prompts(12), ngram, max_new_tokens=budget, capacity=64)
+    [seen] = generate(model, zoo.prompts(12), ngram, max_new_tokens=budget)
     assert len(seen.tokens) == budget
     assert seen.finish_reason == "length"
 
@@ -115,22 +115,22 @@ def test_counters_add_up(model, ngram):
 
 
 def test_a_fixed_schedule_verifies_no_more_than_its_length(model, ngram):
-    [seen] = generate(
-        model, zoo.prompts(12), ngram, max_new_tokens=30, schedule=Fixed(2)
-    )
+    options = {"schedule": Fixed(2), "buckets": (3,)}
+    [seen] = generate(model, zoo.prompts(12), ngram, max_new_tokens=30, **options)
     assert seen.reached[1] > 0
     assert seen.reached[2:] == [0] * (zoo.BLOCK - 2)
 
 
 def test_the_round_is_pure_inside_a_callers_own_jit(model, ngram):
     prompts = zoo.prompts(6, 11)
-    options = DecodeOptions(block_length=3)
+    options = DecodeOptions(block_length=3, buckets=(8,))
 
     @jax.jit
     def two_rounds(model, state):
-        for _ in range(2):
-            state = decode_round(model, ngram, state, options)
-        return state
+        def body(_, state):
+            return decode_round(model, ngram, state, options)
+
+        return jax.lax.fori_loop(0, 2, body, state)
 
     state = init_state(model, ngram, prompts, [40, 40], Sampling.of(2), block_length=3)
     state = prefill(model, ngram, state, chunk=16)
@@ -237,5 +237,5 @@ def test_plain_decoding_has_no_block_length(model):
 
 def test_bfloat16_runs_end_to_end(ngram):
     model = jax.tree.map(lambda w: w.astype(jnp.bfloat16), zoo.target())
-    [seen] = generate(model, zoo.prompts(9), ngram, max_new_tokens=8)
+    [seen] = generate(model, zoo.prompts(9), ngram, max_new_tokens=8, buckets=(9,))
     assert len(seen.tokens) == 8

@@ -18,7 +18,7 @@ from jaxspark.generation import (
 from tests import zoo
 
 CAPACITY = 96
-OPTIONS = DecodeOptions(coupling="gumbel", block_length=3)
+OPTIONS = DecodeOptions(coupling="gumbel", block_length=3, buckets=(32,))
 PROMPTS = zoo.prompts(1, 4, 23)
 SHORT = SamplingParams(max_new_tokens=4)
 
@@ -37,9 +37,10 @@ def plain(pair):
     def plain(request):
         key = repr(request)
         if key not in known:
+            params = replace(request.params, log_probs=True)
             [known[key]] = generate(
                 pair[0],
-                [request],
+                [replace(request, params=params)],
                 options=DecodeOptions(coupling="gumbel"),
                 capacity=CAPACITY,
             )
@@ -48,7 +49,7 @@ def plain(pair):
     return plain
 
 
-def requests():
+def requests(log_probs):
     """Requests of few kinds, so that their outputs are soon known."""
     params = st.builds(
         SamplingParams,
@@ -56,7 +57,7 @@ def requests():
         temperature=st.sampled_from([0.0, 1.0]),
         seed=st.just(3),
         stop_ids=st.sampled_from([(), tuple(range(8))]),
-        log_probs=st.booleans(),
+        log_probs=log_probs,
         max_drafts=st.sampled_from([None, 1]),
     )
     return st.builds(Request, st.sampled_from(PROMPTS), params)
@@ -71,10 +72,11 @@ BAD = [
     (Request([1], max_new_tokens=CAPACITY), "positions"),
     (Request([1], max_new_tokens=4, stop_ids=[0.5]), "stop_ids"),
 ]
-# Three good requests and a bad one among them: one size of batch is compiled. None lets
-# a request run; a number cancels it once it has as many tokens.
+# Three good requests and a bad one among them, one at least with log-probabilities: one
+# size of batch is compiled. None lets a request run; a number cancels it once it has as
+# many tokens.
 entries = st.tuples(
-    st.lists(requests(), min_size=3, max_size=3),
+    st.tuples(*map(requests, (st.booleans(), st.just(True), st.booleans()))),
     st.sampled_from([each for each, _ in BAD]),
     st.integers(0, 3),
     st.lists(st.sampled_from([None, 1, 5]), min_size=4, max_size=4),

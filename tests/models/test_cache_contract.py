@@ -164,18 +164,17 @@ def test_a_slot_does_not_see_its_neighbours(model, random):
         assert_same([together[slot]], [feed(session(model), alone)[slot]])
 
 
-@pytest.mark.parametrize("chunk", (1, 5, CHUNK))
+@pytest.mark.parametrize("chunk", (1, None))
 def test_passes_may_be_cut_anywhere(model, random, chunk):
     rows = some_tokens(random, 19, 7)
-    whole = feed(session(model), rows, chunk=None)
-    assert_same(feed(session(model), rows, chunk=chunk), whole)
+    seen = feed(session(model), rows, chunk=chunk)
+    assert_same(seen, feed(session(model), rows))
 
 
-@pytest.mark.parametrize("capacity", (13, 40))
-def test_bucket_size_does_not_matter(model, random, capacity):
-    """13 tokens in a bucket of 13 or 40, the rest padding; else in one of 32."""
+def test_bucket_size_does_not_matter(model, random):
+    """13 tokens in a bucket of as many; else in one of 32, the rest padding."""
     rows = some_tokens(random, 8, 0, 5)
-    seen = feed(session(model), rows, capacity=capacity)
+    seen = feed(session(model), rows, capacity=13)
     assert_same(seen, feed(session(model), rows))
 
 

@@ -19,7 +19,8 @@ def test_random_models_equal_golden(name, checkpoint, record_property):
     assert header["config"] == CASES[name], "stale: run tests.parity.make_golden"
     model = load_target(str(checkpoint(header["config"], header["seed"]))).model
     tokens = header["tokens"]
-    for chunk in (None, 5):
+    # How passes are cut is one question, what a configuration says another.
+    for chunk in (None, 5) if name in ("llama", "qwen3") else (5,):
         logits, _ = Session(model, len(tokens), 64).feed(tokens, chunk=chunk)
         for i, logits_TV in enumerate(logits):
             worst = np.abs(logits_TV - arrays[f"logits_{i}"]).max()
@@ -32,7 +33,7 @@ def test_deepseek_v4_equals_golden(seed, record_property):
     header, arrays = golden.load(golden.FOLDER / f"deepseek_v4_{seed}.npz")
     assert header["config"] == random_config(seed), "stale: run make_golden"
     model, tokens = made(header["config"], header["seed"]), header["tokens"]
-    for chunk in (None, 5):
+    for chunk in (None, 5) if seed == V4_SEEDS[-1] else (5,):
         logits, _ = Session(model, len(tokens), 144).feed(tokens, chunk=chunk)
         for i, logits_TV in enumerate(logits):
             worst = np.abs(logits_TV - arrays[f"logits_{i}"]).max()
@@ -55,15 +56,14 @@ def test_old_spelling_of_rope_means_the_same(checkpoint):
 def test_smollm2_equals_golden(smollm2, record_property):
     header, arrays = golden.load(golden.SMOLLM2)
     tokens = header["tokens"]
-    for chunk in (None, 16):
-        logits, _ = Session(smollm2.model, len(tokens), 160).feed(tokens, chunk=chunk)
-        for i, logits_TV in enumerate(logits):
-            some_tV = logits_TV[:: golden.STRIDE]
-            best_tX = np.take_along_axis(some_tV, arrays[f"best_ids_{i}"], axis=1)
-            worst = np.abs(best_tX - arrays[f"best_logits_{i}"]).max()
-            projected = logits_TV @ golden.projection(logits_TV.shape[1])
-            spread = np.abs(projected - arrays[f"projected_{i}"]).max()
-            record_property(f"chunk_{chunk}_{i}", [float(worst), float(spread)])
-            assert worst <= TOLERANCE, (chunk, i)
-            # Sums over all logits: a common shift of 1e-5 adds up to 1e-3.
-            assert spread <= 1e-3, (chunk, i)
+    logits, _ = Session(smollm2.model, len(tokens), 160).feed(tokens, chunk=16)
+    for i, logits_TV in enumerate(logits):
+        some_tV = logits_TV[:: golden.STRIDE]
+        best_tX = np.take_along_axis(some_tV, arrays[f"best_ids_{i}"], axis=1)
+        worst = np.abs(best_tX - arrays[f"best_logits_{i}"]).max()
+        projected = logits_TV @ golden.projection(logits_TV.shape[1])
+        spread = np.abs(projected - arrays[f"projected_{i}"]).max()
+        record_property(f"text_{i}", [float(worst), float(spread)])
+        assert worst <= TOLERANCE, i
+        # Sums over all logits: a common shift of 1e-5 adds up to 1e-3.
+        assert spread <= 1e-3, i

@@ -291,7 +291,7 @@ def test_answers_are_the_targets_own_whatever_the_batch():
     model = target()
     options = dict(max_new_tokens=12, max_prompt_tokens=64)
     one = list(regenerate(model, questions(7), slots=1, **options))
-    many = list(regenerate(model, questions(7), slots=3, **options))
+    many = list(regenerate(model, questions(7), slots=2, **options))
     assert all(isinstance(each, Regenerated) for each in one)
     by_key = {each.key: each.conversation.answer_ids for each in many}
     assert {each.key: each.conversation.answer_ids for each in one} == by_key
@@ -306,7 +306,7 @@ def test_sampled_answers_depend_on_seed_and_prompt_alone():
     options = dict(max_new_tokens=8, max_prompt_tokens=64, temperature=1.0)
 
     def answers(rows, seed):
-        found = regenerate(model, rows, slots=4, seed=seed, **options)
+        found = regenerate(model, rows, slots=2, seed=seed, **options)
         return {each.key: each.conversation.answer_ids for each in found}
 
     forward, backward = answers(questions(6), 3), answers(questions(6)[::-1], 3)
@@ -323,7 +323,8 @@ def test_what_gives_no_example_is_listed_with_its_reason():
         conversation("x" * 100, ""),
         Conversation(messages=({"role": "assistant", "content": "hi"},), where="f:2"),
     ]
-    found = list(regenerate(model, rows, max_new_tokens=6, max_prompt_tokens=64))
+    options = dict(max_new_tokens=6, max_prompt_tokens=64, slots=2)
+    found = list(regenerate(model, rows, **options))
     dropped = {each.where: each.reason for each in found if isinstance(each, Dropped)}
     assert dropped["file:9"] == "is not JSON"
     assert dropped["f:2"] == "no message by the user"
@@ -335,7 +336,8 @@ def test_what_gives_no_example_is_listed_with_its_reason():
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_dropped():
     model = target()  # 128 positions
     rows = [*questions(1), conversation("x" * 120, "")]
-    found = list(regenerate(model, rows, max_new_tokens=6, max_prompt_tokens=999))
+    options = dict(max_new_tokens=6, max_prompt_tokens=999, slots=2)
+    found = list(regenerate(model, rows, **options))
     [dropped] = [each for each in found if isinstance(each, Dropped)]
     assert dropped.reason.endswith("tokens, the limit is 122") and len(found) == 2
     with pytest.raises(ValueError, match="no room for a prompt: .* 128 positions"):

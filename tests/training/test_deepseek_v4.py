@@ -76,7 +76,7 @@ def lively(module, seed=0):
 
 
 def blocks():
-    """Every block as a function of parameters and input, by name."""
+    """Every block, how it is made and as a function of itself and input, by name."""
     rngs, c = nnx.Rngs(0), SMALL
     options = {"dtype": jnp.float64, "rngs": rngs}
     tokens = texts(13, 9)
@@ -114,20 +114,24 @@ def blocks():
     def experts(part, x):
         return part(x[:, :D], tokens.ids_T, tokens.slots_T, zero)[0]
 
+    def head(part, x):
+        return part(x.reshape(T, M, D))
+
     compressor = partial(Compressor, c, c.head_dim, **options)
     attention = partial(SparseAttention, c, **options)
+    mixture = partial(MixtureOfExperts, c, **options)
     return {
-        "hyper-connection": (HyperConnection(c, rngs=rngs), hyper),
-        "hyper head": (HyperHead(c, rngs=rngs), lambda p, x: p(x.reshape(T, M, D))),
-        "compression, overlapping": (compressor(4, overlap=True), compress),
-        "compression": (compressor(8, overlap=False), compress),
-        "indexer": (Indexer(c, **options), scores),
-        "window attention": (attention(0), attend),
-        "CSA": (attention(4), attend),
-        "HCA": (attention(8), attend),
-        "experts": (MixtureOfExperts(c, hashed=False, **options), experts),
-        "hashed experts": (MixtureOfExperts(c, hashed=True, **options), experts),
-        "layer": (DeepSeekV4Layer(c, 0, False, **options), layer),
+        "hyper-connection": (partial(HyperConnection, c, rngs=rngs), hyper),
+        "hyper head": (partial(HyperHead, c, rngs=rngs), head),
+        "compression, overlapping": (partial(compressor, 4, overlap=True), compress),
+        "compression": (partial(compressor, 8, overlap=False), compress),
+        "indexer": (partial(Indexer, c, **options), scores),
+        "window attention": (partial(attention, 0), attend),
+        "CSA": (partial(attention, 4), attend),
+        "HCA": (partial(attention, 8), attend),
+        "experts": (partial(mixture, hashed=False), experts),
+        "hashed experts": (partial(mixture, hashed=True), experts),
+        "layer": (partial(DeepSeekV4Layer, c, 0, False, **options), layer),
     }
 
 
@@ -138,20 +142,18 @@ def blocks():
 def test_gradients_equal_finite_differences(name):
     """In float64, along random directions of all parameters and of the input."""
     with jax.enable_x64(True):
-        module, function = blocks()[name]
-        graph, state = nnx.split(lively(module))
+        make, function = blocks()[name]
+        graph, state = nnx.split(lively(make()))
         leaves, tree = jax.tree.flatten(state)
         moving = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
         x = jnp.asarray(np.random.default_rng(1).normal(size=(26, SMALL.hc_mult * 12)))
-        weight = None
 
+        @jax.jit
         def loss(parts, x):
-            nonlocal weight
             parts = iter(parts)
             filled = [next(parts) if m else leaf for m, leaf in zip(moving, leaves)]
             out = function(nnx.merge(graph, jax.tree.unflatten(tree, filled)), x)
-            if weight is None:
-                weight = np.random.default_rng(2).normal(size=out.shape)
+            weight = np.random.default_rng(2).normal(size=out.shape)
             return jnp.sum(jnp.where(jnp.isfinite(out), out, 0.0) * weight)
 
         parts = [leaf for m, leaf in zip(moving, leaves) if m]
@@ -174,18 +176,18 @@ def test_the_training_forward_is_the_models():
 def test_documents_do_not_see_each_other():
     model = DeepSeekV4(SMALL, rngs=nnx.Rngs(0))
     model.embed_tokens.weight[...] *= 30.0
-    one, other = texts(20, 20, seed=1), texts(20, 20, seed=2)
+    one, other = texts(37, 20, 5, seed=1), texts(37, 20, 5, seed=2)
     ids_T = jnp.where(one.slots_T == 0, one.ids_T, other.ids_T)
     mixed = replace(one, ids_T=ids_T)
     first, second = (jax.jit(forward)(model, each)[0] for each in (one, mixed))
-    mine = np.asarray(one.slots_T) == 0
+    slots_T = np.asarray(one.slots_T)
+    mine, others = slots_T == 0, slots_T > 0
     np.testing.assert_allclose(first[mine], second[mine], atol=1e-5)
-    assert np.abs(first[~mine] - second[~mine]).max() > 1e-2
+    assert np.abs(first[others] - second[others]).max() > 1e-2
 
 
 def test_the_indexers_loss_reaches_the_indexer_alone():
-    config = replace(SMALL, compress_ratios=(0, 4))
-    model = DeepSeekV4(config, rngs=nnx.Rngs(0))
+    model = DeepSeekV4(replace(SMALL, compress_ratios=(4,)), rngs=nnx.Rngs(0))
     model.embed_tokens.weight[...] *= 30.0
     tokens = texts(30, 22)
 
@@ -216,7 +218,7 @@ def test_an_indexer_that_says_what_attention_does_has_no_loss():
         rotation = ForwardContext.of(SMALL, tokens).compressed
         x_TD = jnp.asarray(np.random.default_rng(0).normal(size=(24, 12)))
         cache = attention.init_cache(1, 1, 24, jnp.float64)
-        _, _, inputs = attention(x_TD, cache, jnp.int32(0), tokens, rotation)
+        _, _, inputs = jax.jit(attention)(x_TD, cache, jnp.int32(0), tokens, rotation)
         q = tokens.padded(attention.queries(inputs.latent_TR, rotation), 0)
         entries = inputs.entries.table.whole()
         scale = SMALL.head_dim**-0.5
@@ -232,6 +234,7 @@ def test_an_indexer_that_says_what_attention_does_has_no_loss():
         mass = (np.exp(dots) / total[..., None]).sum(2)
         perfect = replace(inputs, scores_TC=jnp.asarray(np.log(mass[0])))
         loss = partial(index_loss, attention, tokens=tokens, rotation=rotation)
+        loss = jax.jit(loss, static_argnames="dense")
         assert abs(loss(perfect, dense=True)) < 1e-9
         assert loss(inputs, dense=True) > 1e-3
 
@@ -259,7 +262,7 @@ def test_a_short_run_learns_and_evens_out_loads():
     config = replace(
         deepseek_v4_tiny(VOCAB),
         hidden_size=64,
-        compress_ratios=(4, 32),
+        compress_ratios=(0, 4),
         hc_sinkhorn_iters=3,
     )
     model = DeepSeekV4(config, rngs=nnx.Rngs(0))

@@ -106,8 +106,13 @@ def test_training_drafts_what_decoding_drafts(kind, monkeypatch):
 
 
 def gradient_and_sums(drafter, model, batch, blocks):
-    graphdef, trained, frozen = nnx.split(drafter, is_trained, ...)
     features = made.features(model, drafter, batch)
+    return _gradient_and_sums(drafter, model, batch, features, blocks)
+
+
+@jax.jit
+def _gradient_and_sums(drafter, model, batch, features, blocks):
+    graphdef, trained, frozen = nnx.split(drafter, is_trained, ...)
 
     @partial(jax.grad, has_aux=True)
     def gradient(trained):

@@ -36,9 +36,7 @@ def model():
     return zoo.target()
 
 
-@pytest.mark.parametrize(
-    "kind", ["dspark-rnn", "dspark-gated", "dspark-pruned", "dflash", "dflash-masks"]
-)
+@pytest.mark.parametrize("kind", ["dspark-rnn", "dspark-pruned", "dflash-masks"])
 def test_a_fitted_drafter_agrees_more(model, kind):
     """On sequences that the fit has not seen."""
     drafter = zoo.drafter(kind, model)

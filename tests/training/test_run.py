@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import contextmanager
 
 import jax
 import numpy as np
@@ -44,8 +45,7 @@ def place(tmp_path_factory):
         ]
         lines.append(json.dumps({"messages": messages}))
     (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
-    done = process(folder, *command("train_draft", **RUN, out="whole"))
-    assert done.returncode == 0, done.stderr
+    launch(folder, "whole")
     return folder
 
 
@@ -54,8 +54,10 @@ RUN = {
     **{"head": "rnn", "rank": 8, "depth": 1, "taps": (0,), "draft_vocab": 64},
     **{"block_length": 3, "sequences": 2, "anchors": 8, "sequence_length": 96},
     **{"held_out": 2, "log_every": 1, "save_every": 5, "evaluate_every": 10},
-    **{"steps": STEPS, "learning_rate": 1e-3},
+    **{"steps": STEPS, "learning_rate": 1e-3, "init": "random"},
 }
+# Of runs without a launcher.
+SHORT = TrainConfig(steps=4, sequences=1, anchors=4, block_length=4, dtype="bfloat16")
 
 
 def launch(folder, out, **changes):
@@ -76,8 +78,8 @@ def metrics(folder, out):
     ]
 
 
-def interrupt(folder, out, number, *, after):
-    """Starts a run and signals it once it has logged `after` steps."""
+def kill(folder, out, *, after):
+    """Starts a run and kills it once it has logged `after` steps."""
     running = subprocess.Popen(
         command("train_draft", **RUN, out=out),
         cwd=folder,
@@ -92,27 +94,50 @@ def interrupt(folder, out, number, *, after):
         assert running.poll() is None, running.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    running.send_signal(number)
-    output = running.communicate(timeout=300)
-    return running.returncode, output
+    running.kill()
+    running.communicate(timeout=300)
 
 
-@pytest.mark.parametrize("after", [7, 1])
-def test_a_killed_run_goes_on_to_the_bit(place, after):
-    """Also one without a checkpoint yet."""
-    out = f"killed_{after}"
-    interrupt(place, out, signal.SIGKILL, after=after)
-    assert after <= len(metrics(place, out)) < STEPS
-    launch(place, out)
-    assert metrics(place, out) == metrics(place, "whole")
+def stop(folder, out, monkeypatch, *, after):
+    """Starts a run in this process and asks it to stop after so many steps."""
+
+    @contextmanager
+    def watched(console, steps):
+        def show(line):
+            if line["step"] == after:
+                signal.raise_signal(signal.SIGTERM)
+
+        yield show
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_draft, "watched", watched)
+        return call(folder, train_draft, **RUN | {"out": out})
+
+
+def test_a_killed_run_goes_on_to_the_bit(place):
+    kill(place, "killed", after=7)
+    assert 7 <= len(metrics(place, "killed")) < STEPS
+    launch(place, "killed")
+    assert metrics(place, "killed") == metrics(place, "whole")
     mine, whole = (
         named_parameters(
             load_draft_checkpoint(place / each / "drafter", target().model.config)
         )
-        for each in (out, "whole")
+        for each in ("killed", "whole")
     )
     for name, array in whole.items():
         np.testing.assert_array_equal(mine[name], array, err_msg=name)
+
+
+def test_one_without_a_checkpoint_yet_begins_again(place):
+    """A folder as a run leaves it that is killed after its first step."""
+    shutil.copytree(place / "whole", place / "early")
+    shutil.rmtree(place / "early/checkpoints")
+    shutil.rmtree(place / "early/drafter")
+    path = place / "early/metrics.jsonl"
+    path.write_text(path.read_text().split("\n")[0] + "\n")
+    launch(place, "early")
+    assert metrics(place, "early") == metrics(place, "whole")
 
 
 def test_a_drafter_without_a_confidence_head_has_no_such_term():
@@ -191,11 +216,9 @@ def test_a_bad_line_is_named(place, line, message):
 
 def test_parameters_that_are_no_numbers_are_not_saved(tmp_path):
     model, batch = zoo.target(), made.packed(20, 25)
-    drafter = zoo.drafter("dspark-vanilla", model)
+    drafter = zoo.drafter("dflash", model)
     drafter.fc.weight[...] = drafter.fc.weight[...].at[0, 0].set(np.nan)
-    trainer, state = Trainer.create(
-        drafter, model, TrainConfig(steps=3, sequences=1, anchors=4, block_length=4)
-    )
+    trainer, state = Trainer.create(drafter, model, SHORT)
     source = FeatureSource(model, drafter.taps)
     with pytest.raises(ValueError, match="a parameter after step 1 is no finite"):
         train(trainer, state, Batches(batch, 1, 0), source, tmp_path, save_every=1)
@@ -204,10 +227,7 @@ def test_parameters_that_are_no_numbers_are_not_saved(tmp_path):
 
 def test_a_checkpoint_of_bfloat16_training_is_restored_to_the_bit(tmp_path):
     model, batch = zoo.target(), made.packed(20, 25)
-    drafter = zoo.drafter("dspark-vanilla", model)
-    config = TrainConfig(
-        steps=4, sequences=1, anchors=4, block_length=4, dtype="bfloat16"
-    )
+    drafter = zoo.drafter("dflash", model)
     source = FeatureSource(model, drafter.taps)
 
     def run(folder, stop_after=None):
@@ -215,7 +235,7 @@ def test_a_checkpoint_of_bfloat16_training_is_restored_to_the_bit(tmp_path):
             if line["step"] == stop_after:
                 signal.raise_signal(signal.SIGTERM)
 
-        trainer, state = Trainer.create(drafter, model, config)
+        trainer, state = Trainer.create(drafter, model, SHORT)
         batches = Batches(batch, 1, 0)
         return train(trainer, state, batches, source, folder, on_metrics=stop)
 
@@ -243,12 +263,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(place):
     assert metrics(place, "damaged") == metrics(place, "whole")
 
 
-def test_a_full_disk_loses_no_checkpoint(place):
+def test_a_full_disk_loses_no_checkpoint(place, monkeypatch):
     """Files may not grow beyond a limit, as on a full disk."""
-    code, output = interrupt(place, "full", signal.SIGTERM, after=12)
-    assert code == STOPPED, output
-    assert "run the same command to go on" in output[0].replace("\n", " ")
-    assert 12 <= len(metrics(place, "full")) < STEPS
+    code, printed = stop(place, "full", monkeypatch, after=12)
+    assert code == STOPPED, printed
+    assert "run the same command to go on" in printed.replace("\n", " ")
+    assert len(metrics(place, "full")) in (12, 13)
     train = command("train_draft", **RUN | {"out": "full", "save_every": 1})
     failed = process(place, "bash", "-c", f"ulimit -f 8; exec {shlex.join(train)}")
     assert failed.returncode == 2, failed.stderr
