@@ -51,15 +51,14 @@ def asked(request, models):
     return each, coupling, plain
 
 
-@pytest.mark.parametrize(
-    ("asked", "name"),
-    [("gumbel", "hybrid"), ("greedy", "deepseek_v4_dspark")],
-    indirect=["asked"],
-)
-def test_not_one_token_changes(models, asked, name):
+@pytest.mark.parametrize("asked", ["gumbel"], indirect=True)
+def test_not_one_token_changes(models, asked):
+    """Copies and drafts of its own stages; below are more drafters and greedy ones."""
     each, coupling, plain = asked
     target, drafters = models
-    seen = decode_requests(target, each, drafters[name], coupling=coupling, **OPTIONS)
+    seen = decode_requests(
+        target, each, drafters["hybrid"], coupling=coupling, **OPTIONS
+    )
     result = audit(target, each, plain, seen)
     assert result.tokens >= 24 * len(each)
     assert not result.violations, "\n".join(map(str, result.violations))

@@ -16,7 +16,7 @@ from jaxspark.training.forward import DraftVocabulary
 from jaxspark.training.objective import Objective
 from jaxspark.training.trainer import FORWARDS, is_trained
 from tests import zoo
-from tests.driver import Sampler
+from tests.driver import Sampler, Session
 from tests.training import made
 
 G = 4
@@ -36,6 +36,20 @@ def spied(monkeypatch):
     monkeypatch.setattr(forward_dspark, "objective_sums", objective_sums)
     monkeypatch.setattr(forward_eagle3, "objective_sums", objective_sums)
     return seen
+
+
+@jax.jit
+def drafted(drafter, model, taps_TmD, ids_1L):
+    """A block behind as many tokens as there are taps, fed the truth."""
+    anchor, start = len(taps_TmD), jnp.zeros((1,), jnp.int32)
+    tokens = FlatTokens.from_rows(ids_1L[:, :anchor], start, start + anchor)
+    cache = drafter.observe(drafter.init_cache(1, 48), taps_TmD, tokens)
+
+    def draw(logits_BW, j, ids_W):
+        return ids_1L[:, anchor + 1 + j], logits_BW, logits_BW[:, 0]
+
+    context = DraftContext.of(ids_1L, start + anchor + 1)
+    return drafter.propose(model, cache, context, Sampler(draw), G)[0]
 
 
 @pytest.mark.parametrize("kind", (*zoo.NEURAL, zoo.SPECULATORS))
@@ -72,35 +86,17 @@ def test_training_drafts_what_decoding_drafts(kind, monkeypatch):
     target_GND, log_z_GN = forward.target_rows(features, blocks)
     log_p_GW = target_GND[:, 0] @ vocabulary.head_WD.T - log_z_GN
 
-    rows = jnp.asarray(ids_L[None, :anchor])
-    start, count = jnp.zeros((1,), jnp.int32), jnp.array([anchor])
-    tokens = FlatTokens.from_rows(rows, start, count)
-    _, taps_TmD, _ = model(tokens, model.init_cache(1, 48), taps=drafter.taps)
-    cache = drafter.observe(drafter.init_cache(1, 48), taps_TmD, tokens)
-    logits = []
-
-    def draw(logits_BW, j, ids_W):
-        keep = lambda x: logits.append(np.asarray(x)[0])  # noqa: E731
-        jax.debug.callback(keep, logits_BW, ordered=True)
-        return jnp.asarray(ids_L)[anchor + 1 + j][None], logits_BW, logits_BW[:, 0]
-
-    proposal, _ = drafter.propose(
-        model,
-        cache,
-        DraftContext.of(jnp.asarray(ids_L[None]), jnp.array([anchor + 1])),
-        Sampler(draw),
-        G,
-    )
-    jax.effects_barrier()
-    np.testing.assert_allclose(logits_GW, np.stack(logits), atol=2e-4)
+    session = Session(model, 1, 48, taps=drafter.taps)
+    [logits_LV], [taps_mLD] = session.feed([ids_L])
+    taps_TmD = taps_mLD[:, :anchor].swapaxes(0, 1)
+    proposal = drafted(drafter, model, taps_TmD, ids_L[None])
+    np.testing.assert_allclose(logits_GW, proposal.q.log_q_BGW[0], atol=2e-4)
     np.testing.assert_allclose(
         seen["confidence"][:, 0], proposal.confidence_BG[0], atol=2e-4
     )
 
     # The target's distribution of each row is that of its own forward pass.
-    whole = FlatTokens.from_rows(jnp.asarray(ids_L[None]), start, jnp.array([25]))
-    x_TD, _, _ = model(whole, model.init_cache(1, 48))
-    log_p_TV = jax.nn.log_softmax(model.logits(x_TD))[anchor : anchor + G]
+    log_p_TV = jax.nn.log_softmax(logits_LV)[anchor : anchor + G]
     ids_W = slice(None) if drafter.draft_ids is None else drafter.draft_ids[...]
     np.testing.assert_allclose(log_p_GW, log_p_TV[:, ids_W], atol=2e-4)
 
