@@ -218,7 +218,8 @@ def test_an_indexer_that_says_what_attention_does_has_no_loss():
         rotation = ForwardContext.of(SMALL, tokens).compressed
         x_TD = jnp.asarray(np.random.default_rng(0).normal(size=(24, 12)))
         cache = attention.init_cache(1, 1, 24, jnp.float64)
-        _, _, inputs = jax.jit(attention)(x_TD, cache, jnp.int32(0), tokens, rotation)
+        attend = partial(attention, tokens=tokens, rotation=rotation)
+        _, _, inputs = jax.jit(attend)(x_TD, cache, jnp.int32(0))
         q = tokens.padded(attention.queries(inputs.latent_TR, rotation), 0)
         entries = inputs.entries.table.whole()
         scale = SMALL.head_dim**-0.5
