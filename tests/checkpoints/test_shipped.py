@@ -32,19 +32,19 @@ def test_it_is_small_and_says_what_it_is():
         assert re.search(rf"\| {source}.*\| .*(MIT|Apache-2.0|CC-BY)", card), source
 
 
-@pytest.mark.parametrize(("name", "least"), [("dspark", 1.6), ("hybrid:dspark", 1.7)])
-def test_it_drafts_well_and_changes_nothing(smollm2, name, least):
+def test_it_drafts_well_and_changes_nothing(smollm2):
+    """Beside prompt lookup, which gains little on such questions."""
     prompts = [
         smollm2.tokenizer.chat([{"role": "user", "content": text}])
         for text in QUESTIONS
     ]
     plain = generate(smollm2, prompts, max_new_tokens=48)
-    drafter = load_drafter(name, smollm2)
+    drafter = load_drafter("hybrid:dspark", smollm2)
     options = {"max_new_tokens": 48, "buckets": (3 * (drafter.block_length + 1),)}
     seen = generate(smollm2, prompts, drafter, **options)
     assert [each.tokens for each in seen] == [each.tokens for each in plain]
     tokens = sum(len(each.tokens) for each in seen)
-    assert tokens / sum(each.rounds for each in seen) > least
+    assert tokens / sum(each.rounds for each in seen) > 1.7
 
 
 @pytest.mark.parametrize("coupling", ["rejection", "gumbel"])

@@ -16,7 +16,7 @@ from jaxspark.models import DeepSeekV4, FlatTokens
 from jaxspark.models.deepseek_v4 import select_layer
 from jaxspark.models.layers.rope import PartialRotation
 from jaxspark.training.deepseek_v4 import forward
-from tests.driver import Sampler, Session
+from tests.driver import Sampler, Session, greedy_draw
 
 CONFIG = replace(
     deepseek_v4_tiny(61), compress_ratios=(0, 4, 32, 4, 32), hc_sinkhorn_iters=3
@@ -112,18 +112,14 @@ def test_confidences_are_not_rounded_to_bfloat16():
 
 def logits_of(drafter, model, cache, ids, length):
     """Logits of the first draft behind `length` tokens, the last not yet processed."""
-    seen = []
-
-    def draw(logits_BV, j, ids_W):
-        jax.debug.callback(lambda x: seen.append(np.asarray(x)), logits_BV)
-        best_B = jnp.argmax(logits_BV, -1).astype(jnp.int32)
-        return best_B, logits_BV, logits_BV[:, 0]
-
     tokens_BS = jnp.zeros((1, 64), jnp.int32).at[0, : len(ids)].set(jnp.asarray(ids))
     context = DraftContext.of(tokens_BS, jnp.array([length]))
-    drafter.propose(model, cache, context, Sampler(draw), 1)
-    jax.effects_barrier()
-    return seen[0][0]
+
+    @jax.jit
+    def propose(drafter, model, cache):
+        return drafter.propose(model, cache, context, Sampler(greedy_draw), 1)[0]
+
+    return propose(drafter, model, cache).q.log_q_BGW[0, 0]
 
 
 def test_mtp_drafts_what_its_training_forward_says(model, chunk=7):
@@ -133,7 +129,9 @@ def test_mtp_drafts_what_its_training_forward_says(model, chunk=7):
     whole = one_text(ids)
     streams_TMD, _ = jax.jit(forward)(model, whole)
     next_T = jnp.asarray(np.roll(ids, -1))
-    expected_TV, _ = drafter.logits(model, streams_TMD, next_T, whole)
+    expected_TV, _ = jax.jit(lambda *arguments: drafter.logits(*arguments))(
+        model, streams_TMD, next_T, whole
+    )
 
     session = Session(model, 1, 64, taps=drafter.taps)
     [taps_mtD] = session.feed([ids[:39]], chunk=chunk)[1]
