@@ -16,7 +16,7 @@ from jaxspark.launch import program
 LAUNCHERS = (
     *("generate", "demo", "audit", "convert", "describe"),
     *("evaluate", "calibrate", "profile_cost", "bench", "simulate"),
-    *("regenerate", "train_draft", "study", "plot"),
+    *("regenerate", "train_draft", "study", "plot", "pods"),
 )
 
 

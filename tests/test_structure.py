@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = (
     "__main__",
     "launch",
+    "pods",
     "benchmark",
     "exactness",
     "simulation",
