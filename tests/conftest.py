@@ -11,6 +11,8 @@ import tempfile
 # those that take no time worth mentioning: there are thousands.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Meshes are tried on virtual devices.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     folder = tempfile.mkdtemp(prefix="jaxspark-compiled-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

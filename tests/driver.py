@@ -80,7 +80,6 @@ class Sampler:
     """A `DraftSampler` made of a function that returns what `Drawn` holds."""
 
     draw: Any
-    slot_axis: None = None
 
     def __call__(self, logits_BW, j, ids_W) -> Drawn:
         return Drawn(*self.draw(logits_BW, j, ids_W))

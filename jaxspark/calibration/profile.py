@@ -38,6 +38,7 @@ from jaxspark.decoding.couplings import Coupling
 from jaxspark.decoding.options import check_block_length
 from jaxspark.decoding.schedule import CostAware
 from jaxspark.drafters import Drafter
+from jaxspark.parallel.mesh import mesh_in_use, shard, slots_per_shard
 from jaxspark.target import Target
 from jaxspark.timing import alternate
 
@@ -50,7 +51,7 @@ class Setting:
     """What a profile holds for.
 
     Attributes:
-      device: kind of the devices, and how many.
+      device: kind of the devices, how many, and their mesh if there is one.
       target: kind, parameters and type of the target.
       drafter: of the drafter.
       slots: requests decoded together.
@@ -71,10 +72,14 @@ class Setting:
 
     @classmethod
     def of(cls, target, drafter, **options) -> "Setting":
-        """The setting on this machine's devices."""
-        devices = jax.devices()
+        """The setting on one of this machine's devices, or on the mesh in use."""
+        kind, mesh = _kind(jax.devices()[0]), mesh_in_use()
+        device = f"1 x {kind}"
+        if mesh is not None:
+            axes = ",".join(f"{name}:{size}" for name, size in mesh.shape.items())
+            device = f"{mesh.size} x {kind}, mesh {axes}"
         return cls(
-            device=f"{len(devices)} x {_kind(devices[0])}",
+            device=device,
             target=_describe(Target.of(target).model),
             drafter=_describe(drafter),
             **options,
@@ -205,8 +210,10 @@ def measure_costs(
     Raises:
       ValueError: the caches have no room for such rounds.
     """
-    model = Target.of(target).model
+    model, drafter = shard(Target.of(target).model), shard(drafter)
     block_length = check_block_length(drafter, block_length)
+    # Token buckets are those of a shard.
+    own = slots_per_shard(slots)
     setting = Setting.of(
         target,
         drafter,
@@ -217,9 +224,9 @@ def measure_costs(
         sampled=temperature > 0,
     )
     if buckets is None:
-        buckets = bucket_ladder(slots, block_length)
+        buckets = bucket_ladder(own, block_length)
     sizes = {
-        length: _holding(within_ladder(buckets, slots * (length + 1)), slots)
+        length: _holding(within_ladder(buckets, own * (length + 1)), own)
         for length in draft_ladder(block_length)
     }
     if rounds is None:
@@ -261,7 +268,7 @@ def measure_costs(
             schedule=Fixed(length),
             buckets=sizes[length],
         )
-        caps_B = (max(size - slots, 0) + np.arange(slots)) // slots
+        caps_B = (max(size - own, 0) + np.arange(slots) % own) // own
 
         def run():
             # Rows past the length are never read: the rounds of a run are undone.

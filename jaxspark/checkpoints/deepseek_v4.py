@@ -12,17 +12,18 @@ on the device or spread over many, so the host holds one tensor at a time.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxspark.checkpoints.shards import Assembly
 from jaxspark.checkpoints.tree import Tensors, checked, compare, named_parameters
 from jaxspark.errors import CheckpointError
 from jaxspark.models.deepseek_v4 import DeepSeekV4
 from jaxspark.models.deepseek_v4_config import DeepSeekV4Config
+from jaxspark.parallel.mesh import sharding_for
 from jaxspark.quantization import blocks
 from pallas_kernels.quantized import Quantized, dense
 
@@ -227,16 +228,14 @@ def load_deepseek_v4(
     tensors: Tensors,
     *,
     dtype,
-    sharding: Callable[[str], jax.sharding.Sharding] | None = None,
     keep_quantized: bool = False,
 ) -> DeepSeekV4:
-    """Builds a model and fills it, tensor by tensor.
+    """Builds a model and fills it, tensor by tensor and shard by shard.
 
     Args:
       config: of the model.
       tensors: a checkpoint in either layout, see `dequantized`.
       dtype: of the large matrices, norms and the embedding.
-      sharding: of each parameter, by its path; None leaves all on one device.
       keep_quantized: whether matrices stay in the blocks they are stored in.
 
     Raises:
@@ -253,7 +252,6 @@ def load_deepseek_v4(
         lambda: DeepSeekV4(config, dtype=dtype, rngs=nnx.Rngs(0)),
         lambda shapes: target_plan(config, shapes, released=released),
         tensors,
-        sharding=sharding,
         keep_quantized=keep_quantized,
     )
 
@@ -263,7 +261,6 @@ def fill[M: nnx.Module](
     plan_of: Callable[[Mapping[str, tuple[int, ...]]], Plan],
     tensors: Tensors,
     *,
-    sharding: Callable[[str], jax.sharding.Sharding] | None = None,
     keep_quantized: bool = False,
 ) -> M:
     """Builds a module and fills its parameters piece by piece; only traces `build`."""
@@ -275,38 +272,43 @@ def fill[M: nnx.Module](
     filled = []
     for path, variable in flat:
         name = ".".join(map(str, path))
-        where = None if sharding is None else sharding(name)
         fits = keep_quantized and _fits_blocks(plan[name], tensors)
         assemble = _in_blocks if fits else _plain
-        filled.append(
-            (path, variable.replace(assemble(variable, plan[name], tensors, where)))
-        )
+        value = assemble(name, variable, plan[name], tensors)
+        filled.append((path, variable.replace(value)))
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-def _plain(variable, pieces, tensors, where) -> jax.Array:
+def _plain(name, variable, pieces, tensors) -> jax.Array:
     """A parameter of its tensors, in its own type."""
-    array = jnp.zeros(variable.shape, variable.dtype, device=where)
+    shape = tuple(variable.shape)
+    array = Assembly(shape, variable.dtype, sharding_for(name, shape))
     for piece in pieces:
-        part = checked(piece.name, tensors, variable.dtype)
-        array = _put(array, part, piece.start, where)
-    return array
+        if array.wants(piece.start, piece.shape):
+            array.add(piece.start, checked(piece.name, tensors, variable.dtype))
+    return array.finish()
 
 
-def _in_blocks(variable, pieces, tensors, where) -> Quantized:
-    """A parameter of its tensors as they are stored; `where` of both its arrays."""
-    size, packing, dtype = _blocks_of(pieces[0], tensors)
+def _in_blocks(name, variable, pieces, tensors) -> Quantized:
+    """A parameter of its tensors as they are stored."""
+    (height, width), packing, dtype = _blocks_of(pieces[0], tensors)
     *lead, rows, columns = variable.shape
-    counts = -(-rows // size[0]), -(-columns // size[1])
-    elements = jnp.zeros((*lead, rows, columns // packing), dtype, device=where)
-    scales = jnp.zeros((*lead, *counts), jnp.uint8, device=where)
+
+    def assembly(leaf, dtype, *matrix):
+        shape = (*lead, *matrix)
+        return Assembly(shape, dtype, sharding_for(f"{name}.{leaf}", shape))
+
+    elements = assembly("elements", dtype, rows, columns // packing)
+    scales = assembly("scales", jnp.uint8, -(-rows // height), -(-columns // width))
     for piece in pieces:
-        part, scale = tensors.blocks[piece.name]()
         *before, row, column = piece.start
-        elements = _put(elements, part, (*before, row, column // packing), where)
-        first = (*before, row // size[0], column // size[1])
-        scales = _put(scales, scale.view(np.uint8), first, where)
-    return Quantized(elements, scales, variable.dtype)
+        start = (*before, row, column // packing)
+        if elements.wants(start, (*piece.shape[:-1], piece.shape[-1] // packing)):
+            part, scale = tensors.blocks[piece.name]()
+            elements.add(start, part)
+            first = (*before, row // height, column // width)
+            scales.add(first, scale.view(np.uint8))
+    return Quantized(elements.finish(), scales.finish(), variable.dtype)
 
 
 def _blocks_of(piece, tensors):
@@ -324,18 +326,6 @@ def _fits_blocks(pieces, tensors) -> bool:
         return False
     rows, columns = _blocks_of(pieces[0], tensors)[0]
     return all(p.start[-2] % rows == p.start[-1] % columns == 0 for p in pieces)
-
-
-def _put(array, part, start, where):
-    """A parameter with one tensor in its place; the old one's memory is used again."""
-    part = part.reshape((1,) * (array.ndim - part.ndim) + part.shape)
-    return _updated(array, part, jnp.array(start, jnp.int32), where)
-
-
-@partial(jax.jit, donate_argnums=0, static_argnames="where")
-def _updated(array, part, start, where):
-    array = jax.lax.dynamic_update_slice(array, part.astype(array.dtype), tuple(start))
-    return array if where is None else jax.lax.with_sharding_constraint(array, where)
 
 
 def tensors_of(

@@ -14,7 +14,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxspark.checkpoints.shards import placed
 from jaxspark.errors import CheckpointError
+from jaxspark.parallel.mesh import sharding_for
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 _SHOWN = 5
@@ -67,6 +69,8 @@ def named_parameters(module: nnx.Module) -> dict[str, jax.Array]:
 def load_module[M: nnx.Module](build: Callable[[], M], tensors: Tensors) -> M:
     """Builds a module and fills it from a checkpoint, cast to the module's types.
 
+    Where a mesh is in use, every parameter goes straight into its shards.
+
     Args:
       build: makes the module, e.g. `lambda: DenseDecoder(config, rngs=nnx.Rngs(0))`;
         only traced, so nothing is allocated or drawn.
@@ -81,8 +85,11 @@ def load_module[M: nnx.Module](build: Callable[[], M], tensors: Tensors) -> M:
     places = {".".join(map(str, path)): variable for path, variable in flat}
     compare({name: tuple(v.shape) for name, v in places.items()}, tensors)
 
+    # The mesh in use is this thread's.
+    where = {name: sharding_for(name, v.shape) for name, v in places.items()}
+
     def read(name: str) -> jax.Array:
-        return checked(name, tensors, places[name].dtype)
+        return placed(checked(name, tensors, places[name].dtype), where[name])
 
     # NumPy casts and dequantizes outside the interpreter lock; a few threads suffice.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -136,7 +143,7 @@ def _some(items: list[str]) -> str:
     return f"{shown}; and {hidden} more" if hidden > 0 else shown
 
 
-def checked(name: str, tensors: Tensors, dtype) -> jax.Array:
+def checked(name: str, tensors: Tensors, dtype) -> np.ndarray:
     """One tensor, cast to `dtype` and checked."""
     dtype = np.dtype(dtype)
     array = tensors.read(name)
@@ -145,7 +152,7 @@ def checked(name: str, tensors: Tensors, dtype) -> jax.Array:
             raise CheckpointError(
                 f"{tensors.where}: {name} has type {array.dtype}, expected integers"
             )
-        return jax.device_put(array.astype(dtype))
+        return array.astype(dtype)
     if array.dtype.name not in _FLOATS:
         raise CheckpointError(
             f"{tensors.where}: {name} has type {array.dtype}, expected one of {_FLOATS}"
@@ -157,7 +164,7 @@ def checked(name: str, tensors: Tensors, dtype) -> jax.Array:
         raise CheckpointError(
             f"{tensors.where}: {name} holds infinities or NaN (as {dtype})"
         )
-    return jax.device_put(array)
+    return array
 
 
 def all_finite(array: np.ndarray) -> bool:

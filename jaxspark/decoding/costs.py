@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxspark.decoding.forecast import Forecast
+from jaxspark.parallel.axes import SLOTS, max_of, total
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class CostCurve:
         tau_N = forecast.expected_tokens()
         sizes = jnp.array(self.sizes)
         drafts = jnp.clip(sizes - forecast.anchors, 0, len(tau_N) - 1)
-        fits = sizes >= forecast.anchors + jnp.sum(forecast.min_drafts_B)
-        rates = tau_N[drafts] / jnp.array(self.seconds, jnp.float32)
+        fits = sizes >= max_of(forecast.anchors + jnp.sum(forecast.min_drafts_B))
+        rates = total(tau_N[drafts], SLOTS) / jnp.array(self.seconds, jnp.float32)
         rates = jnp.where(fits, rates, -1.0)
         index = jnp.argmax(rates)
         return index, rates[index]

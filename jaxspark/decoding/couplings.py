@@ -30,7 +30,8 @@ from jaxspark.decoding.sampling import (
 from jaxspark.drafters import Drawn, Proposal
 from jaxspark.models import FlatTokens
 from jaxspark.models.layers.linear import head_logits
-from jaxspark.parallel.axes import Axis
+from jaxspark.parallel import vocabulary
+from jaxspark.parallel.axes import MODEL, size
 from jaxspark.settings import standard_settings
 
 Coupling = Literal["rejection", "gumbel"]
@@ -62,7 +63,6 @@ class CoupledSampler:
     sampling: Sampling
     positions_B: Int[Array, " B"]  # of the anchors
     vocab: int  # of the target
-    slot_axis: Axis = None
 
     def __call__(
         self,
@@ -86,7 +86,10 @@ class CoupledSampler:
         )
         if ids_W is None:
             return drawn
-        return replace(drawn, tokens_B=ids_W[drawn.tokens_B])
+        row_B = jnp.zeros_like(drawn.tokens_B)
+        return replace(
+            drawn, tokens_B=vocabulary.pick(ids_W[None], row_B, drawn.tokens_B)
+        )
 
     def _sample(self, logits_BW, j, ids_W) -> Drawn:
         log_q_BW = warp(logits_BW, self.sampling)
@@ -103,7 +106,7 @@ class CoupledSampler:
             return Drawn(categorical(keys_B, log_q_BW), log_q_BW, certainty_B)
         # The noise belongs to the position that the draft would take.
         noise_BV = position_noise(seed_B, positions_B + 1 + j, self.vocab)
-        noise_BW = noise_BV if ids_W is None else noise_BV[:, ids_W]
+        noise_BW = vocabulary.part(noise_BV) if ids_W is None else noise_BV[:, ids_W]
         score_BW = jnp.where(greedy_B[:, None], logits_BW, log_q_BW + noise_BW)
         places_B, odds_B = _best(score_BW)
         return Drawn(places_B, log_q_BW, odds_B)
@@ -111,17 +114,17 @@ class CoupledSampler:
 
 def _best(score_BW: Float[Array, "B W"]):
     """Place of the best, and the log-odds that softmax gives it, within 10 of 0."""
-    best_B = jnp.argmax(score_BW, -1).astype(jnp.int32)
-    is_best_BW = jnp.arange(score_BW.shape[-1]) == best_B[:, None]
-    others_B = jax.nn.logsumexp(jnp.where(is_best_BW, -jnp.inf, score_BW), axis=-1)
-    odds_B = jnp.max(score_BW, axis=-1) - others_B
+    best_B = vocabulary.argmax(score_BW)
+    is_best_BW = vocabulary.places(score_BW.shape[-1]) == best_B[:, None]
+    others_B = vocabulary.logsumexp(jnp.where(is_best_BW, -jnp.inf, score_BW))
+    odds_B = vocabulary.maximum(score_BW)[:, 0] - others_B
     return best_B, jnp.clip(odds_B, -10.0, 10.0)
 
 
 def entropy(log_q_BW: Float[Array, "B W"]) -> Float[Array, " B"]:
     """In nats."""
     # What cannot be drawn contributes nothing, not 0 * inf.
-    return -jnp.sum(jnp.exp(log_q_BW) * jnp.maximum(log_q_BW, -1e4), axis=-1)
+    return -vocabulary.sums(jnp.exp(log_q_BW) * jnp.maximum(log_q_BW, -1e4))
 
 
 @standard_settings()
@@ -154,15 +157,15 @@ def verify(
     sample = {"rejection": _rejection, "gumbel": _gumbel}[coupling]
     accepted_B, next_B = jax.lax.cond(
         jnp.all(sampling.greedy),
-        lambda: rows.follow(jnp.argmax(logits_TV, -1).astype(jnp.int32)),
+        lambda: rows.follow(vocabulary.argmax(logits_TV)),
         lambda: sample(logits_TV, tokens, rows, proposal, sampling),
     )
     if not log_probs:
         return Verdict(accepted_B, next_B, jnp.zeros((*index_BQ.shape[:1], 0)))
     emitted_BQ = emitted(drafts_BG, accepted_B, next_B)
-    shift_T = jax.nn.logsumexp(logits_TV, axis=-1)
+    shift_T = vocabulary.logsumexp(logits_TV)
     row_BQ = jnp.minimum(index_BQ, logits_TV.shape[0] - 1)
-    chosen_BQ = logits_TV[row_BQ, emitted_BQ] - shift_T[row_BQ]
+    chosen_BQ = vocabulary.pick(logits_TV, row_BQ, emitted_BQ) - shift_T[row_BQ]
     return Verdict(accepted_B, next_B, chosen_BQ)
 
 
@@ -207,11 +210,10 @@ class _Rows:
 def _gumbel(logits_TV, tokens, rows, proposal, sampling):
     """The target's own choice under each position's noise; drafts must equal it."""
     row_sampling = sampling.at(tokens.slots_T)
-    noise_TV = position_noise(
-        row_sampling.seed, tokens.positions_T + 1, logits_TV.shape[-1]
-    )
-    choice_T = jnp.argmax(warp(logits_TV, row_sampling) + noise_TV, axis=-1)
-    return rows.follow(choice_T.astype(jnp.int32))
+    vocab = logits_TV.shape[-1] * size(MODEL)
+    noise_TV = position_noise(row_sampling.seed, tokens.positions_T + 1, vocab)
+    score_TV = warp(logits_TV, row_sampling) + vocabulary.part(noise_TV)
+    return rows.follow(vocabulary.argmax(score_TV))
 
 
 def acceptance_probability(
@@ -227,7 +229,7 @@ def correction_weights(
     """What the next token is drawn from, up to a factor: max(p - q, 0), or p itself."""
     residual_BV = jnp.maximum(p_BV - q_BV, 0.0)
     # Rounding may leave nothing of a residual that is tiny but was hit.
-    some_B = jnp.sum(residual_BV, axis=-1) > 0
+    some_B = vocabulary.sums(residual_BV) > 0
     return jnp.where((rejected_B & some_B)[:, None], residual_BV, p_BV)
 
 
@@ -241,7 +243,7 @@ def _rejection(logits_TV, tokens, rows, proposal, sampling):
         log_p_BV = rows.pick(log_p_TV, jnp.zeros((B,), jnp.int32))
         return jnp.zeros((B,), jnp.int32), categorical(keys_B, log_p_BV)
     row_BG = jnp.minimum(rows.index_BQ[:, :-1], log_p_TV.shape[0] - 1)
-    log_p_BG = log_p_TV[row_BG, rows.drafts_BG]
+    log_p_BG = vocabulary.pick(log_p_TV, row_BG, rows.drafts_BG)
     chance_BG = acceptance_probability(log_p_BG, proposal.q.log_prob(rows.drafts_BG))
     accepted_B = rows.accept(_uniform(sampling, anchors_B, G) < chance_BG)
     p_BV = jnp.exp(rows.pick(log_p_TV, accepted_B))

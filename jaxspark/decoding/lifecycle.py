@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from jaxspark.decoding.sampling import Sampling
@@ -18,7 +19,9 @@ from jaxspark.decoding.state import DecodeState, Phase
 from jaxspark.drafters import Drafter
 from jaxspark.models import FlatTokens, TargetModel
 from jaxspark.models.base import at_slots, with_slots
-from jaxspark.parallel.axes import Axis, any_of
+from jaxspark.parallel.axes import SLOTS, any_of, own_slots
+from jaxspark.parallel.mesh import over_mesh
+from jaxspark.parallel.rules import parameter_specs, replicated_specs, state_specs
 from jaxspark.settings import standard_settings
 
 
@@ -160,6 +163,7 @@ def _whole(name: str, values: Sequence[int]) -> np.ndarray:
 
 @partial(jax.jit, donate_argnames=("state",))
 @standard_settings()
+@over_mesh(state_specs, replicated_specs, replicated_specs, out=0)
 def admit(
     state: DecodeState, slots_N: Int[Array, " N"], admission: Admission
 ) -> DecodeState:
@@ -172,6 +176,7 @@ def admit(
     def put(old_B, new_N):
         return old_B.at[slots_N].set(new_N, mode="drop")
 
+    slots_N = own_slots(slots_N, state.slots)
     lengths_N, width = admission.lengths_N, admission.tokens_NP.shape[1]
     complete_N = lengths_N >= admission.limits_N
     phase_N = jnp.where(
@@ -205,8 +210,13 @@ def admit(
     )
 
 
+def _by_slot(_: Bool[Array, " B"]) -> PartitionSpec:
+    return PartitionSpec(SLOTS)
+
+
 @partial(jax.jit, donate_argnames=("state",))
 @standard_settings()
+@over_mesh(state_specs, _by_slot, out=0)
 def release(state: DecodeState, released_B: Bool[Array, " B"]) -> DecodeState:
     """Empties slots, whatever their phase: finished ones, or cancelled. Donates it."""
     count_B = jnp.where(released_B, 0, 1)
@@ -220,10 +230,11 @@ def release(state: DecodeState, released_B: Bool[Array, " B"]) -> DecodeState:
 
 @partial(
     jax.jit,
-    static_argnames=("chunk", "together", "slot_axis"),
+    static_argnames=("chunk", "together"),
     donate_argnames=("state",),
 )
 @standard_settings()
+@over_mesh(parameter_specs, parameter_specs, state_specs, replicated_specs, out=2)
 def prefill(
     target: TargetModel,
     drafter: Drafter,
@@ -232,7 +243,6 @@ def prefill(
     *,
     chunk: int,
     together: int | None = None,
-    slot_axis: Axis = None,
 ) -> DecodeState:
     """Processes prompts from where each slot has come to, all tokens but the anchors.
 
@@ -247,7 +257,6 @@ def prefill(
       chunk: tokens of a slot that are processed in one pass.
       together: slots that are prefilled in one pass, the first that need it; None takes
         all slots. Passes over a few do not pay for those that decode.
-      slot_axis: mesh axis over which slots are sharded, see `DecodeOptions`.
     """
     slots = state.slots
     together = slots if together is None else min(together, slots)
@@ -273,7 +282,7 @@ def prefill(
 
     def unfinished(carry):
         count, processed_N, _ = carry
-        left = any_of(processed_N < ends_N, slot_axis)
+        left = any_of(processed_N < ends_N)
         return left if max_chunks is None else left & (count < max_chunks)
 
     def step(carry):

@@ -7,7 +7,6 @@ from jaxspark.decoding.costs import bucket_ladder, check_buckets
 from jaxspark.decoding.couplings import COUPLINGS, Coupling
 from jaxspark.decoding.schedule import Fixed, Scheduler
 from jaxspark.drafters import Drafter
-from jaxspark.parallel.axes import Axis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +23,6 @@ class DecodeOptions:
       calibration: of the drafter's confidences; None takes them as they are.
       buckets: token counts the target is compiled for, ascending; None takes what
         suits drafter and schedule. A schedule that knows costs brings its own.
-      slot_axis: mesh axis over which slots are sharded; None on one device.
     """
 
     block_length: int | None = None
@@ -32,7 +30,6 @@ class DecodeOptions:
     schedule: Scheduler = Fixed()
     calibration: Calibration | None = None
     buckets: tuple[int, ...] | None = None
-    slot_axis: Axis = None
 
     def __post_init__(self):
         if self.coupling not in COUPLINGS:

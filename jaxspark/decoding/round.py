@@ -21,6 +21,8 @@ from jaxspark.decoding.state import Counters, DecodeState, Phase
 from jaxspark.drafters import DraftContext, Drafter, Proposal
 from jaxspark.models import FlatTokens, TargetModel
 from jaxspark.parallel.axes import any_of, max_of, sum_of
+from jaxspark.parallel.mesh import over_mesh
+from jaxspark.parallel.rules import parameter_specs, replicated_specs, state_specs
 from jaxspark.settings import standard_settings
 
 
@@ -45,7 +47,7 @@ def decode_round(
     if len(rounds) == 1:
         return rounds[0](state, lagged)
     index = options.schedule.draft(lagged, state.schedule.rounds_since_BG)
-    return jax.lax.switch(max_of(index, options.slot_axis), rounds, state, lagged)
+    return jax.lax.switch(max_of(index), rounds, state, lagged)
 
 
 def _round(target, drafter, options, draft_length: int, state, lagged) -> DecodeState:
@@ -97,7 +99,6 @@ def _propose(target, drafter, state: DecodeState, options, length: int):
         state.sampling,
         positions_B,
         target.config.vocab_size,
-        options.slot_axis,
     )
     context = DraftContext(
         tokens_BS=state.tokens_BS,
@@ -169,7 +170,7 @@ def _verified(target, drafter, state, proposal, verification, options):
 
     sizes = options.sizes(state.slots, proposal.tokens_BG.shape[1])
     verdict, target_cache, draft_cache = jax.lax.switch(
-        max_of(verification.bucket, options.slot_axis),
+        max_of(verification.bucket),
         [branch(size) for size in sizes],
         state.target_cache,
         state.draft_cache,
@@ -236,6 +237,14 @@ def _count(state, proposal, lengths_B, accepted_B) -> Counters:
 
 @partial(jax.jit, static_argnames=("options",), donate_argnames=("state",))
 @standard_settings()
+@over_mesh(
+    parameter_specs,
+    parameter_specs,
+    state_specs,
+    replicated_specs,
+    replicated_specs,
+    out=2,
+)
 def decode(
     target: TargetModel,
     drafter: Drafter,
@@ -259,10 +268,10 @@ def decode(
 
     def unfinished(carry):
         count, state = carry
-        go_on = (count < max_rounds) & any_of(state.live_B, options.slot_axis)
+        go_on = (count < max_rounds) & any_of(state.live_B)
         if max_finished is None:
             return go_on
-        return go_on & (sum_of(state.finished_B, options.slot_axis) < max_finished)
+        return go_on & (sum_of(state.finished_B) < max_finished)
 
     def body(carry):
         count, state = carry

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from jaxspark.parallel import vocabulary
+from jaxspark.parallel.axes import MODEL, size
 from jaxspark.settings import random_key, standard_settings
 
 # Named, since the program that imports us may have chosen another default.
@@ -105,14 +107,14 @@ def warp(logits_RV: Float[Array, "R V"], sampling: Sampling) -> Float[Array, "R 
     """Log-probabilities each row samples from; -inf outside its support."""
     temperature_R = jnp.where(sampling.greedy, 1.0, sampling.temperature)
     # Shifted first: a tiny temperature must not overflow to inf - inf.
-    shifted_RV = logits_RV - jnp.max(logits_RV, axis=-1, keepdims=True)
-    log_p_RV = jax.nn.log_softmax(shifted_RV / temperature_R[:, None])
+    shifted_RV = logits_RV - vocabulary.maximum(logits_RV)
+    log_p_RV = vocabulary.log_softmax(shifted_RV / temperature_R[:, None])
     filters = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
     log_p_RV = jax.lax.cond(
         jnp.any(filters), _filter, lambda log_p_RV, _: log_p_RV, log_p_RV, sampling
     )
-    best_R1 = jnp.argmax(logits_RV, axis=-1, keepdims=True)
-    is_best_RV = jnp.arange(logits_RV.shape[-1]) == best_R1
+    best_R1 = vocabulary.argmax(logits_RV)[:, None]
+    is_best_RV = vocabulary.places(logits_RV.shape[-1]) == best_R1
     point_RV = jnp.where(is_best_RV, 0.0, -jnp.inf)
     return jnp.where(sampling.greedy[:, None], point_RV, log_p_RV)
 
@@ -120,20 +122,20 @@ def warp(logits_RV: Float[Array, "R V"], sampling: Sampling) -> Float[Array, "R 
 def _filter(log_p_RV, sampling):
     """top-k, top-p and min-p as thresholds on the probability."""
     p_RV = jnp.exp(log_p_RV)
-    vocab = p_RV.shape[-1]
+    vocab = p_RV.shape[-1] * size(MODEL)
     top_k_R = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)
     by_rank_R = _largest_threshold(p_RV, jnp.ones_like(p_RV), top_k_R)
     ranked_RV = jnp.where(p_RV >= by_rank_R[:, None], p_RV, 0.0)
-    mass_R = sampling.top_p * jnp.sum(ranked_RV, axis=-1)
+    mass_R = sampling.top_p * vocabulary.sums(ranked_RV)
     by_mass_R = _largest_threshold(ranked_RV, ranked_RV, mass_R)
     by_mass_R = jnp.where(sampling.top_p < 1, by_mass_R, 0.0)
-    best_R = jnp.max(p_RV, axis=-1)
+    best_R = vocabulary.maximum(p_RV)[:, 0]
     by_best_R = sampling.min_p * best_R
     threshold_R = jnp.maximum(jnp.maximum(by_rank_R, by_mass_R), by_best_R)
     # The best token always stays, also where a tiny top_p rounds to nothing.
     threshold_R = jnp.minimum(threshold_R, best_R)
     kept_RV = jnp.where(p_RV >= threshold_R[:, None], log_p_RV, -jnp.inf)
-    return jax.nn.log_softmax(kept_RV)
+    return vocabulary.log_softmax(kept_RV)
 
 
 def _largest_threshold(p_RV, weight_RV, goal_R):
@@ -150,7 +152,7 @@ def _largest_threshold(p_RV, weight_RV, goal_R):
         low_R, high_R = bounds
         middle_R = (low_R + high_R) // 2
         above_RV = bits_RV >= middle_R[:, None]
-        enough_R = jnp.sum(jnp.where(above_RV, weight_RV, 0), axis=-1) >= goal_R
+        enough_R = vocabulary.sums(jnp.where(above_RV, weight_RV, 0)) >= goal_R
         return jnp.where(enough_R, middle_R, low_R), jnp.where(
             enough_R, high_R, middle_R
         )
@@ -180,7 +182,10 @@ def position_noise(
 
     Plain sampling, the draft and the verification all take argmax(log-prob + this).
     """
-    keys_R = keys(Stream.NOISE, seed_R, positions_R)
+    return _gumbel(keys(Stream.NOISE, seed_R, positions_R), vocab)
+
+
+def _gumbel(keys_R, vocab: int) -> Float[Array, "R V"]:
     draw = partial(jax.random.gumbel, shape=(vocab,), mode=GUMBEL_MODE)
     return jax.vmap(draw)(keys_R)
 
@@ -188,5 +193,5 @@ def position_noise(
 @standard_settings()
 def categorical(keys_R, log_p_RV: Float[Array, "R V"]) -> Int[Array, " R"]:
     """One sample per row; entries at -inf are never drawn."""
-    draw = jax.vmap(partial(jax.random.categorical, mode=GUMBEL_MODE))
-    return draw(keys_R, log_p_RV).astype(jnp.int32)
+    noise_RV = _gumbel(keys_R, log_p_RV.shape[-1] * size(MODEL))
+    return vocabulary.argmax(log_p_RV + vocabulary.part(noise_RV))

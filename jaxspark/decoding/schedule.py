@@ -33,6 +33,7 @@ from jaxtyping import Array, Int
 from jaxspark.decoding.costs import CostCurve, Costs, draft_ladder
 from jaxspark.decoding.couplings import COUPLINGS
 from jaxspark.decoding.forecast import Forecast, Verification, smallest_bucket
+from jaxspark.parallel.axes import SLOTS, all_of, largest, max_of, total
 
 # The oldest survival that a schedule may begin with, in rounds.
 MOST_LAG = 4
@@ -210,12 +211,12 @@ class CostAware(ABC):
     ) -> Int[Array, ""]:
         """What pays most, or the longest drafts that are due to be probed."""
         since_BG = jnp.where(lagged.live_B[:, None], rounds_since_BG, 0)
-        since_G = jnp.max(since_BG, axis=0)
+        since_G = largest(jnp.max(since_BG, axis=0), SLOTS)
         rates, seconds, since = [], [], []
         for curve in self.known.curves:
             index, rate = curve.best_bucket(lagged)
             length = curve.draft_length
-            allowed = not length or jnp.all(lagged.min_drafts_B <= length)
+            allowed = not length or all_of(lagged.min_drafts_B <= length)
             rates.append(jnp.where(allowed, rate, -1.0))
             seconds.append(jnp.array(curve.seconds)[index])
             # Unused for length 0, which is never probed.
@@ -253,15 +254,15 @@ class Causal(CostAware):
         self, current: Forecast, lagged: Forecast, sizes: tuple[int, ...]
     ) -> Verification:
         """The drafts before the first that lowers the rate."""
-        tau_N = current.expected_tokens()
-        draft_N = jnp.arange(len(tau_N))
-        seconds_N = self.curve(current).interpolate(current.anchors + draft_N)
+        tau_N = total(current.expected_tokens(), SLOTS)
+        draft_N, anchors = jnp.arange(len(tau_N)), max_of(current.anchors)
+        seconds_N = self.curve(current).interpolate(anchors + draft_N)
         rate_N = tau_N / seconds_N
         raises_N = rate_N[1:] > rate_N[:-1]
         # Mandatory drafts are always admitted.
-        raises_N |= draft_N[:-1] < jnp.sum(current.min_drafts_B)
+        raises_N |= draft_N[:-1] < max_of(jnp.sum(current.min_drafts_B))
         count = jnp.sum(jnp.cumprod(raises_N))
-        bucket = smallest_bucket(sizes, current.anchors + count)
+        bucket = smallest_bucket(sizes, anchors + count)
         return current.fill(bucket, sizes)
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.decoding.forecast import Forecast
 from jaxspark.decoding.schedule import Scheduler
+from jaxspark.parallel.axes import SLOTS, largest, size, total
 
 
 @jax.tree_util.register_dataclass
@@ -69,6 +70,7 @@ class ScheduleState:
         kept_NnG = self.history_BnG.at[slots_N].get(mode="clip")
         kept_NnG = jnp.where(same_temperature_N[:, None, None], kept_NnG, -1.0)
         shared_1G = jnp.max(self.rounds_since_BG, axis=0, keepdims=True)
+        shared_1G = largest(shared_1G, SLOTS)
         return ScheduleState(
             min_drafts_B=put(self.min_drafts_B, min_drafts_N),
             max_drafts_B=put(self.max_drafts_B, max_drafts_N),
@@ -156,8 +158,8 @@ def recall(
     """
     known_nBG = history_nBG >= 0
     if prior_BUG is None:
-        count_G = jnp.sum(known_nBG, axis=(0, 1))
-        total_G = jnp.sum(history_nBG, axis=(0, 1), where=known_nBG)
+        count_G = total(jnp.sum(known_nBG, axis=(0, 1)), SLOTS)
+        total_G = total(jnp.sum(history_nBG, axis=(0, 1), where=known_nBG), SLOTS)
         mean_G = jnp.where(count_G > 0, total_G / jnp.maximum(count_G, 1), 1.0)
         return jnp.where(known_nBG, history_nBG, mean_G)
     rounds, slots, _ = history_nBG.shape
@@ -177,7 +179,7 @@ def extend_survival(
     drafted = survival_Bg.shape[1]
     if drafted == history_nBG.shape[2]:
         return survival_Bg
-    mean_G = jnp.mean(history_nBG, axis=(0, 1))
+    mean_G = total(jnp.mean(history_nBG, axis=(0, 1)), SLOTS) / size(SLOTS)
     least = 1e-6
     tail = mean_G[drafted:] / jnp.maximum(mean_G[drafted - 1], least)
     tail = jnp.where(mean_G[drafted - 1] > least, tail, 1.0)

@@ -20,6 +20,8 @@ from jaxspark.decoding.sampling import Sampling
 from jaxspark.decoding.schedule_state import ScheduleState
 from jaxspark.drafters import Drafter
 from jaxspark.models.base import TargetModel
+from jaxspark.parallel.mesh import create, slots_per_shard
+from jaxspark.parallel.rules import state_specs
 from jaxspark.settings import standard_settings
 
 
@@ -132,6 +134,7 @@ class DecodeState:
         """
         if slots < 1:
             raise ValueError(f"a state needs at least 1 slot, got {slots}")
+        slots_per_shard(slots)
         most = target.max_rewind
         if most is not None and block_length > most:
             raise ValueError(
@@ -146,22 +149,27 @@ class DecodeState:
         def logits_BG():
             return jnp.zeros((slots, block_length), jnp.float32)
 
-        return cls(
-            tokens_BS=jnp.zeros((slots, capacity), jnp.int32),
-            lengths_B=counts_B(),
-            processed_B=counts_B(),
-            limits_B=counts_B(),
-            phase_B=jnp.full((slots,), Phase.EMPTY, jnp.int32),
-            stop_ids_BX=jnp.full((slots, stop_ids), -1, jnp.int32),
-            sampling=Sampling.of(slots),
-            target_cache=target.init_cache(slots, capacity),
-            draft_cache=drafter.init_cache(slots, capacity),
-            confidence_BG=logits_BG(),
-            certainty_BG=logits_BG(),
-            schedule=ScheduleState.empty(slots, block_length),
-            log_probs_BS=jnp.zeros((slots, capacity if log_probs else 0), jnp.float32),
-            counters=Counters.zeros(slots, block_length),
-        )
+        def make():
+            return cls(
+                tokens_BS=jnp.zeros((slots, capacity), jnp.int32),
+                lengths_B=counts_B(),
+                processed_B=counts_B(),
+                limits_B=counts_B(),
+                phase_B=jnp.full((slots,), Phase.EMPTY, jnp.int32),
+                stop_ids_BX=jnp.full((slots, stop_ids), -1, jnp.int32),
+                sampling=Sampling.of(slots),
+                target_cache=target.init_cache(slots, capacity),
+                draft_cache=drafter.init_cache(slots, capacity),
+                confidence_BG=logits_BG(),
+                certainty_BG=logits_BG(),
+                schedule=ScheduleState.empty(slots, block_length),
+                log_probs_BS=jnp.zeros(
+                    (slots, capacity if log_probs else 0), jnp.float32
+                ),
+                counters=Counters.zeros(slots, block_length),
+            )
+
+        return create(make, state_specs)
 
     @property
     def slots(self) -> int:

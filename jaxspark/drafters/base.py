@@ -18,7 +18,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.drafters.distribution import DraftDistribution
 from jaxspark.models import FlatTokens, TargetModel
-from jaxspark.parallel.axes import Axis
 
 
 @jax.tree_util.register_dataclass
@@ -113,10 +112,6 @@ class Drawn:
 @runtime_checkable
 class DraftSampler(Protocol):
     """How the decode loop lets a drafter sample; the coupling is hidden inside."""
-
-    @property
-    def slot_axis(self) -> Axis:
-        """Mesh axis over which slots are sharded, see `DecodeOptions`."""
 
     def __call__(
         self,

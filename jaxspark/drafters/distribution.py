@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxspark.parallel import vocabulary
+from jaxspark.parallel.axes import MODEL, largest
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -29,9 +32,10 @@ class DraftDistribution:
             return jnp.zeros(drafts_BG.shape)
         ids_W = self.ids_W
         if ids_W is None:
-            ids_W = jnp.arange(self.log_q_BGW.shape[-1])
+            ids_W = vocabulary.places(self.log_q_BGW.shape[-1])
         is_draft_BGW = ids_W == drafts_BG[..., None]
         log_q_BG = jnp.max(jnp.where(is_draft_BGW, self.log_q_BGW, -jnp.inf), axis=-1)
+        log_q_BG = largest(log_q_BG, MODEL)
         if self.deterministic_B is None:
             return log_q_BG
         return jnp.where(self.deterministic_B[:, None], 0.0, log_q_BG)
@@ -39,17 +43,24 @@ class DraftDistribution:
     def row(
         self, drafts_BG: Int[Array, "B G"], row_B: Int[Array, " B"], vocab: int
     ) -> Float[Array, "B V"]:
-        """q of one draft of each slot over the target's vocabulary."""
+        """q of one draft of each slot over the target's vocabulary.
+
+        Where that is shared out over several shards, over this one's part of `vocab`.
+        """
+        ids_V = vocabulary.places(vocab)
         row_B1 = jnp.minimum(row_B, drafts_BG.shape[1] - 1)[:, None]
         draft_B1 = jnp.take_along_axis(drafts_BG, row_B1, axis=1)
-        point_BV = (jnp.arange(vocab) == draft_B1).astype(jnp.float32)
+        point_BV = (ids_V == draft_B1).astype(jnp.float32)
         if self.log_q_BGW is None:
             return point_BV
         log_q_B1W = jnp.take_along_axis(self.log_q_BGW, row_B1[..., None], axis=1)
         q_BV = jnp.exp(log_q_B1W[:, 0])
         if self.ids_W is not None:
+            place_W = vocabulary.whole(self.ids_W) - vocabulary.first(vocab)
+            # Ids of other parts: negative ones would count from the end.
+            place_W = jnp.where(place_W < 0, vocab, place_W)
             zeros_BV = jnp.zeros((q_BV.shape[0], vocab))
-            q_BV = zeros_BV.at[:, self.ids_W].set(q_BV)
+            q_BV = zeros_BV.at[:, place_W].set(vocabulary.whole(q_BV), mode="drop")
         if self.deterministic_B is None:
             return q_BV
         return jnp.where(self.deterministic_B[:, None], point_BV, q_BV)

@@ -197,7 +197,7 @@ class HybridDrafter:
             shapes, _ = jax.eval_shape(ask, rows)
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), rows
 
-        nobody = all_of(copies_B, sampler.slot_axis)
+        nobody = all_of(copies_B)
         return jax.lax.cond(nobody, skip, ask, rows)
 
 

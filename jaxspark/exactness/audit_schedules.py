@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxspark.decoding import CostCurve, Costs, DecodeOptions, Scheduler, parse_schedule
@@ -23,18 +24,14 @@ from jaxspark.drafters.hybrid import HybridDrafter
 from jaxspark.exactness.audit import AuditResult, audit, plain_outputs
 from jaxspark.exactness.tiny_models import DRAFTERS, Family, tiny_models
 from jaxspark.generation import Completion, Request, SamplingParams, generate_stream
+from jaxspark.parallel.mesh import slots_per_shard
 
 SLOTS, BLOCK_LENGTH, CAPACITY = 4, 4, 64
 VOCAB = 8
 SCHEDULES = (
     "fixed", "fixed:1", "threshold:0.3", "causal", "lagged", "lagged:3", "free",
 )  # fmt: skip
-BUCKETS = {
-    "one": (SLOTS * (BLOCK_LENGTH + 1),),
-    "two": (6, SLOTS * (BLOCK_LENGTH + 1)),
-    # Four anchors do not fit the first, all drafts no one.
-    "narrow": (3, 7, 13),
-}
+BUCKETS = ("one", "two", "narrow")
 # Drafters that meet every set of buckets; others meet them in turn.
 EVERY_BUCKET_SET = ("dspark-gated", "deepseek_v4_dspark")
 MIXES = ("alone", "batch", "stream")
@@ -96,6 +93,17 @@ def grid_of_schedules(
     ][::every]
 
 
+def bucket_sizes(name: str, slots: int = SLOTS) -> tuple[int, ...]:
+    """A set of token buckets for so many slots."""
+    full = slots * (BLOCK_LENGTH + 1)
+    return {
+        "one": (full,),
+        "two": (3 * slots // 2, full),
+        # An anchor of each slot does not fit the first, all drafts no one.
+        "narrow": (slots - 1, 2 * slots - 1, 3 * slots + 1),
+    }[name]
+
+
 def synthetic_costs(
     sizes: Sequence[int], slots: int = SLOTS, draft_lengths: Sequence[int] = (1, 4)
 ) -> Costs:
@@ -131,22 +139,48 @@ def spread_confidences(drafter):
 class ScheduleAudit:
     """Runs cells of the grid against plain decoding."""
 
-    def __init__(self, seed: int = 0, family: Family = "dense"):
+    def __init__(
+        self,
+        seed: int = 0,
+        family: Family = "dense",
+        *,
+        slots: int = SLOTS,
+        shards: int = 1,
+        drafters: Sequence[str] | None = None,
+        mixes: Sequence[str] = MIXES,
+        couplings: Sequence[Coupling] = COUPLINGS,
+    ):
+        """Makes models, requests and their plain outputs.
+
+        Args:
+          seed: of models and requests.
+          family: of the models.
+          slots: of batches and streams.
+          shards: devices of the meshes that cells will be run on.
+          drafters: those of the cells; None makes all.
+          mixes: those of the cells.
+          couplings: those of the cells.
+        """
+        self.slots = slots
         # Compiling takes most of the time, and depth adds nothing here.
-        self.target, drafters = tiny_models(
-            family, VOCAB, seed=seed, layers=1, block_length=BLOCK_LENGTH
+        self.target, made = tiny_models(
+            family,
+            VOCAB,
+            seed=seed,
+            layers=1,
+            block_length=BLOCK_LENGTH,
+            shards=shards,
+            drafters=drafters,
         )
-        self.drafters = {
-            name: spread_confidences(each) for name, each in drafters.items()
-        }
+        self.drafters = {name: spread_confidences(each) for name, each in made.items()}
         random = np.random.default_rng(seed)
-        self.mixes = {mix: list(_requests(mix, random)) for mix in MIXES}
+        self.mixes = {mix: list(_requests(mix, random, slots)) for mix in MIXES}
         self.plain = {
             (mix, coupling): plain_outputs(
-                self.target, requests, coupling=coupling, capacity=CAPACITY
+                self.target, self.mixes[mix], coupling=coupling, capacity=CAPACITY
             )
-            for mix, requests in self.mixes.items()
-            for coupling in COUPLINGS
+            for mix in mixes
+            for coupling in couplings
         }
 
     def run(self, cell: ScheduleCell, mixes: Sequence[str] = MIXES) -> ScheduleResult:
@@ -165,29 +199,32 @@ class ScheduleAudit:
                 if cell.coupling == "gumbel" or request.params.temperature == 0
             ]
             plain = self.plain[mix, cell.coupling]
-            result.audit += audit(
-                self.target,
-                [requests[i] for i in exact],
-                [plain[i] for i in exact],
-                [seen[i] for i in exact],
-            )
+            # Where outputs part, one device says why.
+            with jax.set_mesh(None):
+                result.audit += audit(
+                    self.target,
+                    [requests[i] for i in exact],
+                    [plain[i] for i in exact],
+                    [seen[i] for i in exact],
+                )
             result.rounds += sum(each.rounds for each in seen)
             result.drafted += sum(each.drafted for each in seen)
             result.verified += sum(each.verified for each in seen)
         return result
 
     def _decode(self, cell: ScheduleCell, requests) -> list[Completion]:
-        sizes = BUCKETS[cell.buckets]
+        per_shard = slots_per_shard(self.slots)
+        sizes = bucket_sizes(cell.buckets, per_shard)
         # Every length with every set would be compiling most of the time.
         lengths = (1, BLOCK_LENGTH) if cell.buckets == "two" else (BLOCK_LENGTH,)
-        costs = synthetic_costs(sizes, draft_lengths=lengths)
+        costs = synthetic_costs(sizes, per_shard, draft_lengths=lengths)
         schedule = scheduler(cell.schedule, costs)
         done = dict(
             generate_stream(
                 self.target,
                 requests,
                 self.drafters[cell.drafter],
-                slots=SLOTS,
+                slots=self.slots,
                 capacity=CAPACITY,
                 options=DecodeOptions(
                     block_length=BLOCK_LENGTH,
@@ -202,9 +239,9 @@ class ScheduleAudit:
         return [done[index] for index in range(len(requests))]
 
 
-def _requests(mix: str, random: np.random.Generator) -> Iterator[Request]:
+def _requests(mix: str, random: np.random.Generator, slots: int) -> Iterator[Request]:
     """The requests of a mix; half of them greedy."""
-    for i in range({"alone": 2, "batch": SLOTS, "stream": 2 * SLOTS + 2}[mix]):
+    for i in range({"alone": 2, "batch": slots, "stream": 2 * slots + 2}[mix]):
         settings: dict[str, Any] = {}
         if i % 2:
             # Batches mix settings; in a stream a slot's next request has other ones.

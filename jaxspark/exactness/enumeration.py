@@ -33,7 +33,6 @@ from jaxspark.decoding.schedule import Fixed, Scheduler
 from jaxspark.decoding.state import DecodeState
 from jaxspark.drafters import DraftContext, DraftDistribution, Drawn, Proposal
 from jaxspark.models import FlatTokens
-from jaxspark.parallel.axes import Axis
 from jaxspark.settings import standard_settings
 
 LogProbs = dict[tuple[int, ...], np.ndarray]
@@ -185,7 +184,6 @@ class ForcedSampler:
 
     decoder: CoupledSampler
     forced_G: Int[Array, " G"]
-    slot_axis: Axis = None
 
     def __call__(self, logits_BW, j, ids_W) -> Drawn:
         """The j-th of them."""

@@ -37,6 +37,7 @@ def tiny_models(
     seed: int = 0,
     layers: int = 2,
     block_length: int = BLOCK_LENGTH,
+    shards: int = 1,
 ) -> tuple[Any, dict[str, Drafter]]:
     """A random target whose distributions are far from uniform, and drafters for it.
 
@@ -47,13 +48,16 @@ def tiny_models(
       seed: of the target; its drafters get the next one.
       layers: of a dense target.
       block_length: of the drafters.
+      shards: devices of a mesh over which they can be shared out.
 
     Returns:
       The target, and the drafters by name.
     """
     dense = family == "dense"
     target = (
-        tiny_dense(vocab_size, seed, layers) if dense else tiny_v4(vocab_size, seed)
+        tiny_dense(vocab_size, seed, layers, shards)
+        if dense
+        else tiny_v4(vocab_size, seed, shards)
     )
     makers = DRAFTERS[family]
     names = makers if drafters is None else drafters
@@ -62,7 +66,9 @@ def tiny_models(
     }
 
 
-def tiny_dense(vocab_size: int, seed: int = 0, layers: int = 2) -> DenseDecoder:
+def tiny_dense(
+    vocab_size: int, seed: int = 0, layers: int = 2, shards: int = 1
+) -> DenseDecoder:
     """A random decoder whose distributions are far from uniform."""
     config = DenseConfig(
         vocab_size=vocab_size,
@@ -70,13 +76,13 @@ def tiny_dense(vocab_size: int, seed: int = 0, layers: int = 2) -> DenseDecoder:
         intermediate_size=32,
         num_hidden_layers=layers,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=1 if shards == 1 else 2,
         head_dim=8,
     )
     return DenseDecoder(config, rngs=nnx.Rngs(seed))
 
 
-def tiny_v4(vocab_size: int, seed: int = 0) -> DeepSeekV4:
+def tiny_v4(vocab_size: int, seed: int = 0, shards: int = 1) -> DeepSeekV4:
     """A DeepSeek-V4 of two layers; prompts of 8 tokens reach all of both."""
     config = DeepSeekV4Config(
         vocab_size=vocab_size,
@@ -88,7 +94,7 @@ def tiny_v4(vocab_size: int, seed: int = 0) -> DeepSeekV4:
         q_lora_rank=8,
         o_groups=2,
         o_lora_rank=4,
-        n_routed_experts=4,
+        n_routed_experts=max(4, shards),
         num_experts_per_tok=2,
         compress_ratios=(4, 8),
         num_hash_layers=1,
@@ -124,7 +130,8 @@ def _dspark(
         markov_head_type=head or "vanilla",
         enable_confidence_head=head is not None,
         confidence_head_with_markov=head is not None,
-        draft_vocab_size=vocab - 1 if pruned else None,
+        # An even number fewer than all, so that two shards can share them.
+        draft_vocab_size=(vocab - 1) // 2 * 2 if pruned else None,
     )
     return DSparkDrafter(config, rngs=nnx.Rngs(seed))
 

@@ -31,15 +31,15 @@ MOST = 8
 
 
 @contextlib.contextmanager
-def compile_workers() -> Iterator[Executor]:
-    """A worker per core; leaves no work behind.
+def compile_workers(devices: int = 1) -> Iterator[Executor]:
+    """A worker per core, each with so many virtual devices; leaves no work behind.
 
     On a CPU they are processes: tracing keeps a process's other threads waiting, and
     XLA compiles a small program on one core. What they run must be found by its module
     and name. An accelerator belongs to one process, so there is one thread for it.
     """
     on_cpu = jax.default_backend() == "cpu"
-    workers = _processes() if on_cpu else ThreadPoolExecutor(1)
+    workers = _processes(devices) if on_cpu else ThreadPoolExecutor(1)
     try:
         yield workers
     except BaseException:
@@ -58,8 +58,9 @@ def collect(progress: Progress, futures: Sequence[Future], description: str) -> 
     return [each.result() for each in futures]
 
 
-def _processes() -> Executor:
+def _processes(devices: int) -> Executor:
     settings = {name: read(name) for name, read in SETTINGS.items()}
+    settings["jax_num_cpu_devices"] = devices
     return ProcessPoolExecutor(
         min(os.cpu_count() or 1, MOST),
         # A forked process would share the locks of JAX's threads.

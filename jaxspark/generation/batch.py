@@ -7,7 +7,7 @@ tokens that are new since the last one.
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
@@ -31,6 +31,7 @@ from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.generation.completion import Completion, FinishReason
 from jaxspark.generation.request import CheckedRequest, Limits, Request, check
 from jaxspark.models import TargetModel
+from jaxspark.parallel.mesh import replicated, shard, slots_per_shard
 from jaxspark.settings import standard_settings
 from jaxspark.target import Target
 
@@ -104,9 +105,9 @@ class ContinuousBatch:
         """
         self.target = Target.of(target)
         self.drafter = PlainDrafter() if drafter is None else drafter
-        model = self.target.model
-        self.drafter.check_target(model.config)
-        self.options = options.resolve(self.drafter, slots)
+        self.drafter.check_target(self.target.model.config)
+        self._per_shard = slots_per_shard(slots)
+        self.options = options.resolve(self.drafter, self._per_shard)
         if self.options.schedule.needs_costs:
             raise ValueError(
                 f"the schedule {type(self.options.schedule).__name__} weighs costs and "
@@ -119,12 +120,14 @@ class ContinuousBatch:
         self.limits = Limits(
             capacity=capacity,
             block_length=self.options.block,
-            min_drafts=self.options.max_min_drafts(slots),
+            min_drafts=self.options.max_min_drafts(self._per_shard),
             stop_ids=max_stop_ids,
             log_probs=log_probs,
         )
+        self.target = replace(self.target, model=shard(self.target.model))
+        self.drafter = shard(self.drafter)
         self._state = DecodeState.empty(
-            model,
+            self.target.model,
             self.drafter,
             slots=slots,
             capacity=capacity,
@@ -195,6 +198,8 @@ class ContinuousBatch:
     def _admit(self) -> None:
         """Fills free slots, some at a time, so that they are prefilled together."""
         free = [slot for slot in range(self.slots) if slot not in self._running]
+        # Shards in turn: their work is the same if they have equally many requests.
+        free.sort(key=lambda slot: slot % self._per_shard)
         while self._waiting and len(free) >= min(self.together, len(self._waiting)):
             count = min(self.together, len(self._waiting))
             arrived = [self._waiting.popleft() for _ in range(count)]
@@ -265,7 +270,7 @@ class ContinuousBatch:
         """Empties slots; what they hold, which tells its reason where none is given."""
         if not slots:
             return {}
-        counters = jax.device_get(self._state.counters)
+        counters = jax.device_get(_everywhere(self._state.counters))
         released_B = np.isin(np.arange(self.slots), slots)
         self._state = release(self._state, jnp.asarray(released_B))
         return {slot: self._completion(slot, counters, reason) for slot in slots}
@@ -324,7 +329,10 @@ def _newest(
         else jnp.zeros((state.slots, 0))
         for x_BS in (state.tokens_BS, state.log_probs_BS)
     )
-    return state.phase_B, state.lengths_B, tokens_BW, log_probs_BW
+    return replicated((state.phase_B, state.lengths_B, tokens_BW, log_probs_BW))
+
+
+_everywhere = jax.jit(replicated)
 
 
 def prefill_chunk(lengths: Iterable[int]) -> int:

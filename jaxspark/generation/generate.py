@@ -22,6 +22,7 @@ from jaxspark.generation.request import (
     spread_seed,
 )
 from jaxspark.models import TargetModel
+from jaxspark.parallel.mesh import slot_shards
 from jaxspark.target import Target
 
 # Cache lengths are multiples of this, so that similar requests share a program.
@@ -75,12 +76,14 @@ def generate(
     sampled = {name: named.pop(name) for name in PARAMS & named.keys()}
     options = replace(options, **named)
     requests = as_requests(prompts, params, sampled)
-    resolved = options.resolve(drafter, len(requests))
+    slots = _multiple(len(requests), slot_shards())
+    per_shard = slots // slot_shards()
+    resolved = options.resolve(drafter, per_shard)
     block = resolved.block
     limits = Limits(
         capacity=UNLIMITED if capacity is None else capacity,
         block_length=block,
-        min_drafts=resolved.max_min_drafts(len(requests)),
+        min_drafts=resolved.max_min_drafts(per_shard),
     )
     checked: list[CheckedRequest] = []
     completions: dict[int, Completion] = {}
@@ -95,11 +98,11 @@ def generate(
         batch = ContinuousBatch(
             target,
             drafter,
-            slots=len(checked),
+            slots=_multiple(len(checked), slot_shards()),
             capacity=capacity or round_capacity(max(r.limit for r in checked) + block),
             options=options,
             # In steps, so that similar requests share a program.
-            max_stop_ids=_rounded(max(len(r.stop_ids) for r in checked), MAX_STOP_IDS),
+            max_stop_ids=_multiple(max(len(r.stop_ids) for r in checked), MAX_STOP_IDS),
             log_probs=any(request.params.log_probs for request in checked),
             together=len(checked),
             rounds_per_step=UNLIMITED if on_tokens is None else ROUNDS_PER_CALLBACK,
@@ -251,10 +254,11 @@ def _spread(seed: Any, index: int) -> Any:
 
 def round_capacity(needed: int) -> int:
     """Cache positions for at least `needed`, such that similar needs are the same."""
-    return _rounded(needed, LENGTH_STEP)
+    return _multiple(needed, LENGTH_STEP)
 
 
-def _rounded(number: int, step: int) -> int:
+def _multiple(number: int, step: int) -> int:
+    """The least multiple of `step` that is at least `number`, and at least one."""
     return max(step, -(-number // step) * step)
 
 

@@ -10,6 +10,8 @@
   jaxspark audit --suite=quick          a share of schedules, two minutes
   jaxspark audit --suite=settings       that share under every global JAX setting a
                                         program may have chosen
+  jaxspark audit --suite=mesh           the tokens of one device on meshes of eight
+                                        (virtual ones on a CPU)
   jaxspark audit --suite=deepseek_v4    everything for DeepSeek-V4 and its drafters,
                                         random weights
 

@@ -8,13 +8,14 @@ from jaxspark import load_target
 from jaxspark.checkpoints import Target
 from jaxspark.configuration import Configuration, option
 from jaxspark.decoding.couplings import COUPLINGS, Coupling
+from jaxspark.launch.devices import DeviceOptions
 from jaxspark.text import Tokenizer
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(Configuration):
+class ModelOptions(DeviceOptions):
     """The target model, whatever it is for."""
 
     target: str = option(

@@ -34,10 +34,32 @@ def run[C: Configuration](main: Callable[[C], int | None], config: type[C]) -> N
             chosen = parse(config, arguments, launcher)
             quiet()
             use_compilation_cache()
-            status = main(chosen)
+            status = _run(main, chosen)
         # A closed pipe shows here, not while Python ends.
         sys.stdout.flush()
         sys.exit(status)
+
+
+def _run[C: Configuration](main: Callable[[C], int | None], chosen: C) -> int | None:
+    """Runs `main` on the devices that were chosen, as one process of a job or alone."""
+    # Imported here: `jaxspark --help` must be quick.
+    from jaxspark.launch.devices import DeviceOptions
+    from jaxspark.parallel.processes import is_supervised, leave, supervise
+
+    if not isinstance(chosen, DeviceOptions):
+        return main(chosen)
+    if chosen.job() is None:
+        with chosen.devices():
+            return main(chosen)
+    if not is_supervised():
+        return supervise()
+    try:
+        with readable_errors(), chosen.devices():
+            status = main(chosen)
+    except SystemExit as error:
+        # The others wait for this one: it must not wait for them.
+        leave(error.code if isinstance(error.code, int) else 1)
+    return status
 
 
 def quiet() -> None:

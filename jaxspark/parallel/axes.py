@@ -1,37 +1,88 @@
-"""What all devices must agree on, said by the one function that makes them agree.
+"""The axes of a mesh, and what traced code asks of the shards along them.
 
-Inside `shard_map` each device holds some of the slots. A branch around a model call
-that only some devices take would leave the others waiting in a collective, so whatever
-decides one (how many tokens are drafted, the token bucket, whether a loop ends) is
-reduced over the mesh axis of slots first. With no axis, on one device, these are the
-reductions of `jax.numpy`.
+    data     slots
+    expert   slots too, and experts: each shard holds some of both
+    model    heads, hidden units and vocabulary, of the same slots
+
+Programs for several devices run inside one `shard_map` (see `mesh`). A function here is
+a collective where an axis is mapped over; on one device, or along an axis of one, it is
+the identity and leaves nothing in the program.
+
+A branch around a model call that only some shards take would leave the others waiting
+in a collective. So whatever decides one (how many tokens are drafted, the token bucket,
+whether a loop ends) is reduced over `SLOTS` first, by the functions named `..._of`.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
-# The name of a mesh axis, several of them, or None on one device.
-Axis = str | tuple[str, ...] | None
+DATA, EXPERT, MODEL = "data", "expert", "model"
+# Slots are shared out over both, experts over the axes of the second.
+SLOTS = (DATA, EXPERT)
+EXPERTS = (EXPERT, MODEL)
 
-
-def max_of(x: Shaped[Array, "..."], axis: Axis = None) -> Shaped[Array, ""]:
-    """The largest element on any device."""
-    largest = jnp.max(x)
-    return largest if axis is None else jax.lax.pmax(largest, axis)
+Axes = str | tuple[str, ...]
 
 
-def sum_of(x: Shaped[Array, "..."], axis: Axis = None) -> Shaped[Array, ""]:
-    """The sum over all elements of all devices."""
-    total = jnp.sum(x)
-    return total if axis is None else jax.lax.psum(total, axis)
+def bound(axes: Axes) -> tuple[str, ...]:
+    """Those that the code being traced is mapped over, with more than one shard."""
+    mesh = jax.sharding.get_abstract_mesh()
+    names = (axes,) if isinstance(axes, str) else axes
+    return tuple(
+        name for name in names if name in mesh.manual_axes and mesh.shape[name] > 1
+    )
 
 
-def any_of(x: Bool[Array, "..."], axis: Axis = None) -> Bool[Array, ""]:
-    """Whether an element on any device is true."""
-    return max_of(x.astype(jnp.int32), axis) > 0 if axis else jnp.any(x)
+def size(axes: Axes) -> int:
+    """Number of shards."""
+    count = 1
+    for name in bound(axes):
+        count *= jax.sharding.get_abstract_mesh().shape[name]
+    return count
 
 
-def all_of(x: Bool[Array, "..."], axis: Axis = None) -> Bool[Array, ""]:
-    """Whether every element on every device is true."""
-    return ~any_of(~x, axis)
+def index(axes: Axes) -> int | Int[Array, ""]:
+    """Which of them this one is."""
+    names = bound(axes)
+    return jax.lax.axis_index(names) if names else 0
+
+
+def own_slots(slots_N: Int[Array, " N"], count: int) -> Int[Array, " N"]:
+    """Numbers among this shard's own `count` slots; `count` for other shards' slots."""
+    if not bound(SLOTS):
+        return slots_N
+    own_N = slots_N - index(SLOTS) * count
+    return jnp.where((own_N >= 0) & (own_N < count), own_N, count)
+
+
+def total(x: Shaped[Array, "..."], axes: Axes) -> Shaped[Array, "..."]:
+    """The sum of what each shard has, on all of them."""
+    names = bound(axes)
+    return jax.lax.psum(x, names) if names else x
+
+
+def largest(x: Shaped[Array, "..."], axes: Axes) -> Shaped[Array, "..."]:
+    """The elementwise maximum of what each shard has, on all of them."""
+    names = bound(axes)
+    return jax.lax.pmax(x, names) if names else x
+
+
+def max_of(x: Shaped[Array, "..."]) -> Shaped[Array, ""]:
+    """The largest element of any slot's shard."""
+    return largest(jnp.max(x), SLOTS)
+
+
+def sum_of(x: Shaped[Array, "..."]) -> Shaped[Array, ""]:
+    """The sum over the elements of all slots' shards."""
+    return total(jnp.sum(x), SLOTS)
+
+
+def any_of(x: Bool[Array, "..."]) -> Bool[Array, ""]:
+    """Whether an element is true on any shard of slots."""
+    return max_of(x.astype(jnp.int32)) > 0 if bound(SLOTS) else jnp.any(x)
+
+
+def all_of(x: Bool[Array, "..."]) -> Bool[Array, ""]:
+    """Whether every element is true on every shard of slots."""
+    return ~any_of(~x)

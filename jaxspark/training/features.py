@@ -20,11 +20,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from jaxspark.checkpoints.tree import named_parameters
 from jaxspark.models import DenseDecoder, FlatTokens, TargetDecoder
 from jaxspark.models.layers.rope import Rotation
+from jaxspark.parallel.mesh import over_mesh
+from jaxspark.parallel.rules import parameter_specs, replicated_specs
 from jaxspark.settings import standard_settings
 from jaxspark.training.blocks import packed_attention
 from jaxspark.training.data.packing import Packed
@@ -131,6 +134,7 @@ def _power_of_two(count: int) -> int:
 
 @partial(jax.jit, static_argnames=("taps", "shape"))
 @standard_settings()
+@over_mesh(parameter_specs, replicated_specs, out=PartitionSpec())
 def _of_documents(target, tokens, *, taps, shape) -> Features:
     cache = target.init_cache(tokens.slots, tokens.rows)
     x_TD, taps_TmD, _ = target(tokens, cache, taps=taps)

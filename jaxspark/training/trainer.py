@@ -15,6 +15,8 @@ import optax
 from flax import nnx
 
 from jaxspark.drafters import Drafter, DSparkDrafter, Eagle3Drafter
+from jaxspark.parallel.mesh import constrain, place, replicated, shard, slot_shards
+from jaxspark.parallel.rules import replicated_specs, row_specs, spread_specs
 from jaxspark.settings import random_key, standard_settings
 from jaxspark.training.blocks import sample_blocks
 from jaxspark.training.config import TrainConfig
@@ -82,12 +84,18 @@ class Trainer:
             config = replace(config, objective=objective)
         graphdef, trained, frozen = nnx.split(drafter, is_trained, ...)  # type: ignore[misc]
         # Steps donate their state; the caller's drafter keeps its arrays.
-        trained = jax.tree.map(jnp.array, trained)
+        trained = place(jax.tree.map(jnp.array, trained), spread_specs)
+        if config.sequences % slot_shards():
+            raise ValueError(
+                f"{config.sequences} sequences of a batch cannot be shared out evenly "
+                f"over {slot_shards()} shards"
+            )
         state = TrainState(
             trained=trained,
-            optimizer=config.transformation().init(trained),
-            step=jnp.zeros((), jnp.int32),
+            optimizer=_start(trained, config=config),
+            step=place(jnp.zeros((), jnp.int32), replicated_specs),
         )
+        frozen, target = place(frozen, replicated_specs), shard(target)
         trainer = cls(graphdef=graphdef, frozen=frozen, target=target, config=config)
         return trainer, state
 
@@ -112,8 +120,7 @@ class Trainer:
             state.trained,
             self.frozen,
             self.target,
-            batch,
-            features,
+            *place((batch, features), row_specs),
             _key(self.config.seed, state.step, index),
             graphdef=self.graphdef,
             config=self.config,
@@ -131,11 +138,16 @@ class Trainer:
             state.trained,
             self.frozen,
             self.target,
-            batch,
-            features,
+            *place((batch, features), row_specs),
             graphdef=self.graphdef,
             config=self.config,
         )
+
+
+@partial(jax.jit, static_argnames=("config",))
+def _start(trained, *, config: TrainConfig):
+    """What the optimizer remembers before the first step."""
+    return constrain(config.transformation().init(trained), spread_specs)
 
 
 def _key(seed: int, step: jax.Array, index: int) -> jax.Array:
@@ -174,13 +186,16 @@ def _gradients(
         sums = _sums(trained, frozen, target, batch, features, key, graphdef, config)
         return sums.numerator, sums
 
-    return jax.grad(numerator, has_aux=True)(trained)
+    grads, sums = jax.grad(numerator, has_aux=True)(trained)
+    return constrain(grads, spread_specs), replicated(sums)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "config"))
 def _evaluate(trained, frozen, target, batch, features, *, graphdef, config) -> Sums:
     key = random_key(0)
-    return _sums(trained, frozen, target, batch, features, key, graphdef, config)
+    return replicated(
+        _sums(trained, frozen, target, batch, features, key, graphdef, config)
+    )
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -195,9 +210,10 @@ def _update(state: TrainState, grads, weight, *, config: TrainConfig) -> TrainSt
     updates, optimizer = config.transformation().update(
         scaled, state.optimizer, state.trained
     )
+    trained = optax.apply_updates(state.trained, updates)
     return replace(
         state,
-        trained=optax.apply_updates(state.trained, updates),
-        optimizer=optimizer,
+        trained=constrain(trained, spread_specs),
+        optimizer=constrain(optimizer, spread_specs),
         step=state.step + 1,
     )

@@ -1,4 +1,7 @@
-"""The drafter that comes with the package: small, documented, worth its round."""
+"""The drafter that comes with the package: small, documented, calibrated.
+
+That it is worth its round is shown where it drafts, in `exactness/test_smollm2`.
+"""
 
 import re
 
@@ -9,15 +12,9 @@ from jaxspark import load_drafter
 from jaxspark.calibration.files import load_calibration
 from jaxspark.checkpoints import CheckpointError
 from jaxspark.checkpoints.load import SHIPPED_DRAFTERS
-from jaxspark.generation import generate
 from tests import zoo
 
 FOLDER = SHIPPED_DRAFTERS["dspark"]
-QUESTIONS = (
-    "A box holds 12 eggs. How many eggs are in 7 boxes? Show each step.",
-    "Write a Python function that counts the words of a text.",
-    "What should I see in Lisbon?",
-)
 
 
 def test_it_is_small_and_says_what_it_is():
@@ -30,21 +27,6 @@ def test_it_is_small_and_says_what_it_is():
         assert f"\n## {heading}\n" in card
     for source in ("gsm8k", "gpteacher", "dolly", "oasst"):
         assert re.search(rf"\| {source}.*\| .*(MIT|Apache-2.0|CC-BY)", card), source
-
-
-def test_it_drafts_well_and_changes_nothing(smollm2):
-    """Beside prompt lookup, which gains little on such questions."""
-    prompts = [
-        smollm2.tokenizer.chat([{"role": "user", "content": text}])
-        for text in QUESTIONS
-    ]
-    plain = generate(smollm2, prompts, max_new_tokens=48)
-    drafter = load_drafter("hybrid:dspark", smollm2)
-    options = {"max_new_tokens": 48, "buckets": (3 * (drafter.block_length + 1),)}
-    seen = generate(smollm2, prompts, drafter, **options)
-    assert [each.tokens for each in seen] == [each.tokens for each in plain]
-    tokens = sum(len(each.tokens) for each in seen)
-    assert tokens / sum(each.rounds for each in seen) > 1.7
 
 
 @pytest.mark.parametrize("coupling", ["rejection", "gumbel"])

@@ -8,7 +8,7 @@ import pytest
 
 from jaxspark.decoding import DecodeOptions
 from jaxspark.exactness import rejection
-from jaxspark.exactness.audit import audit, decode_requests, plain_outputs
+from jaxspark.exactness.audit import audit, plain_outputs
 from jaxspark.exactness.tiny_models import tiny_models
 from jaxspark.generation import Request, generate_stream
 from tests import zoo
@@ -51,23 +51,9 @@ def asked(request, models):
     return each, coupling, plain
 
 
-@pytest.mark.parametrize("asked", ["gumbel"], indirect=True)
-def test_not_one_token_changes(models, asked):
-    """Copies and drafts of its own stages; below are more drafters and greedy ones."""
-    each, coupling, plain = asked
-    target, drafters = models
-    seen = decode_requests(
-        target, each, drafters["hybrid"], coupling=coupling, **OPTIONS
-    )
-    result = audit(target, each, plain, seen)
-    assert result.tokens >= 24 * len(each)
-    assert not result.violations, "\n".join(map(str, result.violations))
-    assert len(result.near_ties) <= 1
-
-
 @pytest.mark.parametrize(
     ("asked", "name"),
-    [("gumbel", "deepseek_v4_dspark"), ("greedy", "mtp")],
+    [("gumbel", "hybrid"), ("greedy", "mtp")],
     indirect=["asked"],
 )
 def test_slots_are_refilled_and_not_one_token_changes(models, asked, name):
@@ -78,7 +64,9 @@ def test_slots_are_refilled_and_not_one_token_changes(models, asked, name):
     size = {"slots": 2, "together": 1, "capacity": 128}
     done = dict(generate_stream(target, each, drafters[name], options=options, **size))
     result = audit(target, each, plain, [done[i] for i in range(len(each))])
+    assert result.tokens >= 24 * len(each)
     assert not result.violations, "\n".join(map(str, result.violations))
+    assert len(result.near_ties) <= 1
 
 
 def test_a_round_has_the_targets_distribution():

@@ -1,6 +1,6 @@
-"""Guarantee 3 on the embedded model, a few prompts (launch/audit.py runs many).
+"""The embedded model with the drafter that comes with it.
 
-Guarantee 1 there is a test of the drafter that comes with it, `test_shipped`.
+`jaxspark audit --suite=all` has more prompts and schedules.
 """
 
 from jaxspark import load_drafter
@@ -8,29 +8,34 @@ from jaxspark.exactness.audit import audit, decode_requests, plain_outputs
 from jaxspark.generation import Request
 
 QUESTIONS = (
-    "What is 17 times 3? Show each step.",
-    "Name three rivers and three mountains, then repeat the list.",
+    "A box holds 12 eggs. How many eggs are in 7 boxes? Show each step.",
+    "Write a Python function that counts the words of a text.",
+    "What should I see in Lisbon?",
 )
+REPEATED = "Name three rivers and three mountains, then repeat the list."
 
 
-def test_not_one_token_changes(smollm2):
+def test_it_drafts_well_and_not_one_token_changes(smollm2):
     """Greedy and sampled requests together, copies and drafts of the model's."""
+    asked = [(text, 0.0) for text in QUESTIONS] + [(REPEATED, 1.0)]
     requests = [
         Request(
             tuple(smollm2.tokenizer.chat([{"role": "user", "content": text}])),
-            max_new_tokens=20,
+            max_new_tokens=40,
             temperature=temperature,
-            seed=i,
+            seed=3,
             name=text,
         )
-        for temperature in (0.0, 1.0)
-        for i, text in enumerate(QUESTIONS)
+        for text, temperature in asked
     ]
     options = {"coupling": "gumbel", "capacity": 128}
     plain = plain_outputs(smollm2, requests, **options)
     drafter = load_drafter("hybrid:dspark", smollm2)
-    options |= {"block_length": 3, "buckets": (16,)}
+    options["buckets"] = (len(requests) * (drafter.block_length + 1),)
     seen = decode_requests(smollm2, requests, drafter, **options)
     result = audit(smollm2, requests, plain, seen)
-    assert result.tokens > 60
     assert not result.violations, "\n".join(map(str, result.violations))
+    greedy = seen[: len(QUESTIONS)]
+    tokens = sum(len(each.tokens) for each in greedy)
+    # Prompt lookup gains little on such questions.
+    assert tokens / sum(each.rounds for each in greedy) > 1.7

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from jaxspark.__main__ import LAUNCHERS
-from jaxspark.launch import common, program, study
+from jaxspark.launch import common, devices, program, study
 from jaxspark.launch.flags import define
 
 
@@ -53,7 +53,7 @@ def test_no_option_is_shown_and_not_obeyed(name):
     launcher = load(name)
     source = Path(launcher.__file__).read_text("utf-8")
     names = re.findall(r"^from (jaxspark\.[\w.]+) import", source, re.M)
-    modules = [launcher, common, *map(importlib.import_module, names)]
+    modules = [launcher, common, devices, *map(importlib.import_module, names)]
     read = set().union(*map(options_read, modules))
     assert {each.name for each in fields(launcher.Config)} <= read
 

@@ -24,8 +24,9 @@ def total(entries: list[dict], key: str) -> int:
     return sum(len(e[key]) if isinstance(e[key], list) else e[key] for e in entries)
 
 
-def summary(entries: list[dict], checks: dict) -> dict:
-    """Figures of a suite: its cells' entries, and what `checked` returned."""
+def summary(entries: list[dict], checks: dict | None = None) -> dict:
+    """Figures of a suite: its cells' entries, and what `checked` returned, if any."""
+    checks = checks or {"violations": 0, "checks": []}
     return {
         "violations": total(entries, "violations") + checks["violations"],
         "near_ties": total(entries, "near_ties"),

@@ -6,6 +6,7 @@ import jax
 from rich.console import Console
 
 from jaxspark.checkpoints import Target
+from jaxspark.exactness.suites.meshes import audit_meshes
 from jaxspark.exactness.suites.options import AuditOptions
 from jaxspark.exactness.suites.sampling import audit_sampling
 from jaxspark.exactness.suites.schedules import audit_schedules
@@ -39,6 +40,8 @@ def run_suites(
             )
         elif suite == "settings":
             found = audit_settings(console)
+        elif suite == "mesh":
+            found = audit_meshes(console, progress_file=options.progress)
         elif suite in ("schedules", "quick"):
             found = audit_schedules(
                 console,

@@ -1,7 +1,9 @@
 """`jaxspark audit --suite=greedy` and `gumbel`: token by token, on real prompts."""
 
+import itertools
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -135,29 +137,38 @@ def audit_tokens(
                 finished.add({"plain": request.name, "tokens": tokens})
             progress.advance(bar)
         plain = [finished.plain[request.name] for request in requests]
+
+        def run(cell: Cell) -> tuple[Cell, AuditResult, float]:
+            begin = time.perf_counter()
+            result = run_cell(
+                target,
+                audited_drafter(cell.drafter, target),
+                cell,
+                requests,
+                plain,
+                coupling=coupling,
+                capacity=capacity,
+            )
+            return cell, result, time.perf_counter() - begin
+
         bar = progress.add_task(suite, total=len(todo))
-        for cell in todo:
-            progress.update(bar, description=f"{suite}: {cell.name}")
-            if cell.name not in finished.cells:
-                begin = time.perf_counter()
-                result = run_cell(
-                    target,
-                    audited_drafter(cell.drafter, target),
-                    cell,
-                    requests,
-                    plain,
-                    coupling=coupling,
-                    capacity=capacity,
-                )
-                finished.add(_entry(cell, result, time.perf_counter() - begin))
-                for difference in result.differences:
-                    line = f"{cell.name}: {difference}"
-                    if settings["dtype"] != "float32":
-                        line = line.replace("VIOLATION", "difference")
-                    progress.console.print(line)
-                # Cells share few programs, and memory maps per process are limited.
-                jax.clear_caches()
-            progress.advance(bar)
+        missing = [cell for cell in todo if cell.name not in finished.cells]
+        progress.advance(bar, len(todo) - len(missing))
+        # A cell is compiled, on one core, while another is decoded.
+        at_once = 2 if jax.default_backend() == "cpu" else 1
+        for group in itertools.batched(missing, 2 * at_once):
+            with ThreadPoolExecutor(at_once) as pool:
+                for done in as_completed([pool.submit(run, cell) for cell in group]):
+                    cell, result, seconds = done.result()
+                    finished.add(_entry(cell, result, seconds))
+                    for difference in result.differences:
+                        line = f"{cell.name}: {difference}"
+                        if settings["dtype"] != "float32":
+                            line = line.replace("VIOLATION", "difference")
+                        progress.console.print(line)
+                    progress.advance(bar)
+            # Cells share few programs, and memory maps per process are limited.
+            jax.clear_caches()
     return _summary(console, settings, list(finished.cells.values()))
 
 

@@ -35,7 +35,7 @@ class Attention(nnx.Module):
         eps = config.rms_norm_eps
         self.q_norm = RMSNorm(H, eps=eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(H, eps=eps, dtype=dtype) if config.qk_norm else None
-        self.heads, self.kv_heads, self.head_dim = N, K, H
+        self.kv_heads, self.head_dim = K, H
 
     def update_cache(
         self,
@@ -52,8 +52,8 @@ class Attention(nnx.Module):
         self, x_TI: Float[Array, "T I"], rotation: Rotation
     ) -> tuple[Float[Array, "T K H"], Float[Array, "T K H"]]:
         """Keys, normed and rotated, and values."""
-        k_TKH = self.k_proj(x_TI).reshape(-1, self.kv_heads, self.head_dim)
-        v_TKH = self.v_proj(x_TI).reshape(-1, self.kv_heads, self.head_dim)
+        k_TKH = _heads(self.k_proj(x_TI), self.head_dim)
+        v_TKH = _heads(self.v_proj(x_TI), self.head_dim)
         if self.k_norm is not None:
             k_TKH = self.k_norm(k_TKH)
         return rotation(k_TKH), v_TKH
@@ -62,7 +62,7 @@ class Attention(nnx.Module):
         self, x_TI: Float[Array, "T I"], rotation: Rotation
     ) -> Float[Array, "T N H"]:
         """Queries, normed and rotated."""
-        q_TNH = self.q_proj(x_TI).reshape(-1, self.heads, self.head_dim)
+        q_TNH = _heads(self.q_proj(x_TI), self.head_dim)
         if self.q_norm is not None:
             q_TNH = self.q_norm(q_TNH)
         return rotation(q_TNH)
@@ -87,4 +87,9 @@ class Attention(nnx.Module):
                 scale=self.head_dim**-0.5,
             )
         o_TNH = o_TNH[..., : self.head_dim]
-        return self.o_proj(o_TNH.reshape(len(o_TNH), -1)), cache
+        return self.o_proj.summed(o_TNH.reshape(len(o_TNH), -1)), cache
+
+
+def _heads(y_TX: Float[Array, "T X"], width: int) -> Float[Array, "T N H"]:
+    """Rows cut into heads, as many as this shard has."""
+    return y_TX.reshape(len(y_TX), -1, width)

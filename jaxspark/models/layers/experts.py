@@ -10,6 +10,7 @@ assignments are sorted by expert, and each expert multiplies the rows it got.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxspark.models.layers.linear import Buffer, matmul
 from jaxspark.models.layers.mlp import GatedMLP, clamped_swiglu
+from jaxspark.parallel.axes import EXPERTS, size
+from jaxspark.parallel.exchange import exchange
 from pallas_kernels import grouped_matmul
 from pallas_kernels.precision import upcast
 
@@ -97,13 +100,39 @@ class Experts(nnx.Module):
         layer: Int[Array, ""],
     ) -> Float[Array, "T D"]:
         """The weighted sum of each token's experts; 0 for padding (slot -1)."""
-        T, X = routing.experts_TX.shape
-        # Padding goes to no expert: it comes last and costs nothing.
-        expert_A = jnp.where(slots_T[:, None] < 0, self.count, routing.experts_TX)
-        expert_A = expert_A.ravel()
+        experts_TX = jnp.where(slots_T[:, None] < 0, -1, routing.experts_TX)
+        y_TD = exchange(
+            partial(self.local, layer=layer),
+            x_TD,
+            experts_TX,
+            routing.weights_TX,
+            count=self.count,
+        )
+        return y_TD.astype(x_TD.dtype)
+
+    def local(
+        self,
+        x_RD: Float[Array, "R D"],
+        experts_RX: Int[Array, "R X"],
+        weights_RX: Float[Array, "R X"],
+        *,
+        layer: Int[Array, ""],
+    ) -> Float[Array, "R D"]:
+        """Weighted sums over the experts that this shard holds, in float32.
+
+        Args:
+          x_RD: rows.
+          experts_RX: experts of each, among the shard's own; -1 for none.
+          weights_RX: of their outputs.
+          layer: whose experts.
+        """
+        R, X = experts_RX.shape
+        count = self.count // size(EXPERTS)
+        # What goes to no expert comes last and costs nothing.
+        expert_A = jnp.where(experts_RX < 0, count, experts_RX).ravel()
         order_A = jnp.argsort(expert_A, stable=True)
-        group_sizes_E = jnp.sum(expert_A[:, None] == jnp.arange(self.count), axis=0)
-        group_offset = layer * self.count
+        group_sizes_E = jnp.sum(expert_A[:, None] == jnp.arange(count), axis=0)
+        group_offset = layer * count
 
         def multiply(rows, weight):
             w_GOI = jax.tree.map(
@@ -111,13 +140,12 @@ class Experts(nnx.Module):
             )
             return grouped_matmul(rows, w_GOI, group_sizes_E, group_offset=group_offset)
 
-        hidden_A2F = multiply(x_TD[order_A // X], self.gate_up_proj)
+        hidden_A2F = multiply(x_RD[order_A // X], self.gate_up_proj)
         gate_AF, up_AF = jnp.split(hidden_A2F, 2, axis=1)
         out_AD = multiply(clamped_swiglu(gate_AF, up_AF, self.limit), self.down_proj)
         place_A = jnp.argsort(order_A)
-        out_TXD = upcast(out_AD[place_A]).reshape(T, X, -1)
-        y_TD = jnp.sum(routing.weights_TX[..., None] * out_TXD, axis=1)
-        return y_TD.astype(x_TD.dtype)
+        out_RXD = upcast(out_AD[place_A]).reshape(R, X, -1)
+        return jnp.sum(weights_RX[..., None] * out_RXD, axis=1)
 
 
 class MixtureOfExperts(nnx.Module):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxspark.parallel.axes import MODEL, index, total
 from pallas_kernels.precision import accum_dtype, precision
 from pallas_kernels.quantized import dense
 
@@ -88,7 +89,13 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         """Maps every row."""
-        y = matmul(x, self.matrix)
+        return self._shifted(matmul(x, self.matrix))
+
+    def summed(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
+        """Maps rows of which each shard along `model` has some columns."""
+        return self._shifted(total(matmul(x, self.matrix), MODEL))
+
+    def _shifted(self, y):
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -99,7 +106,14 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(
             0.02 * jax.random.normal(rngs.params(), (vocab, width), dtype)
         )
+        self.vocab = vocab
 
     def __call__(self, ids_T: Int[Array, " T"]) -> Float[Array, "T D"]:
-        """Looks up one row per id."""
-        return self.weight[...][ids_T]
+        """Looks up one row per id, on whichever shard along `model` it is."""
+        table = self.weight[...]
+        if len(table) == self.vocab:
+            return table[ids_T]
+        mine_T = ids_T - index(MODEL) * len(table)
+        here_T = (mine_T >= 0) & (mine_T < len(table))
+        rows_TD = table[jnp.clip(mine_T, 0, len(table) - 1)]
+        return total(jnp.where(here_T[:, None], rows_TD, 0), MODEL)

@@ -29,7 +29,7 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """Maps every row."""
-        return self.down_proj(self.hidden(x_TD))
+        return self.down_proj.summed(self.hidden(x_TD))
 
     def hidden(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T F"]:
         """The gated hidden units."""

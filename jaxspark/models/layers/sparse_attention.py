@@ -24,6 +24,7 @@ from jaxspark.models.layers.linear import Linear, matmul
 from jaxspark.models.layers.norm import Float32RMSNorm, normalize
 from jaxspark.models.layers.rope import PartialRotation
 from jaxspark.models.rows import LayerRows, Ring
+from jaxspark.parallel.axes import MODEL, size
 from pallas_kernels import Entries, sparse_attention
 
 
@@ -89,7 +90,7 @@ class SparseAttention(nnx.Module):
             else None
         )
         self.indexer = Indexer(config, **options, rngs=rngs) if overlap else None
-        self.heads, self.head_dim, self.groups, self.eps = N, H, groups, eps
+        self.head_dim, self.groups, self.eps = H, groups, eps
         self.window = config.sliding_window
 
     def init_cache(self, layers: int, slots: int, length: int, dtype) -> SparseCache:
@@ -182,7 +183,8 @@ class SparseAttention(nnx.Module):
         self, latent_TR: Float[Array, "T R"], rotation: PartialRotation
     ) -> Float[Array, "T N H"]:
         """Queries, normed per head and rotated."""
-        q_TNH = self.q_b_proj(latent_TR).reshape(-1, self.heads, self.head_dim)
+        q_TX = self.q_b_proj(latent_TR)
+        q_TNH = q_TX.reshape(len(q_TX), -1, self.head_dim)
         return rotation(normalize(q_TNH, self.eps).astype(latent_TR.dtype))
 
     def attend(
@@ -206,7 +208,8 @@ class SparseAttention(nnx.Module):
                 scale=self.head_dim**-0.5,
                 causal=causal,
             )
-        o_TgI = rotation.inverse(o_TNH).reshape(T, self.groups, -1)
-        w_gRI = self.o_a_proj.matrix.reshape(self.groups, -1, o_TgI.shape[-1])
+        groups = self.groups // size(MODEL)
+        o_TgI = rotation.inverse(o_TNH).reshape(T, groups, -1)
+        w_gRI = self.o_a_proj.matrix.reshape(groups, -1, o_TgI.shape[-1])
         low_TgR = jax.vmap(matmul, in_axes=(1, 0), out_axes=1)(o_TgI, w_gRI)
-        return self.o_b_proj(low_TgR.reshape(T, -1))
+        return self.o_b_proj.summed(low_TgR.reshape(T, -1))

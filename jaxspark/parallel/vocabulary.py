@@ -1,0 +1,91 @@
+"""Reductions over a vocabulary, which tensor parallelism shares out over `model`.
+
+Logits are the largest thing a round makes, so each shard keeps those of its own rows of
+the LM head, and only numbers per token travel. The last axis W is a shard's part of the
+vocabulary; places and token ids count through the whole of it. On one device every
+function is the plain one of `jax.numpy`.
+
+    argmax      the pair (value, -place) that is largest on any shard: ties go to the
+                lowest place, as on one device
+    logsumexp   m + log sum_shards sum exp(x - m), with m the largest of all
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from jaxspark.parallel.axes import MODEL, bound, index, largest, size, total
+
+
+def first(width: int) -> int | Int[Array, ""]:
+    """The place at which this shard's part begins."""
+    return index(MODEL) * width
+
+
+def places(width: int) -> Int[Array, " W"]:
+    """Those of this shard's part."""
+    return first(width) + jnp.arange(width)
+
+
+def part(x: Shaped[Array, "... V"]) -> Shaped[Array, "... W"]:
+    """This shard's part of what is known of the whole vocabulary."""
+    width = x.shape[-1] // size(MODEL)
+    if width == x.shape[-1]:
+        return x
+    return jax.lax.dynamic_slice_in_dim(x, first(width), width, axis=-1)
+
+
+def whole(x: Shaped[Array, "... W"]) -> Shaped[Array, "... V"]:
+    """All shards' parts, on each of them."""
+    names = bound(MODEL)
+    if not names:
+        return x
+    return jax.lax.all_gather(x, names, axis=x.ndim - 1, tiled=True)
+
+
+def maximum(x: Float[Array, "... W"]) -> Float[Array, "... 1"]:
+    """The largest value of each row."""
+    return largest(jnp.max(x, axis=-1, keepdims=True), MODEL)
+
+
+def argmax(x: Float[Array, "... W"]) -> Int[Array, "..."]:
+    """The place of each row's largest value, the first of equals."""
+    if not bound(MODEL):
+        return jnp.argmax(x, axis=-1).astype(jnp.int32)
+    has_it = jnp.max(x, axis=-1, keepdims=True) == maximum(x)
+    place = first(x.shape[-1]) + jnp.argmax(x, axis=-1)
+    nowhere = jnp.iinfo(jnp.int32).max
+    return -largest(-jnp.where(has_it[..., 0], place, nowhere).astype(jnp.int32), MODEL)
+
+
+def sums(x: Shaped[Array, "... W"]) -> Shaped[Array, "..."]:
+    """The sum of each row."""
+    return total(jnp.sum(x, axis=-1), MODEL)
+
+
+def logsumexp(x: Float[Array, "... W"]) -> Float[Array, "..."]:
+    """The log of the sum of each row's exponentials."""
+    if not bound(MODEL):
+        return jax.nn.logsumexp(x, axis=-1)
+    top = jax.lax.stop_gradient(maximum(x))
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    return jnp.log(sums(jnp.exp(x - top))) + top[..., 0]
+
+
+def log_softmax(x: Float[Array, "... W"]) -> Float[Array, "... W"]:
+    """Log-probabilities of each row."""
+    if not bound(MODEL):
+        return jax.nn.log_softmax(x)
+    return x - logsumexp(x)[..., None]
+
+
+def pick(
+    x_TW: Shaped[Array, "T W"], rows: Int[Array, "*N"], place: Int[Array, "*N"]
+) -> Shaped[Array, "*N"]:
+    """Values of some rows, each at one place."""
+    if not bound(MODEL):
+        return x_TW[rows, place]
+    width = x_TW.shape[-1]
+    mine = place - first(width)
+    here = (mine >= 0) & (mine < width)
+    return total(jnp.where(here, x_TW[rows, jnp.clip(mine, 0, width - 1)], 0), MODEL)

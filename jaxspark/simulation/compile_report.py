@@ -1,0 +1,100 @@
+"""Tables of what a compiled program needs."""
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxspark.simulation.compile_check import Compiled
+
+_GIB = 2**30
+_NAMES = {
+    "target": "weights of the target",
+    "drafter": "weights of the drafter",
+    "target_cache": "caches of the target",
+    "draft_cache": "caches of the drafter",
+    "other": "rest of the state",
+    "temporaries": "temporaries",
+}
+
+
+def report(console: Console, name: str, compiled: Compiled) -> None:
+    """Memory, traffic, collectives, and whether it fits."""
+    chip, moved = compiled.slice.chip, compiled.traffic
+    shape = " x ".join(f"{axis} {n}" for axis, n in compiled.mesh.shape.items())
+    table = Table(title=f"{name} · {compiled.what} · {compiled.slice.name} · {shape}")
+    table.add_column("memory of one device")
+    table.add_column("GiB", justify="right")
+    for part, size in asdict(compiled.parts).items():
+        table.add_row(_NAMES[part], f"{size / _GIB:.2f}")
+    table.add_section()
+    table.add_row("most in use at once", f"{compiled.peak / _GIB:.2f}")
+    table.add_row(f"of a {chip.name}", f"{chip.memory / _GIB:.2f}")
+    console.print(table)
+
+    table = Table(title="a round, on one device")
+    for column in ("", "in all", "at full speed"):
+        table.add_column(column, justify="left" if not column else "right")
+    amounts = {
+        "memory": f"{moved.memory / 1e9:.1f} GB",
+        "arithmetic": f"{moved.flops / 1e12:.2f} TFLOP",
+        "links": f"{moved.sent / 1e6:.1f} MB",
+    }
+    for bound, seconds in compiled.bounds.items():
+        table.add_row(bound, amounts[bound], f"{1e3 * seconds:.2f} ms")
+    console.print(table)
+
+    table = Table(title="collectives of a round")
+    for column in ("kind", "times", "MB leave a device"):
+        table.add_column(column, justify="right" if column != "kind" else "left")
+    for kind, entry in moved.by_kind().items():
+        table.add_row(kind, f"{entry['times']:,}", f"{entry['bytes'] / 1e6:.2f}")
+    console.print(table)
+
+    bound, seconds = max(compiled.bounds.items(), key=lambda pair: pair[1])
+    console.print(
+        f"{compiled.tokens} tokens of {compiled.slots} slots x {compiled.capacity:,} "
+        f"positions; a round takes at least {1e3 * seconds:.1f} ms, bound by {bound}; "
+        f"compiled in {compiled.seconds:.0f} s"
+    )
+    if compiled.free < 0:
+        console.print(
+            f"[bold]does not fit[/bold]: {-compiled.free / _GIB:.2f} GiB are missing "
+            "on each device"
+        )
+    else:
+        console.print(
+            f"fits, {compiled.free / _GIB:.2f} GiB left on each device: up to "
+            f"{compiled.most_slots:,} slots of this context, or "
+            f"{compiled.most_capacity:,} positions for these slots"
+        )
+
+
+def figures(name: str, compiled: Compiled) -> dict[str, Any]:
+    """The same for files."""
+    bound, seconds = max(compiled.bounds.items(), key=lambda pair: pair[1])
+    return {
+        "config": name,
+        "what": compiled.what,
+        "topology": compiled.slice.name,
+        "mesh": dict(compiled.mesh.shape),
+        "slots": compiled.slots,
+        "capacity": compiled.capacity,
+        "tokens": compiled.tokens,
+        "bytes": asdict(compiled.parts) | {"peak": compiled.peak},
+        "memory": compiled.slice.chip.memory,
+        "fits": compiled.free >= 0,
+        "most_slots": compiled.most_slots,
+        "most_capacity": compiled.most_capacity,
+        "round": {
+            "memory_bytes": compiled.traffic.memory,
+            "flops": compiled.traffic.flops,
+            "link_bytes": compiled.traffic.sent,
+            "seconds": compiled.bounds,
+            "bound": bound,
+            "at_least_seconds": seconds,
+        },
+        "collectives": compiled.traffic.by_kind(),
+        "compile_seconds": round(compiled.seconds, 1),
+    }

@@ -1,0 +1,73 @@
+"""Compiles the decode loop for a slice of TPUs; prints what it sends and keeps.
+
+python -m tests.aot.compile_sharded v5p:2x2x2 data:2,expert:4
+"""
+
+import json
+import math
+import re
+import sys
+from dataclasses import replace
+
+import jax
+
+from jaxspark.configs.targets import deepseek_v4_mini
+from jaxspark.simulation.abstract_models import abstract_models
+from jaxspark.simulation.chips import parse_slice
+from jaxspark.simulation.compile_check import compile_program
+from tests.aot.hlo import new_arrays
+
+# Seven of everything on each shard: no weight has as many elements as a cache.
+SLOTS, POSITIONS, BLOCK = 56, 8192, 5
+SHAPE = re.compile(r"= \w+\[([\d,]+)\]")
+
+
+def report(topology: str, mesh: str) -> dict:
+    """Collectives, bytes and copies of a small DeepSeek-V4's loop."""
+    # Index keys as wide as Flash's: a TPU's lanes.
+    config = replace(deepseek_v4_mini(), index_head_dim=128)
+    onto = parse_slice(topology)
+    compiled = compile_program(
+        "decode",
+        onto,
+        onto.mesh(mesh),
+        *abstract_models(config, block_length=BLOCK),
+        slots=SLOTS,
+        capacity=POSITIONS,
+        block_length=BLOCK,
+    )
+    caches = (compiled.state.target_cache, compiled.state.draft_cache)
+    # A layer may read its own entries as a piece; whole tables stay where they lie.
+    tables = [leaf for leaf in jax.tree.leaves(caches) if len(leaf.shape) == 4]
+    sizes = {
+        math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in tables
+        if leaf.shape[0] > 1
+    }
+    whole = [leaf.shape for leaf in tables if leaf.sharding.is_fully_replicated]
+    return {
+        "collectives": [
+            [each.kind, each.array.dtype, each.array.shape, each.group, each.times]
+            for each in compiled.traffic.collectives
+        ],
+        "sent": compiled.traffic.sent,
+        "tokens": compiled.tokens,
+        "parts": vars(compiled.parts),
+        "width": config.hidden_size,
+        "experts": config.n_routed_experts,
+        "top_k": config.num_experts_per_tok,
+        "depth": config.num_hidden_layers,
+        "whole_caches": whole,
+        "tables": len(sizes),
+        "copies": [
+            line
+            for line in new_arrays(compiled.text, min(sizes))
+            if (found := SHAPE.search(line))
+            and math.prod(map(int, found[1].split(","))) in sizes
+        ],
+    }
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    print(json.dumps(report(*sys.argv[1:])))

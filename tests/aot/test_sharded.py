@@ -1,0 +1,32 @@
+"""On a slice of TPUs: what a round sends, and that nothing large is whole."""
+
+import os
+
+import pytest
+
+from tests.aot.compilers import answers
+
+TILE = 8
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(
+    not os.environ.get("JAXSPARK_AOT_ALL"), reason="compiles for a minute: make aot"
+)
+def test_a_round_sends_what_its_exchange_needs():
+    slot_shards, n = 8, 4
+    [found] = answers("tpu", "compile_sharded", "v5p:2x2x2", "data:2,expert:4")
+    assert found["tables"] and not found["whole_caches"] and not found["copies"]
+    layers, width = found["depth"] + 3, found["width"]
+    tokens = -(-found["tokens"] // slot_shards // TILE) * TILE
+    rows = layers * (n - 1) * tokens
+    # Tokens in bfloat16 there, sums in float32 back, an expert and a weight per choice.
+    expected = rows * (2 * width + 4 * width + 8 * found["top_k"])
+    assert 0.9 * expected < found["sent"] < 1.1 * expected
+    for kind, dtype, shape, group, _ in found["collectives"]:
+        if shape:  # All but the scalars that shards agree on.
+            assert kind in ("all-gather", "reduce-scatter") and group == n
+            assert dtype in ("bf16", "f32", "s32")
+            # Of tokens, never of experts.
+            assert shape[-1] in (width, 2 * found["top_k"])
+            assert len(shape) == 2 or shape[0] == n

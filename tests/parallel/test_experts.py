@@ -1,0 +1,100 @@
+"""Experts on several devices: every exchange gives what one device gives."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jaxspark.configs.targets import deepseek_v4_tiny
+from jaxspark.models.layers.experts import Experts, Routing
+from jaxspark.parallel import exchange
+from jaxspark.parallel.axes import SLOTS
+from jaxspark.parallel.mesh import make_mesh
+from jaxspark.parallel.rules import Rule
+
+TOKENS, TOP_K = 32, 2
+SKEWS = ("spread", "one expert", "one shard", "nothing but padding")
+
+
+@pytest.fixture(scope="module")
+def experts():
+    config = deepseek_v4_tiny(16)
+    made = Experts(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    assert made.count == 16
+    return made
+
+
+def routed(skew, random):
+    x_TD = random.normal(size=(TOKENS, 128)).astype(np.float32)
+    weights_TX = random.uniform(0.1, 1, (TOKENS, TOP_K)).astype(np.float32)
+    experts_TX = np.stack(
+        [random.permutation(16)[:TOP_K] for _ in range(TOKENS)]
+    ).astype(np.int32)
+    slots_T = np.where(np.arange(TOKENS) % 8 == 7, -1, 0).astype(np.int32)
+    if skew == "one expert":
+        experts_TX[:] = 5
+    elif skew == "one shard":
+        experts_TX[:] = [0, 1]
+    elif skew == "nothing but padding":
+        slots_T[:] = -1
+    return x_TD, experts_TX, weights_TX, slots_T
+
+
+def outputs(experts, x_TD, experts_TX, weights_TX, slots_T):
+    scores_TE = jnp.zeros((len(x_TD), experts.count))
+    routing = Routing(experts_TX, weights_TX, scores_TE)
+    return experts(x_TD, routing, slots_T, jnp.int32(0))
+
+
+def loss(experts, x_TD, weights_TX, experts_TX, slots_T):
+    """A shard's own part, so that gradients of all shards add up."""
+    y_TD = outputs(experts, x_TD, experts_TX, weights_TX, slots_T)
+    return jnp.sum(jnp.sin(y_TD)), y_TD
+
+
+gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+
+@pytest.mark.parametrize("skew", SKEWS)
+@pytest.mark.parametrize("how", ["gather", "padded"])
+@pytest.mark.parametrize("mesh", ["expert:8", "data:2,expert:2,model:2"])
+def test_no_token_is_dropped(experts, mesh, how, skew, random, monkeypatch):
+    monkeypatch.setattr(exchange, "suitable", lambda *_: how)
+    x_TD, experts_TX, weights_TX, slots_T = routed(skew, random)
+    (dw, dx_TD, dweights_TX), y_TD = gradients(
+        experts, x_TD, weights_TX, experts_TX, slots_T
+    )
+    whole = make_mesh(mesh)
+    rows = P(SLOTS)
+    spec = jax.tree.map(
+        lambda leaf: Rule("", "", -3, ("expert", "model")).spec(leaf.shape), experts
+    )
+
+    @jax.jit
+    @partial(
+        jax.shard_map,
+        mesh=whole,
+        in_specs=(spec, rows, rows, rows, rows),
+        out_specs=((spec, rows, rows), rows),
+        check_vma=False,
+    )
+    def sharded(experts, x_TD, weights_TX, experts_TX, slots_T):
+        (dw, dx_TD, dweights_TX), y_TD = jax.grad(
+            loss, argnums=(0, 1, 2), has_aux=True
+        )(experts, x_TD, weights_TX, experts_TX, slots_T)
+        # Shards along `data` hold the same experts and other tokens.
+        return (jax.lax.psum(dw, "data"), dx_TD, dweights_TX), y_TD
+
+    (dw_, dx_, dweights_), y_ = sharded(experts, x_TD, weights_TX, experts_TX, slots_T)
+    np.testing.assert_allclose(y_, y_TD, atol=1e-5)
+    if "model" in mesh:
+        return  # Training has no such axis.
+    for seen, expected in zip(
+        jax.tree.leaves((dw_, dx_, dweights_)),
+        jax.tree.leaves((dw, dx_TD, dweights_TX)),
+    ):
+        np.testing.assert_allclose(seen, expected, atol=1e-5)

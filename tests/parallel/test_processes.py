@@ -1,0 +1,149 @@
+"""Several processes are one program, and none waits for one that is lost."""
+
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from flax import nnx
+
+from jaxspark.checkpoints import Target, save_target
+from jaxspark.launch.generate import Config
+from jaxspark.models import DenseDecoder
+from jaxspark.parallel import processes
+from jaxspark.parallel.processes import LOST, Job
+from tests.checkpoints.tiny import dense, tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"processes": 2}, "go with --coordinator=HOST:PORT"),
+        ({"coordinator": "host:1"}, "needs --processes and --process_index beside it"),
+        ({"coordinator": "host", "processes": 2, "process_index": 0}, "expected HOST"),
+        (
+            {"coordinator": "host:1", "processes": 2, "process_index": 2},
+            "--process_index=2: expected 0 to 1, as there are 2 processes",
+        ),
+        ({"distributed": "auto", "coordinator": "host:1"}, "finds its own"),
+        ({"mesh": "rows:2"}, "expected sizes of data, expert, model"),
+    ],
+)
+def test_what_cannot_be_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Config(prompt="a", **options)
+
+
+def test_the_environment_tells_of_a_job():
+    said = {
+        "JAXSPARK_COORDINATOR": "leader:8476",
+        "JAXSPARK_PROCESSES": "4",
+        "JAXSPARK_PROCESS_INDEX": "3",
+    }
+    job = Job.of_environment(said, heartbeat_seconds=9)
+    assert job == Job(
+        coordinator="leader:8476", processes=4, process_index=3, heartbeat_seconds=9
+    )
+    assert Job.of_environment({}, heartbeat_seconds=9) is None
+    with pytest.raises(ValueError, match="set together or not at all"):
+        Job.of_environment(said | {"JAXSPARK_PROCESSES": ""}, heartbeat_seconds=9)
+
+
+def test_lost_processes_are_read_from_what_the_runtime_says(capfdbinary):
+    said = b"E1 The following tasks are unhealthy (stopped sending heartbeats):\n1\n"
+    said += b"/job:jax_worker/replica:0/task:12\nThe tasks have crashed 7\n3\n"
+    lost = set()
+    processes._pass_on(io.BytesIO(said), lost)
+    assert lost == {1, 12}
+
+
+class Pair:
+    """Two processes of four devices each, running one command."""
+
+    def __init__(self, folder, *arguments):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        self.children = [
+            subprocess.Popen(
+                [sys.executable, "-m", "jaxspark", *arguments],
+                cwd=folder,
+                env=os.environ
+                | {
+                    "PYTHONPATH": str(ROOT),
+                    "JAX_PLATFORMS": "cpu",
+                    "JAX_NUM_CPU_DEVICES": "4",
+                    "JAXSPARK_COORDINATOR": f"localhost:{port}",
+                    "JAXSPARK_PROCESSES": "2",
+                    "JAXSPARK_PROCESS_INDEX": str(index),
+                },
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index in range(2)
+        ]
+
+    def ends(self, seconds=300):
+        """Status, output and errors of each."""
+        both = [child.communicate(timeout=seconds) for child in self.children]
+        return [(child.returncode, *said) for child, said in zip(self.children, both)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    model = DenseDecoder(dense(max_position_embeddings=200_000), rngs=nnx.Rngs(0))
+    save_target(folder / "target", Target(model=model, tokenizer=tokenizer()))
+    return folder
+
+
+GENERATE = ("generate", "--target=target", "--prompt=abc", "--mesh=data:8")
+
+
+def texts(output):
+    """What was generated; Gloo tells of its connections on the way."""
+    lines = [line for line in output.splitlines() if not line.startswith("[Gloo]")]
+    return [line.split(" tokens/s")[0].split(" · ")[0] for line in lines if line]
+
+
+def test_two_processes_say_what_one_says_and_one_of_them_says_it(folder):
+    arguments = (*GENERATE, "--max_new_tokens=24", "--temperature=1")
+    arguments += ("--coupling=gumbel",)
+    [first, second] = Pair(folder, *arguments).ends()
+    assert first[0] == second[0] == 0, first[2] + second[2]
+    alone = subprocess.run(
+        [sys.executable, "-m", "jaxspark", *arguments[:3], *arguments[4:]],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert texts(first[1]) == texts(alone.stdout), first[1]
+    assert texts(second[1]) == []
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_lost_process_ends_the_others_with_its_name(folder, killed):
+    pair = Pair(folder, *GENERATE, "--max_new_tokens=100000", "--heartbeat_seconds=5")
+    # Once it says so, they are in the middle of their collectives.
+    while not pair.children[0].stdout.readline().startswith("[Gloo]"):
+        assert pair.children[0].poll() is None, pair.ends()
+    victim = pair.children[killed].pid
+    # The command that works is the child of the one that watches it.
+    [worker] = Path(f"/proc/{victim}/task/{victim}/children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    begin = time.monotonic()
+    ends = pair.ends(seconds=60)
+    assert time.monotonic() - begin < 60
+    assert ends[killed][0] == 128 + signal.SIGKILL
+    status, _, errors = ends[1 - killed]
+    assert status == LOST, errors
+    assert "of this job was lost" in errors.splitlines()[-1]

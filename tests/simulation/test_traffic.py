@@ -1,0 +1,81 @@
+"""What is read in compiled programs is what they do."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxspark.parallel.mesh import make_mesh
+from jaxspark.simulation.traffic import traffic
+
+
+def compiled(function, *shapes):
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.jit(function).lower(*arrays).compile().as_text()
+
+
+def test_products_count_as_often_as_their_loops_turn():
+    def loop(x, w):
+        def body(x, w):
+            return jnp.tanh(x @ w), None
+
+        return jax.lax.scan(body, x, w)[0]
+
+    found = traffic(compiled(loop, (16, 32), (20, 32, 32)))
+    assert found.flops == 20 * 2 * 16 * 32 * 32
+    # Of the stack, one matrix each turn.
+    weights = 20 * 32 * 32 * 4
+    assert weights < found.memory < 8 * weights
+
+
+def test_a_batch_of_products_counts_its_own_sums():
+    def product(x, y):
+        return jnp.einsum("bqh,bch->bqc", x, y)
+
+    found = traffic(compiled(product, (8, 6, 128), (8, 64, 128)))
+    assert found.flops == 2 * 8 * 6 * 64 * 128
+
+
+# As TPUs write them: a batch axis by dilation, one of the right side alone by padding.
+CONVOLUTION = """
+ENTRY %main (a: f32[8,6,64], b: f32[8,64,4096]) -> f32[8,4096,6,64] {
+  %a = f32[8,6,64,128]{3,2,1,0} parameter(0)
+  %b = f32[8,6,64,128]{3,2,1,0} parameter(1)
+  ROOT %c = f32[8,4096,6,64]{3,2,1,0} convolution(%a, %b), window={size=8x6 stride=7x1
+"""
+
+
+def test_convolutions_that_are_products_count_as_products():
+    line = CONVOLUTION.rstrip() + (
+        " pad=0_0x5_5 lhs_dilate=8x1 rhs_reversal=0x1}, dim_labels=0bf1_01oi->0b1f\n}\n"
+    )
+    assert traffic(line).flops == 2 * 8 * 4096 * 6 * 64 * 128
+
+
+@pytest.mark.parametrize(
+    ("collective", "kind", "expected"),
+    [
+        (lambda x: jax.lax.all_gather(x, "expert", tiled=True), "all-gather", 3 * 512),
+        (lambda x: jax.lax.psum(x, "expert"), "all-reduce", 2 * 3 * 512 / 4),
+        (
+            lambda x: jax.lax.psum_scatter(x, "expert", tiled=True),
+            "reduce-scatter",
+            3 * 512 / 4,
+        ),
+    ],
+)
+def test_collectives_send_what_rings_send(collective, kind, expected):
+    def run(x):
+        body = jax.shard_map(
+            lambda x: collective(x).sum()[None],
+            mesh=make_mesh("data:2,expert:4"),
+            in_specs=P(("data", "expert")),
+            out_specs=P(("data", "expert")),
+            check_vma=False,
+        )
+        return body(x)
+
+    found = traffic(compiled(run, (8 * 16, 8)), devices=8)
+    kinds = found.by_kind()
+    assert kinds[kind] == {"times": 1, "bytes": expected}
+    assert found.sent == expected
