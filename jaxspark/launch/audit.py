@@ -5,8 +5,8 @@
   jaxspark audit --suite=gumbel         guarantee 3, on real prompts
   jaxspark audit --suite=schedules      all three, tiny models: every drafter, schedule,
                                         coupling, bucket set and batch
-  jaxspark audit --suite=all            schedules, sampling, and a part of greedy and
-                                        gumbel with schedules
+  jaxspark audit --suite=all            half of schedules, sampling, and a part of
+                                        greedy and gumbel with schedules
   jaxspark audit --suite=quick          a share of schedules, two minutes
   jaxspark audit --suite=settings       that share under every global JAX setting a
                                         program may have chosen

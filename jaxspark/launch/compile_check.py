@@ -4,6 +4,8 @@
       --mesh=data:4,expert:16 --slots=64 --capacity=131072
   jaxspark compile_check --topology=h100:8 --mesh=expert:8 --quantized --slots=8
   jaxspark compile_check --topology=v5p:4x4x4 --mesh=data:4,expert:16 --what=prefill
+  jaxspark compile_check --topology=v5p:4x4x4 --mesh=data:4,expert:16 --what=train \
+      --slots=64 --capacity=4096
 
 Compiles the very program that would run there, with the chip's own compiler, on any
 machine; nothing is allocated. Prints what each chip holds against its memory, what a
@@ -22,8 +24,9 @@ from jaxspark.launch import common, program
 from jaxspark.launch.describe import PRESETS
 from jaxspark.simulation.abstract_models import abstract_models
 from jaxspark.simulation.chips import parse_slice
-from jaxspark.simulation.compile_check import WHAT, compile_program
+from jaxspark.simulation.compile_check import compile_program
 from jaxspark.simulation.compile_report import figures, report
+from jaxspark.simulation.programs import WHAT, lower_decoding, lower_training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +42,20 @@ class Config(Configuration):
         "Shards along data, expert and model, such as data:4,expert:16; as many as "
         "there are devices (a tpu7x chip has two)."
     )
-    what: str = option("The program.", "decode", choices=WHAT)
-    slots: int = option("Requests decoded together, on all chips.", 64, at_least=1)
-    capacity: int = option("Cache positions of each request.", 131072, at_least=1)
+    what: str = option(
+        "The program: a round of decoding, a chunk of prefill, or a step of "
+        "DeepSeek-V4's own training.",
+        "decode",
+        choices=WHAT,
+    )
+    slots: int = option(
+        "Requests decoded together, or texts of a training step, on all chips.",
+        64,
+        at_least=1,
+    )
+    capacity: int = option(
+        "Cache positions of each request, or tokens of a text.", 131072, at_least=1
+    )
     block_length: int = option("Drafts per round.", 5, at_least=1)
     dtype: str = option(
         "Type of weights and caches.", "bfloat16", choices=tuple(common.DTYPES)
@@ -60,29 +74,43 @@ def main(config: Config) -> int:
     console = Console()
     onto = parse_slice(config.topology)
     mesh = onto.mesh(config.mesh)
+    architecture = PRESETS[config.config]()
     target, drafter = abstract_models(
-        PRESETS[config.config](),
+        architecture,
         dtype=common.DTYPES[config.dtype],
         quantized=config.quantized,
         block_length=config.block_length,
     )
+    size = {"slots": config.slots, "capacity": config.capacity}
     with console.status(f"compiling {config.what} for {config.topology}"):
+        with jax.set_mesh(mesh):
+            if config.what == "train":
+                lowered = lower_training(
+                    mesh, target, texts=config.slots, length=config.capacity
+                )
+            else:
+                lowered = lower_decoding(
+                    config.what,
+                    mesh,
+                    target,
+                    drafter,
+                    block_length=config.block_length,
+                    platform=onto.platform,
+                    **size,
+                )
         compiled = compile_program(
-            config.what,
+            lowered,
             onto,
             mesh,
-            target,
-            drafter,
-            slots=config.slots,
-            capacity=config.capacity,
-            block_length=config.block_length,
+            experts=getattr(architecture, "n_routed_experts", 0),
+            **size,
         )
-    report(console, config.config, compiled)
+    report(console, config.config, config.what, compiled)
     if config.program_out:
         with open(config.program_out, "w") as file:
             file.write(compiled.text)
     if config.json_out:
-        write_figures(config.json_out, figures(config.config, compiled))
+        write_figures(config.json_out, figures(config.config, config.what, compiled))
     return int(compiled.free < 0)
 
 

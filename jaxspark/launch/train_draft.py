@@ -14,6 +14,7 @@ import signal
 import zlib
 from dataclasses import dataclass, fields
 
+import jax
 from rich.console import Console
 
 from jaxspark.checkpoints import save_draft_checkpoint
@@ -67,6 +68,11 @@ class Config(common.TargetOptions, DrafterOptions, Recipe, DataOptions, FeatureO
 
 def main(config: Config) -> int:
     """Trains what is left to train, then writes the drafter; 143 if it was stopped."""
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"a run has one process, this job has {jax.process_count()}; a mesh may "
+            "have all devices of one host"
+        )
     console = Console()
     out = pathlib.Path(config.out)
     target, tokenizer = config.load()

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from jaxspark.parallel.axes import EXPERTS, MODEL, SLOTS, Axes
+from jaxspark.parallel.axes import EXPERTS, MODEL, SLOTS, Axes, bound
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ PARAMETERS = (
     Rule(r"(fc|main_proj|e_proj|h_proj)\.weight(\.\w+)?", "features"),
     Rule(r"markov_head\.(gate|joint)_proj\.\w+", "Markov head"),
     Rule(r"confidence_head\.proj\.\w+", "confidence head"),
+    Rule(r"count", "steps of an optimizer"),
 )
 # Arrays of fewer elements are not worth a collective.
 _SMALL = 2**10
@@ -149,6 +150,50 @@ def spread_specs(tree: Any) -> Any:
         return PartitionSpec(*[None] * longest, SLOTS)
 
     return jax.tree.map(spec, tree)
+
+
+def training_specs(tree: Any) -> Any:
+    """What DeepSeek-V4's own training keeps of parameters, or of what they gather.
+
+    Experts are where decoding has them. Beside that, each large array is spread over
+    the axes of slots that it is not shared out over yet, along its longest dimension
+    but that of layers.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def spec(path, leaf) -> PartitionSpec:
+        name = path_name(path)
+        used = list(rule_for(name).spec(leaf.shape))
+        used += [None] * (len(leaf.shape) - len(used))
+        taken = {axis for axes in used for axis in axis_names(axes)}
+        free = tuple(axis for axis in SLOTS if axis not in taken)
+        shards = math.prod(mesh.shape[axis] for axis in free)
+        stacked = re.search(r"(^|\.)(layers|stages)\.", name) is not None
+        fitting = [
+            i
+            for i, size in enumerate(leaf.shape)
+            if i >= stacked and used[i] is None and size % shards == 0
+        ]
+        if math.prod(leaf.shape) >= _SMALL and fitting:
+            used[max(fitting, key=lambda i: leaf.shape[i])] = free
+        return PartitionSpec(*used)
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def axis_names(axes: Axes | None) -> tuple[str, ...]:
+    """The axes of one dimension."""
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def gather(leaf: Any, stored: PartitionSpec, used: PartitionSpec) -> Any:
+    """Inside a program: an array as `used` has it, of its shards as they are stored."""
+    for dimension, axes in enumerate(stored):
+        kept = axis_names(used[dimension]) if dimension < len(used) else ()
+        missing = bound(tuple(axis for axis in axis_names(axes) if axis not in kept))
+        if missing:
+            leaf = jax.lax.all_gather(leaf, missing, axis=dimension, tiled=True)
+    return leaf
 
 
 def row_specs(tree: Any) -> Any:

@@ -7,39 +7,15 @@ speed, which no program reaches.
 """
 
 import time
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
-from jaxspark.decoding import DecodeOptions, DecodeState, decode, prefill
 from jaxspark.parallel.axes import EXPERTS
-from jaxspark.parallel.mesh import check_mesh, slots_per_shard
-from jaxspark.parallel.rules import parameter_specs, state_specs
-from jaxspark.simulation.chips import DECODE_OPTIONS, Slice, abstract
+from jaxspark.simulation.chips import Slice
+from jaxspark.simulation.programs import Program
 from jaxspark.simulation.traffic import LocalExperts, Traffic, traffic
-
-WHAT = ("decode", "prefill")
-PREFILL_CHUNK = 128
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """Bytes of one chip's memory."""
-
-    target: float
-    drafter: float
-    target_cache: float
-    draft_cache: float
-    other: float
-    temporaries: float
-
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return sum(asdict(self).values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,31 +23,37 @@ class Compiled:
     """A program for a slice.
 
     Attributes:
-      what: it does: one round of decoding, or one chunk of prefill.
+      program: what was compiled.
       slice: it runs on.
       mesh: of it.
-      slots, capacity: requests, and cache positions of each.
-      tokens: of all shards in one pass.
-      parts: of one chip's memory.
+      slots, capacity: requests, and cache positions of each; or texts and their tokens.
+      held: bytes of one chip, by name: arguments and temporaries.
       peak: bytes at most in use at once, as the compiler says.
       traffic: of one chip, in one round.
       seconds: that compiling took.
       text: the program.
-      state: that it works on, described.
     """
 
-    what: str
+    program: Program
     slice: Slice
     mesh: Mesh
     slots: int
     capacity: int
-    tokens: int
-    parts: Parts
+    held: dict[str, float]
     peak: float
     traffic: Traffic
     seconds: float
     text: str = field(repr=False)
-    state: DecodeState = field(repr=False)
+
+    @property
+    def slot_shards(self) -> int:
+        """Chips with slots of their own."""
+        return self.mesh.shape["data"] * self.mesh.shape["expert"]
+
+    @property
+    def tokens(self) -> int:
+        """Of all slots in one pass."""
+        return self.program.tokens * self.slot_shards
 
     @property
     def free(self) -> float:
@@ -89,132 +71,59 @@ class Compiled:
         }
 
     @property
-    def per_slot(self) -> float:
-        """Bytes that one slot takes on its chip, temporaries taken to grow with it."""
-        own = self.slots / _shards_of_slots(self.mesh)
-        return (self._caches + self.parts.temporaries) / own
+    def _growing(self) -> float:
+        """Bytes that grow with slots and positions, temporaries taken to do so."""
+        return sum(self.held[name] for name in (*self.program.growing, "temporaries"))
 
     @property
     def most_slots(self) -> int:
         """Slots that fit at this context, on all chips."""
-        own = self.slots / _shards_of_slots(self.mesh)
-        return max(int(own + self.free // self.per_slot), 0) * _shards_of_slots(
-            self.mesh
-        )
+        own = self.slots // self.slot_shards
+        return max(int(own * (1 + self.free / self._growing)), 0) * self.slot_shards
 
     @property
     def most_capacity(self) -> int:
-        """Positions that fit with these slots, were all to grow with positions."""
-        grown = 1 + self.free / (self._caches + self.parts.temporaries)
-        return max(int(self.capacity * grown), 0)
-
-    @property
-    def _caches(self) -> float:
-        return self.parts.target_cache + self.parts.draft_cache
-
-
-def _shards_of_slots(mesh: Mesh) -> int:
-    return mesh.shape["data"] * mesh.shape["expert"]
+        """Positions that fit with these slots."""
+        return max(int(self.capacity * (1 + self.free / self._growing)), 0)
 
 
 def compile_program(
-    what: str,
+    program: Program,
     onto: Slice,
     mesh: Mesh,
-    target: Any,
-    drafter: Any,
     *,
     slots: int,
     capacity: int,
-    block_length: int,
+    experts: int = 0,
 ) -> Compiled:
-    """Compiles one of the loop's functions for a slice.
+    """Compiles a program for a slice.
 
     Args:
-      what: "decode" (rounds that draft and verify whole blocks) or "prefill".
+      program: lowered for it.
       onto: the slice.
       mesh: of its devices.
-      target: a described model, see `abstract_models`.
-      drafter: likewise.
-      slots: requests decoded together.
-      capacity: cache positions of each.
-      block_length: drafts of a round.
-
-    Raises:
-      ValueError: the model, the drafter or the slots cannot be shared out.
+      slots: requests or texts.
+      capacity: positions of each.
+      experts: of a layer, on all chips.
     """
-    for model in (target, drafter):
-        check_mesh(model, mesh)
     begin = time.perf_counter()
     with jax.set_mesh(mesh):
-        own = slots_per_shard(slots)
-        state = jax.eval_shape(
-            lambda: DecodeState.empty(
-                target,
-                drafter,
-                slots=slots,
-                capacity=capacity,
-                block_length=block_length,
-            )
-        )
-        arguments = (
-            abstract(mesh, target, parameter_specs(target)),
-            abstract(mesh, drafter, parameter_specs(drafter)),
-            abstract(mesh, state, state_specs(state)),
-            abstract(mesh, jax.ShapeDtypeStruct((), jnp.int32), PartitionSpec()),
-        )
-        options = None
-        if what == "decode":
-            chosen = DecodeOptions(block_length=block_length).resolve(drafter, own)
-            tokens = chosen.sizes(own)[-1]
-            lowered = decode.lower(*arguments, options=chosen)
-            options = DECODE_OPTIONS.get(onto.platform)
-        else:
-            tokens = own * PREFILL_CHUNK
-            lowered = prefill.lower(*arguments, chunk=PREFILL_CHUNK)
-        compiled = lowered.compile(compiler_options=options)
+        compiled = program.lowered.compile(compiler_options=program.options)
     seconds = time.perf_counter() - begin
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None and text is not None
-    shards = jax.tree.map(_bytes_per_chip, arguments)
-    parts = {
-        "target": _sum(shards[0]),
-        "drafter": _sum(shards[1]),
-        "target_cache": _sum(shards[2].target_cache),
-        "draft_cache": _sum(shards[2].draft_cache),
-    }
-    caches = parts["target_cache"] + parts["draft_cache"]
-    experts = None
-    if count := getattr(target.config, "n_routed_experts", 0):
-        holders = mesh.shape[EXPERTS[0]] * mesh.shape[EXPERTS[1]]
-        experts = LocalExperts(count // holders, 1 / holders)
+    held = {name: program.bytes_per_chip(name) for name in program.arguments}
+    held["temporaries"] = memory.temp_size_in_bytes
+    holders = mesh.shape[EXPERTS[0]] * mesh.shape[EXPERTS[1]]
+    local = LocalExperts(experts // holders, 1 / holders) if experts else None
     return Compiled(
-        what=what,
+        program=program,
         slice=onto,
         mesh=mesh,
         slots=slots,
         capacity=capacity,
-        tokens=tokens * _shards_of_slots(mesh),
-        parts=Parts(
-            **parts,
-            other=_sum(shards[2]) - caches,
-            temporaries=memory.temp_size_in_bytes,
-        ),
-        peak=memory.peak_memory_in_bytes or memory.temp_size_in_bytes + _sum(shards),
-        traffic=traffic(text, devices=mesh.size, experts=experts),
+        held=held,
+        peak=memory.peak_memory_in_bytes or sum(held.values()),
+        traffic=traffic(text, devices=mesh.size, experts=local),
         seconds=seconds,
         text=text,
-        state=arguments[2],
     )
-
-
-def _bytes_per_chip(leaf: jax.ShapeDtypeStruct) -> float:
-    assert leaf.sharding is not None
-    size = 1
-    for axis in leaf.sharding.shard_shape(leaf.shape):
-        size *= axis
-    return size * jnp.dtype(leaf.dtype).itemsize
-
-
-def _sum(tree: Any) -> float:
-    return float(sum(jax.tree.leaves(tree)))

@@ -1,6 +1,5 @@
 """Tables of what a compiled program needs."""
 
-from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -9,25 +8,17 @@ from rich.table import Table
 from jaxspark.simulation.compile_check import Compiled
 
 _GIB = 2**30
-_NAMES = {
-    "target": "weights of the target",
-    "drafter": "weights of the drafter",
-    "target_cache": "caches of the target",
-    "draft_cache": "caches of the drafter",
-    "other": "rest of the state",
-    "temporaries": "temporaries",
-}
 
 
-def report(console: Console, name: str, compiled: Compiled) -> None:
+def report(console: Console, name: str, what: str, compiled: Compiled) -> None:
     """Memory, traffic, collectives, and whether it fits."""
     chip, moved = compiled.slice.chip, compiled.traffic
     shape = " x ".join(f"{axis} {n}" for axis, n in compiled.mesh.shape.items())
-    table = Table(title=f"{name} · {compiled.what} · {compiled.slice.name} · {shape}")
+    table = Table(title=f"{name} · {what} · {compiled.slice.name} · {shape}")
     table.add_column("memory of one device")
     table.add_column("GiB", justify="right")
-    for part, size in asdict(compiled.parts).items():
-        table.add_row(_NAMES[part], f"{size / _GIB:.2f}")
+    for part, size in compiled.held.items():
+        table.add_row(part, f"{size / _GIB:.2f}")
     table.add_section()
     table.add_row("most in use at once", f"{compiled.peak / _GIB:.2f}")
     table.add_row(f"of a {chip.name}", f"{chip.memory / _GIB:.2f}")
@@ -71,18 +62,18 @@ def report(console: Console, name: str, compiled: Compiled) -> None:
         )
 
 
-def figures(name: str, compiled: Compiled) -> dict[str, Any]:
+def figures(name: str, what: str, compiled: Compiled) -> dict[str, Any]:
     """The same for files."""
     bound, seconds = max(compiled.bounds.items(), key=lambda pair: pair[1])
     return {
         "config": name,
-        "what": compiled.what,
+        "what": what,
         "topology": compiled.slice.name,
         "mesh": dict(compiled.mesh.shape),
         "slots": compiled.slots,
         "capacity": compiled.capacity,
         "tokens": compiled.tokens,
-        "bytes": asdict(compiled.parts) | {"peak": compiled.peak},
+        "bytes": compiled.held | {"peak": compiled.peak},
         "memory": compiled.slice.chip.memory,
         "fits": compiled.free >= 0,
         "most_slots": compiled.most_slots,

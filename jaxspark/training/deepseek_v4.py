@@ -14,6 +14,7 @@ normalized again; gradients reach the indexer alone. What evens out loads is a b
 outside the loss, see `update_router_bias`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -32,11 +33,16 @@ from jaxspark.models.deepseek_v4 import (
 from jaxspark.models.layers.experts import Routing
 from jaxspark.models.layers.rope import PartialRotation
 from jaxspark.models.layers.sparse_attention import AttentionInputs, SparseAttention
+from jaxspark.parallel.axes import SLOTS, sum_of, total
 from pallas_kernels.sparse_attention.ref import (
     masked_scores,
     recent_rows,
     recent_spans,
 )
+
+
+def _as_it_is(layer: DeepSeekV4Layer, stack: int) -> DeepSeekV4Layer:
+    return layer
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +71,11 @@ class LossWeights:
 
 
 def forward(
-    model: DeepSeekV4, tokens: FlatTokens, *, dense_index: bool = False
+    model: DeepSeekV4,
+    tokens: FlatTokens,
+    *,
+    dense_index: bool = False,
+    gather_layer: Callable[[DeepSeekV4Layer, int], DeepSeekV4Layer] = _as_it_is,
 ) -> tuple[Float[Array, "T M D"], tuple[LayerStats, ...]]:
     """Whole texts through all layers.
 
@@ -73,19 +83,21 @@ def forward(
       model: the target.
       tokens: texts that begin with this pass, one per slot.
       dense_index: teach indexers on all entries, not on those chosen (warm-up).
+      gather_layer: makes a layer of its stack whole, where it is kept in shards.
 
     Returns:
       The streams after the last layer, and what the layers of each stack did.
     """
     context = ForwardContext.of(model.config, tokens)
 
-    @jax.checkpoint
-    def run(layer, x_TMD):
-        x_TMD, internals = from_the_start(layer, x_TMD, context)
-        stats = layer_stats(layer, internals, context, dense_index=dense_index)
-        return x_TMD, stats
-
     def step(x_TMD, layer, at):
+        @jax.checkpoint
+        def run(layer, x_TMD):
+            layer = gather_layer(layer, at.stack)
+            x_TMD, internals = from_the_start(layer, x_TMD, context)
+            stats = layer_stats(layer, internals, context, dense_index=dense_index)
+            return x_TMD, stats
+
         return run(layer, x_TMD)
 
     x_TMD = model.streams(model.embed(tokens.ids_T))
@@ -136,7 +148,8 @@ def load_and_balance(
     share_BE = per_text(share_TE * real_T[:, None]) / count_B1
     frequency_BE = E / picks * per_text(chosen_TE) / count_B1
     each_B = jnp.sum(jax.lax.stop_gradient(frequency_BE) * share_BE, axis=1)
-    return chosen_TE.sum(0), jnp.sum(each_B) / jnp.maximum(jnp.sum(each_B > 0), 1)
+    load_E = total(chosen_TE.sum(0), SLOTS)
+    return load_E, jnp.sum(each_B) / jnp.maximum(sum_of(each_B > 0), 1)
 
 
 def index_loss(
@@ -179,8 +192,8 @@ def index_loss(
     log_q_BQC = jax.nn.log_softmax(safe_BQC, axis=-1)
     log_p_BQC = jnp.log(jnp.maximum(target_BQC, 1e-20))
     each_BQC = jnp.where(open_BQC, target_BQC * (log_p_BQC - log_q_BQC), 0.0)
-    total = jnp.sum(jnp.where(taught_BQ, each_BQC.sum(-1), 0.0))
-    return total / jnp.maximum(jnp.sum(taught_BQ), 1)
+    divergence = jnp.sum(jnp.where(taught_BQ, each_BQC.sum(-1), 0.0))
+    return divergence / jnp.maximum(sum_of(taught_BQ), 1)
 
 
 @jax.tree_util.register_dataclass
@@ -211,8 +224,11 @@ def pretraining_loss(
     *,
     weights: LossWeights = LossWeights(),
     dense_index: bool = False,
+    gather_layer: Callable[[DeepSeekV4Layer, int], DeepSeekV4Layer] = _as_it_is,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The loss of whole texts, one per slot of `tokens`.
+
+    On a mesh of several shards of slots, a shard's part of it: they add up.
 
     Args:
       model: the target.
@@ -220,8 +236,11 @@ def pretraining_loss(
       mtp: a module that is trained beside it.
       weights: of the terms beside the cross entropy.
       dense_index: see `forward`.
+      gather_layer: see `forward`.
     """
-    x_TMD, stats = forward(model, tokens, dense_index=dense_index)
+    x_TMD, stats = forward(
+        model, tokens, dense_index=dense_index, gather_layer=gather_layer
+    )
     next_T, known_T = _following(tokens, 1)
     logits_TV = model.logits(model.hc_head(x_TMD))
     entropy = _cross_entropy(logits_TV, next_T, known_T)
@@ -255,7 +274,7 @@ def _following(tokens, distance) -> tuple[Int[Array, " T"], Bool[Array, " T"]]:
 def _cross_entropy(logits_TV, labels_T, known_T):
     log_p_TV = jax.nn.log_softmax(logits_TV, axis=-1)
     each_T = -jnp.take_along_axis(log_p_TV, labels_T[:, None], axis=1)[:, 0]
-    return jnp.sum(jnp.where(known_T, each_T, 0.0)) / jnp.maximum(jnp.sum(known_T), 1)
+    return jnp.sum(jnp.where(known_T, each_T, 0.0)) / jnp.maximum(sum_of(known_T), 1)
 
 
 def update_router_bias[M: (DeepSeekV4, MTPDrafter)](

@@ -15,6 +15,7 @@ from jaxspark.configs.targets import deepseek_v4_mini
 from jaxspark.simulation.abstract_models import abstract_models
 from jaxspark.simulation.chips import parse_slice
 from jaxspark.simulation.compile_check import compile_program
+from jaxspark.simulation.programs import lower_decoding
 from tests.aot.hlo import new_arrays
 
 # Seven of everything on each shard: no weight has as many elements as a cache.
@@ -27,16 +28,21 @@ def report(topology: str, mesh: str) -> dict:
     # Index keys as wide as Flash's: a TPU's lanes.
     config = replace(deepseek_v4_mini(), index_head_dim=128)
     onto = parse_slice(topology)
+    grid = onto.mesh(mesh)
+    size = {"slots": SLOTS, "capacity": POSITIONS}
+    with jax.set_mesh(grid):
+        program = lower_decoding(
+            "decode",
+            grid,
+            *abstract_models(config, block_length=BLOCK),
+            block_length=BLOCK,
+            platform=onto.platform,
+            **size,
+        )
     compiled = compile_program(
-        "decode",
-        onto,
-        onto.mesh(mesh),
-        *abstract_models(config, block_length=BLOCK),
-        slots=SLOTS,
-        capacity=POSITIONS,
-        block_length=BLOCK,
+        program, onto, grid, experts=config.n_routed_experts, **size
     )
-    caches = (compiled.state.target_cache, compiled.state.draft_cache)
+    caches = [program.arguments[name] for name in program.growing]
     # A layer may read its own entries as a piece; whole tables stay where they lie.
     tables = [leaf for leaf in jax.tree.leaves(caches) if len(leaf.shape) == 4]
     sizes = {
@@ -52,7 +58,7 @@ def report(topology: str, mesh: str) -> dict:
         ],
         "sent": compiled.traffic.sent,
         "tokens": compiled.tokens,
-        "parts": vars(compiled.parts),
+        "held": compiled.held,
         "width": config.hidden_size,
         "experts": config.n_routed_experts,
         "top_k": config.num_experts_per_tok,

@@ -13,11 +13,12 @@ import pytest
 from flax import nnx
 
 from jaxspark.checkpoints import Target, save_target
-from jaxspark.launch.generate import Config
+from jaxspark.launch import generate
 from jaxspark.models import DenseDecoder
 from jaxspark.parallel import processes
 from jaxspark.parallel.processes import LOST, Job
 from tests.checkpoints.tiny import dense, tokenizer
+from tests.programs import call
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 )
 def test_what_cannot_be_is_named(options, message):
     with pytest.raises(ValueError, match=message):
-        Config(prompt="a", **options)
+        generate.Config(prompt="a", **options)
 
 
 def test_the_environment_tells_of_a_job():
@@ -115,18 +116,12 @@ def texts(output):
 
 
 def test_two_processes_say_what_one_says_and_one_of_them_says_it(folder):
-    arguments = (*GENERATE, "--max_new_tokens=24", "--temperature=1")
-    arguments += ("--coupling=gumbel",)
-    [first, second] = Pair(folder, *arguments).ends()
+    options = {"max_new_tokens": 24, "temperature": 1.0, "coupling": "gumbel"}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    [first, second] = Pair(folder, *GENERATE, *flags).ends()
     assert first[0] == second[0] == 0, first[2] + second[2]
-    alone = subprocess.run(
-        [sys.executable, "-m", "jaxspark", *arguments[:3], *arguments[4:]],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert texts(first[1]) == texts(alone.stdout), first[1]
+    _, alone = call(folder, generate, target="target", prompt="abc", **options)
+    assert texts(first[1]) == texts(alone), first[1]
     assert texts(second[1]) == []
 
 

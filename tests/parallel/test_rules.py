@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
@@ -35,12 +36,14 @@ def models(request):
     return tiny_models(request.param, 8, shards=8)
 
 
-def test_every_parameter_has_one_rule_and_every_rule_a_parameter():
+def test_every_array_has_one_rule_and_every_rule_an_array():
+    """Of models, drafters, and what an optimizer remembers of them."""
     used = set()
     for family in FAMILIES:
         target, drafters = tiny_models(family, 8)
-        for model in (target, *drafters.values()):
-            for path, _ in leaves(model):
+        moments = optax.adam(1e-3).init(nnx.split(target)[1])
+        for tree in (target, moments, *drafters.values()):
+            for path, _ in leaves(tree):
                 used.add(rule_for(path))
     unused = [rule.pattern for rule in PARAMETERS if rule not in used]
     # Biases are optional; released models have no other leaves than tiny ones.

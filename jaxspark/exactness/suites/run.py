@@ -9,7 +9,7 @@ from jaxspark.checkpoints import Target
 from jaxspark.exactness.suites.meshes import audit_meshes
 from jaxspark.exactness.suites.options import AuditOptions
 from jaxspark.exactness.suites.sampling import audit_sampling
-from jaxspark.exactness.suites.schedules import audit_schedules
+from jaxspark.exactness.suites.schedules import HALF, QUICK, audit_schedules
 from jaxspark.exactness.suites.settings import audit_settings
 from jaxspark.exactness.suites.tokens import audit_tokens
 from jaxspark.generation import Request
@@ -45,7 +45,7 @@ def run_suites(
         elif suite in ("schedules", "quick"):
             found = audit_schedules(
                 console,
-                quick=suite == "quick",
+                every={"quick": QUICK, "all": HALF}.get(options.suite, 1),
                 family=options.family,
                 samples=options.many_samples,
                 progress_file=options.progress,

@@ -26,8 +26,8 @@ from jaxspark.exactness.tiny_models import DRAFTERS, Family
 from jaxspark.exactness.workers import collect, compile_workers
 from jaxspark.progress import CellProgress, bars
 
-# --suite=quick runs one cell in so many.
-QUICK = 14
+# One cell in so many: of --suite=quick, and of --suite=all, which ends in half an hour.
+QUICK, HALF = 14, 2
 # Compiled programs hold memory maps, of which a process may have but so many: cells
 # between two clearings, and those that this process has run.
 AT_ONCE: dict[Family, int] = {"dense": 40, "deepseek_v4": 15}
@@ -37,7 +37,7 @@ _cells_run = itertools.count(1)
 def audit_schedules(
     console: Console,
     *,
-    quick: bool = False,
+    every: int = 1,
     family: Family = "dense",
     samples: int = 200_000,
     progress_file: str | None = None,
@@ -49,7 +49,7 @@ def audit_schedules(
 
     Args:
       console: where tables, bars and differences are printed.
-      quick: whether a share of the grid is enough.
+      every: runs one cell of the grid in so many; `QUICK` has fewer checks too.
       family: of the tiny models.
       samples: of the chi-square tests; a quick audit has fewer.
       progress_file: JSON lines that a stopped audit goes on from; None keeps none.
@@ -59,10 +59,10 @@ def audit_schedules(
     """
     finished = CellProgress(
         progress_file and f"{progress_file}.schedules",
-        {"suite": "schedules", "quick": quick, "family": family},
+        {"suite": "schedules", "every": every, "family": family},
     )
     with few_optimizations():
-        return _audit_schedules(console, quick, family, samples, finished)
+        return _audit_schedules(console, every, family, samples, finished)
 
 
 @contextlib.contextmanager
@@ -78,12 +78,12 @@ def few_optimizations() -> Iterator[None]:
 
 def _audit_schedules(
     console: Console,
-    quick: bool,
+    every: int,
     family: Family,
     samples: int,
     finished: CellProgress,
 ) -> dict:
-    grid = grid_of_schedules(every=QUICK if quick else 1, family=family)
+    grid, quick = grid_of_schedules(every=every, family=family), every == QUICK
     todo = [cell for cell in grid if cell.name not in finished.cells]
     own = ("hybrid-asks",) if quick else DRAFTERS[family]
     drafters = (rejection_under_schedules.LEAKY, *own)
