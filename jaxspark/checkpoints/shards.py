@@ -107,10 +107,3 @@ def _slices(inner: Box, outer: Box) -> tuple[slice, ...]:
 def _put(array, numbers, start):
     """The array with a part in its place; the old one's memory is used again."""
     return jax.lax.dynamic_update_slice(array, numbers.astype(array.dtype), start)
-
-
-def placed(array: np.ndarray, where: jax.sharding.Sharding | None) -> jax.Array:
-    """A host's array on its devices, of which each gets its own shard."""
-    if where is None:
-        return jax.device_put(array)
-    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])

@@ -14,9 +14,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxspark.checkpoints.shards import placed
 from jaxspark.errors import CheckpointError
-from jaxspark.parallel.mesh import sharding_for
+from jaxspark.parallel.mesh import put, sharding_for
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 _SHOWN = 5
@@ -89,7 +88,7 @@ def load_module[M: nnx.Module](build: Callable[[], M], tensors: Tensors) -> M:
     where = {name: sharding_for(name, v.shape) for name, v in places.items()}
 
     def read(name: str) -> jax.Array:
-        return placed(checked(name, tensors, places[name].dtype), where[name])
+        return put(checked(name, tensors, places[name].dtype), where[name])
 
     # NumPy casts and dequantizes outside the interpreter lock; a few threads suffice.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:

@@ -31,7 +31,7 @@ from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.generation.completion import Completion, FinishReason
 from jaxspark.generation.request import CheckedRequest, Limits, Request, check
 from jaxspark.models import TargetModel
-from jaxspark.parallel.mesh import replicated, shard, slots_per_shard
+from jaxspark.parallel.mesh import readable, replicated, shard, slots_per_shard
 from jaxspark.settings import standard_settings
 from jaxspark.target import Target
 
@@ -270,7 +270,7 @@ class ContinuousBatch:
         """Empties slots; what they hold, which tells its reason where none is given."""
         if not slots:
             return {}
-        counters = jax.device_get(_everywhere(self._state.counters))
+        counters = jax.device_get(readable(self._state.counters))
         released_B = np.isin(np.arange(self.slots), slots)
         self._state = release(self._state, jnp.asarray(released_B))
         return {slot: self._completion(slot, counters, reason) for slot in slots}
@@ -330,9 +330,6 @@ def _newest(
         for x_BS in (state.tokens_BS, state.log_probs_BS)
     )
     return replicated((state.phase_B, state.lengths_B, tokens_BW, log_probs_BW))
-
-
-_everywhere = jax.jit(replicated)
 
 
 def prefill_chunk(lengths: Iterable[int]) -> int:

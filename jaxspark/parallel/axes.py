@@ -25,12 +25,18 @@ EXPERTS = (EXPERT, MODEL)
 Axes = str | tuple[str, ...]
 
 
+def axis_names(axes: Axes | None) -> tuple[str, ...]:
+    """One axis, several or none, as a tuple."""
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
 def bound(axes: Axes) -> tuple[str, ...]:
     """Those that the code being traced is mapped over, with more than one shard."""
     mesh = jax.sharding.get_abstract_mesh()
-    names = (axes,) if isinstance(axes, str) else axes
     return tuple(
-        name for name in names if name in mesh.manual_axes and mesh.shape[name] > 1
+        name
+        for name in axis_names(axes)
+        if name in mesh.manual_axes and mesh.shape[name] > 1
     )
 
 
@@ -48,12 +54,24 @@ def index(axes: Axes) -> int | Int[Array, ""]:
     return jax.lax.axis_index(names) if names else 0
 
 
+def own(
+    numbers: Int[Array, "..."], count: int, axes: Axes
+) -> tuple[Int[Array, "..."], Bool[Array, "..."]]:
+    """Numbers of things of which each shard has `count`.
+
+    Returns:
+      Numbers among this shard's own, and which of them are.
+    """
+    mine = numbers - index(axes) * count
+    return mine, (mine >= 0) & (mine < count)
+
+
 def own_slots(slots_N: Int[Array, " N"], count: int) -> Int[Array, " N"]:
     """Numbers among this shard's own `count` slots; `count` for other shards' slots."""
     if not bound(SLOTS):
         return slots_N
-    own_N = slots_N - index(SLOTS) * count
-    return jnp.where((own_N >= 0) & (own_N < count), own_N, count)
+    mine_N, here_N = own(slots_N, count, SLOTS)
+    return jnp.where(here_N, mine_N, count)
 
 
 def total(x: Shaped[Array, "..."], axes: Axes) -> Shaped[Array, "..."]:

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxspark.parallel.axes import EXPERT, EXPERTS, MODEL, index, size, total
+from jaxspark.parallel.axes import EXPERT, EXPERTS, MODEL, index, own, size, total
 from pallas_kernels.dispatch import expected_platform
 
 # Maps rows, their experts among a shard's own (-1: another's, or none) and weights to
@@ -67,13 +67,10 @@ def exchange(
     shards = size(EXPERTS)
     if shards == 1:
         return local(x_TD, experts_TX, weights_TX)
-    own = count // shards
-    begin = index(EXPERTS) * own
 
     def among_own(x_RD, experts_RX, weights_RX):
-        is_own_RX = (experts_RX >= begin) & (experts_RX < begin + own)
-        experts_RX = jnp.where(is_own_RX, experts_RX - begin, -1)
-        return local(x_RD, experts_RX, weights_RX)
+        mine_RX, here_RX = own(experts_RX, count // shards, EXPERTS)
+        return local(x_RD, jnp.where(here_RX, mine_RX, -1), weights_RX)
 
     n = size(EXPERT)
     if n == 1:

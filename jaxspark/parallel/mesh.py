@@ -19,7 +19,15 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxspark.parallel.axes import DATA, EXPERT, EXPERTS, MODEL, SLOTS, Axes
+from jaxspark.parallel.axes import (
+    DATA,
+    EXPERT,
+    EXPERTS,
+    MODEL,
+    SLOTS,
+    Axes,
+    axis_names,
+)
 from jaxspark.parallel.rules import parameter_specs, replicated_specs, rule_for
 
 AXES = (DATA, EXPERT, MODEL)
@@ -103,7 +111,7 @@ def check_mesh(config: Any, mesh: Any = None) -> None:
 
 
 def _check_even(count: int, what: str, axes: Axes, mesh: Any) -> None:
-    names = (axes,) if isinstance(axes, str) else axes
+    names = axis_names(axes)
     shards = _product(mesh, names)
     if count % shards:
         sizes = " x ".join(f"{name} {mesh.shape[name]}" for name in names)
@@ -226,13 +234,18 @@ def place[T](tree: T, specs: Specs) -> T:
         if isinstance(leaf, jax.Array):
             if where.is_equivalent_to(leaf.sharding, leaf.ndim):
                 return leaf
-        # Each process gives its own devices their shards.
-        numbers = np.asarray(leaf)
-        return jax.make_array_from_callback(
-            numbers.shape, where, lambda index: numbers[index]
-        )
+        return put(np.asarray(leaf), where)
 
     return jax.tree.map(placed, tree, specs(tree))
+
+
+def put(numbers: np.ndarray, where: jax.sharding.Sharding | None) -> jax.Array:
+    """A host's array on its devices; each process gives its own their shards."""
+    if where is None:
+        return jax.device_put(numbers)
+    return jax.make_array_from_callback(
+        numbers.shape, where, lambda index: numbers[index]
+    )
 
 
 def constrain[T](tree: T, specs: Specs) -> T:
@@ -245,3 +258,8 @@ def constrain[T](tree: T, specs: Specs) -> T:
 def replicated[T](tree: T) -> T:
     """Inside a program: results that every process can read."""
     return constrain(tree, replicated_specs)
+
+
+def readable[T](tree: T) -> T:
+    """Outside of one: arrays as every process can read them."""
+    return tree if mesh_in_use() is None else jax.jit(replicated)(tree)

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from jaxspark.parallel.axes import EXPERTS, MODEL, SLOTS, Axes, bound
+from jaxspark.parallel.axes import EXPERTS, MODEL, SLOTS, Axes, axis_names, bound
 
 
 @dataclass(frozen=True)
@@ -139,17 +139,7 @@ def spread_specs(tree: Any) -> Any:
     Parameters and what the optimizer remembers of them are spread alike (FSDP; ZeRO-3,
     arXiv 1910.02054), and gathered where they are used. Small arrays are whole.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = math.prod(mesh.shape[name] for name in SLOTS)
-
-    def spec(leaf) -> PartitionSpec:
-        axes = [i for i, size in enumerate(leaf.shape) if size % shards == 0]
-        if math.prod(leaf.shape) < _SMALL or not axes:
-            return PartitionSpec()
-        longest = max(axes, key=lambda i: leaf.shape[i])
-        return PartitionSpec(*[None] * longest, SLOTS)
-
-    return jax.tree.map(spec, tree)
+    return jax.tree.map(lambda leaf: _spread(leaf.shape, PartitionSpec()), tree)
 
 
 def training_specs(tree: Any) -> Any:
@@ -159,31 +149,43 @@ def training_specs(tree: Any) -> Any:
     the axes of slots that it is not shared out over yet, along its longest dimension
     but that of layers.
     """
-    mesh = jax.sharding.get_abstract_mesh()
 
     def spec(path, leaf) -> PartitionSpec:
         name = path_name(path)
-        used = list(rule_for(name).spec(leaf.shape))
-        used += [None] * (len(leaf.shape) - len(used))
-        taken = {axis for axes in used for axis in axis_names(axes)}
-        free = tuple(axis for axis in SLOTS if axis not in taken)
-        shards = math.prod(mesh.shape[axis] for axis in free)
         stacked = re.search(r"(^|\.)(layers|stages)\.", name) is not None
-        fitting = [
-            i
-            for i, size in enumerate(leaf.shape)
-            if i >= stacked and used[i] is None and size % shards == 0
-        ]
-        if math.prod(leaf.shape) >= _SMALL and fitting:
-            used[max(fitting, key=lambda i: leaf.shape[i])] = free
-        return PartitionSpec(*used)
+        return _spread(leaf.shape, rule_for(name).spec(leaf.shape), begin=int(stacked))
 
     return jax.tree_util.tree_map_with_path(spec, tree)
 
 
-def axis_names(axes: Axes | None) -> tuple[str, ...]:
-    """The axes of one dimension."""
-    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+def _spread(
+    shape: Sequence[int], used: PartitionSpec, *, begin: int = 0
+) -> PartitionSpec:
+    """`used`, and the longest of its free dimensions over the free axes of slots.
+
+    Args:
+      shape: of an array.
+      used: what it is shared out over already.
+      begin: the first dimension that may be.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    dimensions = [*used, *[None] * (len(shape) - len(used))]
+    free = unused_slots(used)
+    shards = math.prod(mesh.shape[axis] for axis in free)
+    fitting = [
+        i
+        for i, size in enumerate(shape)
+        if i >= begin and dimensions[i] is None and size % shards == 0
+    ]
+    if math.prod(shape) >= _SMALL and fitting:
+        dimensions[max(fitting, key=lambda i: shape[i])] = free
+    return PartitionSpec(*dimensions)
+
+
+def unused_slots(spec: PartitionSpec) -> tuple[str, ...]:
+    """The axes of slots that an array is not shared out over."""
+    used = {axis for axes in spec for axis in axis_names(axes)}
+    return tuple(axis for axis in SLOTS if axis not in used)
 
 
 def gather(leaf: Any, stored: PartitionSpec, used: PartitionSpec) -> Any:

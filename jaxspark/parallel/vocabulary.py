@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from jaxspark.parallel.axes import MODEL, bound, index, largest, size, total
+from jaxspark.parallel.axes import MODEL, bound, index, largest, own, size, total
 
 
 def first(width: int) -> int | Int[Array, ""]:
@@ -86,6 +86,5 @@ def pick(
     if not bound(MODEL):
         return x_TW[rows, place]
     width = x_TW.shape[-1]
-    mine = place - first(width)
-    here = (mine >= 0) & (mine < width)
+    mine, here = own(place, width, MODEL)
     return total(jnp.where(here, x_TW[rows, jnp.clip(mine, 0, width - 1)], 0), MODEL)

@@ -4,7 +4,7 @@ Each is what runs there: the same functions, of arrays that are only described.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -119,23 +119,18 @@ def lower_decoding(
         "caches of the target": state.target_cache,
         "caches of the drafter": state.draft_cache,
     }
-    rest = [leaf for leaf in jax.tree.leaves(state) if not _among(leaf, caches)]
     return Program(
         lowered=lowered,
         arguments={
             "weights of the target": held[0],
             "weights of the drafter": held[1],
             **caches,
-            "rest of the state": rest,
+            "rest of the state": replace(state, target_cache=(), draft_cache=()),
         },
         growing=tuple(caches),
         tokens=tokens,
         options=options,
     )
-
-
-def _among(leaf: Any, tree: Any) -> bool:
-    return any(leaf is each for each in jax.tree.leaves(tree))
 
 
 def lower_training(mesh: Mesh, target: Any, *, texts: int, length: int) -> Program:
@@ -153,9 +148,7 @@ def lower_training(mesh: Mesh, target: Any, *, texts: int, length: int) -> Progr
     check_mesh(target, mesh)
     own = slots_per_shard(texts)
     config, dtype = target.config, target.dtype
-    mtp = nnx.eval_shape(
-        lambda: MTPDrafter(config, dtype=dtype, rngs=nnx.Rngs(0)),
-    )
+    mtp = nnx.eval_shape(lambda: MTPDrafter(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, trained, fixed = nnx.split((target, mtp), nnx.Param, ...)  # type: ignore[misc]
     optimizer = optax.adam(1e-4)
     moments = jax.eval_shape(optimizer.init, trained)

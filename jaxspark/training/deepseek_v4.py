@@ -33,7 +33,7 @@ from jaxspark.models.deepseek_v4 import (
 from jaxspark.models.layers.experts import Routing
 from jaxspark.models.layers.rope import PartialRotation
 from jaxspark.models.layers.sparse_attention import AttentionInputs, SparseAttention
-from jaxspark.parallel.axes import SLOTS, sum_of, total
+from jaxspark.parallel.axes import sum_of
 from pallas_kernels.sparse_attention.ref import (
     masked_scores,
     recent_rows,
@@ -148,8 +148,8 @@ def load_and_balance(
     share_BE = per_text(share_TE * real_T[:, None]) / count_B1
     frequency_BE = E / picks * per_text(chosen_TE) / count_B1
     each_B = jnp.sum(jax.lax.stop_gradient(frequency_BE) * share_BE, axis=1)
-    load_E = total(chosen_TE.sum(0), SLOTS)
-    return load_E, jnp.sum(each_B) / jnp.maximum(sum_of(each_B > 0), 1)
+    balance = jnp.sum(each_B) / jnp.maximum(sum_of(each_B > 0), 1)
+    return chosen_TE.sum(0), balance
 
 
 def index_loss(
@@ -228,7 +228,8 @@ def pretraining_loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """The loss of whole texts, one per slot of `tokens`.
 
-    On a mesh of several shards of slots, a shard's part of it: they add up.
+    On a mesh of several shards of slots it is a shard's part, and so are the metrics:
+    those of all shards add up.
 
     Args:
       model: the target.

@@ -26,12 +26,12 @@ from jaxspark.models.deepseek_v4 import DeepSeekV4Layer
 from jaxspark.parallel.axes import SLOTS, total
 from jaxspark.parallel.mesh import mesh_in_use, place
 from jaxspark.parallel.rules import (
-    axis_names,
     gather,
     path_name,
     replicated_specs,
     rule_for,
     training_specs,
+    unused_slots,
 )
 from jaxspark.settings import standard_settings
 from jaxspark.training.deepseek_v4 import LossWeights, Metrics, pretraining_loss
@@ -90,24 +90,14 @@ def pretraining_gradients(
     Returns:
       Gradients, in the shards of the parameters; the loss; and what the step saw.
     """
+    options = {"weights": weights, "dense_index": dense_index}
     if mesh_in_use() is None:
-        return _gradients(
-            parts,
-            ids_BQ,
-            counts_B,
-            shards=_Whole(),
-            weights=weights,
-            dense_index=dense_index,
-        )
+        whole = _Shards(replicated_specs(parts.trained))
+        return _gradients(parts, ids_BQ, counts_B, shards=whole, options=options)
     stored = training_specs(parts.trained)
     specs = replace(parts, trained=stored, fixed=replicated_specs(parts.fixed))
     program = jax.shard_map(
-        partial(
-            _gradients,
-            shards=_Shards(stored),
-            weights=weights,
-            dense_index=dense_index,
-        ),
+        partial(_gradients, shards=_Shards(stored), options=options),
         in_specs=(specs, PartitionSpec(SLOTS), PartitionSpec(SLOTS)),
         out_specs=(stored, PartitionSpec(), PartitionSpec()),
         check_vma=False,
@@ -115,7 +105,7 @@ def pretraining_gradients(
     return program(parts, ids_BQ, counts_B)
 
 
-def _gradients(parts, ids_BQ, counts_B, *, shards, weights, dense_index):
+def _gradients(parts, ids_BQ, counts_B, *, shards, options):
     """Of one shard's texts, summed with those of the others."""
 
     def loss(trained):
@@ -123,45 +113,16 @@ def _gradients(parts, ids_BQ, counts_B, *, shards, weights, dense_index):
         model, mtp = around.models()
         tokens = FlatTokens.from_rows(ids_BQ, jnp.zeros_like(counts_B), counts_B)
         return pretraining_loss(
-            model,
-            tokens,
-            mtp,
-            weights=weights,
-            dense_index=dense_index,
-            gather_layer=shards.layer,
+            model, tokens, mtp, gather_layer=shards.layer, **options
         )
 
-    grads, metrics = jax.grad(loss, has_aux=True)(parts.trained)
-    value = metrics.cross_entropy + weights.mtp * metrics.mtp
-    value += weights.balance * metrics.balance + weights.index * metrics.index
-    # Loads are counted over all shards already.
-    sums = jax.tree.map(lambda x: total(x, SLOTS), metrics)
-    stats = tuple(
-        replace(mine, load_LE=each.load_LE)
-        for mine, each in zip(sums.stats, metrics.stats)
-    )
-    mtp_stats = sums.mtp_stats
-    if mtp_stats is not None:
-        mtp_stats = replace(mtp_stats, load_LE=metrics.mtp_stats.load_LE)
-    metrics = replace(sums, stats=stats, mtp_stats=mtp_stats)
-    return shards.summed(grads), total(value, SLOTS), metrics
-
-
-class _Whole:
-    """Parameters of one device."""
-
-    def around_layers(self, trained):
-        return trained
-
-    def layer(self, layer: DeepSeekV4Layer, stack: int) -> DeepSeekV4Layer:
-        return layer
-
-    def summed(self, grads):
-        return grads
+    said, grads = jax.value_and_grad(loss, has_aux=True)(parts.trained)
+    value, metrics = jax.tree.map(lambda x: total(x, SLOTS), said)
+    return shards.summed(grads), value, metrics
 
 
 class _Shards:
-    """Parameters in shards, and how they become whole."""
+    """Parameters in shards, and how they become whole; on one device they are."""
 
     def __init__(self, stored: Any):
         self._stored = stored
@@ -195,9 +156,6 @@ class _Shards:
 
     def summed(self, grads: Any) -> Any:
         """Gathering sums gradients on its way back; what was whole is summed here."""
-
-        def each(grad, spec):
-            spread = {axis for axes in spec for axis in axis_names(axes)}
-            return total(grad, tuple(axis for axis in SLOTS if axis not in spread))
-
-        return jax.tree.map(each, grads, self._stored)
+        return jax.tree.map(
+            lambda grad, spec: total(grad, unused_slots(spec)), grads, self._stored
+        )

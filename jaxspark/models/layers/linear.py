@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxspark.parallel.axes import MODEL, index, total
+from jaxspark.parallel.axes import MODEL, own, total
 from pallas_kernels.precision import accum_dtype, precision
 from pallas_kernels.quantized import dense
 
@@ -113,7 +113,6 @@ class Embedding(nnx.Module):
         table = self.weight[...]
         if len(table) == self.vocab:
             return table[ids_T]
-        mine_T = ids_T - index(MODEL) * len(table)
-        here_T = (mine_T >= 0) & (mine_T < len(table))
+        mine_T, here_T = own(ids_T, len(table), MODEL)
         rows_TD = table[jnp.clip(mine_T, 0, len(table) - 1)]
         return total(jnp.where(here_T[:, None], rows_TD, 0), MODEL)
