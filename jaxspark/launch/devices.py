@@ -10,7 +10,7 @@ import jax
 
 from jaxspark.configuration import Configuration, option
 from jaxspark.parallel.mesh import make_mesh, parse_mesh
-from jaxspark.parallel.processes import Job
+from jaxspark.parallel.processes import Job, keep_output_apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,7 @@ class DeviceOptions(Configuration):
         """Within it the processes are one program, and the mesh is in use."""
         job = self.job()
         if job is not None:
+            keep_output_apart()
             job.connect()
             if jax.process_index():
                 # One of them speaks for all.

@@ -164,6 +164,17 @@ def _pass_on(stream: BinaryIO, lost: set[int]) -> None:
                 lost.add(int(match[1]))
 
 
+def keep_output_apart() -> None:
+    """Leaves standard output to Python; what libraries print there goes to errors.
+
+    Gloo tells of its connections from several threads, so that pieces of its lines lie
+    anywhere, in the middle of ours too.
+    """
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
+    os.dup2(2, 1)
+
+
 def leave(status: int) -> None:
     """Ends this process at once, without waiting for the others to end too."""
     sys.stdout.flush()
