@@ -10,6 +10,7 @@ from pallas_kernels.index_scores.api import index_scores
 from pallas_kernels.ragged import Ragged, Table
 from pallas_kernels.sparse_attention.api import sparse_attention
 from pallas_kernels.sparse_attention.entries import Entries
+from pallas_kernels.top_k.api import top_k
 
 __all__ = [
     "Entries",
@@ -19,4 +20,5 @@ __all__ = [
     "grouped_matmul",
     "index_scores",
     "sparse_attention",
+    "top_k",
 ]

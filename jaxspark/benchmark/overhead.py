@@ -30,6 +30,7 @@ from jaxspark.decoding import (
     Lagged,
     decode,
 )
+from jaxspark.decoding.compiling import compiled
 from jaxspark.decoding.costs import bucket_ladder, draft_ladder, within_ladder
 from jaxspark.decoding.couplings import entropy
 from jaxspark.decoding.options import check_block_length
@@ -134,7 +135,7 @@ def bench_overhead(
         def run():
             state = jax.block_until_ready(batch.start(way, 0))
             begin = time.perf_counter()
-            state = decode(
+            state = compiled(decode)(
                 target.model, drafter, state, jnp.int32(ROUNDS), options=decode_options
             )
             jax.block_until_ready(state)

@@ -16,6 +16,7 @@ from jaxspark.decoding import (
     init_state,
     prefill,
 )
+from jaxspark.decoding.compiling import compiled
 from jaxspark.decoding.schedule_state import ScheduleState
 from jaxspark.decoding.state import Counters
 from jaxspark.drafters import Drafter
@@ -118,7 +119,9 @@ class Contestant:
         # short.
         rounds = jnp.int32(batch.rounds)
         begin = time.perf_counter()
-        state = decode(batch.model, self.drafter, state, rounds, options=self.options)
+        state = compiled(decode)(
+            batch.model, self.drafter, state, rounds, options=self.options
+        )
         jax.block_until_ready(state)
         seconds = time.perf_counter() - begin
         self.schedule = jax.tree.map(jnp.copy, state.schedule)
@@ -149,7 +152,7 @@ class Contestant:
                     ].set(due),
                 )
                 state = replace(state, schedule=schedule)
-                state = decode(
+                state = compiled(decode)(
                     batch.model, self.drafter, state, jnp.int32(1), options=self.options
                 )
                 batch.finish(state)

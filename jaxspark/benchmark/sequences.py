@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxspark.configuration import Configuration, option
 from jaxspark.decoding import DecodeOptions, Sampling, decode, init_state, prefill
+from jaxspark.decoding.compiling import compiled
 from jaxspark.decoding.couplings import Coupling
 from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.generation.generate import round_capacity
@@ -46,7 +47,7 @@ def decode_seconds(
     )
     state = jax.block_until_ready(prefill(target, drafter, state, chunk=64))
     begin = perf_counter()
-    state = decode(target, drafter, state, jnp.int32(2**30), options=options)
+    state = compiled(decode)(target, drafter, state, jnp.int32(2**30), options=options)
     jax.block_until_ready(state)
     return perf_counter() - begin, state
 

@@ -33,6 +33,7 @@ from jaxspark.decoding import (
     init_state,
     prefill,
 )
+from jaxspark.decoding.compiling import compiled
 from jaxspark.decoding.costs import bucket_ladder, draft_ladder, within_ladder
 from jaxspark.decoding.couplings import Coupling
 from jaxspark.decoding.options import check_block_length
@@ -278,7 +279,9 @@ def measure_costs(
             )
             state = replace(state, schedule=schedule)
             begin = perf_counter()
-            state = decode(model, drafter, state, jnp.int32(rounds), options=options)
+            state = compiled(decode)(
+                model, drafter, state, jnp.int32(rounds), options=options
+            )
             holder[0] = jax.block_until_ready(state)
             done[0] += 1
             on_run(done[0], total)

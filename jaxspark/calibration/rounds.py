@@ -22,6 +22,7 @@ from jaxspark.decoding import (
     decode,
     prefill,
 )
+from jaxspark.decoding.compiling import compiled
 from jaxspark.decoding.couplings import Coupling
 from jaxspark.decoding.options import check_block_length
 from jaxspark.drafters import Drafter
@@ -168,7 +169,9 @@ def record_rounds(
         state = prefill(model, drafter, state, chunk=chunk)
         while np.any(state.live_B):
             before = jax.device_get(state.counters)
-            state = decode(model, drafter, state, jnp.int32(1), options=options)
+            state = compiled(decode)(
+                model, drafter, state, jnp.int32(1), options=options
+            )
             after, confidence_BG, certainty_BG = jax.device_get(
                 (state.counters, state.confidence_BG, state.certainty_BG)
             )

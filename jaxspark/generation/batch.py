@@ -26,6 +26,7 @@ from jaxspark.decoding import (
     prefill,
     release,
 )
+from jaxspark.decoding.compiling import compiled
 from jaxspark.decoding.state import Counters
 from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.generation.completion import Completion, FinishReason
@@ -185,7 +186,7 @@ class ContinuousBatch:
             return updates
         # With others waiting, ended slots are refilled soon.
         max_finished = self.together if self._waiting else self.slots
-        self._state = decode(
+        self._state = compiled(decode)(
             self.target.model,
             self.drafter,
             self._state,

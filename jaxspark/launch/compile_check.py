@@ -16,6 +16,7 @@ with what bounds it. Exits 1 if it does not fit. Takes minutes for a large model
 from dataclasses import dataclass
 
 import jax
+from absl import logging
 from rich.console import Console
 
 from jaxspark.configuration import Configuration, option
@@ -71,6 +72,8 @@ def main(config: Config) -> int:
     """Compiles and reports; 1 if it does not fit."""
     # Only compilers are wanted, whatever this machine has.
     jax.config.update("jax_platforms", "cpu")
+    # Kernels say of every product that it was not tuned on the chip.
+    logging.set_verbosity(logging.ERROR)
     console = Console()
     onto = parse_slice(config.topology)
     mesh = onto.mesh(config.mesh)
@@ -95,7 +98,6 @@ def main(config: Config) -> int:
                     target,
                     drafter,
                     block_length=config.block_length,
-                    platform=onto.platform,
                     **size,
                 )
         compiled = compile_program(
@@ -106,7 +108,7 @@ def main(config: Config) -> int:
             **size,
         )
     report(console, config.config, config.what, compiled)
-    if config.program_out:
+    if config.program_out and compiled.text:
         with open(config.program_out, "w") as file:
             file.write(compiled.text)
     if config.json_out:

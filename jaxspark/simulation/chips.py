@@ -90,14 +90,6 @@ device_description_str: "{H100_NAME}"
 """
 # Compiling asks no TPU for anything, and locks none.
 _QUIETLY = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-# Small gathers of a round are slower on a SparseCore than where their results are used
-# (jax issue 40553); large ones of a prefill are not.
-DECODE_OPTIONS = {
-    "tpu": {
-        "xla_tpu_offload_gather_to_sparsecore": "false",
-        "xla_tpu_offload_all_supported_gathers_to_sparsecore": "false",
-    }
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +107,6 @@ class Slice:
     chip: Chip
     devices: Sequence[Any]
     topology: Any
-
-    @property
-    def platform(self) -> str:
-        """What JAX calls it: "tpu" or "cuda"."""
-        return "cuda" if self.chip is CHIPS["h100"] else "tpu"
 
     def mesh(self, text: str) -> Mesh:
         """A mesh of all devices, its axes along the torus where they can be.

@@ -6,6 +6,7 @@ the compiler allotted. Times are a roofline: the slowest of three, each alone at
 speed, which no program reaches.
 """
 
+import re
 import time
 from dataclasses import dataclass, field
 
@@ -16,6 +17,12 @@ from jaxspark.parallel.axes import EXPERTS
 from jaxspark.simulation.chips import Slice
 from jaxspark.simulation.programs import Program
 from jaxspark.simulation.traffic import LocalExperts, Traffic, traffic
+
+# What a TPU's compiler says of a program that needs more memory than there is: all of
+# it, arguments as well, whatever it calls it.
+_OUT_OF_MEMORY = re.compile(
+    r"CompileTimeHbmOom.*\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +36,11 @@ class Compiled:
       slots, capacity: requests, and cache positions of each; or texts and their tokens.
       held: bytes of one chip, by name: arguments and temporaries.
       peak: bytes at most in use at once, as the compiler says.
-      traffic: of one chip, in one round.
+      memory: bytes that a program can have.
+      traffic: of one chip, in one round; None of what a compiler gave up on, since it
+        does not fit.
       seconds: that compiling took.
-      text: the program.
+      text: the program; None likewise.
     """
 
     program: Program
@@ -41,9 +50,10 @@ class Compiled:
     capacity: int
     held: dict[str, float]
     peak: float
-    traffic: Traffic
+    memory: float
+    traffic: Traffic | None
     seconds: float
-    text: str = field(repr=False)
+    text: str | None = field(repr=False)
 
     @property
     def slot_shards(self) -> int:
@@ -58,12 +68,14 @@ class Compiled:
     @property
     def free(self) -> float:
         """Bytes that are left; below 0 what is missing."""
-        return self.slice.chip.memory - self.peak
+        return self.memory - self.peak
 
     @property
     def bounds(self) -> dict[str, float]:
-        """Seconds of a round if it did nothing but that."""
+        """Seconds of a round if it did nothing but that; none without a program."""
         chip = self.slice.chip
+        if self.traffic is None:
+            return {}
         return {
             "memory": self.traffic.memory / chip.bandwidth,
             "arithmetic": self.traffic.flops / chip.flops,
@@ -106,15 +118,24 @@ def compile_program(
       capacity: positions of each.
       experts: of a layer, on all chips.
     """
-    begin = time.perf_counter()
-    with jax.set_mesh(mesh):
-        compiled = program.lowered.compile(compiler_options=program.options)
-    seconds = time.perf_counter() - begin
-    memory, text = compiled.memory_analysis(), compiled.as_text()
     held = {name: program.bytes_per_chip(name) for name in program.arguments}
-    held["temporaries"] = memory.temp_size_in_bytes
-    holders = mesh.shape[EXPERTS[0]] * mesh.shape[EXPERTS[1]]
-    local = LocalExperts(experts // holders, 1 / holders) if experts else None
+    given, memory, moved, text = sum(held.values()), onto.chip.memory, None, None
+    begin = time.perf_counter()
+    try:
+        with jax.set_mesh(mesh):
+            done = program.lowered.compile(compiler_options=program.options)
+    except jax.errors.JaxRuntimeError as error:
+        if (missing := _OUT_OF_MEMORY.search(str(error))) is None:
+            raise
+        peak, memory = map(_bytes, missing.groups())
+        held["temporaries"] = max(peak - given, 0)
+    else:
+        analysis, text = done.memory_analysis(), done.as_text()
+        held["temporaries"] = analysis.temp_size_in_bytes
+        peak = analysis.peak_memory_in_bytes or given + held["temporaries"]
+        holders = mesh.shape[EXPERTS[0]] * mesh.shape[EXPERTS[1]]
+        local = LocalExperts(experts // holders, 1 / holders) if experts else None
+        moved = traffic(text, devices=mesh.size, experts=local)
     return Compiled(
         program=program,
         slice=onto,
@@ -122,8 +143,14 @@ def compile_program(
         slots=slots,
         capacity=capacity,
         held=held,
-        peak=memory.peak_memory_in_bytes or sum(held.values()),
-        traffic=traffic(text, devices=mesh.size, experts=local),
-        seconds=seconds,
+        peak=peak,
+        memory=memory,
+        traffic=moved,
+        seconds=time.perf_counter() - begin,
         text=text,
     )
+
+
+def _bytes(text: str) -> float:
+    """Of a size such as "99.63G"."""
+    return float(text[:-1]) * 2.0 ** (10 * (1 + "KMGT".index(text[-1])))

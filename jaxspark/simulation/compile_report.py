@@ -6,13 +6,13 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxspark.simulation.compile_check import Compiled
+from jaxspark.simulation.traffic import Traffic
 
 _GIB = 2**30
 
 
 def report(console: Console, name: str, what: str, compiled: Compiled) -> None:
     """Memory, traffic, collectives, and whether it fits."""
-    chip, moved = compiled.slice.chip, compiled.traffic
     shape = " x ".join(f"{axis} {n}" for axis, n in compiled.mesh.shape.items())
     table = Table(title=f"{name} · {what} · {compiled.slice.name} · {shape}")
     table.add_column("memory of one device")
@@ -21,9 +21,25 @@ def report(console: Console, name: str, what: str, compiled: Compiled) -> None:
         table.add_row(part, f"{size / _GIB:.2f}")
     table.add_section()
     table.add_row("most in use at once", f"{compiled.peak / _GIB:.2f}")
-    table.add_row(f"of a {chip.name}", f"{chip.memory / _GIB:.2f}")
+    chip = compiled.slice.chip
+    table.add_row(f"there is of a {chip.name}", f"{compiled.memory / _GIB:.2f}")
     console.print(table)
+    if compiled.traffic is not None:
+        _report_round(console, compiled, compiled.traffic)
+    if compiled.free < 0:
+        console.print(
+            f"[bold]does not fit[/bold]: {-compiled.free / _GIB:.2f} GiB are missing "
+            "on each device"
+        )
+    else:
+        console.print(
+            f"fits, {compiled.free / _GIB:.2f} GiB left on each device: up to "
+            f"{compiled.most_slots:,} slots of this context, or "
+            f"{compiled.most_capacity:,} positions for these slots"
+        )
 
+
+def _report_round(console: Console, compiled: Compiled, moved: Traffic) -> None:
     table = Table(title="a round, on one device")
     for column in ("", "in all", "at full speed"):
         table.add_column(column, justify="left" if not column else "right")
@@ -49,22 +65,10 @@ def report(console: Console, name: str, what: str, compiled: Compiled) -> None:
         f"positions; a round takes at least {1e3 * seconds:.1f} ms, bound by {bound}; "
         f"compiled in {compiled.seconds:.0f} s"
     )
-    if compiled.free < 0:
-        console.print(
-            f"[bold]does not fit[/bold]: {-compiled.free / _GIB:.2f} GiB are missing "
-            "on each device"
-        )
-    else:
-        console.print(
-            f"fits, {compiled.free / _GIB:.2f} GiB left on each device: up to "
-            f"{compiled.most_slots:,} slots of this context, or "
-            f"{compiled.most_capacity:,} positions for these slots"
-        )
 
 
 def figures(name: str, what: str, compiled: Compiled) -> dict[str, Any]:
     """The same for files."""
-    bound, seconds = max(compiled.bounds.items(), key=lambda pair: pair[1])
     return {
         "config": name,
         "what": what,
@@ -74,10 +78,19 @@ def figures(name: str, what: str, compiled: Compiled) -> dict[str, Any]:
         "capacity": compiled.capacity,
         "tokens": compiled.tokens,
         "bytes": compiled.held | {"peak": compiled.peak},
-        "memory": compiled.slice.chip.memory,
+        "memory": compiled.memory,
         "fits": compiled.free >= 0,
         "most_slots": compiled.most_slots,
         "most_capacity": compiled.most_capacity,
+        "compile_seconds": round(compiled.seconds, 1),
+    } | _round_figures(compiled)
+
+
+def _round_figures(compiled: Compiled) -> dict[str, Any]:
+    if compiled.traffic is None:
+        return {}
+    bound, seconds = max(compiled.bounds.items(), key=lambda pair: pair[1])
+    return {
         "round": {
             "memory_bytes": compiled.traffic.memory,
             "flops": compiled.traffic.flops,
@@ -87,5 +100,4 @@ def figures(name: str, what: str, compiled: Compiled) -> dict[str, Any]:
             "at_least_seconds": seconds,
         },
         "collectives": compiled.traffic.by_kind(),
-        "compile_seconds": round(compiled.seconds, 1),
     }

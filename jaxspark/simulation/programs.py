@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxspark.decoding import DecodeOptions, DecodeState, decode, prefill
+from jaxspark.decoding.compiling import compiler_options
 from jaxspark.drafters import MTPDrafter
 from jaxspark.parallel.mesh import check_mesh, constrain, slots_per_shard
 from jaxspark.parallel.rules import (
@@ -24,7 +25,7 @@ from jaxspark.parallel.rules import (
     state_specs,
     training_specs,
 )
-from jaxspark.simulation.chips import DECODE_OPTIONS, abstract
+from jaxspark.simulation.chips import abstract
 from jaxspark.training.pretraining import Parts, pretraining_gradients
 
 WHAT = ("decode", "prefill", "train")
@@ -71,7 +72,6 @@ def lower_decoding(
     slots: int,
     capacity: int,
     block_length: int,
-    platform: str,
 ) -> Program:
     """A round of decoding, or a chunk of prefill.
 
@@ -83,7 +83,6 @@ def lower_decoding(
       slots: requests decoded together.
       capacity: cache positions of each.
       block_length: drafts of a round.
-      platform: of the mesh.
 
     Raises:
       ValueError: the model, the drafter or the slots cannot be shared out.
@@ -109,7 +108,7 @@ def lower_decoding(
     options = None
     if what == "decode":
         chosen = DecodeOptions(block_length=block_length).resolve(drafter, own)
-        tokens, options = chosen.sizes(own)[-1], DECODE_OPTIONS.get(platform)
+        tokens, options = chosen.sizes(own)[-1], compiler_options()
         lowered = decode.lower(*held, options=chosen)
     else:
         tokens = own * PREFILL_CHUNK

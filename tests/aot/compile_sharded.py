@@ -36,7 +36,6 @@ def report(topology: str, mesh: str) -> dict:
             grid,
             *abstract_models(config, block_length=BLOCK),
             block_length=BLOCK,
-            platform=onto.platform,
             **size,
         )
     compiled = compile_program(

@@ -9,7 +9,6 @@ weights of their own; queries come from the attention's query latent.
 """
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -17,7 +16,7 @@ from jaxspark.models.batch import FlatTokens
 from jaxspark.models.layers.compression import Compressor
 from jaxspark.models.layers.linear import Linear, matmul
 from jaxspark.models.layers.rope import PartialRotation
-from pallas_kernels import Table, index_scores
+from pallas_kernels import Table, index_scores, top_k
 from pallas_kernels.precision import accum_dtype
 
 
@@ -56,7 +55,4 @@ class Indexer(nnx.Module):
         self, scores_TC: Float[Array, "T C"], limits_T: Int[Array, " T"]
     ) -> Int[Array, "T X"]:
         """The best entries below each token's limit; -1 where there are fewer."""
-        entry_C = jnp.arange(scores_TC.shape[-1])
-        scores_TC = jnp.where(entry_C < limits_T[:, None], scores_TC, -jnp.inf)
-        _, chosen_TX = jax.lax.top_k(scores_TC, min(self.top_k, len(entry_C)))
-        return jnp.where(chosen_TX < limits_T[:, None], chosen_TX, -1)
+        return top_k(scores_TC, limits_T, k=self.top_k)

@@ -1,0 +1,50 @@
+"""top_k: the same places, whether scores are sorted or not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import top_k
+from pallas_kernels.top_k.api import FEW, IMPLEMENTATIONS
+
+C = FEW + 77
+LIMITS = np.array([0, 1, 2, 127, 128, 129, 300, C - 1, C])
+
+
+def chosen(scores, limits, k, implementation):
+    run = jax.jit(top_k, static_argnames=("k", "implementation"))
+    scores, limits = jnp.asarray(scores), jnp.asarray(limits)
+    return np.asarray(run(scores, limits, k=k, implementation=implementation))
+
+
+def plain(scores, limits, k):
+    """Of each row, sorted; lower places first among equals."""
+    for row, limit in zip(scores, limits):
+        best = np.argsort(-(row[:limit] + 0.0), kind="stable")[:k]
+        yield sorted([*best, *[-1] * (min(k, len(row)) - len(best))])
+
+
+@pytest.mark.parametrize("k", [1, 100, 2 * C])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_the_best_places_below_the_limit_are_chosen(name, k):
+    random = np.random.default_rng()
+    scores = random.normal(size=(len(LIMITS), C)).astype(np.float32)
+    scores *= 10.0 ** random.integers(-30, 30, size=(len(LIMITS), 1))
+    found = np.sort(chosen(scores, LIMITS, k, name))
+    assert found.tolist() == list(plain(scores, LIMITS, k))
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_of_equal_scores_the_first_are_chosen(name):
+    """Rectified scores are often 0, of either sign; -inf is a score like others."""
+    random = np.random.default_rng()
+    scores = random.choice([0.0, -0.0, 1.0, -1.0, -np.inf], size=(len(LIMITS), C))
+    scores = scores.astype(np.float32)
+    found = np.sort(chosen(scores, LIMITS, 200, name))
+    assert found.tolist() == list(plain(scores, LIMITS, 200))
+
+
+def test_few_scores_are_refused_by_name():
+    with pytest.raises(ValueError, match="bisection is for more than 1024"):
+        chosen(np.zeros((1, 8), np.float32), np.array([8]), 2, "bisection")
