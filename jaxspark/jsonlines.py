@@ -85,15 +85,22 @@ class JsonLines:
     """Entries of a file, old and new; appended as they come.
 
     A last line without its end is cut off: a program was killed while writing it.
+
+    Args:
+      path: of the file.
+      writes: False keeps what is added in memory alone: another process of the same job
+        writes the file, and has opened it first.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, writes: bool = True):
         self.path = Path(path)
+        self.writes = writes
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.entries: list[Any] = []
         if not self.path.exists():
             return
-        self._cut_unfinished_line()
+        if writes:
+            self._cut_unfinished_line()
         for _, entry in read_json_lines(self.path):
             if isinstance(entry, MalformedRow):
                 raise ValueError(f"{entry}; remove the line, or name another file")
@@ -108,19 +115,22 @@ class JsonLines:
     def add(self, entry: Any) -> None:
         """Appends one entry."""
         self.entries.append(entry)
+        if not self.writes:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def keep(self, wanted: Callable[[Any], bool]) -> None:
         """Drops entries that are not wanted, in one step."""
         kept = [entry for entry in self.entries if wanted(entry)]
-        if len(kept) == len(self.entries):
+        changed = len(kept) < len(self.entries)
+        self.entries = kept
+        if not changed or not self.writes:
             return
         new = self.path.with_name(self.path.name + ".new")
         lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept]
         new.write_text("".join(lines), encoding="utf-8")
         os.replace(new, self.path)
-        self.entries = kept
 
 
 def check_settings(path: str | Path, settings: dict[str, Any]) -> None:

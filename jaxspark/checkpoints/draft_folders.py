@@ -4,6 +4,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxspark.checkpoints import deepspec, folders, hub, speculators
 from jaxspark.checkpoints.deepseek_v4_folder import SHARD_BYTES
 from jaxspark.checkpoints.draft_tensors import (
@@ -19,6 +21,8 @@ from jaxspark.checkpoints.safetensors_files import open_safetensors, write_safet
 from jaxspark.drafters import Eagle3Config
 from jaxspark.errors import CheckpointError
 from jaxspark.models import TargetConfig, TargetDecoder
+from jaxspark.parallel.agreement import by_first
+from jaxspark.parallel.mesh import read
 
 FORMATS = ("deepspec", "speculators")
 
@@ -82,6 +86,8 @@ def save_draft_checkpoint(
 ) -> None:
     """Writes a drafter with checksums, whole or not at all.
 
+    All processes of a job call this, and process 0 writes.
+
     Args:
       folder: where; must be new or empty unless `overwrite`.
       drafter: what to write.
@@ -127,10 +133,16 @@ def save_draft_checkpoint(
         written = deepspec.draft_config_to_deepspec(
             config, dtype=drafter.dtype, complete=complete
         )
-    with folders.new_folder(Path(folder), overwrite=overwrite) as new:
-        write_json(new / "config.json", written)
-        arrays = tensors_from_drafter(drafter, target_model, pruned_head=pruned_head)
-        write_safetensors(new, arrays.items(), shard_bytes=shard_bytes)
+    arrays = tensors_from_drafter(drafter, target_model, pruned_head=pruned_head)
+    if jax.process_count() > 1:
+        arrays = {name: read(array) for name, array in arrays.items()}
+
+    def write():
+        with folders.new_folder(Path(folder), overwrite=overwrite) as new:
+            write_json(new / "config.json", written)
+            write_safetensors(new, arrays.items(), shard_bytes=shard_bytes)
+
+    by_first(write)
 
 
 def _verifier(config: DraftConfig, name: str | None, *, where: str) -> str | None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 _SIZE = (5.2, 3.4)
@@ -25,6 +26,9 @@ def _figure():
 
 
 def _save(figure, path: str | Path) -> None:
+    """Writes a plot; of the processes of a job the first one does."""
+    if jax.process_index():
+        return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

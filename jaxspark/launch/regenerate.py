@@ -16,6 +16,7 @@ from rich.console import Console
 from jaxspark.configuration import option
 from jaxspark.jsonlines import JsonLines, check_settings
 from jaxspark.launch import common, program
+from jaxspark.parallel.agreement import in_turn, leads
 from jaxspark.progress import bars
 from jaxspark.training.data import Regenerated, regenerate
 from jaxspark.training.data.selection import select_conversations
@@ -57,9 +58,10 @@ def main(config: Config) -> None:
     )
     names = ("max_prompt_tokens", "max_new_tokens", "temperature", "top_p", "seed")
     settings = config.recorded((*names, "dtype"))
-    check_settings(f"{config.out}.settings", settings | {"target": target.name})
-    out = JsonLines(config.out)
-    dropped = JsonLines(f"{config.out}.dropped")
+    settings |= {"target": target.name}
+    in_turn(lambda: check_settings(f"{config.out}.settings", settings))
+    out = in_turn(lambda: JsonLines(config.out, writes=leads()))
+    dropped = in_turn(lambda: JsonLines(f"{config.out}.dropped", writes=leads()))
     done = [entry["key"] for entry in (*out.entries, *dropped.entries)]
     tokens = sum(len(entry["answer_ids"]) for entry in out.entries)
     with bars(console) as progress:

@@ -4,6 +4,9 @@
   jaxspark train_draft --drafter=dflash --data=... --out=... --steps=3000
   jaxspark train_draft ... --dry_run        what it would do, and its memory
 
+On a mesh the sequences of a batch are shared out over data x expert, also over several
+hosts (--mesh, --distributed), which share the folder --out.
+
 A stopped run (SIGTERM, SIGKILL, power) goes on with the same command, to the bit. The
 finished drafter is <out>/drafter, a folder that DeepSpec reads too, or speculators if
 its vocabulary is pruned.
@@ -13,6 +16,7 @@ import pathlib
 import signal
 import zlib
 from dataclasses import dataclass, fields
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -22,7 +26,9 @@ from jaxspark.checkpoints.tree import named_parameters
 from jaxspark.configuration import option
 from jaxspark.jsonlines import check_settings
 from jaxspark.launch import common, program
+from jaxspark.launch.devices import DeviceOptions
 from jaxspark.models import TargetDecoder
+from jaxspark.parallel.agreement import in_turn, leads
 from jaxspark.training import drafter_setup
 from jaxspark.training.config import Recipe, TrainConfig
 from jaxspark.training.data.dataset import DataOptions, read_packed, split
@@ -34,9 +40,10 @@ from jaxspark.training.progress_bar import watched
 from jaxspark.training.run import has_checkpoint, train
 from jaxspark.training.trainer import Trainer
 
-# What may change when a run goes on: how it is watched, not what it computes.
+# What may change when a run goes on: where, and how it is watched, not what it computes.
 _FREE = {"out", "features", "cache_dir", "cache_gb", "cache_layers", "dry_run"}
 _FREE |= {"log_every", "save_every", "evaluate_every", "keep_quantized"}
+_FREE |= {each.name for each in fields(DeviceOptions)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +75,6 @@ class Config(common.TargetOptions, DrafterOptions, Recipe, DataOptions, FeatureO
 
 def main(config: Config) -> int:
     """Trains what is left to train, then writes the drafter; 143 if it was stopped."""
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"a run has one process, this job has {jax.process_count()}; a mesh may "
-            "have all devices of one host"
-        )
     console = Console()
     out = pathlib.Path(config.out)
     target, tokenizer = config.load()
@@ -98,7 +100,7 @@ def main(config: Config) -> int:
         describe(console, trainer, state, batches, source, packed, layers, limit)
         return 0
     packing = zlib.crc32(packed.ids_PS, zlib.crc32(packed.documents_PS))
-    check_settings(out / "run.json", config.settings() | {"packing": packing})
+    begin(out, config.settings() | {"packing": packing})
     source = config.source(model, taps, packed, layers, out / "features")
     # A run that goes on has its parameters from a checkpoint.
     if config.start == "least_squares" and not has_checkpoint(out):
@@ -137,6 +139,25 @@ def main(config: Config) -> int:
         + ("" if finished else "; stopped, run the same command to go on")
     )
     return 0 if finished else 128 + signal.SIGTERM
+
+
+def begin(out: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Keeps the settings of a run in its folder, or compares them with those there.
+
+    Raises:
+      ValueError: they have changed, or differ between the processes of a job, or these
+        do not share the folder.
+    """
+
+    def check():
+        if not (leads() or (out / "run.json").exists()):
+            raise ValueError(
+                f"--out={out}: process {jax.process_index()} does not see what process "
+                "0 wrote; choose a folder of a file system that all hosts share"
+            )
+        check_settings(out / "run.json", settings)
+
+    in_turn(check)
 
 
 if __name__ == "__main__":

@@ -224,7 +224,10 @@ def shard[ModelT](model: ModelT) -> ModelT:
 
 
 def place[T](tree: T, specs: Specs) -> T:
-    """Arrays that every process has whole, in shards of the mesh in use, if any."""
+    """Arrays in shards of the mesh in use, if any.
+
+    Every process has them whole, or they lie in shards already.
+    """
     if mesh_in_use() is None:
         return tree
     mesh = jax.sharding.get_mesh()
@@ -234,6 +237,8 @@ def place[T](tree: T, specs: Specs) -> T:
         if isinstance(leaf, jax.Array):
             if where.is_equivalent_to(leaf.sharding, leaf.ndim):
                 return leaf
+            if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+                return jax.device_put(leaf, where)
         return put(np.asarray(leaf), where)
 
     return jax.tree.map(placed, tree, specs(tree))
@@ -263,3 +268,10 @@ def replicated[T](tree: T) -> T:
 def readable[T](tree: T) -> T:
     """Outside of one: arrays as every process can read them."""
     return tree if mesh_in_use() is None else jax.jit(replicated)(tree)
+
+
+def read(array: jax.Array | np.ndarray) -> np.ndarray:
+    """An array on the host, wherever its shards are; all processes call this."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        array = readable(array)
+    return np.asarray(array)

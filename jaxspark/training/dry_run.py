@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxspark.training.data.packing import Batches, Packed
-from jaxspark.training.features import FeatureSource, lower_features, sequence_bytes
+from jaxspark.training.feature_cache import sequence_bytes
+from jaxspark.training.features import FeatureSource, lower_features
 from jaxspark.training.trainer import Trainer, TrainState
 
 

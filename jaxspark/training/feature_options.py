@@ -6,7 +6,8 @@ from pathlib import Path
 from jaxspark.configuration import Configuration, option
 from jaxspark.models import TargetDecoder
 from jaxspark.training.data.packing import Packed
-from jaxspark.training.features import FeatureCache, FeatureSource
+from jaxspark.training.feature_cache import FeatureCache
+from jaxspark.training.features import FeatureSource
 
 
 @dataclass(frozen=True, kw_only=True)

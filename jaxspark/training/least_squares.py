@@ -13,6 +13,8 @@ of the target's last hidden state at each row:
     o, down  regressions on what attention and gates give
     markov   the best correction of rank R by the previous token's embedding
 
+On a mesh all devices add up a batch's moments; process 0 solves for the others.
+
 Queries and keys have no bias, but their inputs have a direction along which all rows of
 a kind are nearly equal: a rank-one map of it serves as one.
 """
@@ -31,10 +33,13 @@ from scipy.optimize import linprog
 from jaxspark.drafters import DSparkDrafter
 from jaxspark.drafters.heads import MarkovHead
 from jaxspark.models import TargetDecoder
+from jaxspark.parallel.agreement import agreed
+from jaxspark.parallel.mesh import read
+from jaxspark.parallel.rows import from_own_rows
 from jaxspark.settings import random_key, standard_settings
 from jaxspark.training.blocks import Blocks, sample_blocks, take_places
 from jaxspark.training.data.packing import Packed
-from jaxspark.training.features import Features
+from jaxspark.training.features import Features, with_features
 from jaxspark.training.forward import DraftVocabulary, by_row, target_rows
 from jaxspark.training.forward_dspark import BlockInputs
 from jaxspark.training.objective import DSPARK
@@ -216,14 +221,14 @@ def fit(
         on_stage(stage)
         result = Regression()
         for number, batch in enumerate(samples[:most]):
-            features = source(batch)
+            rows = from_own_rows(with_features(batch, source))
             key = jax.random.fold_in(random_key(seed), number)
-            seen = see(drafter, target, draftable_V, key, batch, features, look, depth)
+            seen = see(drafter, target, draftable_V, key, *rows, look, depth)
             result.add(*seen)
         return result
 
-    scale_D = np.asarray(target.norm.weight[...], np.float32)
-    scaled_WD = np.asarray(vocabulary.head_WD, np.float32) * scale_D
+    scale_D = read(target.norm.weight[...]).astype(np.float32)
+    scaled_WD = read(vocabulary.head_WD).astype(np.float32) * scale_D
     metric_DD = logit_metric(scaled_WD)
     put(drafter.norm.weight, scale_D)
     first, width = regress("fc", View.of_fc), drafter.fc.weight.shape[1]
@@ -262,7 +267,7 @@ def fit(
     if drafter.markov_head is not None:
         rest = Regression(end.xx[D:, D:], end.xy[D:] - shrink * end.xx[D:, :D])
         left_DR, right_DR = low_rank(rest, metric_DD, drafter.markov_head.rank)
-        w1_VR = np.asarray(target.embed_tokens.weight[...], np.float32) @ right_DR
+        w1_VR = read(target.embed_tokens.weight[...]).astype(np.float32) @ right_DR
         start_head(drafter.markov_head, w1_VR, scaled_WD @ left_DR)
 
 
@@ -284,8 +289,8 @@ def check(drafter: DSparkDrafter, samples: Sequence[Packed]) -> None:
 
 
 def put(variable: nnx.Variable, value) -> None:
-    """Replaces a variable's numbers, not its type."""
-    variable[...] = jnp.asarray(value, variable.dtype)
+    """Replaces a variable's numbers, not its type; on all processes by the same."""
+    variable[...] = jnp.asarray(agreed(np.asarray(value)), variable.dtype)
 
 
 def start_head(head: MarkovHead, w1_VR: np.ndarray, w2_WR: np.ndarray) -> None:

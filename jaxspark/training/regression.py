@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxspark.parallel.mesh import replicated
+
 
 class Regression:
     """y_RO ~ x_RI W_OI^T over batches of weighted rows, by its normal equations."""
@@ -30,7 +32,7 @@ class Regression:
 def _moments(x_RI, y_RO, weight_R):
     dot = partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
     weighted_IR = (x_RI * weight_R[:, None]).T
-    return dot(weighted_IR, x_RI), dot(weighted_IR, y_RO)
+    return replicated((dot(weighted_IR, x_RI), dot(weighted_IR, y_RO)))
 
 
 def logit_metric(scaled_WD: Float[np.ndarray, "W D"]) -> Float[np.ndarray, "D D"]:

@@ -6,6 +6,9 @@
 
 A run that was killed goes on from its newest checkpoint and repeats the steps after it
 to the bit: batches and anchors are functions of the seed and the step number.
+
+Several processes of a job write one folder: their own shards of checkpoints, and
+process 0 all else. They stop together: the runtime tells all of them of one's SIGTERM.
 """
 
 import contextlib
@@ -19,11 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from jaxspark.jsonlines import JsonLines
+from jaxspark.parallel.agreement import agreed, in_turn, leads
 from jaxspark.settings import standard_settings
 from jaxspark.training.data.packing import Batches, Packed
-from jaxspark.training.features import FeatureSource
+from jaxspark.training.features import FeatureSource, with_features
 from jaxspark.training.objective import summary
 from jaxspark.training.trainer import Trainer, TrainState
 
@@ -32,13 +37,14 @@ class Checkpoints:
     """Orbax checkpoints of a `TrainState`."""
 
     def __init__(self, folder: Path):
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, enable_async_checkpointing=False
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=2)
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, state: TrainState) -> None:
-        """Writes a checkpoint; an unfinished one is never taken for whole."""
+        """Begins to write a checkpoint, unless there is one of this step.
+
+        Waits for the one before. An unfinished one is never taken for whole.
+        """
         step = int(state.step)
         if step != self.manager.latest_step():
             self.manager.save(step, args=ocp.args.StandardSave(_plain(state)))
@@ -49,8 +55,8 @@ class Checkpoints:
         Raises:
           ValueError: the checkpoint is damaged or of another drafter.
         """
-        step = self.manager.latest_step()
-        if step is None:
+        step = agreed(self.manager.latest_step() or 0)
+        if not step:
             return state
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(state))
         try:
@@ -70,7 +76,8 @@ class Checkpoints:
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether a run in this folder would go on from somewhere."""
-    return any(path.name.isdecimal() for path in (folder / "checkpoints").glob("*"))
+    steps = (folder / "checkpoints").glob("*")
+    return bool(agreed(any(path.name.isdecimal() for path in steps)))
 
 
 def _plain(state: TrainState) -> dict[str, Any]:
@@ -79,12 +86,18 @@ def _plain(state: TrainState) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM into a question: has it come?"""
+def stop_signal() -> Iterator[Callable[[int], bool]]:
+    """Turns SIGTERM into a question, asked after every step: is it the last?
+
+    Several processes are told the same step, soon after the signal came to any.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     seen: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
     try:
-        yield lambda: bool(seen)
+        yield lambda step: bool(seen)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -108,7 +121,8 @@ def train(
     Args:
       trainer: what takes them.
       state: before the first step; the newest checkpoint replaces it.
-      batches: packed sequences by micro-batch.
+      batches: packed sequences by micro-batch, the same on all processes, of which
+        each feeds those of its own shards.
       source: features of any batch.
       folder: of the run.
       held_out: sequences that are only evaluated.
@@ -133,15 +147,17 @@ def train(
     checkpoints = Checkpoints(folder / "checkpoints")
     state = checkpoints.restore(state)
     begin = int(state.step)
-    metrics = JsonLines(folder / "metrics.jsonl")
+    path = folder / "metrics.jsonl"
+    metrics = in_turn(lambda: JsonLines(path, writes=leads()))
     metrics.keep(lambda line: line["step"] <= begin)
     count = config.accumulate
     clock, timed = perf_counter(), begin
     with stop_signal() as stopping:
         for step in range(begin, config.steps):
             micro = [batches[step * count + i] for i in range(count)]
-            state, sums = trainer.step(state, [(b, source(b)) for b in micro])
-            done, stop = step + 1, stopping()
+            state, sums = trainer.step(state, [with_features(b, source) for b in micro])
+            done = step + 1
+            stop = stopping(done)
             line: dict[str, Any] = {"step": done}
             if done % log_every == 0 or done == config.steps:
                 figures = summary(jax.device_get(sums), config.objective)
@@ -187,6 +203,6 @@ def evaluate(
     total = None
     for begin in range(0, len(packed.index_P) - size + 1, size):
         batch = packed[np.arange(begin, begin + size)]
-        sums = trainer.evaluate(state, batch, source(batch))
+        sums = trainer.evaluate(state, *with_features(batch, source))
         total = sums if total is None else jax.tree.map(np.add, total, sums)
     return summary(jax.device_get(total), trainer.config.objective)

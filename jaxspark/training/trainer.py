@@ -3,6 +3,9 @@
 The target is frozen; so are its embedding and LM head, of which a pruned drafter has
 some rows. A step sums gradients of the objective's numerators over micro-batches and
 divides by the summed weights, so accumulation changes nothing but memory.
+
+On a mesh the sequences of a batch are shared out over its shards. A trainer is given
+those of this process's shards; alone, a process has them all.
 """
 
 from dataclasses import dataclass, replace
@@ -15,8 +18,9 @@ import optax
 from flax import nnx
 
 from jaxspark.drafters import Drafter, DSparkDrafter, Eagle3Drafter
-from jaxspark.parallel.mesh import constrain, place, replicated, shard, slot_shards
-from jaxspark.parallel.rules import replicated_specs, row_specs, spread_specs
+from jaxspark.parallel.mesh import constrain, place, replicated, shard
+from jaxspark.parallel.rows import abstract_rows, from_own_rows, own_rows
+from jaxspark.parallel.rules import replicated_specs, spread_specs
 from jaxspark.settings import random_key, standard_settings
 from jaxspark.training.blocks import sample_blocks
 from jaxspark.training.config import TrainConfig
@@ -85,11 +89,7 @@ class Trainer:
         graphdef, trained, frozen = nnx.split(drafter, is_trained, ...)  # type: ignore[misc]
         # Steps donate their state; the caller's drafter keeps its arrays.
         trained = place(jax.tree.map(jnp.array, trained), spread_specs)
-        if config.sequences % slot_shards():
-            raise ValueError(
-                f"{config.sequences} sequences of a batch cannot be shared out evenly "
-                f"over {slot_shards()} shards"
-            )
+        own_rows(config.sequences)
         state = TrainState(
             trained=trained,
             optimizer=_start(trained, config=config),
@@ -107,20 +107,26 @@ class Trainer:
     def step(
         self, state: TrainState, microbatches: list[tuple[Packed, Features]]
     ) -> tuple[TrainState, Sums]:
-        """One optimizer step; donates `state`."""
-        first, *rest = microbatches
+        """One optimizer step; donates `state`.
+
+        Args:
+          state: before it.
+          microbatches: this process's sequences and their features.
+        """
+        first, *rest = map(from_own_rows, microbatches)
         total = self._gradients(state, *first, 0)
         for index, (batch, features) in enumerate(rest, 1):
             total = _add(total, self._gradients(state, batch, features, index))
         grads, sums = total
         return _update(state, grads, sums.weight, config=self.config), sums
 
-    def _gradients(self, state, batch, features, index, call=None):
+    def _gradients(self, state, batch, features, index, call: Any = None):
         return (call or _gradients)(
             state.trained,
             self.frozen,
             self.target,
-            *place((batch, features), row_specs),
+            batch,
+            features,
             _key(self.config.seed, state.step, index),
             graphdef=self.graphdef,
             config=self.config,
@@ -128,17 +134,24 @@ class Trainer:
 
     @standard_settings()
     def lower(self, state: TrainState, batch: Packed, features: Features):
-        """The lowered gradient of one micro-batch, to compile and measure."""
+        """The lowered gradient of one whole micro-batch, to compile and measure."""
+        batch, features = abstract_rows((batch, features))
         return self._gradients(state, batch, features, 0, _gradients.lower)
 
     @standard_settings()
     def evaluate(self, state: TrainState, batch: Packed, features: Features) -> Sums:
-        """The objective's sums on held-out data, always at the same anchors."""
+        """The objective's sums on held-out data, always at the same anchors.
+
+        Args:
+          state: whose parameters are evaluated.
+          batch: this process's sequences.
+          features: of theirs.
+        """
         return _evaluate(
             state.trained,
             self.frozen,
             self.target,
-            *place((batch, features), row_specs),
+            *from_own_rows((batch, features)),
             graphdef=self.graphdef,
             config=self.config,
         )

@@ -9,7 +9,7 @@ import pytest
 from jaxspark.exactness.tiny_models import tiny_models
 from jaxspark.parallel.mesh import make_mesh, shard
 from jaxspark.training.config import TrainConfig
-from jaxspark.training.features import FeatureSource, target_features
+from jaxspark.training.features import FeatureSource
 from jaxspark.training.objective import Objective
 from jaxspark.training.run import Checkpoints
 from jaxspark.training.trainer import Trainer
@@ -76,13 +76,16 @@ def test_a_checkpoint_moves_between_meshes(tmp_path):
         np.testing.assert_array_equal(mine, theirs)
 
 
-def test_a_sharded_target_says_what_one_device_hears():
-    model, _ = tiny_models("deepseek_v4", zoo.VOCAB, drafters=(), shards=8)
-    packed = made.packed(20, 25)
-    alone = target_features(model, packed, taps=(0, 1))
-    with jax.set_mesh(make_mesh("data:2,expert:4")):
-        there = target_features(shard(model), packed, taps=(0, 1))
-    made.close(jax.device_get(there), jax.device_get(alone))
+@pytest.mark.parametrize("family", ["dense", "deepseek_v4"])
+def test_a_sharded_target_says_what_one_device_hears(family):
+    """Each shard its own sequences, of different numbers of documents."""
+    model, _ = tiny_models(family, zoo.VOCAB + 3, drafters=(), shards=8)
+    packed = made.packed(20, 25, 40, 9, 30, 7, 3, 48)
+    assert len(packed.index_P) == 4
+    alone = FeatureSource(model, (0, 1))(packed)
+    with jax.set_mesh(make_mesh("data:2,expert:2,model:2")):
+        there = FeatureSource(shard(model), (0, 1))(packed)
+    made.close(there, alone)
 
 
 def test_a_batch_that_cannot_be_shared_out_is_named():

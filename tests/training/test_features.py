@@ -11,7 +11,8 @@ from jaxspark.configs.targets import deepseek_v4_tiny
 from jaxspark.models import DeepSeekV4, FlatTokens
 from jaxspark.training import drafter_setup
 from jaxspark.training.config import TrainConfig
-from jaxspark.training.features import FeatureCache, FeatureSource, target_features
+from jaxspark.training.feature_cache import FeatureCache
+from jaxspark.training.features import FeatureSource, target_features
 from jaxspark.training.objective import Objective
 from jaxspark.training.trainer import Trainer
 from tests import zoo
@@ -203,7 +204,7 @@ def test_a_cut_file_is_noticed(tmp_path, packed):
 def test_an_interrupted_row_is_not_believed(tmp_path, packed, monkeypatch):
     first = source(tmp_path, packed)
     monkeypatch.setattr(
-        "jaxspark.training.features._checksum",
+        "jaxspark.training.feature_cache._checksum",
         lambda *arrays: (_ for _ in ()).throw(KeyboardInterrupt),
     )
     with pytest.raises(KeyboardInterrupt):

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from jaxspark.configuration import Configuration, option
 from jaxspark.jsonlines import first_reasons
+from jaxspark.parallel.agreement import leads
 from jaxspark.text import Tokenizer
 from jaxspark.training.data.conversations import read_conversations
 from jaxspark.training.data.documents import read_documents
@@ -47,7 +48,7 @@ def read_packed(
         packed = pack(documents, options.sequence_length)
     if cut:
         console.print(f"{cut} documents were cut to {options.sequence_length} tokens")
-    if dropped:
+    if dropped and leads():
         count = f"{len(dropped)} of {len(dropped) + len(documents)} lines dropped"
         print(f"{count}: {first_reasons(dropped)}", file=sys.stderr)
     return packed
