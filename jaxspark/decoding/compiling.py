@@ -13,7 +13,7 @@ import jax
 
 from pallas_kernels.dispatch import expected_platform
 
-COMPILER_OPTIONS = {
+COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
     # Small gathers of a round are slower on a SparseCore than where their results are
     # used (jax issue 40553); large ones of a prefill are not.
     "tpu": {
@@ -22,11 +22,14 @@ COMPILER_OPTIONS = {
     },
     # It looks for tiles of softmaxes for half an hour: DeepSeek-V4-Flash on H100s
     # compiles in 41 seconds without.
-    "gpu": {"xla_disable_hlo_passes": "triton-softmax-rewriter"},
+    "gpu": {
+        "xla_disable_hlo_passes": "triton-softmax-rewriter",
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+    },
 }
 
 
-def compiler_options() -> dict[str, str] | None:
+def compiler_options() -> dict[str, str | bool] | None:
     """Those for the platform that programs are being made for."""
     return COMPILER_OPTIONS.get(expected_platform())
 

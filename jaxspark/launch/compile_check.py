@@ -27,7 +27,12 @@ from jaxspark.simulation.abstract_models import abstract_models
 from jaxspark.simulation.chips import parse_slice
 from jaxspark.simulation.compile_check import compile_program
 from jaxspark.simulation.compile_report import figures, report
-from jaxspark.simulation.programs import WHAT, lower_decoding, lower_training
+from jaxspark.simulation.programs import (
+    WHAT,
+    lower_decoding,
+    lower_draft_training,
+    lower_training,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +95,14 @@ def main(config: Config) -> int:
             if config.what == "train":
                 lowered = lower_training(
                     mesh, target, texts=config.slots, length=config.capacity
+                )
+            elif config.what == "train_draft":
+                lowered = lower_draft_training(
+                    mesh,
+                    target,
+                    sequences=config.slots,
+                    length=config.capacity,
+                    block_length=config.block_length,
                 )
             else:
                 lowered = lower_decoding(

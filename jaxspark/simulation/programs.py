@@ -10,25 +10,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxspark.configs import drafters as draft_configs
 from jaxspark.decoding import DecodeOptions, DecodeState, decode, prefill
 from jaxspark.decoding.compiling import compiler_options
-from jaxspark.drafters import MTPDrafter
+from jaxspark.drafters import DSparkDrafter, MTPDrafter
 from jaxspark.parallel.mesh import check_mesh, constrain, slots_per_shard
 from jaxspark.parallel.rules import (
     parameter_specs,
     replicated_specs,
     row_specs,
+    spread_specs,
     state_specs,
     training_specs,
 )
 from jaxspark.simulation.chips import abstract
+from jaxspark.training.config import TrainConfig
+from jaxspark.training.data.packing import Packed
+from jaxspark.training.features import features_program
 from jaxspark.training.pretraining import Parts, pretraining_gradients
+from jaxspark.training.trainer import Trainer, TrainState, is_trained
 
-WHAT = ("decode", "prefill", "train")
+WHAT = ("decode", "prefill", "train_draft", "train")
 PREFILL_CHUNK = 128
 
 
@@ -48,7 +55,7 @@ class Program:
     arguments: Mapping[str, Any] = field(repr=False)
     growing: tuple[str, ...] = ()
     tokens: int
-    options: Mapping[str, str] | None = None
+    options: Mapping[str, str | bool] | None = None
 
     def bytes_per_chip(self, name: str) -> float:
         """Of an argument."""
@@ -129,6 +136,83 @@ def lower_decoding(
         growing=tuple(caches),
         tokens=tokens,
         options=options,
+    )
+
+
+def lower_draft_training(
+    mesh: Mesh, target: Any, *, sequences: int, length: int, block_length: int
+) -> Program:
+    """A step of a DSpark drafter's training, the target's features included.
+
+    Args:
+      mesh: in use.
+      target: a described model.
+      sequences: of a batch, of one document each.
+      length: of each, in tokens.
+      block_length: rows of a block.
+
+    Raises:
+      ValueError: the model, the drafter or the sequences cannot be shared out.
+    """
+    own = slots_per_shard(sequences)
+    described = draft_configs.dspark(target.config, block_size=block_length)
+    drafter = nnx.eval_shape(lambda: DSparkDrafter(described, rngs=nnx.Rngs(0)))
+    for model in (target, drafter):
+        check_mesh(model, mesh)
+    config = TrainConfig(
+        steps=1,
+        sequences=sequences,
+        block_length=block_length,
+        dtype=jnp.dtype(target.dtype).name,
+    )
+    graphdef, trained, frozen = nnx.split(drafter, is_trained, ...)  # type: ignore[misc]
+    optimizer = jax.eval_shape(config.transformation().init, trained)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(
+        trained=abstract(mesh, trained, spread_specs(trained)),
+        optimizer=abstract(mesh, optimizer, spread_specs(optimizer)),
+        step=abstract(mesh, step, PartitionSpec()),
+    )
+    trainer = Trainer(
+        graphdef=graphdef,
+        frozen=abstract(mesh, frozen, replicated_specs(frozen)),
+        target=abstract(mesh, target, parameter_specs(target)),
+        config=config,
+    )
+    batch = _one_document_each(sequences, length)
+    taps = described.target_layer_ids
+    features_of, _, tokens, static = features_program(target, batch, taps)
+    batch, tokens = (abstract(mesh, each, row_specs(each)) for each in (batch, tokens))
+
+    @partial(jax.jit, donate_argnums=0)
+    def trained_step(state, frozen, target, batch, tokens):
+        features = features_of(target, tokens, **static)
+        whole = replace(trainer, frozen=frozen, target=target)
+        return whole.apply(state, [(batch, features)])
+
+    return Program(
+        lowered=trained_step.lower(
+            state, trainer.frozen, trainer.target, batch, tokens
+        ),
+        arguments={
+            "weights of the target": trainer.target,
+            "parameters of the drafter": (state.trained, trainer.frozen),
+            "memory of the optimizer": state.optimizer,
+            "sequences": (batch, tokens),
+        },
+        growing=("sequences",),
+        tokens=own * length,
+    )
+
+
+def _one_document_each(sequences: int, length: int) -> Packed:
+    shape = sequences, length
+    return Packed(
+        ids_PS=np.zeros(shape, np.int32),
+        positions_PS=np.broadcast_to(np.arange(length, dtype=np.int32), shape),
+        documents_PS=np.zeros(shape, np.int32),
+        trainable_PS=np.ones(shape, bool),
+        index_P=np.arange(sequences, dtype=np.int32),
     )
 
 

@@ -85,7 +85,7 @@ def target_features(
       ValueError: they cannot be shared out evenly.
     """
     own_rows(len(batch.index_P))
-    function, *operands, static = _call(target, batch, taps)
+    function, *operands, static = features_program(target, batch, taps)
     return function(*operands, **static)
 
 
@@ -93,11 +93,14 @@ def lower_features(
     target: TargetDecoder, batch: Packed, *, taps: tuple[int, ...]
 ) -> Any:
     """The same, lowered and not run."""
-    function, *operands, static = _call(target, batch, taps)
+    function, *operands, static = features_program(target, batch, taps)
     return function.lower(*operands, **static)
 
 
-def _call(target, batch, taps):
+def features_program(
+    target: TargetDecoder, batch: Packed, taps: tuple[int, ...]
+) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """What computes features, jitted; its two arguments, and its static keywords."""
     if isinstance(target, DenseDecoder):
         return _of_sequences, target, batch, {"taps": taps}
     rows, length = batch.ids_PS.shape

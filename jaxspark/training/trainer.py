@@ -113,7 +113,13 @@ class Trainer:
           state: before it.
           microbatches: this process's sequences and their features.
         """
-        first, *rest = map(from_own_rows, microbatches)
+        return self.apply(state, [from_own_rows(each) for each in microbatches])
+
+    def apply(
+        self, state: TrainState, microbatches: list[tuple[Packed, Features]]
+    ) -> tuple[TrainState, Sums]:
+        """`step` of arrays over all processes; may be traced."""
+        first, *rest = microbatches
         total = self._gradients(state, *first, 0)
         for index, (batch, features) in enumerate(rest, 1):
             total = _add(total, self._gradients(state, batch, features, index))

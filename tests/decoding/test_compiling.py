@@ -4,8 +4,8 @@ import jax
 import pytest
 
 from jaxspark import generate
-from jaxspark.drafters import NgramDrafter
 from jaxspark.decoding import compiling
+from jaxspark.drafters import NgramDrafter
 from tests import zoo
 
 

@@ -4,10 +4,15 @@ Every drafter on every mesh is in `jaxspark audit --suite=mesh`.
 """
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+from jaxspark.decoding import DecodeOptions, DecodeState, decode
 from jaxspark.exactness.audit_schedules import ScheduleAudit, ScheduleCell
+from jaxspark.exactness.tiny_models import tiny_models
 from jaxspark.parallel.mesh import make_mesh
+
+COLLECTIVES = ("all_gather", "all_reduce", "all_to_all", "reduce_scatter", "permute")
 
 
 @pytest.mark.parametrize(
@@ -33,3 +38,19 @@ def test_tokens_are_those_of_one_device(family, drafter):
     assert not result.audit.violations
     assert len(result.audit.near_ties) <= 1
     assert 0 < result.drafted < result.rounds
+
+
+def test_one_device_sends_nothing():
+    """What shards agree on and send to each other is there on a mesh alone."""
+
+    def collectives(family, name):
+        target, drafters = tiny_models(family, 16, drafters=[name])
+        [drafter] = drafters.values()
+        state = DecodeState.empty(target, drafter, slots=2, capacity=32, block_length=2)
+        options = DecodeOptions(block_length=2).resolve(drafter, 2)
+        lowered = decode.lower(target, drafter, state, jnp.int32(1), options=options)
+        return [name for name in COLLECTIVES if name in lowered.as_text()]
+
+    assert not collectives("deepseek_v4", "deepseek_v4_dspark")
+    with jax.set_mesh(make_mesh("data:2", jax.devices()[:2])):
+        assert collectives("dense", "ngram") == ["all_reduce"]

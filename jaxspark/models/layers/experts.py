@@ -174,7 +174,9 @@ class MixtureOfExperts(nnx.Module):
         routing = self.gate(x_TD, ids_T)
         with jax.named_scope("experts"):
             routed_TD = self.experts(x_TD, routing, slots_T, layer)
-        return routed_TD + self.shared_experts(x_TD), routing
+        with jax.named_scope("shared_expert"):
+            shared_TD = self.shared_experts(x_TD)
+        return routed_TD + shared_TD, routing
 
 
 def _spread_ids(vocab: int, top_k: int, experts: int) -> Int[Array, "V X"]:
