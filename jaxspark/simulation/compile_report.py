@@ -13,6 +13,7 @@ _GIB = 2**30
 
 def report(console: Console, name: str, what: str, compiled: Compiled) -> None:
     """Memory, traffic, collectives, and whether it fits."""
+    rows = compiled.program.rows
     shape = " x ".join(f"{axis} {n}" for axis, n in compiled.mesh.shape.items())
     table = Table(title=f"{name} · {what} · {compiled.slice.name} · {shape}")
     table.add_column("memory of one device")
@@ -34,13 +35,14 @@ def report(console: Console, name: str, what: str, compiled: Compiled) -> None:
     else:
         console.print(
             f"fits, {compiled.free / _GIB:.2f} GiB left on each device: up to "
-            f"{compiled.most_slots:,} slots of this context, or "
-            f"{compiled.most_capacity:,} positions for these slots"
+            f"{compiled.most_slots:,} {rows} of this length, or "
+            f"{compiled.most_capacity:,} positions for each of {compiled.slots:,}"
         )
 
 
 def _report_round(console: Console, compiled: Compiled, moved: Traffic) -> None:
-    table = Table(title="a round, on one device")
+    once = compiled.program.once
+    table = Table(title=f"a {once}, on one device")
     for column in ("", "in all", "at full speed"):
         table.add_column(column, justify="left" if not column else "right")
     amounts = {
@@ -52,7 +54,7 @@ def _report_round(console: Console, compiled: Compiled, moved: Traffic) -> None:
         table.add_row(bound, amounts[bound], f"{1e3 * seconds:.2f} ms")
     console.print(table)
 
-    table = Table(title="collectives of a round")
+    table = Table(title=f"collectives of a {once}")
     for column in ("kind", "times", "MB leave a device"):
         table.add_column(column, justify="right" if column != "kind" else "left")
     for kind, entry in moved.by_kind().items():
@@ -61,8 +63,9 @@ def _report_round(console: Console, compiled: Compiled, moved: Traffic) -> None:
 
     bound, seconds = max(compiled.bounds.items(), key=lambda pair: pair[1])
     console.print(
-        f"{compiled.tokens} tokens of {compiled.slots} slots x {compiled.capacity:,} "
-        f"positions; a round takes at least {1e3 * seconds:.1f} ms, bound by {bound}; "
+        f"{compiled.tokens:,} tokens of {compiled.slots} {compiled.program.rows} x "
+        f"{compiled.capacity:,} positions; a {once} takes at least "
+        f"{1e3 * seconds:.1f} ms, bound by {bound}; "
         f"compiled in {compiled.seconds:.0f} s"
     )
 

@@ -48,6 +48,8 @@ class Program:
       arguments: what it holds, described, by name.
       growing: names of arguments that grow with slots and positions.
       tokens: that one chip with slots of its own works on in a pass.
+      once: what one run of it is called.
+      rows: what is shared out over the chips.
       options: of the compiler.
     """
 
@@ -55,6 +57,8 @@ class Program:
     arguments: Mapping[str, Any] = field(repr=False)
     growing: tuple[str, ...] = ()
     tokens: int
+    once: str = "step"
+    rows: str = "slots"
     options: Mapping[str, str | bool] | None = None
 
     def bytes_per_chip(self, name: str) -> float:
@@ -135,6 +139,7 @@ def lower_decoding(
         },
         growing=tuple(caches),
         tokens=tokens,
+        once="round" if what == "decode" else "chunk",
         options=options,
     )
 
@@ -202,6 +207,7 @@ def lower_draft_training(
         },
         growing=("sequences",),
         tokens=own * length,
+        rows="sequences",
     )
 
 
@@ -263,4 +269,5 @@ def lower_training(mesh: Mesh, target: Any, *, texts: int, length: int) -> Progr
         },
         growing=("texts",),
         tokens=own * length,
+        rows="texts",
     )

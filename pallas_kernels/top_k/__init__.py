@@ -1,1 +1,1 @@
-"""See `api.top_k`; `ref` states the choice, `bisection` makes it without a sort."""
+"""See `api.top_k`; `ref` states the choice, others make it without a sort."""

@@ -3,23 +3,20 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, call
-from pallas_kernels.top_k.bisection import top_k_bisection
+from pallas_kernels.top_k import bisection, mosaic_tpu
 from pallas_kernels.top_k.ref import top_k_xla
-
-# So few are sorted at once.
-FEW = 1024
-
-
-def _supports(scores_TC, limits_T, *, k) -> str | None:
-    if (entries := scores_TC.shape[1]) <= FEW:
-        return f"is for more than {FEW} scores of a token, not {entries}"
-    return None
-
 
 IMPLEMENTATIONS = {
     "xla": Implementation(run=top_k_xla),
+    "mosaic_tpu": Implementation(
+        run=mosaic_tpu.top_k_mosaic_tpu,
+        platforms=("tpu",),
+        supports=mosaic_tpu.supports,
+    ),
     "bisection": Implementation(
-        run=top_k_bisection, platforms=("tpu", "cuda"), supports=_supports
+        run=bisection.top_k_bisection,
+        platforms=("tpu", "cuda"),
+        supports=bisection.supports,
     ),
 }
 
@@ -40,7 +37,8 @@ def top_k(
       scores_TC: float32, no NaNs.
       limits_T: places a row may choose, from the first on.
       k: places to choose.
-      implementation: "xla" sorts on TPUs and GPUs; "bisection" does not.
+      implementation: "xla", which sorts on TPUs and GPUs; "bisection", which does not;
+        or "mosaic_tpu". None takes what suits the platform.
 
     Raises:
       ValueError: unknown implementation, or one that does not support the operands.

@@ -1,4 +1,4 @@
-"""`top_k` without a sort, for TPUs and GPUs, where XLA sorts to find the best.
+"""`top_k` without a sort and without a kernel, for GPUs and the longest rows.
 
 The k-th best score is found by its bits, from the highest down: of four numbers that
 begin with what is known, it is the highest that k scores reach. That takes 16 passes
@@ -16,6 +16,15 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 BLOCK = 128
 BITS = 2
+# So few are sorted as quickly.
+FEW = 1024
+
+
+def supports(scores_TC, limits_T, *, k) -> str | None:
+    """Why it does not choose among these; None if it does."""
+    if (entries := scores_TC.shape[1]) <= FEW:
+        return f"is for more than {FEW} scores of a row, not {entries}"
+    return None
 
 
 def top_k_bisection(
