@@ -23,6 +23,7 @@ from jaxspark.configs.targets import (
     deepseek_v4_pro,
 )
 from jaxspark.decoding import DecodeOptions, Sampling, decode, init_state
+from jaxspark.decoding.compiling import compiler_options
 from jaxspark.drafters import DeepSeekV4DSpark
 from jaxspark.models import DeepSeekV4
 from tests.aot.chips import device_of, on, tracing_for
@@ -65,7 +66,7 @@ def report(platform: str, preset: str) -> dict:
     arguments = on(device_of(platform), (target, drafter, state, count))
     begin = time.perf_counter()
     lowered = decode.lower(*arguments, options=DecodeOptions(block_length=BLOCK))
-    compiled = lowered.compile()
+    compiled = lowered.compile(compiler_options=compiler_options())
     seconds, text = time.perf_counter() - begin, compiled.as_text()
 
     caches = jax.tree.leaves((state.target_cache, state.draft_cache))

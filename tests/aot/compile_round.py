@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxspark.decoding import DecodeOptions, init_state
+from jaxspark.decoding.compiling import compiler_options
 from jaxspark.decoding.round import decode
 from jaxspark.decoding.sampling import Sampling
 from jaxspark.drafters import (
@@ -142,7 +143,8 @@ def compile_decode(case: Case, device):
     count = jax.ShapeDtypeStruct((), jnp.int32)
     arguments = on(device, (target, drafter, state, count))
     lowered = program.lower(*arguments, options=options)
-    return lowered.compile(), (state.target_cache, state.draft_cache)
+    compiled = lowered.compile(compiler_options=compiler_options())
+    return compiled, (state.target_cache, state.draft_cache)
 
 
 def compile_transposed(device):
