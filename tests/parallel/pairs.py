@@ -16,7 +16,13 @@ class Pair:
     there only what a line contains can be asked.
     """
 
-    def __init__(self, folder: Path, *arguments: str, module: str = "jaxspark"):
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        module: str = "jaxspark",
+        supervised: bool = True,
+    ):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -25,6 +31,7 @@ class Pair:
                 [sys.executable, "-m", module, *arguments],
                 cwd=folder,
                 env=os.environ
+                | ({} if supervised else {"JAXSPARK_SUPERVISED": "1"})
                 | {
                     "PYTHONPATH": str(ROOT),
                     "JAX_PLATFORMS": "cpu",

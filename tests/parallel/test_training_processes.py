@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from contextlib import contextmanager
 
 import jax
 import numpy as np
@@ -19,12 +20,12 @@ from tests.parallel.pairs import Pair
 from tests.programs import call, command
 from tests.training import made
 
-STEPS = 6
+STEPS, STOPPED = 9, 128 + signal.SIGTERM
 RUN = {
     **{"target": "target", "data": ("data.jsonl",), "drafter": "dspark", "rank": 8},
     **{"depth": 1, "taps": (0,), "draft_vocab": 64, "init": "random"},
     **{"block_length": 3, "sequences": 8, "anchors": 4, "sequence_length": 64},
-    **{"held_out": 8, "log_every": 1, "evaluate_every": STEPS, "steps": STEPS},
+    **{"held_out": 8, "log_every": 1, "evaluate_every": 4, "steps": STEPS},
     **{"learning_rate": 1e-3, "optimizer": "adam"},
 }
 
@@ -52,8 +53,24 @@ def lines(folder):
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
-def test_two_processes_train_as_one_and_stop_together(tmp_path):
-    """One gets SIGTERM, both save and end; both go on; all is what one would do."""
+def raising(after):
+    """A stand-in for `watched` that sends this process SIGTERM after some steps."""
+
+    @contextmanager
+    def watched(console, steps):
+        def show(line):
+            if line["step"] == after:
+                signal.raise_signal(signal.SIGTERM)
+
+        yield show
+
+    return watched
+
+
+def test_a_run_moves_between_one_process_and_two_that_stop_together(
+    tmp_path, monkeypatch
+):
+    """One process is stopped, two go on and are stopped, one goes on to the end."""
     save_target(tmp_path / "target", target())
     random = np.random.default_rng(0)
     with (tmp_path / "data.jsonl").open("w") as file:
@@ -62,28 +79,34 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path):
             asked = {"role": "user", "content": f"question {i}"}
             said = {"role": "assistant", "content": answer}
             file.write(json.dumps({"messages": [asked, said]}) + "\n")
-    train = command("train_draft", **RUN | {"out": "two", "mesh": "data:8"})[3:]
 
-    pair = Pair(tmp_path, *train)
-    path = tmp_path / "two/metrics.jsonl"
+    def alone(out):
+        with jax.set_mesh(make_mesh("data:8")):
+            return call(tmp_path, train_draft, **RUN | {"out": out})[0]
+
+    assert alone("one") == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(train_draft, "watched", raising(after=1))
+        assert alone("two") == STOPPED
+    begun, two = len(lines(tmp_path / "two")), tmp_path / "two"
+
+    # Without the processes that watch them; those have a test of their own.
+    train = command("train_draft", **RUN | {"out": "two", "mesh": "data:8"})[3:]
+    pair = Pair(tmp_path, *train, supervised=False)
     deadline = time.monotonic() + 300
-    while not path.exists() or not lines(tmp_path / "two"):
+    while len(lines(two)) == begun:
         assert pair.children[0].poll() is None, pair.ends()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     pair.children[1].send_signal(signal.SIGTERM)
     both = pair.ends()
-    assert [status for status, *_ in both] == [128 + signal.SIGTERM] * 2, both
-    stopped = lines(tmp_path / "two")[-1]["step"]
-    assert 1 <= stopped < STEPS
+    assert [status for status, *_ in both] == [STOPPED] * 2, both
     assert "run the same command to go on" in both[0][1].replace("\n", " ")
+    assert not both[1][1]
+    assert begun < len(lines(two)) < STEPS
 
-    both = Pair(tmp_path, *train).ends()
-    assert [status for status, *_ in both] == [0, 0], both
-    assert f"step {STEPS}" in both[0][1] and not both[1][1]
-    with jax.set_mesh(make_mesh("data:8")):
-        assert call(tmp_path, train_draft, **RUN | {"out": "one"})[0] == 0
-    mine, whole = lines(tmp_path / "two"), lines(tmp_path / "one")
+    assert alone("two") == 0
+    mine, whole = lines(two), lines(tmp_path / "one")
     for line in mine + whole:
         del line["seconds_per_step"]
     assert [line["step"] for line in mine] == list(range(1, STEPS + 1))
