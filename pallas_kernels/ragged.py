@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int, Shaped
 
 
@@ -93,9 +92,7 @@ class Table:
                 self.rows_LBCH, self.layer, keepdims=False
             )
         if self.pages_BP is None:
-            # XLA would have all layers' rows lie as a GPU's products of this one like
-            # them best, and turn the whole stack for every write.
-            return with_layout_constraint(rows_BCH, Layout(major_to_minor=(0, 1, 2)))
+            return rows_BCH
         rows_BPCH = rows_BCH[self.pages_BP]
         return rows_BPCH.reshape(len(rows_BPCH), -1, rows_BPCH.shape[-1])
 

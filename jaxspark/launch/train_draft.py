@@ -40,7 +40,7 @@ from jaxspark.training.progress_bar import watched
 from jaxspark.training.run import has_checkpoint, train
 from jaxspark.training.trainer import Trainer
 
-# What may change when a run goes on: where and how it is watched, not what it computes.
+# What may change when a run goes on: where it runs and how it is watched.
 _FREE = {"out", "features", "cache_dir", "cache_gb", "cache_layers", "dry_run"}
 _FREE |= {"log_every", "save_every", "evaluate_every", "keep_quantized"}
 _FREE |= {each.name for each in fields(DeviceOptions)}

@@ -15,6 +15,7 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.models.batch import FlatTokens
@@ -62,6 +63,8 @@ class LayerRows:
         table = table.at[row_N].set(new_NH.astype(table.dtype), mode="drop")
         # Without the barrier XLA may fuse the write into readers and copy the table.
         table = jax.lax.optimization_barrier(table)
+        # Nor may it lie as a GPU's readers like it, to be turned for each write.
+        table = with_layout_constraint(table, Layout(major_to_minor=(0, 1)))
         return replace(self, rows_LBSH=table.reshape(self.rows_LBSH.shape))
 
     def at_slots(self, slots_N: Int[Array, " N"]) -> Self:

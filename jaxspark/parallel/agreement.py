@@ -10,8 +10,13 @@ from collections.abc import Callable
 from typing import overload
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool
+
+from jaxspark.parallel.mesh import replicated
 
 
 def leads() -> bool:
@@ -37,6 +42,19 @@ def everywhere(*flags: bool) -> tuple[bool, ...]:
         return flags
     every = multihost_utils.process_allgather(np.array(flags))
     return tuple(bool(each) for each in np.asarray(every).all(axis=0))
+
+
+def anywhere(flag: bool) -> Bool[Array, ""]:
+    """Whether a flag is true on any process; who reads it waits, nobody else does."""
+    mesh = jax.sharding.get_mesh()
+    where = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    own = np.full(len(where.addressable_devices), flag)
+    return _any(jax.make_array_from_process_local_data(where, own))
+
+
+@jax.jit
+def _any(flags: Bool[Array, " N"]) -> Bool[Array, ""]:
+    return replicated(jnp.any(flags))
 
 
 def by_first[T](function: Callable[[], T]) -> T | None:

@@ -106,6 +106,8 @@ class Job:
           ValueError: nothing tells where they are.
           RuntimeError: they did not come.
         """
+        # It would take SIGTERM from programs that do not ask for it.
+        jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
             self.coordinator,
             self.processes,

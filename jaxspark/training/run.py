@@ -8,11 +8,12 @@ A run that was killed goes on from its newest checkpoint and repeats the steps a
 to the bit: batches and anchors are functions of the seed and the step number.
 
 Several processes of a job write one folder: their own shards of checkpoints, and
-process 0 all else. They stop together: the runtime tells all of them of one's SIGTERM.
+process 0 all else. They stop together, whichever of them SIGTERM comes to.
 """
 
 import contextlib
 import signal
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
@@ -22,15 +23,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from jaxspark.jsonlines import JsonLines
-from jaxspark.parallel.agreement import agreed, in_turn, leads
+from jaxspark.parallel.agreement import agreed, anywhere, in_turn, leads
 from jaxspark.settings import standard_settings
 from jaxspark.training.data.packing import Batches, Packed
 from jaxspark.training.features import FeatureSource, with_features
 from jaxspark.training.objective import summary
 from jaxspark.training.trainer import Trainer, TrainState
+
+# Steps that several processes are ahead of what they know of each other.
+_AHEAD = 2
 
 
 class Checkpoints:
@@ -86,18 +89,24 @@ def _plain(state: TrainState) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def stop_signal() -> Iterator[Callable[[int], bool]]:
+def stop_signal() -> Iterator[Callable[[], bool]]:
     """Turns SIGTERM into a question, asked after every step: is it the last?
 
-    Several processes are told the same step, soon after the signal came to any.
+    The processes of a job are told alike, `_AHEAD` steps after it came to any.
     """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
     seen: list[int] = []
+    asked: deque[jax.Array] = deque()
+
+    def stopping() -> bool:
+        if jax.process_count() == 1:
+            return bool(seen)
+        # What was asked some steps ago is known by now, so devices go on meanwhile.
+        asked.append(anywhere(bool(seen)))
+        return len(asked) > _AHEAD and bool(asked.popleft())
+
     before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
     try:
-        yield lambda step: bool(seen)
+        yield stopping
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -156,8 +165,7 @@ def train(
         for step in range(begin, config.steps):
             micro = [batches[step * count + i] for i in range(count)]
             state, sums = trainer.step(state, [with_features(b, source) for b in micro])
-            done = step + 1
-            stop = stopping(done)
+            done, stop = step + 1, stopping()
             line: dict[str, Any] = {"step": done}
             if done % log_every == 0 or done == config.steps:
                 figures = summary(jax.device_get(sums), config.objective)

@@ -3,9 +3,6 @@
 import io
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,9 +15,8 @@ from jaxspark.models import DenseDecoder
 from jaxspark.parallel import processes
 from jaxspark.parallel.processes import LOST, Job
 from tests.checkpoints.tiny import dense, tokenizer
+from tests.parallel.pairs import Pair
 from tests.programs import call
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -63,39 +59,6 @@ def test_lost_processes_are_read_from_what_the_runtime_says(capfdbinary):
     lost = set()
     processes._pass_on(io.BytesIO(said), lost)
     assert lost == {1, 12}
-
-
-class Pair:
-    """Two processes of four devices each, running one command."""
-
-    def __init__(self, folder, *arguments):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        self.children = [
-            subprocess.Popen(
-                [sys.executable, "-m", "jaxspark", *arguments],
-                cwd=folder,
-                env=os.environ
-                | {
-                    "PYTHONPATH": str(ROOT),
-                    "JAX_PLATFORMS": "cpu",
-                    "JAX_NUM_CPU_DEVICES": "4",
-                    "JAXSPARK_COORDINATOR": f"localhost:{port}",
-                    "JAXSPARK_PROCESSES": "2",
-                    "JAXSPARK_PROCESS_INDEX": str(index),
-                },
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for index in range(2)
-        ]
-
-    def ends(self, seconds=300):
-        """Status, output and errors of each."""
-        both = [child.communicate(timeout=seconds) for child in self.children]
-        return [(child.returncode, *said) for child, said in zip(self.children, both)]
 
 
 @pytest.fixture(scope="module")
