@@ -9,6 +9,7 @@ Tokens are taken one at a time, however many a round of decoding accepts at once
 size of the rounds cannot be seen in what comes out.
 """
 
+from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -107,7 +108,7 @@ class Output:
         thought = self._parser.thought
         if thought is None:
             return len(self.tokens)
-        return sum(end <= thought for end in self.ends) if thought else 0
+        return bisect_right(self.ends, thought) if thought else 0
 
     def push(self, token: int) -> list[Event]:
         """What becomes certain with the next token."""
