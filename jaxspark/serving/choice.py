@@ -92,11 +92,11 @@ class ChoiceReader:
 
     def _part(self, ending: Ending | None = None) -> Part:
         settled = len(self._output.tokens) if ending else self._output.settled
-        ends = [0, *self._output.ends]
+        ends = self._output.ends
         part = Part(
             events=joined(self._events),
             tokens=self._sampled[self._told : settled],
-            offsets=ends[self._told : settled],
+            offsets=[ends[i - 1] if i else 0 for i in range(self._told, settled)],
             told=settled,
             reasoning=min(self._output.reasoning_tokens, settled),
             ending=ending,

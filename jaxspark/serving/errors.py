@@ -118,5 +118,6 @@ def path(loc: tuple[int | str, ...]) -> str:
         if isinstance(part, int):
             text += f"[{part}]"
         elif not part.startswith("@"):  # The alternatives of a union.
-            text += f".{part}" if text else part
+            name = part if len(part) <= 60 else f"{part[:60]}..."
+            text += f".{name}" if text else name
     return text

@@ -18,6 +18,8 @@ from jaxspark.serving.fields import (
 )
 from jaxspark.serving.served import Served
 
+# Outputs of one request.
+MOST_CHOICES = 1024
 _MASK = 2**32 - 1
 
 
@@ -52,6 +54,8 @@ def demands(
     """
     extras = _extras(fields, served, log_probs, prompt_log_probs, tool_use)
     count = fields.n or 1
+    if count * len(prompts) > MOST_CHOICES:
+        raise wrong("n", count, f"at most {MOST_CHOICES} outputs of all prompts")
     found = []
     for place, ids in enumerate(prompts):
         budget = _budget(len(ids), served, param, max_tokens)
@@ -171,7 +175,7 @@ def _extras(
 def _bias(bias: Mapping[str, float], served: Served) -> dict[int, float]:
     found = {}
     for text, value in bias.items():
-        if not text.isdecimal():
+        if not text.isdecimal() or len(text) > 10:
             raise wrong("logit_bias", text, "token ids as keys")
         served.check_tokens("logit_bias", [int(text)])
         found[int(text)] = value

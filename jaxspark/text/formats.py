@@ -40,6 +40,9 @@ CALLS: Mapping[str, CallFormat] = MappingProxyType(
     }
 )
 
+# Models that write something else than JSON between the same tags.
+_NOT_JSON = ("<function=", "<arg_key>")
+
 
 def detect(tokenizer: Tokenizer) -> tuple[str | None, str | None]:
     """Names of the forms for thinking and for calls that a tokenizer speaks of.
@@ -55,7 +58,7 @@ def detect(tokenizer: Tokenizer) -> tuple[str | None, str | None]:
     if knows(MARK):
         return "deepseek_v4", "deepseek_v4"
     calls = None
-    if "<tool_call>" in told:
+    if "<tool_call>" in told and not any(tag in told for tag in _NOT_JSON):
         calls = "hermes"
     elif knows("<|python_tag|>"):
         calls = "llama3"

@@ -292,7 +292,19 @@ def test_a_model_that_calls_no_tools_refuses_them():
     assert param == "tools" and "not known to call any" in message
 
 
-@pytest.mark.parametrize("body", [b"{", b"\xff", b"[]", b'{"a":' * 10000, b""])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff",
+        b'{"a":' * 10000,
+        b'{"model": "m", "messages": [], "seed": %s}' % (b"9" * 5000),
+        b'{"model": "m", "messages": [{"role": "user", "content": "\\ud83d"}]}',
+        b'{"model": "m", "messages": [], "%s": 1}' % (b"a" * 5000),
+    ],
+)
 def test_bodies_that_are_none_are_errors(body):
     with pytest.raises(ApiError) as caught:
         ChatRequest.read(body)

@@ -222,6 +222,9 @@ def test_tokenizers_tell_their_forms():
     assert detect(tokenizer) == ("qwen3", None)
     tokenizer.hf.chat_template = "{# <tool_call> #}"
     assert detect(tokenizer) == ("qwen3", "hermes")
+    tokenizer.hf.chat_template = "{# <tool_call><function=f> #}"
+    assert detect(tokenizer) == ("qwen3", None)
+    tokenizer.hf.chat_template = "{# <tool_call> #}"
     tokenizer.core.add_tokens(["<｜Assistant｜>"])
     assert detect(tokenizer) == ("deepseek_r1", "hermes")
     tokenizer.core.add_tokens(["｜DSML｜"])
@@ -229,3 +232,42 @@ def test_tokenizers_tell_their_forms():
     llama = tiny.tokenizer()
     llama.core.add_special_tokens(["<|python_tag|>"])
     assert detect(llama) == (None, "llama3")
+
+
+@pytest.mark.parametrize("form", CALLS)
+def test_nothing_but_white_space_is_lost(form, random):
+    """Where no call begins, the answer is the text."""
+    pieces = [
+        "<tool_call>",
+        "</tool_call>",
+        '{"name": "f", "arguments": ',
+        '{"name": "f", "parameters": {',
+        '<tool_call>{"name": "f", "arguments": {',
+        '"parameters": {"a": "b"}',
+        "{}",
+        "}",
+        ",",
+        "<｜DSML｜tool_calls>",
+        "</｜DSML｜function_calls>",
+        '<｜DSML｜invoke name="f">',
+        "</｜DSML｜invoke>",
+        '<｜DSML｜parameter name="a" string="false">',
+        "</｜DSML｜parameter>",
+        "<",
+        "1",
+        " ",
+        "\n",
+        "word",
+    ]
+    calls_seen = 0
+    for _ in range(300):
+        text = "".join(random.choice(pieces, size=random.integers(12)))
+        size = int(random.integers(1, 9))
+        _, answer, calls = said(parsed(text, calls=form, size=size))
+        assert (answer, calls) == said(parsed(text, calls=form))[1:]
+        calls_seen += bool(calls)
+        if not calls:
+            assert "".join(answer.split()) == "".join(text.split())
+        for _, arguments, whole in calls:
+            assert not whole or isinstance(json.loads(arguments), dict)
+    assert calls_seen
