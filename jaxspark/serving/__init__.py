@@ -5,6 +5,13 @@ A client's body is read (`ChatRequest.read`), understood (`prepare_chat`), and b
 `Assembler` makes chunks and the answer. Nothing here computes.
 """
 
+try:
+    import pydantic  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "serving needs the package pydantic: pip install 'jaxspark[serve]'"
+    ) from error
+
 from jaxspark.serving.chat_answer import ChatAssembler
 from jaxspark.serving.chat_request import ChatRequest
 from jaxspark.serving.completion_answer import CompletionAssembler

@@ -31,6 +31,9 @@ from jaxspark.text.dsml import MARK
 
 Message = Mapping[str, Any]
 _Turn = dict[str, Any]
+# Fields of the released encoder's messages that would change the prompt: arguments say
+# what the first three do, and the tokens of quick tasks are written by nobody here.
+_REFUSED = ("tools", "response_format", "wo_eos", "content_blocks", "task")
 
 
 def encode_deepseek_v4(
@@ -134,6 +137,11 @@ def _turns(messages: Sequence[Message]) -> list[_Turn]:
     turns: list[_Turn] = []
     order: dict[str, int] = {}
     for index, message in enumerate(messages):
+        if given := [name for name in _REFUSED if message.get(name)]:
+            raise ValueError(
+                f"message {index} has the field {given[0]!r}, which is not read here; "
+                "tools, response_format and continue_final_message are arguments"
+            )
         role, text = message["role"], _text(message, index)
         if role in ("user", "tool"):
             if not turns or turns[-1]["role"] != "user":

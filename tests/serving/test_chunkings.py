@@ -18,6 +18,9 @@ from jaxspark.serving import (
     ChatRequest,
     CompletionAssembler,
     CompletionRequest,
+    Ended,
+    Prefilled,
+    Tokens,
     prepare_chat,
     prepare_completion,
 )
@@ -282,6 +285,36 @@ def test_so_it_is_for_the_embedded_model(random, smollm2_path):
     every = models(tokenizer)
     for _ in range(EMBEDDED_CASES):
         check_case(random, every[random.integers(len(every))])
+
+
+def test_outputs_beside_each_other_are_what_they_are_alone(random):
+    """The engine tells of several in any order; each has the chunks of its own."""
+    model = served(thinking="qwen3", calls="hermes")
+    for _ in range(100):
+        texts = [output_text(random, "hermes") for _ in range(3)]
+        body = options_of(random, texts[0]) | {"messages": HI, "tools": [WEATHER]}
+        body["stream_options"] = None
+        request = ChatRequest.read(body | {"n": 3})
+        prepared = prepare_chat(request, model, id="x", created=7)
+        every = [sampled(tokens_of(random, model.tokenizer, text)) for text in texts]
+        alone = [
+            run(ChatAssembler(prepared), tokens, choice=choice)
+            for choice, tokens in enumerate(every)
+        ]
+        together, found = ChatAssembler(prepared), [[], [], []]
+        rest = [[Prefilled(choice=i)] for i in range(3)]
+        for choice, tokens in enumerate(every):
+            place = 0
+            for size in blocks(random, len(tokens)):
+                block = tokens[place : place + size]
+                rest[choice].append(Tokens(choice=choice, tokens=block))
+                place += size
+            rest[choice].append(Ended(choice=choice, reason="length"))
+        while any(rest):
+            choice = random.choice([i for i in range(3) if rest[i]])
+            for chunk in together.push(rest[choice].pop(0)):
+                found[choice].append(chunk.json_text())
+        assert found == alone and together.finished
 
 
 def test_the_checks_can_fail(random):

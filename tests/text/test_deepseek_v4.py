@@ -67,6 +67,8 @@ def test_parts_of_text_are_paragraphs():
     [
         ({"role": "critic", "content": ""}, "message 0 has the role 'critic'"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "reads text only"),
+        ({"role": "user", "content": "", "task": "query"}, "has the field 'task'"),
+        ({"role": "system", "content": "", "tools": [1]}, "has the field 'tools'"),
         ({"role": "assistant", "tool_calls": [{}]}, "call 0 is {}, expected a 'func"),
         (
             {
