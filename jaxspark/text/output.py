@@ -46,6 +46,12 @@ class ReadOptions:
     calls: CallFormat | None = None
     one_call: bool = False
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Control tokens that are text for the parsers that look for them."""
+        tags = (self.thinking.begin, self.thinking.end) if self.thinking else ()
+        return tags + (self.calls.tokens if self.calls else ())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
@@ -77,11 +83,7 @@ class Output:
         self.ending: Ending | None = None
         self.begun = self.made = 0
         self._tokenizer = tokenizer
-        shown = options.calls.tokens if options.calls else ()
-        self._skip = options.skip_special, shown
-        self._text = TextStream(
-            tokenizer, skip_special=options.skip_special, shown=shown
-        )
+        self._text = self._stream()
         self._stops = StopFinder(options.stop, include=options.include_stop)
         self._parser = OutputParser(
             options.thinking, options.calls, opened=options.opened
@@ -179,7 +181,10 @@ class Output:
                 return count
         return len(self.tokens)
 
+    def _stream(self) -> TextStream:
+        skip, shown = self.options.skip_special, self.options.shown
+        return TextStream(self._tokenizer, skip_special=skip, shown=shown)
+
     def _whole(self, count: int) -> str:
-        skip, shown = self._skip
-        stream = TextStream(self._tokenizer, skip_special=skip, shown=shown)
+        stream = self._stream()
         return stream.push(self.tokens[:count]) + stream.flush()

@@ -183,11 +183,10 @@ def check_against_the_rules(prepared, ids, answer):
     reading, tokenizer = prepared.reading, prepared.served.tokenizer
     stops = [place for place, token in enumerate(ids) if token in reading.stop_ids]
     before = ids[: stops[0]] if stops else ids
-    calls = reading.calls.tokens if reading.calls else ()
 
     def decoded(count):
         skip = reading.skip_special
-        stream = TextStream(tokenizer, skip_special=skip, shown=calls)
+        stream = TextStream(tokenizer, skip_special=skip, shown=reading.shown)
         return stream.push(before[:count]) + stream.flush()
 
     text = decoded(len(before))
@@ -270,7 +269,7 @@ def tokenizers():
         end = core.token_to_id("</s>")
         made.append(Tokenizer(core=core, stop_ids=[end], chat_template=template))
     made[1].core.add_tokens(["<think>", "</think>", "｜DSML｜"])
-    made[2].core.add_special_tokens(["<|python_tag|>", "｜DSML｜"])
+    made[2].core.add_special_tokens(["<|python_tag|>", "｜DSML｜", "</think>"])
     return made
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from jaxspark.checkpoints import Tokenizer
 from jaxspark.text import Ending, Output, ReadOptions
-from jaxspark.text.events import CallBegins, Content, joined
+from jaxspark.text.events import CallBegins, Content, Reasoning, joined
 from jaxspark.text.formats import CALLS, THINKING
 from jaxspark.text.token_bytes import TokenBytes
 from tests.checkpoints import tiny
@@ -88,6 +88,10 @@ def test_control_tokens_that_parsers_need_reach_them():
     assert events[0] == CallBegins("f")
     assert read(tokenizer, ids)[1] == [Content('{"name": "f", "parameters": {}}')]
     assert read(tokenizer, ids, skip_special=False)[1][0].text.startswith("<s><|p")
+    tokenizer.core.add_special_tokens(["<think>", "</think>"])
+    ids = tokenizer.encode("<think>hm</think>yes")
+    _, events = read(tokenizer, ids, thinking=THINKING["qwen3"])
+    assert events == [Reasoning("hm"), Content("yes")]
 
 
 def test_one_call_may_be_all_that_is_wanted():
