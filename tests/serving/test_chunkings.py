@@ -161,6 +161,7 @@ def check_every_chunking(random, prepared, assembler, tokens):
     reason = random.choice(["length", "cancelled"])
     first = assembler(prepared)
     chunks = run(first, tokens, reason=reason)
+    check_what_is_told_is_sent(prepared, chunks)
     written = first.answer().json_text()
     for sizes in (blocks(random, len(tokens)), [max(len(tokens), 1)]):
         other = assembler(prepared)
@@ -176,6 +177,24 @@ def check_every_chunking(random, prepared, assembler, tokens):
         expected["choices"][0]["logprobs"] = None
     assert sum_of_chunks == expected
     return answer
+
+
+def check_what_is_told_is_sent(prepared, chunks):
+    """No token is told before the chunk with its last character.
+
+    The last two chunks are one part of the output, with the tokens of the stop.
+    """
+    reading = prepared.reading
+    if not prepared.return_ids or reading.thinking or reading.calls or prepared.echo:
+        return
+    skip = reading.skip_special
+    told = TextStream(prepared.served.tokenizer, skip_special=skip)
+    sent, known = "", ""
+    for chunk in map(json.loads, chunks[:-2]):
+        [choice] = chunk["choices"]
+        sent += choice.get("text") or choice.get("delta", {}).get("content") or ""
+        known += told.push(choice.get("token_ids", []))
+        assert sent.startswith(known)
 
 
 def check_against_the_rules(prepared, ids, answer):
