@@ -87,10 +87,14 @@ def chat_ids(request: ChatRequest | TokenizeRequest, served: Served) -> list[int
 def as_plain(message: ChatMessage, index: int) -> dict[str, Any]:
     """A message as templates know it: one text, arguments as objects.
 
+    "developer" is OpenAI's newer word for "system". Templates know only the older one,
+    and many would leave such a message out without a word.
+
     Raises:
       ApiError: the arguments of a call are none.
     """
-    plain: dict[str, Any] = {"role": message.role}
+    role = "system" if message.role == "developer" else message.role
+    plain: dict[str, Any] = {"role": role}
     content = message.content
     if isinstance(content, list):
         content = "\n".join(part.text for part in content)

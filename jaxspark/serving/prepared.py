@@ -19,7 +19,7 @@ from jaxspark.serving.served import Served
 from jaxspark.text import ReadOptions
 
 # Tokens at a prompt's end that tell whether it opened a think block.
-_TAIL = 8
+_TAIL = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def prepare_chat(
         raise wrong(
             "max_tokens", request.max_tokens, f"max_completion_tokens, {most}, or none"
         )
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise ApiError(
             "top_logprobs is given, and logprobs is not true; set it", param="logprobs"
         )

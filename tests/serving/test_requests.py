@@ -357,6 +357,13 @@ def test_tools_and_reasoning_reach_the_prompt():
     assert chat(model, tools=[WEATHER], tool_choice="none").reading.calls is None
 
 
+def test_developers_speak_as_the_system():
+    messages = [{"role": "developer", "content": "Be short."}, *HI]
+    [demand] = chat(messages=messages).demands
+    prompt = tiny.tokenizer().decode(demand.request.prompt)
+    assert prompt.startswith("system: Be short.")
+
+
 def test_a_target_says_how_it_is_served():
     model = Served.of(tiny.target(), context=64)
     assert (model.name, model.vocab_size, model.stop_ids) == ("tiny", 300, (END,))
