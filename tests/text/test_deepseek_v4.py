@@ -1,8 +1,8 @@
 """DeepSeek-V4's conversations, against prompts in files and against our own parser.
 
-The files are what the encoder inside the released checkpoints (`encoding/`) makes of
-these conversations, with three exceptions: efforts of the later release have their own
-words, and that encoder cannot leave a think block open.
+The files are what a published copy of the released checkpoints' encoder (`encoding/`)
+makes of these conversations, with three exceptions: efforts of the later release have
+their own words, and that encoder cannot leave a think block open.
 """
 
 import json
