@@ -89,7 +89,7 @@ $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.demo
 	@echo "==> installing what the tests need"
-	@$(BIN)/python $(INSTALL) -c constraints.txt -e '.[demo,train,test]'
+	@$(BIN)/python $(INSTALL) -c constraints.txt -e '.[demo,train,serve,test]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.demo

@@ -11,6 +11,7 @@ ROOMS = (
     "launch",
     "pods",
     "benchmark",
+    "serving",
     "exactness",
     "simulation",
     "evaluation",

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as Core
 
 from jaxspark.checkpoints.fields import Fields, read_json, write_json
 from jaxspark.errors import CheckpointError
+from jaxspark.text.deepseek_v4 import encode_deepseek_v4
 from jaxspark.text.tokenizer import Tokenizer
 from jaxspark.text.transformers_library import quiet_transformers
 
@@ -22,6 +23,8 @@ _OTHERS = (_CONFIG, "special_tokens_map.json", "added_tokens.json")
 # Of a model's configuration, only what the choice of a class depends on: the rest may
 # be newer or looser than transformers accepts, and is checked where models are loaded.
 _CHOOSING = ("tokenizer_class", "model_name")
+# Models that ship no chat template, their encoder being code.
+_ENCODERS = {"deepseek_v4": encode_deepseek_v4}
 _CLASS = re.compile(r"\w*Tokenizer(Fast)?|\w+Backend")
 # What transformers notes about where it read a tokenizer from.
 _NOT_WRITTEN = ("is_local", "local_files_only")
@@ -59,7 +62,8 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         )
     _check_templates(hf.chat_template, config)
     stop_ids = () if hf.eos_token_id is None else (hf.eos_token_id,)
-    return Tokenizer(hf, stop_ids=stop_ids)
+    encoder = _ENCODERS.get(model.text("model_type", ""))
+    return Tokenizer(hf, stop_ids=stop_ids, chat_encoder=encoder)
 
 
 def _read_if_there(path: Path) -> Fields:

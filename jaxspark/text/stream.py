@@ -15,7 +15,7 @@ Skipped control tokens are not handed on either: they have no text, and a run of
 goes on behind them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Protocol, runtime_checkable
 
 from tokenizers import Tokenizer as Core
@@ -34,8 +34,8 @@ class Decoder(Protocol):
     def cleans_up(self) -> bool:
         """Whether decoding removes spaces before punctuation."""
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids."""
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """The text of ids, without control tokens or with them."""
 
 
 class TextStream:
@@ -45,11 +45,26 @@ class TextStream:
     grow with the text; only a run of broken characters is decoded again and again.
     """
 
-    def __init__(self, tokenizer: Decoder):
+    def __init__(
+        self,
+        tokenizer: Decoder,
+        *,
+        skip_special: bool = True,
+        shown: Collection[str] = (),
+    ):
+        """Begins a text.
+
+        Args:
+          tokenizer: whose ids arrive.
+          skip_special: whether control tokens are left out.
+          shown: those that are not, for parsers that look for them.
+        """
         core = tokenizer.core
         self._tokenizer = tokenizer
         self._skipped = {
-            i for i, token in core.get_added_tokens_decoder().items() if token.special
+            i
+            for i, token in core.get_added_tokens_decoder().items()
+            if skip_special and token.special and token.content not in shown
         }
         self._bytes: set[int | None] = set()
         if core.decoder is not None and b"ByteFallback" in core.decoder.__getstate__():
@@ -60,14 +75,17 @@ class TextStream:
         self._ids: list[int] = []
         self._held: list[int] = []
         self._printed = 0
-        self._stream = DecodeStream(skip_special_tokens=True)
+        # Those that are left out never reach it.
+        self._stream = DecodeStream(skip_special_tokens=False)
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that became certain with these new ids."""
         text = ""
         for token in map(int, ids):
+            if token in self._skipped:
+                continue
             self._ids.append(token)
-            if token in self._skipped or self._tokenizer.cleans_up:
+            if self._tokenizer.cleans_up:
                 continue
             self._held.append(token)
             if token not in self._bytes:
@@ -78,6 +96,6 @@ class TextStream:
 
     def flush(self) -> str:
         """What was held back, at the end of the ids; the stream then begins anew."""
-        text = self._tokenizer.decode(self._ids)[self._printed :]
+        text = self._tokenizer.decode(self._ids, skip_special=False)[self._printed :]
         self._start()
         return text

@@ -20,6 +20,9 @@ from jaxspark.text.stream import TextStream
 from jaxspark.text.transformers_library import quiet_transformers
 
 Message = Mapping[str, Any]
+# Makes a conversation's prompt, with control tokens as text. It is called with `tools`,
+# `add_generation_prompt`, `continue_final_message` and the caller's own variables.
+ChatEncoder = Callable[..., str]
 
 
 class Tokenizer:
@@ -28,6 +31,8 @@ class Tokenizer:
     Attributes:
       hf: the transformers tokenizer.
       stop_ids: ids that end a text, in the checkpoint's order.
+      chat_encoder: makes prompts of conversations where there is no chat template; None
+        if it cannot be done.
     """
 
     def __init__(
@@ -38,16 +43,18 @@ class Tokenizer:
         stop_ids: Iterable[int] = (),
         special_tokens: Mapping[str, str] | None = None,
         chat_template: str | Mapping[str, str] | None = None,
+        chat_encoder: ChatEncoder | None = None,
     ):
         """Takes a transformers tokenizer, or makes one of its parts.
 
         Args:
           hf: a `transformers.PreTrainedTokenizerFast`, which then needs no more than
-            `stop_ids`.
+            `stop_ids` and `chat_encoder`.
           core: a `tokenizers.Tokenizer`, which is copied.
           stop_ids: ids that end a text.
           special_tokens: text of `bos_token`, `eos_token`, ... as far as there are any.
           chat_template: Jinja source, or sources by name ("default", "tool_use", ...).
+          chat_encoder: what makes prompts where there is no chat template.
         """
         if hf is None:
             if isinstance(chat_template, Mapping):
@@ -61,13 +68,14 @@ class Tokenizer:
                 )
         self.hf = hf
         self.stop_ids = tuple(stop_ids)
+        self.chat_encoder = chat_encoder
         # A tokenizer.json may carry its training run's cutting and padding.
         self.core.no_truncation()
         self.core.no_padding()
 
     def with_stop_ids(self, stop_ids: Iterable[int]) -> "Tokenizer":
         """The same tokenizer, ending texts at these ids."""
-        return Tokenizer(self.hf, stop_ids=stop_ids)
+        return Tokenizer(self.hf, stop_ids=stop_ids, chat_encoder=self.chat_encoder)
 
     @property
     def core(self) -> Core:
@@ -162,7 +170,7 @@ class Tokenizer:
           CheckpointError: no chat template, or one that fails on these messages.
           ValueError: as for `encode`.
         """
-        if self.chat_template is None:
+        if self.chat_template is None and self.chat_encoder is None:
             raise CheckpointError(
                 "this checkpoint has no chat template; encode a plain prompt instead"
             )
@@ -174,14 +182,14 @@ class Tokenizer:
                 )
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
+        if documents is not None:
+            variables["documents"] = documents
         try:
-            text = self.hf.apply_chat_template(
+            text = self._prompt(
                 list(messages),
                 tools=tools,
-                documents=documents,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                tokenize=False,
                 **variables,
             )
         except Exception as error:  # A template can fail in any way.
@@ -190,6 +198,27 @@ class Tokenizer:
             ) from error
         # The template writes its own beginning-of-text token.
         return self._encode(text, add_special_tokens=False)
+
+    def _prompt(
+        self,
+        messages: list[Message],
+        *,
+        tools: Sequence[Mapping[str, Any] | Callable] | None,
+        **options: Any,
+    ) -> str:
+        """A conversation as text."""
+        if self.chat_template is not None or self.chat_encoder is None:
+            return self.hf.apply_chat_template(
+                messages, tools=tools, tokenize=False, **options
+            )
+        if not messages:
+            raise ValueError("there is none; give at least one message")
+        with quiet_transformers() as transformers:
+            schema = transformers.utils.get_json_schema
+        schemas = [
+            each if isinstance(each, Mapping) else schema(each) for each in tools or ()
+        ]
+        return self.chat_encoder(messages, tools=schemas, **options)
 
     def stream(self) -> TextStream:
         """A fresh decoder for ids that arrive piece by piece."""

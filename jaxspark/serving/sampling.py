@@ -1,0 +1,223 @@
+"""From a client's fields to what the engine is asked for.
+
+What is checked here takes more than one field, or the model, to see.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxspark.generation import Request, SamplingParams
+from jaxspark.generation.request import spread_seed
+from jaxspark.serving.demands import Demand, Extras, Grammar, ToolUse
+from jaxspark.serving.errors import ApiError, wrong
+from jaxspark.serving.fields import (
+    AnyJson,
+    JsonOfSchema,
+    SamplingFields,
+    StructuralTag,
+)
+from jaxspark.serving.served import Served
+
+# Outputs of one request.
+MOST_CHOICES = 1024
+_MASK = 2**32 - 1
+
+
+def demands(
+    fields: SamplingFields,
+    served: Served,
+    *,
+    group: str,
+    prompts: list[list[int]],
+    param: str,
+    max_tokens: int | None,
+    log_probs: int | None,
+    prompt_log_probs: int | None,
+    tool_use: ToolUse | None = None,
+) -> list[Demand]:
+    """One demand for each of the `n` outputs of each prompt, in this order.
+
+    Args:
+      fields: what the client said.
+      served: of which model.
+      group: the request's id.
+      prompts: their tokens.
+      param: the field they come from, for errors.
+      max_tokens: most new ones; None takes the room that is left.
+      log_probs: the number of most likely tokens beside each; None for no
+        log-probabilities.
+      prompt_log_probs: the same for the prompt.
+      tool_use: which tools may be called.
+
+    Raises:
+      ApiError: what does not fit the model, or each other.
+    """
+    extras = _extras(fields, served, log_probs, prompt_log_probs, tool_use)
+    count = fields.n or 1
+    if count * len(prompts) > MOST_CHOICES:
+        raise wrong("n", count, f"at most {MOST_CHOICES} outputs of all prompts")
+    found = []
+    for place, ids in enumerate(prompts):
+        budget = _budget(len(ids), served, param, max_tokens)
+        if extras.min_tokens > budget:
+            raise wrong(
+                "min_tokens", extras.min_tokens, f"at most max_tokens, {budget}"
+            )
+        for number in range(place * count, (place + 1) * count):
+            params = SamplingParams(
+                max_new_tokens=budget,
+                temperature=_or(fields.temperature, 1.0),
+                top_k=max(_or(fields.top_k, 0), 0),
+                top_p=_or(fields.top_p, 1.0),
+                min_p=_or(fields.min_p, 0.0),
+                seed=None if fields.seed is None else seed_of(fields.seed, number),
+                stop_ids=stop_ids(fields, served),
+                log_probs=log_probs is not None,
+            )
+            found.append(
+                Demand(
+                    group=group,
+                    choice=number,
+                    request=Request(ids, params, name=f"{group}/{number}"),
+                    extras=extras,
+                    priority=_or(fields.priority, 0),
+                    deadline_s=fields.timeout,
+                    cache_salt=fields.cache_salt,
+                )
+            )
+    return found
+
+
+def stop_ids(fields: SamplingFields, served: Served) -> tuple[int, ...]:
+    """Tokens that end an output: the model's, unless ignored, and the client's."""
+    own = () if fields.ignore_eos else served.stop_ids
+    added = fields.stop_token_ids or []
+    served.check_tokens("stop_token_ids", added)
+    return tuple(dict.fromkeys([*own, *added]))
+
+
+def seed_of(seed: int, number: int) -> int:
+    """The engine's seed of an output; small seeds are themselves for the first.
+
+    Clients have 64 bits, the engine's generators 32: the upper half is mixed in.
+    """
+    low, high = seed & _MASK, (seed >> 32) & _MASK
+    return spread_seed(spread_seed(low, high), number)
+
+
+def check_stream(fields: SamplingFields) -> None:
+    """That what belongs to streams is said of streams.
+
+    Raises:
+      ApiError: it is not.
+    """
+    for name in ("stream_options", "stream_interval"):
+        if getattr(fields, name) is not None and not fields.stream:
+            raise ApiError(
+                f"{name} is given, and stream is not true; leave it out", param=name
+            )
+
+
+def _or[T](value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def _budget(prompt: int, served: Served, param: str, max_tokens: int | None) -> int:
+    room = served.context - prompt
+    if room < 1:
+        raise ApiError(
+            f"{param} has {prompt} tokens; the model has room for {served.context} "
+            "with at least one new token; shorten it",
+            param=param,
+            code="context_length_exceeded",
+        )
+    if max_tokens is not None and max_tokens > room:
+        raise ApiError(
+            f"max_tokens is {max_tokens}; behind the {prompt} tokens of {param} the "
+            f"model has room for {room}",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    return room if max_tokens is None else max_tokens
+
+
+def _extras(
+    fields: SamplingFields,
+    served: Served,
+    log_probs: int | None,
+    prompt_log_probs: int | None,
+    tool_use: ToolUse | None,
+) -> Extras:
+    allowed = fields.allowed_token_ids
+    served.check_tokens("allowed_token_ids", allowed or [])
+    grammar = grammar_of(fields)
+    if grammar and tool_use and tool_use.mode != "auto":
+        raise ApiError(
+            "response_format or structured_outputs, and a tool_choice that forces a "
+            "call, are both given; an answer obeys one of them",
+            param="tool_choice",
+        )
+    return Extras(
+        presence_penalty=_or(fields.presence_penalty, 0.0),
+        frequency_penalty=_or(fields.frequency_penalty, 0.0),
+        repetition_penalty=_or(fields.repetition_penalty, 1.0),
+        logit_bias=_bias(fields.logit_bias or {}, served),
+        allowed_ids=None if allowed is None else tuple(allowed),
+        bad_words=tuple(fields.bad_words or ()),
+        min_tokens=_or(fields.min_tokens, 0),
+        top_log_probs=log_probs or 0,
+        prompt_log_probs=prompt_log_probs,
+        grammar=grammar,
+        tool_use=tool_use,
+    )
+
+
+def _bias(bias: Mapping[str, float], served: Served) -> dict[int, float]:
+    found = {}
+    for text, value in bias.items():
+        if not text.isdecimal() or len(text) > 10:
+            raise wrong("logit_bias", text, "token ids as keys")
+        served.check_tokens("logit_bias", [int(text)])
+        found[int(text)] = value
+    return found
+
+
+def grammar_of(fields: SamplingFields) -> Grammar | None:
+    """What the answer must obey, in whichever form it is said.
+
+    Raises:
+      ApiError: it is said more than once, or not at all.
+    """
+    formats: list[Grammar] = []
+    match fields.response_format:
+        case AnyJson():
+            formats.append(Grammar(kind="json_object"))
+        case JsonOfSchema(json_schema=named):
+            formats.append(Grammar(kind="json_schema", value=named.schema_))
+        case StructuralTag() as tag:
+            formats.append(Grammar(kind="structural_tag", value=tag.model_dump()))
+    said: Any = fields.structured_outputs
+    if said is not None:
+        given = []
+        if said.json_ is not None:
+            given.append(Grammar(kind="json_schema", value=said.json_))
+        if said.regex is not None:
+            given.append(Grammar(kind="regex", value=said.regex))
+        if said.choice is not None:
+            given.append(Grammar(kind="choice", value=tuple(said.choice)))
+        if said.grammar is not None:
+            given.append(Grammar(kind="grammar", value=said.grammar))
+        if len(given) != 1:
+            kinds = ", ".join(each.kind for each in given) or "none"
+            raise ApiError(
+                f"structured_outputs has {kinds}; expected one of json, regex, choice "
+                "and grammar",
+                param="structured_outputs",
+            )
+        formats += given
+    if len(formats) > 1:
+        raise ApiError(
+            "response_format and structured_outputs are both given; leave one out",
+            param="structured_outputs",
+        )
+    return formats[0] if formats else None

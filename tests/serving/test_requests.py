@@ -1,0 +1,391 @@
+"""Requests are understood, or refused with field, value and what would be right."""
+
+from dataclasses import replace
+
+import pytest
+
+from jaxspark.checkpoints import Tokenizer
+from jaxspark.serving import (
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Extras,
+    Grammar,
+    Served,
+    TokenizeRequest,
+    prepare_chat,
+    prepare_completion,
+)
+from jaxspark.serving.sampling import seed_of
+from jaxspark.serving.tokens import detokenize, models, tokenize
+from jaxspark.text.deepseek_v4 import encode_deepseek_v4
+from tests.checkpoints import tiny
+from tests.serving.wire import END, HI, WEATHER, served
+
+
+def chat(model=None, **fields):
+    body = {"model": "tiny", "messages": HI} | fields
+    request = ChatRequest.read(body)
+    return prepare_chat(request, model or served(calls="hermes"), id="x", created=1)
+
+
+def complete(**fields):
+    body = {"model": "tiny", "prompt": "hi"} | fields
+    request = CompletionRequest.read(body)
+    return prepare_completion(request, served(), id="x", created=1)
+
+
+def refusal(make, **fields):
+    """(status, field, message) of the error."""
+    with pytest.raises(ApiError) as caught:
+        make(**fields)
+    error = caught.value.body()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return caught.value.status, error["param"], error["message"]
+
+
+def test_a_plain_chat_is_one_demand():
+    prepared = chat()
+    [demand] = prepared.demands
+    ids = tiny.tokenizer().chat(HI)
+    params = demand.request.params
+    assert demand.request.prompt == ids
+    assert params.max_new_tokens == 1000 - len(ids)
+    assert (params.temperature, params.top_p, params.seed) == (1.0, 1.0, None)
+    assert params.stop_ids == (END,) and not params.log_probs
+    assert demand.extras == Extras() and demand.extras.asked_for() == []
+    assert (prepared.id, demand.group) == ("chatcmpl-x", "chatcmpl-x")
+    assert not prepared.stream and prepared.reading.calls is None
+
+
+def test_every_field_reaches_the_engine_or_the_reader():
+    [demand] = chat(
+        max_completion_tokens=7,
+        min_tokens=2,
+        temperature=0,
+        top_p=0.5,
+        top_k=4,
+        min_p=0.1,
+        seed=3,
+        presence_penalty=1,
+        frequency_penalty=-1,
+        repetition_penalty=1.5,
+        logit_bias={"5": -100},
+        allowed_token_ids=[5, 6],
+        bad_words=["no"],
+        stop_token_ids=[9],
+        logprobs=True,
+        top_logprobs=2,
+        prompt_logprobs=1,
+        priority=-1,
+        timeout=2.5,
+        cache_salt="me",
+        tools=[WEATHER],
+        tool_choice="required",
+        parallel_tool_calls=False,
+    ).demands
+    params, extras = demand.request.params, demand.extras
+    assert params.max_new_tokens == 7 and params.seed == 3 and params.log_probs
+    assert (params.temperature, params.top_p, params.top_k) == (0, 0.5, 4)
+    assert params.min_p == 0.1 and params.stop_ids == (END, 9)
+    assert extras.logit_bias == {5: -100} and extras.allowed_ids == (5, 6)
+    assert extras.tool_use.mode == "required" and not extras.tool_use.parallel
+    assert extras.tool_use.tools == (WEATHER,)
+    wanted = [
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "allowed_ids",
+        "bad_words",
+        "min_tokens",
+        "top_log_probs",
+        "prompt_log_probs",
+        "tool_use",
+    ]
+    assert extras.asked_for() == wanted
+    assert (demand.priority, demand.deadline_s, demand.cache_salt) == (-1, 2.5, "me")
+    prepared = chat(
+        stop="x",
+        include_stop_str_in_output=True,
+        skip_special_tokens=False,
+        ignore_eos=True,
+        stream=True,
+        stream_options={"include_usage": True},
+        stream_interval=3,
+        return_token_ids=True,
+        request_id="mine",
+    )
+    reading = prepared.reading
+    assert reading.stop == ("x",) and reading.include_stop and not reading.skip_special
+    assert reading.stop_ids == frozenset() and prepared.id == "chatcmpl-mine"
+    assert prepared.interval == 3 and prepared.include_usage and prepared.return_ids
+
+
+def test_null_is_absent():
+    named = ("n", "stop", "seed", "tools", "logit_bias", "stream_options", "max_tokens")
+    assert chat(**dict.fromkeys(named)).demands == chat().demands
+
+
+def test_several_outputs_have_seeds_of_their_own():
+    prepared = complete(prompt=["a", [98, 99]], n=2, seed=5)
+    seeds = [each.request.params.seed for each in prepared.demands]
+    assert seeds[0] == 5 and len(set(seeds)) == 4
+    prompts = [each.request.prompt for each in prepared.demands]
+    assert prompts == [tiny.tokenizer().encode("a")] * 2 + [[98, 99]] * 2
+    assert [each.choice for each in prepared.demands] == [0, 1, 2, 3]
+    big = {seed_of(seed, 0) for seed in (5, 5 + 2**32, -5, 2**63 - 1, -(2**63))}
+    assert len(big) == 5 and all(0 <= seed < 2**32 for seed in big)
+
+
+@pytest.mark.parametrize(
+    "fields, grammar",
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, Grammar(kind="json_object")),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "s", "schema": {"type": "object"}},
+                }
+            },
+            Grammar(kind="json_schema", value={"type": "object"}),
+        ),
+        (
+            {"response_format": {"type": "structural_tag", "format": {}}},
+            Grammar(
+                kind="structural_tag", value={"type": "structural_tag", "format": {}}
+            ),
+        ),
+        ({"structured_outputs": {"regex": "a+"}}, Grammar(kind="regex", value="a+")),
+        (
+            {"structured_outputs": {"choice": ["a", "b"]}},
+            Grammar(kind="choice", value=("a", "b")),
+        ),
+        (
+            {"structured_outputs": {"json": {}}},
+            Grammar(kind="json_schema", value={}),
+        ),
+        (
+            {"structured_outputs": {"grammar": "start: x"}},
+            Grammar(kind="grammar", value="start: x"),
+        ),
+    ],
+)
+def test_formats_are_grammars(fields, grammar):
+    assert chat(**fields).demands[0].extras.grammar == grammar
+
+
+@pytest.mark.parametrize(
+    "fields, param, words",
+    [
+        ({"temprature": 1}, "temprature", "no such field; did you mean temperature?"),
+        ({"functions": []}, "functions", "no such field here; use tools"),
+        ({"temperature": 3.5}, "temperature", "less than or equal to 2, got 3.5"),
+        ({"temperature": "1"}, "temperature", "valid number, got '1'"),
+        ({"temperature": float("nan")}, "temperature", "finite number, got nan"),
+        ({"n": True}, "n", "valid integer, got True"),
+        ({"seed": 2**63}, "seed", "should be less than 9223372036854775808"),
+        ({"stop": ["a", ""]}, "stop[1]", "at least 1 character"),
+        ({"top_logprobs": 1}, "logprobs", "logprobs is not true; set it"),
+        ({"top_logprobs": 21}, "top_logprobs", "less than or equal to 20, got 21"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "is 5; expected"),
+        ({"max_tokens": 2000}, "max_tokens", "model has room for 977"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "is 9; expected at most"),
+        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": [{"role": "boss"}]}, "messages[0].role", "'tool', got 'boss'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content[0].type",
+            "should be 'text', got 'image_url'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": 3}]},
+            "messages[0].content",
+            "got 3",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x" * 2000}]},
+            "messages",
+            "room for 1000",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [
+                            {"id": "a", "function": {"name": "f", "arguments": "[]"}}
+                        ],
+                    }
+                ]
+            },
+            "messages[0].tool_calls[0].function.arguments",
+            "is '[]'; expected a JSON object in a string",
+        ),
+        ({"messages": [HI[0] | {"content": "\ud83d"}]}, "messages", "surrogate pair"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "is 'x'; expected token ids"),
+        ({"logit_bias": {"300": 1}}, "logit_bias", "expected ids below 300"),
+        ({"stop_token_ids": [300]}, "stop_token_ids", "has the token 300"),
+        ({"stream_options": {}}, "stream_options", "stream is not true; leave it out"),
+        ({"tool_choice": "required"}, "tool_choice", "no tools; give some"),
+        ({"tools": [WEATHER, WEATHER]}, "tools", "'weather' more than once"),
+        (
+            {
+                "tools": [WEATHER],
+                "tool_choice": {"type": "function", "function": {"name": "f"}},
+            },
+            "tool_choice",
+            "is 'f'; expected one of the tools, weather",
+        ),
+        (
+            {
+                "tools": [WEATHER],
+                "tool_choice": "required",
+                "response_format": {"type": "json_object"},
+            },
+            "tool_choice",
+            "an answer obeys one of them",
+        ),
+        ({"response_format": {"type": "xml"}}, "response_format", "should be 'text'"),
+        (
+            {"structured_outputs": {"regex": "a", "choice": ["b"]}},
+            "structured_outputs",
+            "has regex, choice; expected one",
+        ),
+        (
+            {
+                "structured_outputs": {"regex": "a"},
+                "response_format": {"type": "json_object"},
+            },
+            "structured_outputs",
+            "leave one out",
+        ),
+        (
+            {"chat_template_kwargs": {"tools": []}},
+            "chat_template_kwargs",
+            "is 'tools'; expected a template's own",
+        ),
+        (
+            {"add_generation_prompt": True, "continue_final_message": True},
+            "continue_final_message",
+            "begun or continued",
+        ),
+        ({"request_id": "a b"}, "request_id", "string should match pattern"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(fields, param, words):
+    status, named, message = refusal(chat, **fields)
+    assert status == 400 and words in message
+    assert named == param and (param in message or "surrogate" in message)
+
+
+def test_a_model_that_is_not_here_is_not_found():
+    status, param, message = refusal(complete, model="gpt")
+    assert (status, param) == (404, "model") and "'gpt'; this server has 't" in message
+
+
+def test_a_model_that_calls_no_tools_refuses_them():
+    _, param, message = refusal(chat, model=served(), tools=[WEATHER])
+    assert param == "tools" and "not known to call any" in message
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff",
+        b'{"a":' * 10000,
+        b'{"model": "m", "messages": [], "seed": %s}' % (b"9" * 5000),
+        b'{"model": "m", "messages": [{"role": "user", "content": "\\ud83d"}]}',
+        b'{"model": "m", "messages": [], "%s": 1}' % (b"a" * 5000),
+    ],
+)
+def test_bodies_that_are_none_are_errors(body):
+    with pytest.raises(ApiError) as caught:
+        ChatRequest.read(body)
+    assert caught.value.status == 400 and len(caught.value.message) < 300
+
+
+@pytest.mark.parametrize(
+    "prompt, words",
+    [
+        (3, "got 3"),
+        ([], "at least 1 item"),
+        ([[]], "at least 1 item"),
+        ([1, -2], "greater than or equal to 0"),
+        ([1, 300], "prompt[0] has the token 300"),
+        ("", "prompt[0] is ''; expected a text"),
+        ("x" * 1000, "prompt has 1000 tokens; the model has room for 1000"),
+    ],
+)
+def test_prompts_that_are_none_are_refused(prompt, words):
+    status, _, message = refusal(complete, prompt=prompt)
+    assert status == 400 and words in message
+
+
+def test_tools_and_reasoning_reach_the_prompt():
+    """A conversation with calls, through the wire's form, in the model's own."""
+    tokenizer = Tokenizer(
+        core=tiny.tokenizer().core, stop_ids=(END,), chat_encoder=encode_deepseek_v4
+    )
+    model = served(tokenizer, "deepseek_v4", "deepseek_v4", context=10**5)
+    call = {"name": "weather", "arguments": '{"city": "Köln"}'}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Rain?"}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning": "Look.",
+            "tool_calls": [{"id": "a", "type": "function", "function": call}],
+        },
+        {"role": "tool", "tool_call_id": "a", "content": "yes"},
+    ]
+    prepared = chat(model, messages=messages, tools=[WEATHER], reasoning_effort="high")
+    prompt = tokenizer.decode(prepared.demands[0].request.prompt)
+    assert "<think>Look.</think>\n\n<｜DSML｜tool_calls>" in prompt
+    assert 'string="true">Köln<' in prompt and "<tool_result>yes<" in prompt
+    assert '"description": "Tells the weather."' in prompt
+    assert "Reasoning Effort: Absolute" in prompt
+    assert prepared.reading.opened and prepared.reading.calls is not None
+    quiet = chat(model, reasoning_effort="none")
+    assert not quiet.reading.opened
+    assert chat(model, tools=[WEATHER], tool_choice="none").reading.calls is None
+
+
+def test_developers_speak_as_the_system():
+    messages = [{"role": "developer", "content": "Be short."}, *HI]
+    [demand] = chat(messages=messages).demands
+    prompt = tiny.tokenizer().decode(demand.request.prompt)
+    assert prompt.startswith("system: Be short.")
+
+
+def test_a_target_says_how_it_is_served():
+    model = Served.of(tiny.target(), context=64)
+    assert (model.name, model.vocab_size, model.stop_ids) == ("tiny", 300, (END,))
+    assert model.thinking is None and model.calls is None
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        Served.of(replace(tiny.target(), tokenizer=None), context=64)
+
+
+def test_texts_become_tokens_and_back():
+    model, tokenizer = served(), tiny.tokenizer()
+    told = tokenize(
+        TokenizeRequest.read({"prompt": "é", "return_token_strs": True}), model
+    )
+    ids = tokenizer.encode("é")
+    assert told["tokens"] == ids and told["count"] == 2
+    assert told["token_strs"] == ["\ufffd", "\ufffd"] and told["max_model_len"] == 1000
+    told = tokenize(TokenizeRequest.read({"messages": HI}), model)
+    assert told["tokens"] == tokenizer.chat(HI)
+    request = DetokenizeRequest.read({"tokens": told["tokens"]})
+    assert detokenize(request, model)["prompt"].startswith("<s>user: hi</s>")
+    with pytest.raises(ApiError, match="one of prompt and messages"):
+        tokenize(TokenizeRequest.read({}), model)
+    with pytest.raises(ApiError, match="tokens has the token 300"):
+        detokenize(DetokenizeRequest.read({"tokens": [300]}), model)
+    assert models(model)["data"][0]["id"] == "tiny"
