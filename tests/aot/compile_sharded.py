@@ -16,7 +16,7 @@ from jaxspark.simulation.abstract_models import abstract_models
 from jaxspark.simulation.chips import parse_slice
 from jaxspark.simulation.compile_check import compile_program
 from jaxspark.simulation.programs import lower_decoding
-from tests.aot.hlo import new_arrays
+from tests.aot.hlo import new_arrays, work_meanwhile
 
 # Seven of everything on each shard: no weight has as many elements as a cache.
 SLOTS, POSITIONS, BLOCK = 56, 8192, 5
@@ -62,6 +62,7 @@ def report(topology: str, mesh: str) -> dict:
         "experts": config.n_routed_experts,
         "top_k": config.num_experts_per_tok,
         "depth": config.num_hidden_layers,
+        "meanwhile": work_meanwhile(compiled.text, "shared_expert"),
         "whole_caches": whole,
         "tables": len(sizes),
         "copies": [

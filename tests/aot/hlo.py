@@ -17,6 +17,27 @@ PASSES_ON = {
     *("parameter", "tuple", "get-tuple-element", "bitcast", "opt-barrier"),
     *("while", "conditional", "call", "copy-done", "slice-start", "slice-done"),
 }
+COLLECTIVES = {"all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"}
+
+
+def work_meanwhile(text: str, scope: str) -> dict[str, bool]:
+    """Of exchanges under way: whether something of a named scope runs meanwhile.
+
+    A compiled program's lines are in the order in which they are started.
+    """
+    seen: dict[str, bool] = {}
+    for body in Program.of(text).computations.values():
+        under_way: dict[str, bool] = {}
+        for line in body.values():
+            kind, _, end = line.opcode.rpartition("-")
+            if kind in COLLECTIVES and end == "start":
+                under_way[line.name] = False
+            elif kind in COLLECTIVES and end == "done":
+                [name] = line.operands
+                seen[name] = under_way.pop(name)
+            elif f"/{scope}/" in line.attributes:
+                under_way = dict.fromkeys(under_way, True)
+    return seen
 
 
 def new_arrays(text: str, size: int) -> list[str]:

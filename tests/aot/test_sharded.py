@@ -1,4 +1,4 @@
-"""On a slice of TPUs: what a round sends, and that nothing large is whole."""
+"""On several chips: what a round sends, and that nothing large is whole."""
 
 import os
 
@@ -13,9 +13,16 @@ TILE = 8
 @pytest.mark.skipif(
     not os.environ.get("JAXSPARK_AOT_ALL"), reason="compiles for a minute: make aot"
 )
-def test_a_round_sends_what_its_exchange_needs():
-    slot_shards, n = 8, 4
-    [found] = answers("tpu", "compile_sharded", "v5p:2x2x2", "data:2,expert:4")
+@pytest.mark.parametrize(
+    ("platform", "topology", "mesh", "slot_shards"),
+    [
+        ("tpu", "v5p:2x2x2", "data:2,expert:4", 8),
+        ("h100", "h100:4", "expert:4", 4),
+    ],
+)
+def test_a_round_sends_what_its_exchange_needs(platform, topology, mesh, slot_shards):
+    n = 4
+    [found] = answers(platform, "compile_sharded", topology, mesh)
     assert found["tables"] and not found["whole_caches"] and not found["copies"]
     layers, width = found["depth"] + 3, found["width"]
     tokens = -(-found["tokens"] // slot_shards // TILE) * TILE
@@ -30,3 +37,9 @@ def test_a_round_sends_what_its_exchange_needs():
             # Of tokens, never of experts.
             assert shape[-1] in (width, 2 * found["top_k"])
             assert len(shape) == 2 or shape[0] == n
+    # A GPU starts sums on their way and goes on with the shared expert; a TPU's core
+    # takes part in its collectives.
+    if platform == "h100":
+        meanwhile = found["meanwhile"]
+        assert len(meanwhile) >= 4
+        assert all(meanwhile[each] for each in meanwhile if each.startswith("reduce"))
