@@ -161,7 +161,9 @@ def _describe(
         r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line.attributes
     ):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        group = math.prod(int(sizes[name]) for name in re.findall(r"\w+", named[2]))
+        # 'expert', or a part of it as 'expert':(2)8, of which 8 are a group.
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
+        group = math.prod(int(part or sizes[name]) for name, part in axes)
     elif shaped := re.search(r"replica_groups=\[(\d+),(\d+)\]", line.attributes):
         group = int(shaped[2])
     arrays = line.arrays

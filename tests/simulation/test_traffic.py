@@ -79,3 +79,21 @@ def test_collectives_send_what_rings_send(collective, kind, expected):
     kinds = found.by_kind()
     assert kinds[kind] == {"times": 1, "bytes": expected}
     assert found.sent == expected
+
+
+@pytest.mark.parametrize(
+    ("groups", "sent"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", 3),
+        ("[8,8]<=[64]", 7),
+        ("mesh['data'=4,'expert'=16,'model'=1] {'expert'}", 15),
+        ("mesh['data'=4,'expert'=16,'model'=1] {'data','expert'}", 63),
+        # A part of an axis.
+        ("mesh['data'=4,'expert'=16,'model'=1] {'data','expert':(2)8}", 31),
+    ],
+)
+def test_groups_are_read_however_they_are_written(groups, sent):
+    gathered = f"f32[64] all-gather(%x), replica_groups={groups}, dimensions={{0}}"
+    lines = "ENTRY %main (x: f32[1]) -> f32[64] {", "  %x = f32[1] parameter(0)"
+    text = "\n".join([*lines, f"  ROOT %y = {gathered}", "}", ""])
+    assert traffic(text, devices=64).sent == 64 * 4 * sent / (sent + 1)
