@@ -88,9 +88,9 @@ class Attend:
         pages = np.zeros((3 * C // page, page, H), np.float32)
         pages[order] = entries.reshape(3, -1, page, H)
         apart = apart and H % 256 == 0
-        split = split_lanes if apart else np.asarray
-        yield Table(split(np.stack([entries + 1, entries])), 1)
-        yield Table(split(np.stack([pages + 1, pages])), 1, jnp.asarray(order))
+        split = split_lanes if apart else jnp.asarray
+        yield Table(split(jnp.stack([entries + 1, entries])), 1)
+        yield Table(split(jnp.stack([pages + 1, pages])), 1, jnp.asarray(order))
 
 
 def plain(
