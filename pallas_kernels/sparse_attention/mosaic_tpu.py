@@ -87,16 +87,28 @@ def sparse_attention_mosaic_tpu(
     causal: bool,
 ) -> Float[Array, "T N H"]:
     """See `api.sparse_attention`; see `mosaic_tpu_backward` for gradients."""
-    return forward(q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, scale, causal)
+    operands = (q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries)
+    return _saving(*operands, scale, causal)[0]
 
 
 def _saving(q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, scale, causal):
     operands = (q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries)
-    return forward(*operands, scale, causal), operands
+    with jax.enable_x64(False):
+        return forward(*_narrow(operands), scale, causal), operands
+
+
+def _narrow(operands):
+    """Integers in 32 bits: kernels know no others, whatever the program's setting."""
+
+    def narrow(x):
+        return x.astype(jnp.int32) if jnp.issubdtype(x.dtype, jnp.integer) else x
+
+    return jax.tree.map(lambda x: narrow(jnp.asarray(x)), operands)
 
 
 def _backward(scale, causal, operands, do_TNH):
-    *grads, drows = backward(operands, do_TNH, scale, causal, _CORES)
+    with jax.enable_x64(False):
+        *grads, drows = backward(_narrow(operands), do_TNH, scale, causal, _CORES)
     if drows is None:
         return *grads, None, None
     entries = operands[-1]
@@ -131,7 +143,7 @@ def forward(
     chunk_shape = (2, 8, H)
     if plan.table is not None:
         operands += [plan.table, *plan.lists]
-        in_specs += [whole, *plan.list_specs(_CORES)]
+        in_specs += plan.entry_specs(_CORES)
         chunk_shape = (2, plan.tile, *plan.table.shape[1:])
     recent = (2, plan.recent_columns, *recent_BRH.shape[2:])
     per = plan.groups // _CORES

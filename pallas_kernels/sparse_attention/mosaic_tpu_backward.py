@@ -51,7 +51,7 @@ def backward(operands, do_TNH, scale, causal, cores):
     added = [(plan.recent, H)]
     if plan.table is not None:
         inputs += [plan.table, *plan.lists]
-        in_specs += [whole, *plan.list_specs(cores)]
+        in_specs += plan.entry_specs(cores)
         sums += [jnp.zeros((cores, *plan.table.shape), jnp.float32)]
         chunk = (plan.tile, *plan.table.shape[1:])
         scratch += [pltpu.VMEM((1, *chunk), dtype)]

@@ -159,8 +159,8 @@ class Plan:
         """Pieces, and members where there are some."""
         return [each for each in (self.pieces, self.members) if each is not None]
 
-    def list_specs(self, cores: int) -> list[pl.BlockSpec]:
-        """A step's blocks of them, in a grid of cores and their groups."""
+    def entry_specs(self, cores: int) -> list[pl.BlockSpec]:
+        """The table, and a step's blocks of the lists; the grid is cores x groups."""
         per, n = self.groups // cores, self.pieces.shape[-1]
 
         def of_group(shape, divisor=1, **options):
@@ -173,7 +173,8 @@ class Plan:
             return pl.BlockSpec(shape, index, **options)
 
         divisor = self.groups_real // len(self.pieces)
-        specs = [of_group((1, 1, n), divisor, memory_space=pltpu.SMEM)]
+        specs = [pl.BlockSpec(memory_space=pl.ANY)]
+        specs += [of_group((1, 1, n), divisor, memory_space=pltpu.SMEM)]
         if self.members is not None:
             specs += [of_group((1, n // self.tile, self.tile))]
         return specs
@@ -207,9 +208,13 @@ class Plan:
 
 
 def _flat(table: Table):
-    """Rows of all layers and slots on one axis."""
+    """Rows of all layers and slots on one axis.
+
+    They stay where they lie: XLA would fetch a small table, of which little is read.
+    """
     rows = table.rows_LBCH
-    return rows.reshape(-1, *rows.shape[3:])
+    rows = rows.reshape(-1, *rows.shape[3:])
+    return pltpu.with_memory_space_constraint(rows, pltpu.HBM)
 
 
 def _in_groups(ragged, x_T, fill, blocks, Q):

@@ -307,6 +307,18 @@ def test_what_the_kernel_cannot_do_is_said():
         jax.eval_shape(partial(sparse_attention, scale=1), *operands)
 
 
+def test_the_kernel_compiles_in_programs_with_64_bits():
+    """Their integers have as many, kernels' have not."""
+    made = Attend("mosaic_tpu").made(3, 4)
+    tokens, q, keys, before, sinks, entries, _, limits = made
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(np.int64(x)), (tokens, limits))
+        which = Entries(Table(entries[None]), limits_T=wide[1])
+        operands = (q, keys, before, sinks, wide[0], which)
+        run = partial(sparse_attention, scale=1, implementation="mosaic_tpu")
+        assert jax.eval_shape(run, *operands).dtype == jnp.float32
+
+
 def test_entries_need_to_be_named():
     tokens, q, keys, before, sinks, entries, chosen, limits = Attend("xla").made(2, 1)
     for both in ({}, {"limits_T": limits, "chosen_TX": chosen}):
