@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
+LANES = 128
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +70,12 @@ class Table:
 
     Attributes:
       rows_LBCH: the rows, C for each slot; with `pages_BP` those of a page, and pages
-        in place of slots.
+        in place of slots. H may be two axes, see `split_lanes`.
       layer: whose are meant.
       pages_BP: the pages that hold a slot's rows, in order; None: they lie together.
     """
 
-    rows_LBCH: Float[Array, "L B C H"]
+    rows_LBCH: Float[Array, "L B C *H"]
     layer: int | Int[Array, ""] = 0
     pages_BP: Int[Array, "B P"] | None = None
 
@@ -91,6 +93,7 @@ class Table:
             rows_BCH = jax.lax.dynamic_index_in_dim(
                 self.rows_LBCH, self.layer, keepdims=False
             )
+        rows_BCH = rows_BCH.reshape(*rows_BCH.shape[:2], -1)
         if self.pages_BP is None:
             return rows_BCH
         rows_BPCH = rows_BCH[self.pages_BP]
@@ -98,10 +101,21 @@ class Table:
 
     def take(self, rows_BX: Int[Array, "B *X"]) -> Float[Array, "B *X H"]:
         """Some rows of every slot, without a copy of the layer's others."""
-        _, blocks, size, width = self.rows_LBCH.shape
+        width = self.rows_LBCH.shape[3:]
+        place_BX = self.places(rows_BX)
+        rows_BXH = self.rows_LBCH.reshape(-1, *width)[place_BX]
+        return rows_BXH.reshape(*place_BX.shape, -1)
+
+    def places(self, rows_BX: Int[Array, "B *X"]) -> Int[Array, "B *X"]:
+        """Where some rows of every slot lie among all rows."""
+        blocks, size = self.rows_LBCH.shape[1:3]
         slot_B = jnp.arange(len(rows_BX)).reshape(-1, *[1] * (rows_BX.ndim - 1))
         block_BX = slot_B
         if self.pages_BP is not None:
             block_BX, rows_BX = self.pages_BP[slot_B, rows_BX // size], rows_BX % size
-        place_BX = (self.layer * blocks + block_BX) * size + rows_BX
-        return self.rows_LBCH.reshape(-1, width)[place_BX]
+        return (self.layer * blocks + block_BX) * size + rows_BX
+
+
+def split_lanes(x: Shaped[Array, "*X H"]) -> Shaped[Array, "*X h l"]:
+    """Rows cut to the 128 lanes of a TPU's memory: there, one lies by itself."""
+    return x.reshape(*x.shape[:-1], -1, LANES)

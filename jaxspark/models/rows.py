@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.models.batch import FlatTokens
 from pallas_kernels import Table
+from pallas_kernels.ragged import LANES, split_lanes
 
 # Most positions by which a slot may be set back: drafts of a round.
 REWIND = 64
@@ -28,14 +29,32 @@ REWIND = 64
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerRows:
-    """Rows of width H, S for each of B slots and L layers."""
+    """Rows of width H, S for each of B slots and L layers.
 
-    rows_LBSH: Float[Array, "L B S H"]
+    H is two axes where rows lie by themselves, see `zeros`.
+    """
+
+    rows_LBSH: Float[Array, "L B S *H"]
 
     @classmethod
-    def zeros(cls, layers: int, slots: int, length: int, width: int, dtype) -> Self:
-        """An empty table."""
-        return cls(jnp.zeros((layers, slots, length, width), dtype))
+    def zeros(
+        cls,
+        layers: int,
+        slots: int,
+        length: int,
+        width: int,
+        dtype,
+        *,
+        apart: bool = False,
+    ) -> Self:
+        """An empty table.
+
+        A TPU's memory holds rows in tiles, out of which no single row can be fetched:
+        those that are read one by one should lie `apart`, in whole words of lanes.
+        """
+        rows_LBSH = jnp.zeros((layers, slots, length, width), dtype)
+        apart = apart and width % (2 * LANES) == 0
+        return cls(split_lanes(rows_LBSH) if apart else rows_LBSH)
 
     @property
     def length(self) -> int:
@@ -55,12 +74,13 @@ class LayerRows:
         keep_N: Bool[Array, " N"],
     ) -> Self:
         """With new rows where `keep_N`; no two of them at one place."""
-        _, B, S, H = self.rows_LBSH.shape
+        _, B, S, *H = self.rows_LBSH.shape
         # All rows on one axis: a scatter over it is done in place everywhere.
-        table = self.rows_LBSH.reshape(-1, H)
+        table = self.rows_LBSH.reshape(-1, *H)
         row_N = (layer * B + slots_N) * S + places_N
         row_N = jnp.where(keep_N, row_N, len(table))
-        table = table.at[row_N].set(new_NH.astype(table.dtype), mode="drop")
+        new_NH = new_NH.astype(table.dtype).reshape(-1, *H)
+        table = table.at[row_N].set(new_NH, mode="drop")
         # Without the barrier XLA may fuse the write into readers and copy the table.
         table = jax.lax.optimization_barrier(table)
         # Nor may it lie as a GPU's readers like it, to be turned for each write.

@@ -4,10 +4,18 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.ragged import Ragged
+from pallas_kernels.sparse_attention import mosaic_tpu
 from pallas_kernels.sparse_attention.entries import Entries
 from pallas_kernels.sparse_attention.ref import sparse_attention_xla
 
-IMPLEMENTATIONS = {"xla": Implementation(run=sparse_attention_xla)}
+IMPLEMENTATIONS = {
+    "xla": Implementation(run=sparse_attention_xla),
+    "mosaic_tpu": Implementation(
+        run=mosaic_tpu.sparse_attention_mosaic_tpu,
+        platforms=("tpu",),
+        supports=mosaic_tpu.supports,
+    ),
+}
 
 
 def sparse_attention(
@@ -38,14 +46,15 @@ def sparse_attention(
       scale: of the scores.
       causal: a token sees itself and the W rows before it; otherwise, as in a draft
         block, all rows of its slot and the W before them.
-      implementation: "xla", which None also means.
+      implementation: "xla", or "mosaic_tpu", a kernel for heads that are multiples of
+        128 wide; None takes that in programs for TPUs where it can.
 
     Returns:
       Attention output in the type of the queries; padding's is anything.
 
     Raises:
-      ValueError: unknown implementation; entries with both or neither of `limits_T`
-        and `chosen_TX`.
+      ValueError: an implementation that is unknown or does not support the operands;
+        entries with both or neither of `limits_T` and `chosen_TX`.
     """
     if entries is not None and (entries.limits_T is None) == (
         entries.chosen_TX is None

@@ -35,8 +35,8 @@ SHAPE = re.compile(r"= \w+\[([\d,]+)\]")
 CONFIGS = {
     "flash": deepseek_v4_flash,
     "pro": deepseek_v4_pro,
-    # Index keys as wide as Flash's: a TPU's lanes.
-    "mini": lambda: replace(deepseek_v4_mini(), index_head_dim=128),
+    # Keys as wide as Flash's: of a TPU's lanes, so that kernels take them.
+    "mini": lambda: replace(deepseek_v4_mini(), head_dim=512, index_head_dim=128),
 }
 
 

@@ -1,111 +1,326 @@
-"""sparse_attention: one softmax over recent rows, entries and a sink."""
+"""sparse_attention: one softmax over recent rows, entries and a sink.
+
+One suite for all implementations; TPU kernels run in simulated memory, where what was
+never written is NaN and two accesses that nothing orders are an error.
+"""
+
+from contextlib import nullcontext
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from jaxspark.models import FlatTokens
 from pallas_kernels import Entries, Table, index_scores, sparse_attention
 from pallas_kernels.index_scores import ref as index_ref
+from pallas_kernels.ragged import split_lanes
+from pallas_kernels.sparse_attention import mosaic_tpu_kernel, plan
 
-N, H, WINDOW, C, PAGE = 3, 8, 4, 12, 4
+# Heads, their width, positions before a pass, entries of a slot and of a page.
+SIZES = {"xla": (3, 8, 3, 12, 4), "mosaic_tpu": (8, 256, 11, 272, 16)}
 STARTS = np.array([0, 2, 9])
-run = jax.jit(sparse_attention, static_argnames=("scale", "causal"))
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
-def made(rows, picks, seed=0):
-    """Ragged tokens of three slots, their recent rows, entries and choices."""
-    random = np.random.default_rng(seed)
-    counts = np.array([rows, 0, max(rows - 2, 1)])
-    tokens = FlatTokens.from_rows(
-        jnp.zeros((3, rows), jnp.int32), jnp.asarray(STARTS), jnp.asarray(counts),
-        capacity=int(counts.sum()) + 2,
-    )  # fmt: skip
-    T = len(tokens.slots_T)
-    q, keys = random.normal(size=(T, N, H)), random.normal(size=(T, H))
-    before = random.normal(size=(3, WINDOW - 1, H))
-    entries, sinks = random.normal(size=(3, C, H)), random.normal(size=N)
-    order = random.permuted(np.tile(np.arange(C), (T, 1)), axis=-1)
-    chosen = np.where(random.random((T, picks)) < 0.3, -1, order[:, :picks])
-    limits = random.integers(0, C + 1, T)
-    arrays = (np.asarray(x, np.float32) for x in (q, keys, before, sinks, entries))
-    return tokens, *map(jnp.asarray, (*arrays, chosen, limits))
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    """Kernels of which little is unrolled, with chunks that few entries fill."""
+    monkeypatch.setattr(mosaic_tpu_kernel, "TOGETHER", 1)
+    monkeypatch.setattr(mosaic_tpu_kernel, "AS_WORDS", False)
+    monkeypatch.setattr(plan, "TILE", 128)
 
 
-def plain(tokens, q, keys, before, sinks, entries=None, seen_TC=None, *, causal=True):
+@pytest.fixture(params=SIZES, scope="module")
+def attend(request):
+    """The op by one implementation, compiled once for every shape."""
+    return Attend(request.param)
+
+
+class Attend:
+    def __init__(self, implementation):
+        self.implementation = implementation
+        self.sizes = SIZES[implementation]
+
+        def run(*operands, scale=0.3, causal=True):
+            return sparse_attention(
+                *operands, scale=scale, causal=causal, implementation=implementation
+            )
+
+        self.run = jax.jit(run, static_argnames=("scale", "causal"))
+
+    def __call__(self, *operands, **options):
+        simulated = pltpu.force_tpu_interpret_mode(
+            pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+        )
+        with nullcontext() if self.implementation == "xla" else simulated:
+            return jax.block_until_ready(self.run(*operands, **options))
+
+    def made(self, rows, picks, seed=0, starts=STARTS, counts=None):
+        """Ragged tokens of three slots, their recent rows, entries and choices."""
+        N, H, lookback, C, _ = self.sizes
+        random = np.random.default_rng(seed)
+        if counts is None:
+            counts = np.array([rows, 0, max(rows - 2, 1)])
+        tokens = FlatTokens.from_rows(
+            jnp.zeros((3, rows), jnp.int32), jnp.asarray(starts), jnp.asarray(counts),
+            capacity=2 * rows + 2,
+        )  # fmt: skip
+        T = len(tokens.slots_T)
+        q, keys = random.normal(size=(T, N, H)), random.normal(size=(T, H))
+        before = random.normal(size=(3, lookback, H))
+        entries, sinks = random.normal(size=(3, C, H)), random.normal(size=N)
+        # Scores as if heads were of width 8.
+        q *= (8 / H) ** 0.5
+        order = random.permuted(np.tile(np.arange(C), (T, 1)), axis=-1)
+        chosen = np.where(random.random((T, picks)) < 0.3, -1, order[:, :picks])
+        limits = random.integers(0, C + 1, T)
+        arrays = (np.asarray(x, np.float32) for x in (q, keys, before, sinks, entries))
+        return tokens, *map(jnp.asarray, (*arrays, chosen, limits))
+
+    def tables(self, entries, *, apart):
+        """The second of two layers, whole and in pages that lie in another order."""
+        _, H, _, C, page = self.sizes
+        order = np.random.default_rng(3).permutation(3 * C // page).reshape(3, -1)
+        pages = np.zeros((3 * C // page, page, H), np.float32)
+        pages[order] = entries.reshape(3, -1, page, H)
+        apart = apart and H % 256 == 0
+        split = split_lanes if apart else jnp.asarray
+        yield Table(split(jnp.stack([entries + 1, entries])), 1)
+        yield Table(split(jnp.stack([pages + 1, pages])), 1, jnp.asarray(order))
+
+
+def plain(
+    tokens,
+    q,
+    keys,
+    before,
+    sinks,
+    entries=None,
+    seen_TC=None,
+    *,
+    causal=True,
+    scale=0.3,
+):
     """The equation, one query and head after the other, in float64."""
     out = np.zeros(q.shape)
-    slots = np.asarray(tokens.slots_T)
+    slots, starts = np.asarray(tokens.slots_T), np.asarray(tokens.starts_B)
+    q, keys, before, sinks = (
+        np.asarray(x, np.float64) for x in (q, keys, before, sinks)
+    )
     for t, n in np.ndindex(q.shape[:2]):
         if (slot := slots[t]) < 0:
             continue
         own = np.flatnonzero(slots == slot)
         row = int(np.flatnonzero(own == t)[0])
-        real = before[slot][max(len(before[slot]) - STARTS[slot], 0) :]
+        real = before[slot][max(len(before[slot]) - starts[slot], 0) :]
         rows = np.concatenate([real, keys[own[: row + 1]] if causal else keys[own]])
         if causal:
             rows = rows[-(before.shape[1] + 1) :]
         if entries is not None:
-            rows = np.concatenate([rows, entries[slot][seen_TC[t]]])
-        weights = np.exp(0.3 * rows.astype(np.float64) @ q[t, n])
+            rows = np.concatenate([rows, np.asarray(entries[slot])[seen_TC[t]]])
+        weights = np.exp(scale * rows.astype(np.float64) @ q[t, n])
         out[t, n] = weights @ rows / (weights.sum() + np.exp(sinks[n]))
     return out
 
 
-def agrees(tokens, mine, expected):
+def agrees(tokens, mine, expected, dtype="float32"):
     real = np.asarray(tokens.slots_T) >= 0
-    np.testing.assert_allclose(np.asarray(mine)[real], expected[real], atol=3e-6)
+    assert np.isfinite(np.asarray(mine, np.float32)).all()
+    difference = np.abs(np.asarray(mine, np.float64) - expected)[real].max()
+    assert difference <= TOLERANCE[dtype] * np.abs(expected).max()
 
 
-def paged(entries):
-    """The same entries, their pages in another order."""
-    pages = np.random.default_rng(3).permutation(3 * C // PAGE).reshape(3, -1)
-    rows = np.zeros((3 * C // PAGE, PAGE, H), np.float32)
-    rows[pages] = entries.reshape(3, -1, PAGE, H)
-    return rows, jnp.asarray(pages)
+def seen_of(chosen, C):
+    """Choices as a mask."""
+    seen = np.zeros((len(chosen), C), bool)
+    for t, each in enumerate(np.asarray(chosen)):
+        seen[t, each[each >= 0]] = True
+    return seen
 
 
+# Few choices are gathered, many are masked; long passes go block by block.
 @pytest.mark.parametrize(
     ("rows", "picks"), [(1, 1), (3, 5), (4, 1), (5, 5), (11, 1), (11, 5)]
 )
-def test_chosen_entries(rows, picks):
-    """Few choices are gathered, many are masked; long passes go block by block."""
-    tokens, q, keys, before, sinks, entries, chosen, _ = made(rows, picks)
-    seen = np.zeros((len(q), C), bool)
-    for t in range(len(q)):
-        seen[t, chosen[t][chosen[t] >= 0]] = True
+def test_chosen_entries(attend, rows, picks):
+    if attend.implementation == "mosaic_tpu":
+        if (rows, picks) not in ((1, 1), (3, 5), (11, 5)):
+            pytest.skip("other sizes run the same program")
+        picks *= 14 if rows < 11 else 4  # the union fills more than a chunk
+    tokens, q, keys, before, sinks, entries, chosen, _ = attend.made(rows, picks)
+    seen = seen_of(chosen, entries.shape[1])
     expected = plain(tokens, q, keys, before, sinks, entries, seen)
-    pages, table = paged(entries)
-    for mine in (
-        Table(np.stack([entries + 1, entries]), 1),
-        Table(np.stack([pages + 1, pages]), 1, table),
-    ):
+    for mine in list(attend.tables(entries, apart=True))[:: 1 if rows < 11 else 2]:
         which = Entries(mine, chosen_TX=chosen)
-        agrees(tokens, run(q, keys, before, sinks, tokens, which, scale=0.3), expected)
+        agrees(tokens, attend(q, keys, before, sinks, tokens, which), expected)
+
+
+@pytest.mark.parametrize("agree", [True, False])
+def test_unions_of_any_size(attend, agree):
+    """All queries of a slot choose the same entries, or no two of them any."""
+    picks = 4 if attend.implementation == "xla" else 70
+    tokens, q, keys, before, sinks, entries, *_ = attend.made(3, picks, seed=1)
+    first = 0 if agree else picks * np.asarray(tokens.rows_T)[:, None]
+    chosen = jnp.asarray(np.broadcast_to(first + np.arange(picks), (len(q), picks)))
+    seen = seen_of(chosen, entries.shape[1])
+    expected = plain(tokens, q, keys, before, sinks, entries, seen)
+    table = next(attend.tables(entries, apart=True))
+    which = Entries(table, chosen_TX=chosen)
+    agrees(tokens, attend(q, keys, before, sinks, tokens, which), expected)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 11])
-def test_entries_below_a_limit(rows):
-    tokens, q, keys, before, sinks, entries, _, limits = made(rows, 1)
-    seen = np.arange(C) < limits[:, None]
+def test_entries_below_a_limit(attend, rows):
+    if attend.implementation == "mosaic_tpu" and rows == 1:
+        pytest.skip("more rows run the same program")
+    tokens, q, keys, before, sinks, entries, _, limits = attend.made(rows, 1)
+    C = entries.shape[1]
+    for edge in (0, 127, 128, 129, C):  # also all that ends or fills a chunk
+        limits = limits.at[edge % len(limits)].set(min(edge, C))
+    seen = np.arange(C) < np.asarray(limits)[:, None]
     expected = plain(tokens, q, keys, before, sinks, entries, seen)
-    pages, table = paged(entries)
-    for mine in (Table(entries[None]), Table(pages[None], 0, table)):
+    for mine in list(attend.tables(entries, apart=False))[:: 1 if rows < 11 else 2]:
         which = Entries(mine, limits_T=limits)
-        seen = run(q, keys, before, sinks, tokens, which, scale=0.3)
-        agrees(tokens, seen, expected)
+        agrees(tokens, attend(q, keys, before, sinks, tokens, which), expected)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 11])
-def test_a_block_sees_all_of_itself(rows):
-    tokens, q, keys, before, sinks, *_ = made(rows, 1)
-    seen = run(q, keys, before, sinks, tokens, scale=0.3, causal=False)
+def test_a_block_sees_all_of_itself(attend, rows):
+    if attend.implementation == "mosaic_tpu" and rows < 11:
+        pytest.skip("more rows run the same program")
+    tokens, q, keys, before, sinks, *_ = attend.made(rows, 1)
+    seen = attend(q, keys, before, sinks, tokens, causal=False)
     agrees(tokens, seen, plain(tokens, q, keys, before, sinks, causal=False))
 
 
+def test_lengths_around_the_windows_edge(attend):
+    """One program, slots that begin anywhere, some of them empty."""
+    lookback = attend.sizes[2]
+    for shift, counts in ((-1, [4, 0, 4]), (0, [0, 4, 1]), (1, [0, 0, 4])):
+        starts = np.array([lookback + shift, 0, lookback - 2 + shift])
+        tokens, q, keys, before, sinks, *_ = attend.made(
+            4, 1, shift + 5, starts, np.array(counts)
+        )
+        seen = attend(q, keys, before, sinks, tokens)
+        agrees(tokens, seen, plain(tokens, q, keys, before, sinks))
+
+
+@pytest.mark.parametrize("by", ["chosen", "limits"])
+def test_bfloat16_sums_in_float32(attend, by):
+    tokens, *arrays, chosen, limits = attend.made(3, 10, seed=2)
+    q, keys, before, sinks, entries = (x.astype(jnp.bfloat16) for x in arrays)
+    if by == "chosen":
+        seen = seen_of(chosen, entries.shape[1])
+    else:
+        seen = np.arange(entries.shape[1]) < np.asarray(limits)[:, None]
+    table = next(attend.tables(entries.astype(jnp.float32), apart=by == "chosen"))
+    table = Table(table.rows_LBCH.astype(jnp.bfloat16), table.layer)
+    which = {"chosen_TX": chosen} if by == "chosen" else {"limits_T": limits}
+    mine = attend(q, keys, before, sinks, tokens, Entries(table, **which))
+    assert mine.dtype == jnp.bfloat16
+    expected = plain(tokens, q, keys, before, sinks, entries, seen)
+    agrees(tokens, mine, expected, "bfloat16")
+
+
+@pytest.mark.parametrize("by", ["chosen", "limits"])
+def test_gradients_are_those_of_the_reference(by):
+    """Of everything, entries of other layers included."""
+    attend, reference = Attend("mosaic_tpu"), Attend("xla")
+    # Two chunks, or two groups of queries and three chunks.
+    made = attend.made(3 if by == "chosen" else 9, 50, seed=4)
+    tokens, q, keys, before, sinks, entries, chosen, limits = made
+    table = next(attend.tables(entries, apart=by == "chosen"))
+    named = {"chosen_TX": chosen} if by == "chosen" else {"limits_T": limits}
+    do = np.random.default_rng(0).normal(size=q.shape).astype(np.float32)
+    do[np.asarray(tokens.slots_T) < 0] = 0
+
+    def gradients(attend):
+        def of(q, keys, before, sinks, rows):
+            which = Entries(Table(rows, table.layer), **named)
+            return attend.run(q, keys, before, sinks, tokens, which)
+
+        simulated = pltpu.InterpretParams(detect_races=True)
+        with pltpu.force_tpu_interpret_mode(simulated):
+            _, back = jax.vjp(of, q, keys, before, sinks, table.rows_LBCH)
+            return jax.block_until_ready(back(do))
+
+    for mine, expected in zip(gradients(attend), gradients(reference), strict=True):
+        assert mine.dtype == expected.dtype
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(mine, expected, atol=1e-5 * scale + 1e-30)
+
+
+def test_rows_read_as_words_are_the_rows():
+    rows = np.arange(2 * 32 * 512.0).reshape(2, 32, 4, 128).astype(jnp.bfloat16)
+    halves = rows.view(np.uint16).astype(np.uint32)
+    words = jnp.asarray(halves[:, :, ::2] | halves[:, :, 1::2] << 16)
+
+    def kernel(words_ref, o_ref):
+        o_ref[...] = mosaic_tpu_kernel.rows_of_words(words_ref, 1)
+
+    shape = jax.ShapeDtypeStruct((32, 512), rows.dtype)
+    interpret = pltpu.InterpretParams()
+    seen = pl.pallas_call(kernel, out_shape=shape, interpret=interpret)(words)
+    np.testing.assert_array_equal(np.asarray(seen), rows[1].reshape(32, 512))
+
+
+def test_a_mistake_in_the_kernel_is_found(monkeypatch):
+    """A chunk too few."""
+    attend = Attend("mosaic_tpu")
+    tokens, q, keys, before, sinks, entries, _, limits = attend.made(4, 1)
+    seen = np.arange(entries.shape[1]) < np.asarray(limits)[:, None]
+    expected = plain(tokens, q, keys, before, sinks, entries, seen)
+    which = Entries(next(attend.tables(entries, apart=False)), limits_T=limits)
+    chunks_of = mosaic_tpu_kernel.chunks_of
+    monkeypatch.setattr(
+        mosaic_tpu_kernel, "chunks_of", lambda *args: chunks_of(*args) - 1
+    )
+    mine = attend(q, keys, before, sinks, tokens, which)
+    with pytest.raises(AssertionError):
+        agrees(tokens, mine, expected)
+
+
+def test_what_the_kernel_cannot_do_is_said():
+    tokens, q, keys, before, sinks, entries, chosen, limits = Attend("mosaic_tpu").made(
+        2, 1
+    )
+    rows, odd = entries[None], entries[None, :, :9]
+    for reason, operands in {
+        "multiples of 8": (q[:, :3], keys, before, sinks[:3], tokens),
+        "single entries": (
+            *(q, keys, before, sinks, tokens),
+            Entries(Table(rows), chosen_TX=chosen),
+        ),
+        "by 8, got 9": (
+            *(q, keys, before, sinks, tokens),
+            Entries(Table(odd), limits_T=limits),
+        ),
+        "one type": (q, keys.astype(jnp.bfloat16), before, sinks, tokens),
+    }.items():
+        with pytest.raises(ValueError, match=reason):
+            sparse_attention(*operands, scale=1, implementation="mosaic_tpu")
+        # The reference can.
+        jax.eval_shape(partial(sparse_attention, scale=1), *operands)
+
+
+def test_the_kernel_compiles_in_programs_with_64_bits():
+    """Their integers have as many, kernels' have not."""
+    made = Attend("mosaic_tpu").made(3, 4)
+    tokens, q, keys, before, sinks, entries, _, limits = made
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(np.int64(x)), (tokens, limits))
+        which = Entries(Table(entries[None]), limits_T=wide[1])
+        operands = (q, keys, before, sinks, wide[0], which)
+        run = partial(sparse_attention, scale=1, implementation="mosaic_tpu")
+        assert jax.eval_shape(run, *operands).dtype == jnp.float32
+
+
 def test_entries_need_to_be_named():
-    tokens, q, keys, before, sinks, entries, chosen, limits = made(2, 1)
+    tokens, q, keys, before, sinks, entries, chosen, limits = Attend("xla").made(2, 1)
     for both in ({}, {"limits_T": limits, "chosen_TX": chosen}):
         which = Entries(Table(entries[None]), **both)
         with pytest.raises(ValueError, match="either"):
@@ -113,15 +328,16 @@ def test_entries_need_to_be_named():
 
 
 def test_index_scores_do_not_depend_on_how_keys_are_cut(monkeypatch):
-    tokens = made(4, 1)[0]
+    attend = Attend("xla")
+    _, H, _, C, _ = attend.sizes
+    tokens = attend.made(4, 1)[0]
     random, T = np.random.default_rng(0), len(tokens.slots_T)
     q, w = random.normal(size=(T, 4, H)), random.normal(size=(T, 4))
     k = np.asarray(random.normal(size=(3, C, H)), np.float32)
     q, w = (jnp.asarray(x, jnp.float32) for x in (q, w))
     whole = index_scores(q, Table(k[None]), w, tokens)
-    pages, table = paged(k)
-    seen = index_scores(q, Table(pages[None], 0, table), w, tokens)
-    agrees(tokens, seen, np.asarray(whole))
+    *_, paged = attend.tables(k, apart=False)
+    agrees(tokens, index_scores(q, paged, w, tokens), np.asarray(whole))
     monkeypatch.setattr(index_ref, "CHUNK", 5)
     np.testing.assert_allclose(
         index_scores(q, Table(k[None]), w, tokens), whole, atol=1e-5

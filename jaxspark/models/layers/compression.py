@@ -24,6 +24,7 @@ from jaxspark.models.layers.norm import Float32RMSNorm
 from jaxspark.models.layers.rope import PartialRotation
 from jaxspark.models.rows import LayerRows, Ring
 from pallas_kernels.precision import upcast
+from pallas_kernels.ragged import LANES
 
 
 class Compressor(nnx.Module):
@@ -53,11 +54,16 @@ class Compressor(nnx.Module):
             layers, slots, length, width, jnp.float32, lookback=self.lookback
         )
 
-    def init_entries(self, layers: int, slots: int, length: int, dtype) -> LayerRows:
-        """The table of entries."""
-        return LayerRows.zeros(
-            layers, slots, max(length // self.ratio, 1), self.width, dtype
-        )
+    def init_entries(
+        self, layers: int, slots: int, length: int, dtype, *, apart: bool = False
+    ) -> LayerRows:
+        """The table of entries; `apart` if they are read one by one."""
+        count = max(length // self.ratio, 1)
+        if self.series == 1 and self.width % LANES == 0:
+            # Read from the first on, by TPUs in tiles: of sixteen, or better of many.
+            step = 16 if count <= LANES else LANES
+            count = -(-count // step) * step
+        return LayerRows.zeros(layers, slots, count, self.width, dtype, apart=apart)
 
     def limits(self, positions: Int[Array, "..."]) -> Int[Array, "..."]:
         """How many entries a query at a position sees: those complete by then."""

@@ -100,7 +100,8 @@ class SparseAttention(nnx.Module):
         if self.compressor is None:
             return SparseCache(window)
         pending = self.compressor.init_pending(*size)
-        entries = self.compressor.init_entries(*size, dtype)
+        chosen = self.indexer is not None
+        entries = self.compressor.init_entries(*size, dtype, apart=chosen)
         if self.indexer is None:
             return SparseCache(window, pending, entries)
         index = self.indexer.compressor

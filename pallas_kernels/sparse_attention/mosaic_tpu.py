@@ -1,0 +1,178 @@
+"""Attention over recent rows, compressed entries and a sink, on TPUs.
+
+Moved: per group of up to 8 queries of one slot, the queries, their recent rows, and its
+entries, each once for all of them and all heads, piece by piece by DMAs out of all
+layers' table (see `plan`: a chosen entry is a piece of its own, entries below a limit
+come in long ones or in pages). Computed: two products per chunk of entries, with an
+online softmax between them, so no scores leave the chip.
+
+All queries of a group times all heads are the rows of one product (6 x 64 = 384 for
+verification): a row of entries meets them all, so the matrix units are busy rather than
+the memory. Entries are gathered for the group's union of choices; as many chunks are
+visited as it fills, and a query that did not choose a row masks it. The next chunk is
+on its way while one is computed, the first while the recent rows are, and the next
+group's queries meanwhile. A TPU of two cores gives each half of the groups.
+"""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.ragged import LANES, Ragged
+from pallas_kernels.sparse_attention import mosaic_tpu_kernel
+from pallas_kernels.sparse_attention.entries import Entries
+from pallas_kernels.sparse_attention.mosaic_tpu_backward import backward
+from pallas_kernels.sparse_attention.plan import MOST_ENTRIES, ROWS, Plan
+
+_VMEM = 32 << 20
+_CORES = 2
+# A block of a few queries sees all its slot's rows at once.
+_MOST_ROWS = 64
+# Tokens of all slots, padded: a few words of each lie in scalar memory.
+_MOST_TOKENS = 1 << 16
+
+
+def supports(
+    q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, *, scale, causal
+) -> str | None:
+    """Why the kernel cannot attend over these; None if it can."""
+    _, heads, width = q_TNH.shape
+    dtype = q_TNH.dtype
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"computes in float32 or bfloat16, not {dtype}"
+    if width % LANES or heads % ROWS:
+        return (
+            f"needs heads in multiples of {ROWS} that are a multiple of {LANES} wide, "
+            f"got {heads} x {width}"
+        )
+    if not causal and ragged.rows > _MOST_ROWS:
+        return f"takes blocks of {_MOST_ROWS} tokens at most, got {ragged.rows}"
+    if ragged.slots * ragged.rows > _MOST_TOKENS:
+        return (
+            f"takes {_MOST_TOKENS} tokens at most, padded, got {ragged.slots} slots of "
+            f"{ragged.rows}"
+        )
+    given = [keys_TH.dtype, before_BWH.dtype]
+    if entries is not None:
+        rows = entries.table.rows_LBCH
+        given += [rows.dtype]
+        if entries.chosen_TX is not None and (rows.ndim == 4 or rows.shape[3] % 2):
+            return (
+                "fetches single entries, which must lie by `split_lanes` and be a "
+                f"multiple of {2 * LANES} wide, got {rows.shape}"
+            )
+        if rows.ndim == 4 and rows.shape[2] % ROWS:
+            return f"reads entries by {ROWS}, got {rows.shape[2]} to a slot or page"
+        if entries.table.length > MOST_ENTRIES:
+            return f"names {MOST_ENTRIES} entries at most, got {entries.table.length}"
+    if any(each != dtype for each in given):
+        return f"wants one type for all, got {dtype} and {sorted(map(str, given))}"
+    return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnames=("scale", "causal"))
+def sparse_attention_mosaic_tpu(
+    q_TNH: Float[Array, "T N H"],
+    keys_TH: Float[Array, "T H"],
+    before_BWH: Float[Array, "B W H"],
+    sinks_N: Float[Array, " N"],
+    ragged: Ragged,
+    entries: Entries | None,
+    scale: float,
+    causal: bool,
+) -> Float[Array, "T N H"]:
+    """See `api.sparse_attention`; see `mosaic_tpu_backward` for gradients."""
+    operands = (q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries)
+    return _saving(*operands, scale, causal)[0]
+
+
+def _saving(q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, scale, causal):
+    operands = (q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries)
+    with jax.enable_x64(False):
+        return forward(*_narrow(operands), scale, causal), operands
+
+
+def _narrow(operands):
+    """Integers in 32 bits: kernels know no others, whatever the program's setting."""
+
+    def narrow(x):
+        return x.astype(jnp.int32) if jnp.issubdtype(x.dtype, jnp.integer) else x
+
+    return jax.tree.map(lambda x: narrow(jnp.asarray(x)), operands)
+
+
+def _backward(scale, causal, operands, do_TNH):
+    with jax.enable_x64(False):
+        *grads, drows = backward(_narrow(operands), do_TNH, scale, causal, _CORES)
+    if drows is None:
+        return *grads, None, None
+    entries = operands[-1]
+    table = replace(entries.table, rows_LBCH=drows, layer=None, pages_BP=None)
+    return *grads, None, Entries(table)
+
+
+sparse_attention_mosaic_tpu.defvjp(_saving, _backward)
+
+
+def forward(
+    q_TNH: Float[Array, "T N H"],
+    keys_TH: Float[Array, "T H"],
+    before_BWH: Float[Array, "B W H"],
+    sinks_N: Float[Array, " N"],
+    ragged: Ragged,
+    entries: Entries | None,
+    scale: float,
+    causal: bool,
+) -> Float[Array, "T N H"]:
+    """See `api.sparse_attention`."""
+    plan = Plan.of(ragged, entries, before_BWH.shape[1], causal, _CORES)
+    recent_BRH = plan.recent_rows(before_BWH, keys_TH, ragged)
+    T, N, H = q_TNH.shape
+    M, dtype = plan.queries * N, q_TNH.dtype
+    sinks_M1 = jnp.tile(
+        mosaic_tpu_kernel.LOG2E * sinks_N.astype(jnp.float32), plan.queries
+    )[:, None]
+    whole = pl.BlockSpec(memory_space=pl.ANY)
+    operands = [sinks_M1, q_TNH, recent_BRH]
+    in_specs = [pl.BlockSpec((M, 1), lambda c, i, *_: (0, 0)), whole, whole]
+    chunk_shape = (2, 8, H)
+    if plan.table is not None:
+        operands += [plan.table, *plan.lists]
+        in_specs += plan.entry_specs(_CORES)
+        chunk_shape = (2, plan.tile, *plan.table.shape[1:])
+    recent = (2, plan.recent_columns, *recent_BRH.shape[2:])
+    per = plan.groups // _CORES
+    return pl.pallas_call(
+        functools.partial(
+            mosaic_tpu_kernel.attend, plan=plan.static(), scale=scale, per=per
+        ),
+        out_shape=jax.ShapeDtypeStruct(q_TNH.shape, dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(plan.scalars),
+            grid=(_CORES, per),
+            in_specs=in_specs,
+            out_specs=whole,
+            scratch_shapes=[
+                pltpu.VMEM((2, plan.queries, N, H), dtype),
+                pltpu.VMEM(recent, dtype),
+                pltpu.VMEM(chunk_shape, dtype),
+                pltpu.VMEM((2, plan.queries, N, H), dtype),
+                pltpu.VMEM((M, 1), jnp.float32),
+                pltpu.VMEM((M, 1), jnp.float32),
+                pltpu.VMEM((M, H), jnp.float32),
+                pltpu.SemaphoreType.DMA((3, 2)),
+            ],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            disable_bounds_checks=True,
+            vmem_limit_bytes=_VMEM,
+        ),
+        cost_estimate=plan.cost(q_TNH),
+        name="sparse_attention",
+    )(*plan.scalars, *operands)

@@ -1,0 +1,289 @@
+"""Gradients of sparse attention on TPUs; nothing of the forward pass is kept for them.
+
+Moved: what the forward kernel moves, twice, and the outputs' gradients; besides, per
+chunk of entries, their gradients so far, in float32, from and to memory. Computed: a
+first pass over a group's rows finds each query's normaliser and the mean of its
+weights' gradients, as an online softmax; a second one has
+
+    p = softmax(s)    ds = p (dp - sum p dp)    dp = do k
+    dq = sum ds k     dk = ds q + p do
+
+No two pieces of a group are the same, and the groups of a core follow each other, so
+the gradients of entries add up without conflict; each core has its own, which XLA adds.
+So memory holds queries' gradients and a float32 copy of entries, no scores, and no
+gathered entries.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.precision import precision
+from pallas_kernels.sparse_attention.mosaic_tpu_kernel import (
+    LOG2E,
+    UNSEEN,
+    clear_padding,
+    rows_of,
+)
+from pallas_kernels.sparse_attention.plan import ROWS, Plan
+
+_VMEM = 40 << 20
+
+
+def backward(operands, do_TNH, scale, causal, cores):
+    """Gradients of queries, keys, rows before them, sinks and entries (or None)."""
+    q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries = operands
+    lookback = before_BWH.shape[1]
+    plan = Plan.of(ragged, entries, lookback, causal, cores, unique=True)
+    recent_BRH = plan.recent_rows(before_BWH, keys_TH, ragged)
+    N, H = q_TNH.shape[1:]
+    M, Q, dtype = plan.queries * N, plan.queries, q_TNH.dtype
+    sinks_M1 = jnp.tile(LOG2E * sinks_N.astype(jnp.float32), Q)[:, None]
+    whole = pl.BlockSpec(memory_space=pl.ANY)
+    inputs = [sinks_M1, q_TNH, do_TNH, recent_BRH]
+    in_specs = [pl.BlockSpec((M, 1), lambda c, i, *_: (0, 0)), whole, whole, whole]
+    sums = [jnp.zeros((cores, *recent_BRH.shape), jnp.float32)]
+    scratch = [(Q, N, H), (Q, N, H), (plan.recent_columns, H)]
+    scratch = [pltpu.VMEM(shape, dtype) for shape in scratch]
+    added = [(plan.recent, H)]
+    if plan.table is not None:
+        inputs += [plan.table, *plan.lists]
+        in_specs += plan.entry_specs(cores)
+        sums += [jnp.zeros((cores, *plan.table.shape), jnp.float32)]
+        chunk = (plan.tile, *plan.table.shape[1:])
+        scratch += [pltpu.VMEM((1, *chunk), dtype)]
+        added += [chunk]
+    scratch += [pltpu.VMEM(shape, jnp.float32) for shape in added]
+    scratch += [pltpu.VMEM((M, 1), jnp.float32)] * 3
+    scratch += [pltpu.VMEM((M, H), jnp.float32), pltpu.SemaphoreType.DMA]
+    first = len(plan.scalars) + len(inputs)
+    shapes = [
+        jax.ShapeDtypeStruct(q_TNH.shape, dtype),
+        jax.ShapeDtypeStruct((cores, M, 1), jnp.float32),
+        *[jax.ShapeDtypeStruct(each.shape, each.dtype) for each in sums],
+    ]
+    per = plan.groups // cores
+    static = {"plan": plan.static(), "scale": scale, "per": per}
+    dq_TNH, dsinks_cM1, drecent_cBRH, *dtable = pl.pallas_call(
+        functools.partial(_step, **static),
+        out_shape=shapes,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(plan.scalars),
+            grid=(cores, per),
+            in_specs=in_specs + [whole] * len(sums),
+            out_specs=[
+                whole,
+                pl.BlockSpec((1, M, 1), lambda c, i, *_: (c, 0, 0)),
+                *[whole] * len(sums),
+            ],
+            scratch_shapes=scratch,
+        ),
+        input_output_aliases={first + k: 2 + k for k in range(len(sums))},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            disable_bounds_checks=True,
+            vmem_limit_bytes=_VMEM,
+        ),
+        cost_estimate=plan.cost(q_TNH, products=7, arrays=3),
+        name="sparse_attention_backward",
+    )(*plan.scalars, *inputs, *sums)
+    real_T = ragged.slots_T >= 0
+    drecent_BRH = drecent_cBRH.sum(0)
+    dkeys_TH = ragged.flat(drecent_BRH[:, lookback : lookback + ragged.rows])
+    dkeys_TH = jnp.where(real_T[:, None], dkeys_TH, 0).astype(keys_TH.dtype)
+    dsinks_N = dsinks_cM1.reshape(-1, N).sum(0).astype(sinks_N.dtype)
+    drows = None
+    if entries is not None:
+        rows = entries.table.rows_LBCH
+        drows = dtable[0].sum(0).reshape(rows.shape).astype(rows.dtype)
+    return (
+        dq_TNH,
+        dkeys_TH,
+        drecent_BRH[:, :lookback].astype(before_BWH.dtype),
+        dsinks_N,
+        drows,
+    )
+
+
+def _step(*refs, plan, scale, per):
+    """A group of queries; see the top of the file."""
+    scalars, (sinks_ref, q_any, do_any, recent_any, *refs) = refs[:8], refs[8:]
+    first_ref, count_ref, before_ref, own_ref, *rest = scalars
+    chunks_ref, limit_ref, used_ref, slot_ref = rest
+    tables, lists = [], []
+    if plan.piece:
+        tables, lists, refs = (
+            refs[:1],
+            refs[1 : 2 + plan.chosen],
+            refs[2 + plan.chosen :],
+        )
+    sums = 1 + len(tables)
+    refs = refs[sums:]  # the same memory as these outputs
+    dq_any, dsinks_ref, *refs = refs
+    totals, (q_buf, do_buf, r_buf, *refs) = refs[:sums], refs[sums:]
+    e_bufs, refs = refs[: len(tables)], refs[len(tables) :]
+    add_bufs, (m_ref, l_ref, d_ref, dq_ref, sem) = refs[:sums], refs[sums:]
+    core, i = pl.program_id(0), pl.program_id(1)
+    g = core * per + i
+    Q, N, H = q_buf.shape
+    count, chunks = count_ref[g], chunks_ref[g]
+    pieces = plan.tile // plan.piece if plan.piece else 0
+
+    def move(*ends):
+        copies = [pltpu.make_async_copy(*pair, sem) for pair in ends]
+        for copy in copies:
+            copy.start()
+        for copy in copies:
+            copy.wait()
+
+    def dot(a, b, contracted):
+        return jax.lax.dot_general(
+            a,
+            b,
+            ((contracted[:1], contracted[1:]), ((), ())),
+            precision=precision(a.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+    def scores(k_SH, seen):
+        """In units of log 2, and the gradients of their weights."""
+        q_MH, do_MH = q_buf[...].reshape(-1, H), do_buf[...].reshape(-1, H)
+        s_MS = dot(q_MH, k_SH, (1, 1)) * (scale * LOG2E)
+        parts = [s_MS[q * N : (q + 1) * N] for q in range(Q)]
+        parts = [jnp.where(seen(q), part, UNSEEN) for q, part in enumerate(parts)]
+        return jnp.concatenate(parts), dot(do_MH, k_SH, (1, 1))
+
+    def measure(k_SH, seen):
+        s_MS, dp_MS = scores(k_SH, seen)
+        m_M1 = jnp.maximum(m_ref[...], s_MS.max(-1, keepdims=True))
+        p_MS, keep_M1 = jnp.exp2(s_MS - m_M1), jnp.exp2(m_ref[...] - m_M1)
+        m_ref[...] = m_M1
+        l_ref[...] = keep_M1 * l_ref[...] + p_MS.sum(-1, keepdims=True)
+        d_ref[...] = keep_M1 * d_ref[...] + (p_MS * dp_MS).sum(-1, keepdims=True)
+
+    def differentiate(k_SH, seen):
+        """Adds to the queries' gradients; returns those of the rows."""
+        s_MS, dp_MS = scores(k_SH, seen)
+        p_MS = jnp.exp2(s_MS - m_ref[...])
+        ds_MS = (p_MS * (dp_MS - d_ref[...]) * scale).astype(k_SH.dtype)
+        dq_ref[...] += dot(ds_MS, k_SH, (1, 0))
+        q_MH, do_MH = q_buf[...].reshape(-1, H), do_buf[...].reshape(-1, H)
+        dk_SH = dot(ds_MS, q_MH, (0, 0))
+        return dk_SH + dot(p_MS.astype(k_SH.dtype), do_MH, (0, 0))
+
+    def columns(size):
+        return jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
+
+    def recent(query):
+        col_1R, oldest = columns(plan.recent_columns), before_ref[g]
+        if not plan.causal:
+            return (col_1R >= oldest) & (col_1R < plan.lookback + own_ref[g])
+        oldest = jnp.maximum(oldest, query)
+        return (col_1R >= oldest) & (col_1R <= plan.lookback + query)
+
+    def place(j, piece):
+        start = lists[0][0, 0, j * pieces + piece]
+        start = pl.multiple_of(start, plan.piece) if plan.piece > 1 else start
+        return pl.ds(start, plan.piece), pl.ds(piece * plan.piece, plan.piece)
+
+    def of_chunk(j):
+        """Its rows, and which of them a query sees."""
+
+        def one(piece, _):
+            source, target = place(j, piece)
+            copy = (tables[0].at[source], e_bufs[0].at[0, target])
+            pltpu.make_async_copy(*copy, sem).start()
+            return _
+
+        jax.lax.fori_loop(0, pieces, one, 0)
+        chunk = e_bufs[0].at[0]
+        pltpu.make_async_copy(chunk, chunk, sem).wait()
+
+        def seen(query):
+            if plan.chosen:
+                return (lists[1][0, pl.ds(j, 1)] & (1 << query)) != 0
+            return columns(plan.tile) + j * plan.tile < limit_ref[g * Q + query]
+
+        return rows_of(e_bufs[0], 0), seen
+
+    def add(j, dk_SH):
+        """To the gradients of a chunk's pieces; what fills the chunk up is left."""
+        total, buffer = totals[1].at[core], add_bufs[1]
+        n = jnp.clip(used_ref[g] - j * pieces, 0, pieces)
+
+        def each(there, act):
+            def one(piece, _):
+                memory, mine = place(j, piece)
+                ends = (total.at[memory], buffer.at[mine])
+                act(pltpu.make_async_copy(*(ends if there else ends[::-1]), sem))
+                return _
+
+            jax.lax.fori_loop(0, n, one, 0)
+
+        each(True, lambda copy: copy.start())
+        each(True, lambda copy: copy.wait())
+        buffer[...] += dk_SH.reshape(buffer.shape)
+        each(False, lambda copy: copy.start())
+        each(False, lambda copy: copy.wait())
+
+    @pl.when(i == 0)
+    def _():
+        clear_padding(slot_ref, dq_any, q_buf.at[0], sem)
+        dsinks_ref[...] = jnp.zeros(dsinks_ref.shape, jnp.float32)
+        r_buf[...] = jnp.zeros(r_buf.shape, r_buf.dtype)
+        if plan.piece:  # what no piece fills is added to as well
+            add_bufs[1][...] = jnp.zeros(add_bufs[1].shape, jnp.float32)
+
+    @pl.when(count > 0)
+    def _():
+        slot, row = g // plan.blocks, 0
+        if plan.causal and plan.blocks > 1:
+            row = pl.multiple_of(jax.lax.rem(g, plan.blocks) * Q, ROWS)
+        rows = (slot, pl.ds(row, plan.recent))
+        move((recent_any.at[rows], r_buf.at[pl.ds(0, plan.recent)]))
+        for query in range(Q):
+
+            @pl.when(query < count)
+            def _(query=query):
+                at = first_ref[g] + query
+                move((q_any.at[at], q_buf.at[query]), (do_any.at[at], do_buf.at[query]))
+
+            @pl.when(query >= count)
+            def _(query=query):
+                q_buf[query] = jnp.zeros((N, H), q_buf.dtype)
+                do_buf[query] = jnp.zeros((N, H), do_buf.dtype)
+
+        sinks_M1 = sinks_ref[...]
+        m_ref[...] = sinks_M1
+        l_ref[...] = jnp.ones(l_ref.shape, jnp.float32)
+        d_ref[...] = jnp.zeros(d_ref.shape, jnp.float32)
+        dq_ref[...] = jnp.zeros(dq_ref.shape, jnp.float32)
+        measure(r_buf[...], recent)
+        if plan.piece:
+
+            @pl.loop(0, chunks)
+            def _(j):
+                measure(*of_chunk(j))
+
+        d_ref[...] = d_ref[...] / l_ref[...]
+        m_ref[...] += jnp.log2(l_ref[...])
+        dsinks_ref[0] -= jnp.exp2(sinks_M1 - m_ref[...]) * d_ref[...]
+        total = totals[0].at[core, *rows]
+        move((total, add_bufs[0]))
+        add_bufs[0][...] += differentiate(r_buf[...], recent)[: plan.recent]
+        move((add_bufs[0], total))
+        if plan.piece:
+
+            @pl.loop(0, chunks)
+            def _(j):
+                add(j, differentiate(*of_chunk(j)))
+
+        q_buf[...] = dq_ref[...].astype(q_buf.dtype).reshape(Q, N, H)
+        for query in range(Q):
+
+            @pl.when(query < count)
+            def _(query=query):
+                move((q_buf.at[query], dq_any.at[first_ref[g] + query]))

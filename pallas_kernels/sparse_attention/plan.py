@@ -1,0 +1,265 @@
+"""What a kernel of `sparse_attention` reads for whom, planned by XLA.
+
+Queries go in *groups*, up to 8 consecutive ones of a slot, that read every entry once.
+A group's entries come in *pieces* of rows that lie together in memory, a chunk of some
+hundred rows at a time:
+
+    chosen           the union of the group's choices, sorted; pieces of one row
+    below a limit    the slot's entries from 0 on; pieces as long as its rows or pages
+                     allow
+
+A piece is named by its first row in the table of all layers, slots and pages. The last
+chunk is filled up with pieces that nobody sees.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.ragged import LANES, Ragged, Table
+from pallas_kernels.sparse_attention.entries import Entries
+
+QUERIES = 8
+ROWS = 8  # of a tile
+# Rows of a chunk: chosen ones cost a DMA each; others want long products.
+CHOSEN_TILE, TILE = 512, 1024
+_LAST = 2**31 - 1
+# A word holds an entry's number and who chose it.
+MOST_ENTRIES = 2 ** (31 - QUERIES) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Groups and their pieces.
+
+    Attributes:
+      queries: Q, most queries of a group.
+      blocks: groups of a slot.
+      groups_real, groups: G, without and with those that make up full cores.
+      lookback: W.
+      recent, recent_columns: recent rows of a group, and with padding.
+      piece: rows of a piece; 0 without entries.
+      tile: rows of a chunk.
+      chosen: whether queries name their entries.
+      scalars: [G] first token, tokens, recent rows before position 0, tokens of the
+        slot, chunks; [G Q] limits; [G] pieces that are not filling; [T] slots.
+      table: rows of all layers, [places, H] or [places, H / 128, 128].
+      pieces: [G or B, 1, n] their places.
+      members: [G, n / tile, tile] bit q: whether query q chose the row.
+    """
+
+    queries: int
+    blocks: int
+    slots: int
+    groups_real: int
+    groups: int
+    lookback: int
+    causal: bool
+    recent: int
+    recent_columns: int
+    piece: int
+    tile: int
+    chosen: bool
+    scalars: Any
+    table: Any
+    pieces: Any
+    members: Any
+
+    @classmethod
+    def of(
+        cls,
+        ragged: Ragged,
+        entries: Entries | None,
+        lookback: int,
+        causal: bool,
+        cores: int,
+        *,
+        unique: bool = False,
+    ) -> "Plan":
+        """Of the operands; `unique`: no group names a piece twice."""
+        B, Q = ragged.slots, min(ragged.rows, QUERIES)
+        blocks = -(-ragged.rows // Q)
+        real = B * blocks
+        groups = -(-real // cores) * cores
+
+        def per_group(x_B, step):
+            x_G = (x_B[:, None] + step * jnp.arange(blocks)).reshape(-1)
+            return jnp.pad(x_G.astype(jnp.int32), (0, groups - real))
+
+        counts_G = jnp.clip(per_group(ragged.counts_B, -Q), 0, Q)
+        before_G = per_group(lookback - ragged.starts_B, -Q if causal else 0)
+        recent = lookback + (Q if causal else blocks * Q)
+        recent = -(-recent // ROWS) * ROWS
+        table, pieces, members, piece, tile = None, None, None, 0, 0
+        chunks_G = pieces_G = jnp.zeros_like(counts_G)
+        limits_GQ = jnp.zeros((groups, Q))
+        if entries is not None:
+            table = _flat(entries.table)
+            if entries.chosen_TX is not None:
+                chosen_BQX = _in_groups(ragged, entries.chosen_TX, -1, blocks, Q)
+                picks = Q * chosen_BQX.shape[-1]
+                tile, piece = min(CHOSEN_TILE, -(-picks // LANES) * LANES), 1
+                rows, members, used_G = union(chosen_BQX, tile, unique=unique)
+                rows = rows.reshape(B, -1)  # of all groups of a slot
+                pieces = entries.table.places(rows).reshape(real, -1)
+            else:
+                limits_BQ = _in_groups(ragged, entries.limits_T, 0, blocks, Q)
+                tile = min(TILE, -(-entries.table.length // LANES) * LANES)
+                piece = math.gcd(entries.table.rows_LBCH.shape[2], tile)
+                chunks = -(-entries.table.length // tile)
+                first = jnp.arange(chunks * tile // piece) * piece
+                first = jnp.minimum(first, entries.table.length - piece)
+                first = jnp.broadcast_to(first, (B, len(first)))
+                pieces = entries.table.places(first)
+                used_G = limits_BQ.max(-1)
+                limits_GQ = jnp.pad(limits_BQ, ((0, groups - real), (0, 0)))
+            pieces = pieces[:, None].astype(jnp.int32)
+            used_G = jnp.pad(used_G, (0, groups - real))
+            chunks_G, pieces_G = -(-used_G // tile), -(-used_G // piece)
+            chunks_G = jnp.where(counts_G > 0, chunks_G, 0)
+        return cls(
+            queries=Q,
+            blocks=blocks,
+            slots=B,
+            groups_real=real,
+            groups=groups,
+            lookback=lookback,
+            causal=causal,
+            recent=recent,
+            recent_columns=-(-recent // LANES) * LANES,
+            piece=piece,
+            tile=tile,
+            chosen=members is not None,
+            scalars=(
+                per_group(ragged.offsets_B, Q),
+                counts_G,
+                before_G,
+                per_group(ragged.counts_B, 0),
+                chunks_G.astype(jnp.int32),
+                limits_GQ.astype(jnp.int32).reshape(-1),
+                pieces_G.astype(jnp.int32),
+                ragged.slots_T.astype(jnp.int32),
+            ),
+            table=table,
+            pieces=pieces,
+            members=members,
+        )
+
+    def static(self) -> "Plan":
+        """Without arrays."""
+        return replace(self, scalars=None, table=None, pieces=None, members=None)
+
+    @property
+    def lists(self) -> list[Any]:
+        """Pieces, and members where there are some."""
+        return [each for each in (self.pieces, self.members) if each is not None]
+
+    def entry_specs(self, cores: int) -> list[pl.BlockSpec]:
+        """The table, and a step's blocks of the lists; the grid is cores x groups."""
+        per, n = self.groups // cores, self.pieces.shape[-1]
+
+        def of_group(shape, divisor=1, **options):
+            last = self.groups_real // divisor - 1
+            zeros = (0,) * (len(shape) - 1)
+
+            def index(core, i, *_):
+                return (jnp.minimum((core * per + i) // divisor, last), *zeros)
+
+            return pl.BlockSpec(shape, index, **options)
+
+        divisor = self.groups_real // len(self.pieces)
+        specs = [pl.BlockSpec(memory_space=pl.ANY)]
+        specs += [of_group((1, 1, n), divisor, memory_space=pltpu.SMEM)]
+        if self.members is not None:
+            specs += [of_group((1, n // self.tile, self.tile))]
+        return specs
+
+    def recent_rows(
+        self,
+        before_BWH: Float[Array, "B W H"],
+        keys_TH: Float[Array, "T H"],
+        ragged: Ragged,
+    ) -> Float[Array, "B R H"]:
+        """The W rows before each slot's tokens, then its own, enough for all groups."""
+        own_BQH = ragged.padded(keys_TH, 0)
+        last = (self.blocks - 1) * self.queries if self.causal else 0
+        missing = last + self.recent - self.lookback - ragged.rows
+        own_BQH = jnp.pad(own_BQH, ((0, 0), (0, missing), (0, 0)))
+        return jnp.concatenate([before_BWH, own_BQH], axis=1)
+
+    def cost(self, q_TNH, products: int = 2, arrays: int = 2) -> pl.CostEstimate:
+        """What a kernel reads and computes at most, by its products and its queries."""
+        T, N, H = q_TNH.shape
+        rows = self.groups_real * self.recent
+        width = self.recent_columns
+        if self.pieces is not None:
+            rows += self.pieces.size * self.piece
+            width += self.pieces.shape[-1] * self.piece
+        return pl.CostEstimate(
+            flops=2 * products * T * N * H * width,
+            transcendentals=T * N * width,
+            bytes_accessed=(arrays * q_TNH.size + rows * H) * q_TNH.dtype.itemsize,
+        )
+
+
+def _flat(table: Table):
+    """Rows of all layers and slots on one axis.
+
+    They stay where they lie: XLA would fetch a small table, of which little is read.
+    """
+    rows = table.rows_LBCH
+    rows = rows.reshape(-1, *rows.shape[3:])
+    return pltpu.with_memory_space_constraint(rows, pltpu.HBM)
+
+
+def _in_groups(ragged, x_T, fill, blocks, Q):
+    """[B * blocks, Q, ...]."""
+    x_BQ = ragged.padded(x_T, fill)
+    widths = [(0, 0), (0, blocks * Q - ragged.rows)] + [(0, 0)] * (x_BQ.ndim - 2)
+    x_BQ = jnp.pad(x_BQ, widths, constant_values=fill)
+    return x_BQ.reshape(-1, Q, *x_BQ.shape[2:])
+
+
+def union(
+    chosen_GQX: Int[Array, "G Q X"], tile: int, *, unique: bool = False
+) -> tuple[Int[Array, "G n"], Int[Array, "G c t"], Int[Array, " G"]]:
+    """Rows that any query of a group chose, who chose them, and how many they are.
+
+    Of the sorted pairs (row, query) the first of a row stands for it and learns of the
+    few behind it; a second sort brings those to the front.
+    """
+    G, Q, X = chosen_GQX.shape
+    chosen_GQX = chosen_GQX.astype(jnp.int32)
+    n = -(-Q * X // tile) * tile
+    query_Q1 = jnp.arange(Q, dtype=jnp.int32)[:, None]
+    if Q == 1 and not unique:  # as they are, with what names none between them
+        rows_Gn, bits_Gn = chosen_GQX[:, 0], (chosen_GQX[:, 0] >= 0).astype(jnp.int32)
+        used_G = jnp.full(G, X, jnp.int32)
+    else:
+        pair_GQX = jnp.where(chosen_GQX < 0, _LAST, chosen_GQX * QUERIES + query_Q1)
+        pair_Gn = jnp.sort(pair_GQX.reshape(G, Q * X), axis=-1)
+        row_Gn, query_Gn = pair_Gn // QUERIES, pair_Gn % QUERIES
+        bits_Gn = 1 << query_Gn
+        for step in range(1, Q):
+            same = jnp.pad(row_Gn[:, step:] == row_Gn[:, :-step], ((0, 0), (0, step)))
+            later = jnp.pad(query_Gn[:, step:], ((0, 0), (0, step)))
+            bits_Gn |= jnp.where(same, 1 << later, 0)
+        new_Gn = jnp.pad(
+            row_Gn[:, 1:] != row_Gn[:, :-1], ((0, 0), (1, 0)), constant_values=True
+        )
+        new_Gn &= pair_Gn != _LAST
+        packed = jnp.where(new_Gn, row_Gn << QUERIES | bits_Gn, _LAST)
+        packed_Gn = jnp.sort(packed, axis=-1)
+        used_G = jnp.sum(new_Gn, axis=-1, dtype=jnp.int32)
+        real_Gn = packed_Gn != _LAST
+        rows_Gn = jnp.where(real_Gn, packed_Gn >> QUERIES, -1)
+        bits_Gn = jnp.where(real_Gn, packed_Gn & (1 << QUERIES) - 1, 0)
+    rest = ((0, 0), (0, n - Q * X))
+    rows_Gn = jnp.pad(rows_Gn, rest, constant_values=-1)
+    bits_Gn = jnp.pad(bits_Gn, rest)
+    return jnp.maximum(rows_Gn, 0), bits_Gn.reshape(G, -1, tile), used_G

@@ -1,0 +1,36 @@
+"""The kernel of sparse_attention, by the real compilers of TPUs."""
+
+import os
+
+import pytest
+
+from tests.aot.compilers import answers
+
+pytestmark = pytest.mark.aot
+
+CHIPS = {"v5e:2x2": ["flash chosen", "flash limits sharded"]}
+if os.environ.get("JAXSPARK_AOT_ALL"):
+    every = [
+        *("flash chosen", "flash limits", "pro chosen", "pro limits"),
+        *("long chosen", "flash chosen float32", "flash chosen sharded"),
+        *("train chosen gradients", "train limits gradients", "pro chosen gradients"),
+        "pro limits gradients",
+    ]
+    CHIPS = {
+        "v5e:2x2": [*every, "flash limits sharded"],
+        **{chip: every for chip in ("v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")},
+    }
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_a_layer_is_read_where_it_lies(chip):
+    reports = answers("tpu", "compile_sparse", chip, *CHIPS[chip])
+    for case, report in zip(CHIPS[chip], reports, strict=True):
+        print(chip, case, f"{report['temp_bytes'] / 1e6:.1f} MB beside its arguments")
+        assert report["kernels"] == 1 + ("gradients" in case), case
+        # A layer's entries are 34 MB. Long passes have larger things than that; what
+        # gradients of 4,096 queries take, with the output, is an eighth of XLA's 4 GB.
+        large = "long" in case or "gradients" in case
+        assert report["temp_bytes"] < (500e6 if large else 16e6), case
+        copies = "\n".join(line[:300] for line in report["copies"])
+        assert large or not copies, f"{case}:\n{copies}"
