@@ -84,7 +84,9 @@ class LayerRows:
         # Without the barrier XLA may fuse the write into readers and copy the table.
         table = jax.lax.optimization_barrier(table)
         # Nor may it lie as a GPU's readers like it, to be turned for each write.
-        table = with_layout_constraint(table, Layout(major_to_minor=(0, 1)))
+        table = with_layout_constraint(
+            table, Layout(major_to_minor=tuple(range(table.ndim)))
+        )
         return replace(self, rows_LBSH=table.reshape(self.rows_LBSH.shape))
 
     def at_slots(self, slots_N: Int[Array, " N"]) -> Self:
