@@ -126,6 +126,9 @@ def state_specs[StateT](state: StateT) -> StateT:
     def spec(path, leaf) -> PartitionSpec:
         name = path_name(path)
         letters = "B" if name.startswith("sampling.") else name.rpartition("_")[2]
+        # Rows may be cut to lanes, see `LayerRows.zeros`.
+        if letters.endswith("H") and len(leaf.shape) == len(letters) + 1:
+            letters += "h"
         if len(letters) != len(leaf.shape) or "B" not in letters:
             raise ValueError(f"{name}: its name does not tell the axes of {leaf.shape}")
         return PartitionSpec(*(LETTERS.get(letter) for letter in letters))

@@ -194,6 +194,10 @@ def _moved(line: Instruction, body: Computation, program: Program) -> float:
         return _size(operands[0].arrays) or _size(line.arrays[:1])
     if line.opcode == "slice-start":
         return _size(line.arrays[1:2], anywhere=True)
+    # A kernel may read pieces of its operands: of one layer, what is chosen.
+    estimate = _estimate(line, "bytes_accessed")
+    if estimate is not None and not _is_grouped(line):
+        return estimate
     read = sum(_size(operand.arrays) for operand in operands)
     return read + _size(line.arrays)
 
@@ -270,13 +274,18 @@ def _written(root: Instruction, body: Computation) -> float:
     return _size(root.arrays)
 
 
+def _estimate(line: Instruction, what: str) -> float | None:
+    """What a kernel says of itself, "flops" or "bytes_accessed"."""
+    said = re.search(rf'"{what}":\s*"?(\d+)', line.attributes)
+    return float(said[1]) if said and line.opcode == "custom-call" else None
+
+
 def _operations(line: Instruction, body: Computation, program: Program) -> float:
     """Of its products, or as a kernel says of itself."""
     if inner := program.inside(line):
         return sum(_operations(each, inner, program) for each in inner.values())
     if line.opcode == "custom-call":
-        said = re.search(r'"flops":\s*"?(\d+)', line.attributes)
-        return float(said[1]) if said else 0.0
+        return _estimate(line, "flops") or 0.0
     if line.opcode not in ("dot", "convolution"):
         return 0.0
     out = math.prod(line.arrays[0].shape)

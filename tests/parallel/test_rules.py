@@ -78,6 +78,19 @@ def test_every_array_of_a_state_is_shared_out_by_its_slots(models):
             assert rest == ([MODEL] if "_BKSH" in path else []), path
 
 
+def test_caches_as_wide_as_released_ones_are_shared_out_by_their_slots():
+    """Their rows are cut to lanes."""
+    model = nnx.eval_shape(lambda: DeepSeekV4(deepseek_v4_flash(), rngs=nnx.Rngs(0)))
+    state = jax.eval_shape(
+        lambda: DecodeState.empty(
+            model, PlainDrafter(), slots=8, capacity=512, block_length=0
+        )
+    )
+    cut = [spec for path, spec in leaves(state_specs(state)) if "_LBSH" in path]
+    assert max(map(len, cut)) == 5
+    assert all(spec[1] == SLOTS for spec in cut)
+
+
 def test_parameters_lie_where_the_rules_say(models):
     target, drafters = models
     mesh = make_mesh("data:2,expert:2,model:2")

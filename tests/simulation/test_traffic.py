@@ -97,3 +97,12 @@ def test_groups_are_read_however_they_are_written(groups, sent):
     lines = "ENTRY %main (x: f32[1]) -> f32[64] {", "  %x = f32[1] parameter(0)"
     text = "\n".join([*lines, f"  ROOT %y = {gathered}", "}", ""])
     assert traffic(text, devices=64).sent == 64 * 4 * sent / (sent + 1)
+
+
+def test_kernels_move_what_they_say():
+    estimate = '{"flops":"30","transcendentals":"0","bytes_accessed":"70"}'
+    call = 'f32[8] custom-call(%x), custom_call_target="tpu_custom_call"'
+    call += f', backend_config={{"custom_call_config":{{"cost_estimate":{estimate}}}}}'
+    lines = "ENTRY %main (x: f32[64,8]) -> f32[8] {", "  %x = f32[64,8] parameter(0)"
+    found = traffic("\n".join([*lines, f"  ROOT %y = {call}", "}", ""]))
+    assert (found.memory, found.flops) == (70, 30)
