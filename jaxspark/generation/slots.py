@@ -120,13 +120,14 @@ def newest(
       log-probabilities and accepted drafts, each [B, W] or, if not kept, [B, 0].
     """
     place_BW = since_B[:, None] + jnp.arange(window)
-    rows = (
+    tokens_BW, log_probs_BW, accepted_BW = (
         jnp.take_along_axis(x_BS, place_BW, axis=1, mode="clip")
         if x_BS.shape[1]
         else jnp.zeros((state.slots, 0), x_BS.dtype)
         for x_BS in (state.tokens_BS, state.log_probs_BS, state.accepted_BS)
     )
-    return replicated((state.phase_B, state.lengths_B, state.counters, *rows))
+    slots = state.phase_B, state.lengths_B, state.counters
+    return replicated((*slots, tokens_BW, log_probs_BW, accepted_BW))
 
 
 def prefill_chunk(lengths: Iterable[int], most: int = 128) -> int:

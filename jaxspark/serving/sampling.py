@@ -123,14 +123,18 @@ def _or[T](value: T | None, default: T) -> T:
 
 
 def _budget(prompt: int, served: Served, param: str, max_tokens: int | None) -> int:
-    room = served.context - prompt
-    if room < 1:
+    most = served.context - 1
+    if served.most_prompt is not None:
+        most = min(most, served.most_prompt)
+    if prompt > most:
         raise ApiError(
-            f"{param} has {prompt} tokens; the model has room for {served.context} "
-            "with at least one new token; shorten it",
+            f"{param} has {prompt} tokens; this server takes prompts of at most {most} "
+            f"(its context has {served.context} tokens, one at least of them new); "
+            "shorten it",
             param=param,
             code="context_length_exceeded",
         )
+    room = served.context - prompt
     if max_tokens is not None and max_tokens > room:
         raise ApiError(
             f"max_tokens is {max_tokens}; behind the {prompt} tokens of {param} the "
@@ -138,6 +142,10 @@ def _budget(prompt: int, served: Served, param: str, max_tokens: int | None) -> 
             param="max_tokens",
             code="context_length_exceeded",
         )
+    if served.most_output is not None:
+        if max_tokens is not None and max_tokens > served.most_output:
+            raise wrong("max_tokens", max_tokens, f"at most {served.most_output}")
+        room = min(room, served.most_output)
     return room if max_tokens is None else max_tokens
 
 
