@@ -25,12 +25,12 @@ from jaxspark.serving.engine_events import (
     Tokens,
 )
 from jaxspark.serving.errors import ApiError
+from jaxspark.serving.observing import Observer, Stats
 from jaxspark.serving.other_requests import (
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
 )
-from jaxspark.serving.observing import Observer, Stats
 from jaxspark.serving.pace import Pace
 from jaxspark.serving.prepared import Prepared, prepare_chat, prepare_completion
 from jaxspark.serving.responses import DONE, event
