@@ -225,7 +225,8 @@ class Engine:
         try:
             checked = check(request, next(self._indices), batch.target, batch.limits)
         except RequestError as error:
-            raise ApiError(str(error)) from error
+            # Its cause does not begin with our number of the request.
+            raise ApiError(str(error.__cause__ or error)) from error
         if checked.limit > self.context:
             raise ApiError(
                 f"prompt and output need {checked.limit} tokens, the context has "
