@@ -54,6 +54,9 @@ class EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
+            log = scope.get("jaxspark.log", {})
+            if not log.keys() & {"completion_tokens", "error"}:
+                log["error"] = "client_gone"
             self._stream.cancel()
 
 

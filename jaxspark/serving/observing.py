@@ -14,6 +14,8 @@ from jaxspark.serving.jobs import Job
 State = Literal["starting", "ready", "draining", "stopped", "failed"]
 # "Now" is the last few seconds.
 _WINDOW_S = 5.0
+# The first tokens of a burst say little of speed.
+_LEAST_S = 0.5
 
 
 class Observer:
@@ -116,14 +118,14 @@ class Tally(Observer):
 
     def recent(self) -> tuple[float, float]:
         """Tokens per second and accepted length of the last seconds."""
-        recent = list(self._recent)
-        since = time.monotonic() - _WINDOW_S
-        recent = [each for each in recent if each[0] > since]
+        now = time.monotonic()
+        recent = [each for each in list(self._recent) if each[0] > now - _WINDOW_S]
         if not recent:
             return 0.0, 0.0
         tokens = sum(each[1] for each in recent)
         rounds = sum(each[2] for each in recent)
-        return tokens / _WINDOW_S, tokens / max(rounds, 1)
+        seconds = max(now - recent[0][0], _LEAST_S)
+        return tokens / seconds, tokens / max(rounds, 1)
 
     def _forget(self) -> None:
         while self._recent[0][0] < time.monotonic() - 2 * _WINDOW_S:

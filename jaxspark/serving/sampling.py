@@ -123,18 +123,21 @@ def _or[T](value: T | None, default: T) -> T:
 
 
 def _budget(prompt: int, served: Served, param: str, max_tokens: int | None) -> int:
-    most = served.context - 1
-    if served.most_prompt is not None:
-        most = min(most, served.most_prompt)
-    if prompt > most:
+    room = served.context - prompt
+    if room < 1:
         raise ApiError(
-            f"{param} has {prompt} tokens; this server takes prompts of at most {most} "
-            f"(its context has {served.context} tokens, one at least of them new); "
-            "shorten it",
+            f"{param} has {prompt} tokens; the model has room for {served.context} "
+            "with at least one new token; shorten it",
             param=param,
             code="context_length_exceeded",
         )
-    room = served.context - prompt
+    if served.most_prompt is not None and prompt > served.most_prompt:
+        raise ApiError(
+            f"{param} has {prompt} tokens; this server takes prompts of at most "
+            f"{served.most_prompt}; shorten it",
+            param=param,
+            code="context_length_exceeded",
+        )
     if max_tokens is not None and max_tokens > room:
         raise ApiError(
             f"max_tokens is {max_tokens}; behind the {prompt} tokens of {param} the "
