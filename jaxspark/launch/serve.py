@@ -8,12 +8,16 @@ Any client of OpenAI's works with the base URL http://127.0.0.1:8000/v1. Needs m
 packages than the library: pip install 'jaxspark[serve]'.
 """
 
+import hashlib
 import logging
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+
+import jaxspark
 from jaxspark import load_drafter
 from jaxspark.calibration.schedules import chosen_options
 from jaxspark.configuration import option
@@ -140,13 +144,22 @@ class Config(common.TargetOptions, common.DraftOptions):
         return found
 
 
+def fingerprint(config: Config) -> str:
+    """Tells clients whether a seed can mean the same as before."""
+    parts = (
+        *(jaxspark.__version__, config.target, config.dtype, config.coupling),
+        *(config.mesh, jax.default_backend(), jax.__version__),
+    )
+    return f"fp_{hashlib.sha256(repr(parts).encode()).hexdigest()[:10]}"
+
+
 def main(config: Config) -> int:
     """Loads, compiles, serves until it is told to end."""
     try:
         from jaxspark.serving import Engine, Pace, QueueLimits, Served
         from jaxspark.serving.app import AppOptions, make_app
         from jaxspark.serving.metrics import Metrics
-        from jaxspark.serving.server import Server, serve
+        from jaxspark.serving.server import Server, bound, serve
     except ModuleNotFoundError as error:
         raise ValueError(
             f"a server needs more packages: pip install 'jaxspark[serve]' ({error})"
@@ -157,6 +170,8 @@ def main(config: Config) -> int:
         body_seconds=config.body_seconds,
         cors_origins=config.cors_origins,
     )
+    # First of all: loading takes a while.
+    listener = bound(config.host, config.port)
     target, _ = config.load()
     drafter = load_drafter(config.draft, target)
     most = target.model.config.max_position_embeddings
@@ -176,6 +191,7 @@ def main(config: Config) -> int:
     changes = {"name": config.served_name} if config.served_name else {}
     served = Served.of(
         target,
+        fingerprint=fingerprint(config),
         context=context,
         most_prompt=config.max_prompt_tokens,
         most_output=config.max_output_tokens,
@@ -200,8 +216,7 @@ def main(config: Config) -> int:
     server = Server(
         make_app(engine, served, app_options, metrics),
         engine,
-        host=config.host,
-        port=config.port,
+        listener=listener,
         drain_seconds=config.drain_seconds,
         on_started=lambda: print(
             f"{served.name} at {server.address} (compiling; /ready tells when)",

@@ -16,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 import jaxspark
+from jaxspark.serving import openapi
 from jaxspark.serving.answering import answered
 from jaxspark.serving.app_options import AppOptions
 from jaxspark.serving.assembler import Assembler
@@ -66,6 +67,7 @@ def make_app(
     app = FastAPI(
         title="jaxspark",
         version=jaxspark.__version__,
+        responses=openapi.ERRORS,
         # Their pages load scripts from elsewhere.
         docs_url=None,
         redoc_url=None,
@@ -73,6 +75,9 @@ def make_app(
     add_error_handlers(app)
     _add_model_routes(app, engine, served, options)
     _add_operators_routes(app, engine, metrics)
+    openapi.describe(
+        app, [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest]
+    )
     if options.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -117,24 +122,24 @@ def _add_model_routes(
             await asyncio.to_thread(lambda: tell(schema.read(body), served))
         )
 
-    @app.post("/v1/chat/completions", openapi_extra=_body(ChatRequest))
+    @app.post("/v1/chat/completions", openapi_extra=openapi.body(ChatRequest))
     async def chat(request: Request) -> Response:
         """Answers a conversation."""
         return await output(request, ChatRequest, prepare_chat, ChatAssembler)
 
-    @app.post("/v1/completions", openapi_extra=_body(CompletionRequest))
+    @app.post("/v1/completions", openapi_extra=openapi.body(CompletionRequest))
     async def completion(request: Request) -> Response:
         """Continues prompts."""
         return await output(
             request, CompletionRequest, prepare_completion, CompletionAssembler
         )
 
-    @app.post("/tokenize", openapi_extra=_body(TokenizeRequest))
+    @app.post("/tokenize", openapi_extra=openapi.body(TokenizeRequest))
     async def to_tokens(request: Request) -> Response:
         """Tells the tokens of a text or a conversation."""
         return await told(request, TokenizeRequest, tokenize)
 
-    @app.post("/detokenize", openapi_extra=_body(DetokenizeRequest))
+    @app.post("/detokenize", openapi_extra=openapi.body(DetokenizeRequest))
     async def to_text(request: Request) -> Response:
         """Tells the text of tokens."""
         return await told(request, DetokenizeRequest, detokenize)
@@ -199,9 +204,3 @@ def _caller(request: Request, read: SamplingFields) -> str:
     if isinstance(read.user, str) and read.user:
         return f"user:{read.user[:128]}"
     return f"host:{request.client.host}" if request.client else ""
-
-
-def _body(schema: type[Wire]) -> dict[str, Any]:
-    """A body's schema for `/openapi.json`; the routes read bodies by themselves."""
-    content = {"application/json": {"schema": schema.model_json_schema()}}
-    return {"requestBody": {"content": content, "required": True}}

@@ -250,6 +250,7 @@ class Engine:
             with self._devices(), self._compilations:
                 warm_up(self._batch)
                 self._compiled = self._compilations.count
+                log.info("compiled %d programs; ready", self._compiled)
                 if self.state == "starting":
                     self._desk.become("ready")
                 while (turn := self._next_turn()) is not None:

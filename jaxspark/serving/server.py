@@ -28,8 +28,7 @@ class Server(uvicorn.Server):
         app: FastAPI,
         engine: Engine,
         *,
-        host: str,
-        port: int,
+        listener: socket.socket,
         drain_seconds: float = 60.0,
         on_started: Callable[[], None] = lambda: None,
     ):
@@ -38,16 +37,13 @@ class Server(uvicorn.Server):
         Args:
           app: what is served.
           engine: not started yet, or ready; it is stopped in the end.
-          host: address to listen at.
-          port: likewise; 0 takes a free one.
+          listener: see `bound`.
           drain_seconds: most seconds for requests that are here when it is to end.
           on_started: called once it listens.
         """
         super().__init__(
             uvicorn.Config(
                 app,
-                host=host,
-                port=port,
                 log_level="warning",
                 access_log=False,
                 lifespan="off",
@@ -56,11 +52,12 @@ class Server(uvicorn.Server):
             )
         )
         self._engine, self._drain_seconds = engine, drain_seconds
+        self._listener = listener
         self._draining, self._on_started = False, on_started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begins to listen."""
-        await super().startup(sockets)
+        await super().startup([self._listener])
         self._on_started()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -88,9 +85,25 @@ class Server(uvicorn.Server):
 
     @property
     def address(self) -> str:
-        """Where it listens, once it has begun."""
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        """Where it listens."""
+        host, port = self._listener.getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at an address; port 0 takes a free one.
+
+    Raises:
+      ValueError: the address cannot be had.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise ValueError(f"cannot listen at {host}:{port}: {error}") from error
+    return listener
 
 
 def serve(server: Server, engine: Engine) -> int:

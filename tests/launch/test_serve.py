@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -10,6 +11,7 @@ import httpx
 import pytest
 
 from jaxspark.checkpoints import save_target
+from jaxspark.launch import serve
 from jaxspark.launch.serve import Config
 from tests.checkpoints.tiny import target
 from tests.programs import ROOT, command
@@ -84,6 +86,12 @@ def test_flags_that_cannot_be_are_refused(tmp_path, monkeypatch):
         Config(coordinator="localhost:1", processes=2, process_index=0)
     with pytest.raises(ValueError, match="--costs are for schedules"):
         Config(costs="costs.json")
+    with pytest.raises(ValueError, match="cannot listen at no.such.host.invalid:1"):
+        serve.main(Config(host="no.such.host.invalid", port=1))
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "jaxspark.serving.app", None)
+        with pytest.raises(ValueError, match=r"pip install 'jaxspark\[serve\]'"):
+            serve.main(Config())
     (tmp_path / "keys").write_text("\n")
     monkeypatch.setenv("JAXSPARK_API_KEYS", " a, b,")
     assert Config().keys() == ("a", "b")

@@ -10,7 +10,7 @@ from jaxspark.serving import Engine, Pace, QueueLimits, Served
 from jaxspark.serving.app import make_app
 from jaxspark.serving.app_options import AppOptions
 from jaxspark.serving.metrics import Metrics
-from jaxspark.serving.server import Server, serve
+from jaxspark.serving.server import Server, bound, serve
 from tests.checkpoints import tiny
 
 KEY = "a-key"
@@ -56,8 +56,7 @@ class Hosted:
         self.server = Server(
             make_app(self.engine, served, AppOptions(**(values | options)), metrics),
             self.engine,
-            host="127.0.0.1",
-            port=0,
+            listener=bound("127.0.0.1", 0),
             drain_seconds=20,
             on_started=listening.set,
         )

@@ -370,3 +370,9 @@ def test_a_device_failure_ends_requests_and_the_process(monkeypatch):
     assert whole.status_code == 500
     assert whole.json()["error"]["message"] == "the engine failed"
     assert '"the engine failed"' in streamed.text and "[DONE]" in streamed.text
+
+
+def test_the_schema_of_the_routes_is_complete(http):
+    document = http.get("/openapi.json").json()
+    named = set(re.findall('"#/components/schemas/([^"]+)"', json.dumps(document)))
+    assert "ChatRequest" in named <= set(document["components"]["schemas"])
