@@ -70,10 +70,10 @@ class Config(common.TargetOptions, common.DraftOptions):
         "JSON of jaxspark profile_cost; without it costs are measured at the start.",
         None,
     )
-    prefill_chunk: int = option(
+    prefill_chunk: int | None = option(
         "Most tokens of each prompt that are read between two rounds: what a long "
-        "prompt delays others by.",
-        64,
+        "prompt delays others by; by default 32 on CPUs, 256 elsewhere.",
+        None,
         at_least=1,
     )
     prefill_together: int | None = option(

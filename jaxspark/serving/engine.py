@@ -59,7 +59,7 @@ class Engine:
         slots: int = 8,
         context: int = 2048,
         options: DecodeOptions = DecodeOptions(coupling="gumbel"),
-        chunk: int = 64,
+        chunk: int | None = None,
         together: int | None = None,
         max_stop_ids: int = 16,
         queue: QueueLimits = QueueLimits(),
@@ -75,7 +75,8 @@ class Engine:
           slots: outputs decoded at once.
           context: most tokens of a prompt and its output.
           options: how rounds draft, schedule and verify.
-          chunk: most tokens of each prompt that are read between two calls.
+          chunk: most tokens of each prompt that are read between two calls; None takes
+            32 on CPUs, where they cost as much as some rounds, and 256 elsewhere.
           together: prompts that are read at once; None takes a quarter of the slots.
           max_stop_ids: most tokens that may end an output.
           queue: what may wait.
@@ -90,6 +91,8 @@ class Engine:
         if not 2 <= context <= most:
             raise ValueError(f"context is {context}; the target has 2 to {most} tokens")
         self.context = context
+        if chunk is None:
+            chunk = 32 if jax.default_backend() == "cpu" else 256
         drafter = PlainDrafter() if drafter is None else drafter
         block = check_block_length(drafter, options.block_length)
         self._batch = ContinuousBatch(
