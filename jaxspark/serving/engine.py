@@ -27,7 +27,8 @@ from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.generation import ContinuousBatch, Update
 from jaxspark.generation.generate import round_capacity
 from jaxspark.generation.request import RequestError, check
-from jaxspark.parallel.mesh import mesh_in_use
+from jaxspark.parallel.mesh import mesh_in_use, slots_per_shard
+from jaxspark.serving.buckets import with_buckets
 from jaxspark.serving.compilations import Compilations
 from jaxspark.serving.demands import Demand
 from jaxspark.serving.desk import Desk, Turn
@@ -74,7 +75,7 @@ class Engine:
           drafter: what proposes; None decodes plainly.
           slots: outputs decoded at once.
           context: most tokens of a prompt and its output.
-          options: how rounds draft, schedule and verify.
+          options: how rounds draft, schedule and verify; see `with_buckets`.
           chunk: most tokens of each prompt that are read between two calls; None takes
             32 on CPUs, where they cost as much as some rounds, and 256 elsewhere.
           together: prompts that are read at once; None takes a quarter of the slots.
@@ -95,6 +96,7 @@ class Engine:
             chunk = 32 if jax.default_backend() == "cpu" else 256
         drafter = PlainDrafter() if drafter is None else drafter
         block = check_block_length(drafter, options.block_length)
+        options = with_buckets(options, drafter, slots_per_shard(slots))
         self._batch = ContinuousBatch(
             target,
             drafter,
@@ -199,8 +201,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """What it does, at a glance."""
-        tally, desk, before = self._tally, self._desk, self._compiled
-        speed, length = tally.recent()
+        desk, before = self._desk, self._compiled
         compilations = self._compilations.count
         return Stats(
             state=desk.state,
@@ -208,14 +209,7 @@ class Engine:
             running=len(desk.running),
             waiting=len(desk.line),
             waiting_tokens=desk.line.tokens,
-            prompt_tokens=tally.prompt_tokens,
-            output_tokens=tally.output_tokens,
-            rounds=tally.rounds,
-            drafted=tally.drafted,
-            verified=tally.verified,
-            accepted=tuple(tally.accepted_G.tolist()),
-            tokens_per_second=speed,
-            accepted_length=length,
+            **self._tally.figures(),
             compilations=compilations if before is None else before,
             late_compilations=0 if before is None else compilations - before,
         )

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -115,6 +115,20 @@ class Tally(Observer):
         if job.admitted is not None:
             seconds = time.monotonic() - job.admitted
             self.job_seconds += 0.1 * (seconds - self.job_seconds)
+
+    def figures(self) -> dict[str, Any]:
+        """Those of `Stats`."""
+        speed, length = self.recent()
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "output_tokens": self.output_tokens,
+            "rounds": self.rounds,
+            "drafted": self.drafted,
+            "verified": self.verified,
+            "accepted": tuple(self.accepted_G.tolist()),
+            "tokens_per_second": speed,
+            "accepted_length": length,
+        }
 
     def recent(self) -> tuple[float, float]:
         """Tokens per second and accepted length of the last seconds."""

@@ -242,12 +242,12 @@ def test_a_full_queue_turns_requests_away(running, monkeypatch):
     assert running.wait_idle(10)
 
 
-def test_a_long_prompt_delays_others_by_a_chunk_at_a_time():
+def test_a_long_prompt_delays_others_by_a_chunk_at_a_time(running):
     model = zoo.target()
     batch = ContinuousBatch(
         model, zoo.drafter("ngram", model), slots=3, capacity=128, chunk=16, together=2,
         max_stop_ids=16, log_probs=True, accepted=True, rounds_per_step=4,
-        options=DecodeOptions(coupling="gumbel", block_length=3),
+        options=running.options,
     )  # fmt: skip
     short = batch.submit(request(1, max_new_tokens=40, stop_ids=(), temperature=1.0))
     batch.step(rounds=1)

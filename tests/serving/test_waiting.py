@@ -4,9 +4,12 @@ import threading
 
 import pytest
 
+from jaxspark.decoding import DecodeOptions, Fixed
+from jaxspark.drafters import NgramDrafter, PlainDrafter
 from jaxspark.generation import Request
 from jaxspark.generation.request import CheckedRequest
 from jaxspark.serving import ApiError, Demand, Ended, Overloaded, QueueLimits, Stream
+from jaxspark.serving.buckets import with_buckets
 from jaxspark.serving.desk import Desk
 from jaxspark.serving.jobs import Job
 from jaxspark.serving.pace import Pace, Pacer
@@ -141,6 +144,16 @@ def test_a_stream_waits_for_another_thread():
     timer = threading.Timer(0.05, stream.put, [end])
     timer.start()
     assert list(stream) == [end] and stream.ended
+
+
+def test_a_few_outputs_do_not_pay_for_all_slots():
+    drafter = NgramDrafter(block_length=4)
+    plain, fixed = DecodeOptions(), DecodeOptions(schedule=Fixed(2))
+    assert with_buckets(plain, drafter, 8).buckets == (5, 8, 10, 20, 40)
+    assert with_buckets(fixed, drafter, 6).buckets == (3, 6, 12, 18)
+    assert with_buckets(plain, PlainDrafter(), 8).buckets is None
+    own = DecodeOptions(buckets=(64,))
+    assert with_buckets(own, drafter, 8) is own
 
 
 def test_calls_are_short_while_prompts_are_read_and_else_as_long_as_they_should():
