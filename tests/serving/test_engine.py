@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from jaxspark.decoding import DecodeOptions
+from jaxspark.decoding import DecodeOptions, Fixed, Lagged
 from jaxspark.generation import ContinuousBatch, Request, generate
 from jaxspark.serving import (
     ApiError,
@@ -313,3 +313,39 @@ def test_draining_finishes_what_is_there_and_stopping_ends_it():
         ends = [tokens_of(list(stream))[1] for stream in streams]
         assert {each.status for each in ends if each.reason == "error"} <= {503}
         assert all(stream.ended for stream in streams)
+
+
+def test_requests_with_one_seed_are_not_drawn_together_where_that_would_matter():
+    """A schedule under rejection sampling must not see draws that depend."""
+    costs = zoo.costs((3, 12), (1.5, 2.0), plain=1.0, length=3)
+    for schedule, together in ((Lagged(costs=costs), [1, 2]), (Fixed(), [1, 1])):
+        options = DecodeOptions(block_length=3, schedule=schedule)
+        model = zoo.target()
+        made = Engine(
+            Target(model=model),
+            zoo.drafter("ngram", model),
+            options=options,
+            **SETTINGS,
+        )
+        made._desk.become("ready")
+        for client, seed in enumerate((1, 1, 2)):
+            made.submit(demand(request(1, seed=seed)), client=str(client))
+        turn = made._next_turn()
+        seeds = [each.request.seed for each in turn.arriving]
+        assert seeds == together
+
+
+def test_an_engine_that_cannot_be_started_says_so(monkeypatch):
+    def broken(batch):
+        raise RuntimeError("no memory")
+
+    calls = []
+    monkeypatch.setattr("jaxspark.serving.engine.warm_up", broken)
+    made = engine("ngram", on_failure=lambda: calls.append(1))
+    made.start()
+    with pytest.raises(RuntimeError, match="failed while it was started"):
+        made.wait_ready()
+    made._thread.join(5)
+    assert calls == [1]
+    with pytest.raises(Overloaded, match="failed"):
+        made.submit(demand(request(0)))
