@@ -14,7 +14,7 @@ import jaxspark
 from jaxspark.launch import program
 
 LAUNCHERS = (
-    *("generate", "demo", "audit", "convert", "describe", "compile_check"),
+    *("generate", "serve", "demo", "audit", "convert", "describe", "compile_check"),
     *("evaluate", "calibrate", "profile_cost", "bench", "simulate"),
     *("regenerate", "train_draft", "study", "plot", "pods"),
 )

@@ -26,9 +26,9 @@ from jaxspark.decoding.compiling import compiled
 from jaxspark.decoding.couplings import Coupling
 from jaxspark.decoding.options import check_block_length
 from jaxspark.drafters import Drafter
-from jaxspark.generation.batch import admission_of, prefill_chunk
 from jaxspark.generation.generate import capacity_for
 from jaxspark.generation.request import Limits, Request, check
+from jaxspark.generation.slots import admission_of, prefill_chunk
 from jaxspark.target import Target
 
 _TYPICAL = 16

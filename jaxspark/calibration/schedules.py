@@ -30,8 +30,9 @@ def chosen_options(
     tokens: int,
     coupling: Coupling,
     temperature: float,
+    slots: int = 1,
 ) -> tuple[DecodeOptions, int]:
-    """How one request is decoded; a schedule that weighs costs gets them.
+    """How requests are decoded; a schedule that weighs costs gets them.
 
     Args:
       schedule: its name, as for `parse_schedule`.
@@ -43,6 +44,7 @@ def chosen_options(
       tokens: of the prompt and its output.
       coupling: "rejection" or "gumbel".
       temperature: of sampling.
+      slots: requests decoded together.
 
     Returns:
       options: with the drafter's calibration, if it has one and it is needed.
@@ -59,13 +61,13 @@ def chosen_options(
         roomy = [
             profile.setting.capacity
             for profile in profiles
-            if profile.setting.slots == 1 and profile.setting.capacity >= capacity
+            if profile.setting.slots == slots and profile.setting.capacity >= capacity
         ]
         capacity = min(roomy, default=capacity)
         here = Setting.of(
             target,
             drafter,
-            slots=1,
+            slots=slots,
             block_length=block_length,
             capacity=capacity,
             coupling=coupling,
@@ -83,7 +85,7 @@ def chosen_options(
         options,
         target,
         drafter,
-        slots=1,
+        slots=slots,
         capacity=capacity,
         temperature=temperature,
     )

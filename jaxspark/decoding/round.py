@@ -208,10 +208,15 @@ def commit(
         log_probs_BS = log_probs_BS.at[slot_B1, place_BQ].set(
             verdict.log_probs_BQ, mode="drop"
         )
+    accepted_BS = state.accepted_BS
+    if accepted_BS.shape[1]:
+        is_draft_BQ = row_Q < verdict.accepted_B[:, None]
+        accepted_BS = accepted_BS.at[slot_B1, place_BQ].set(is_draft_BQ, mode="drop")
     return replace(
         state,
         tokens_BS=state.tokens_BS.at[slot_B1, place_BQ].set(emitted_BQ, mode="drop"),
         log_probs_BS=log_probs_BS,
+        accepted_BS=accepted_BS,
         lengths_B=grown_B,
         processed_B=jnp.where(state.live_B, grown_B - 1, state.processed_B),
         phase_B=jnp.where(finished_B, Phase.FINISHED, state.phase_B),

@@ -85,6 +85,7 @@ class DecodeState:
       certainty_BG: how decided its drafts were, see `Drawn`.
       schedule: what scheduling remembers.
       log_probs_BS: log-probabilities of output tokens; [B, 0] unless asked for.
+      accepted_BS: whether output tokens are accepted drafts; [B, 0] unless asked for.
       counters: statistics.
     """
 
@@ -101,6 +102,7 @@ class DecodeState:
     certainty_BG: Float[Array, "B G"]
     schedule: ScheduleState
     log_probs_BS: Float[Array, "B S"]
+    accepted_BS: Bool[Array, "B S"]
     counters: Counters
 
     @classmethod
@@ -115,6 +117,7 @@ class DecodeState:
         block_length: int,
         stop_ids: int = 1,
         log_probs: bool = False,
+        accepted: bool = False,
     ) -> "DecodeState":
         """A state without requests; pure, so it may be made under a caller's `jit`.
 
@@ -127,6 +130,7 @@ class DecodeState:
           block_length: most drafts per round.
           stop_ids: most tokens that may end a request.
           log_probs: whether to keep log-probabilities of output tokens.
+          accepted: whether to keep which output tokens are accepted drafts.
 
         Raises:
           ValueError: no slots, or more drafts per round than the target's caches can
@@ -166,6 +170,7 @@ class DecodeState:
                 log_probs_BS=jnp.zeros(
                     (slots, capacity if log_probs else 0), jnp.float32
                 ),
+                accepted_BS=jnp.zeros((slots, capacity if accepted else 0), bool),
                 counters=Counters.zeros(slots, block_length),
             )
 

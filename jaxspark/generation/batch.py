@@ -6,33 +6,35 @@ tokens that are new since the last one.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
 from jaxspark.decoding import (
-    Admission,
     DecodeOptions,
     DecodeState,
     Phase,
-    Sampling,
     admit,
     decode,
     prefill,
     release,
 )
 from jaxspark.decoding.compiling import compiled
-from jaxspark.decoding.state import Counters
 from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.generation.completion import Completion, FinishReason
 from jaxspark.generation.request import CheckedRequest, Limits, Request, check
+from jaxspark.generation.slots import (
+    Counts,
+    Running,
+    admission_of,
+    newest,
+    prefill_chunk,
+)
 from jaxspark.models import TargetModel
-from jaxspark.parallel.mesh import readable, replicated, shard, slots_per_shard
+from jaxspark.parallel.mesh import shard, slots_per_shard
 from jaxspark.settings import standard_settings
 from jaxspark.target import Target
 
@@ -48,20 +50,17 @@ class Update:
       index: the request.
       tokens: new output tokens.
       completion: all of it, once it has ended.
+      log_probs: of the new tokens, where the batch keeps them.
+      accepted: which of them are accepted drafts, where the batch keeps that.
+      counts: what the step's rounds did.
     """
 
     index: int
     tokens: list[int]
     completion: Completion | None = None
-
-
-@dataclass
-class _Running:
-    """A request in a slot, and its output so far."""
-
-    request: CheckedRequest
-    tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    accepted: list[bool] = field(default_factory=list)
+    counts: Counts = Counts()
 
 
 class ContinuousBatch:
@@ -84,7 +83,9 @@ class ContinuousBatch:
         options: DecodeOptions = DecodeOptions(),
         max_stop_ids: int = MAX_STOP_IDS,
         log_probs: bool = False,
+        accepted: bool = False,
         together: int | None = None,
+        chunk: int | None = None,
         rounds_per_step: int = 8,
     ):
         """Makes an empty state.
@@ -98,7 +99,10 @@ class ContinuousBatch:
           options: how rounds draft, schedule and verify.
           max_stop_ids: most tokens that may end a request.
           log_probs: whether requests may ask for log-probabilities.
+          accepted: whether updates say which tokens are accepted drafts.
           together: requests prefilled together; None takes a quarter of the slots.
+          chunk: most tokens of each prompt that a step reads, so that prompts delay no
+            step for longer; None reads them whole.
           rounds_per_step: most rounds between two looks at what has come.
 
         Raises:
@@ -117,6 +121,7 @@ class ContinuousBatch:
             )
         self.slots = slots
         self.together = max(1, slots // 4) if together is None else min(together, slots)
+        self.chunk = chunk
         self.rounds_per_step = rounds_per_step
         self.limits = Limits(
             capacity=capacity,
@@ -135,18 +140,30 @@ class ContinuousBatch:
             block_length=self.options.block,
             stop_ids=max(1, max_stop_ids),
             log_probs=log_probs,
+            accepted=accepted,
         )
         # The most that a slot can gain in one step.
         self._window = min(rounds_per_step * (self.options.block + 1), capacity)
         self._submitted = 0
         self._waiting: deque[CheckedRequest] = deque()
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, Running] = {}
         self._cancelled: set[int] = set()
 
     @property
     def free(self) -> int:
         """Slots without a request."""
         return self.slots - len(self._running)
+
+    @property
+    def prefilling(self) -> int:
+        """Slots whose prompts are not read to their ends."""
+        return sum(each.unread > 0 for each in self._running.values())
+
+    @property
+    def room(self) -> int:
+        """Requests that the next step would admit."""
+        lanes = self.slots if self.chunk is None else self.together - self.prefilling
+        return max(0, min(self.free, lanes) - self.waiting)
 
     @property
     def waiting(self) -> int:
@@ -178,19 +195,31 @@ class ContinuousBatch:
         self._cancelled.add(index)
 
     @standard_settings()
-    def step(self) -> list[Update]:
-        """Admits, prefills and decodes a few rounds; what came of them."""
+    def step(
+        self, rounds: int | None = None, max_finished: int | None = None
+    ) -> list[Update]:
+        """Admits, prefills and decodes a few rounds; what came of them.
+
+        Args:
+          rounds: most of them; None takes the `rounds_per_step`, which is the most.
+          max_finished: returns once as many requests have ended; None decides by
+            whether others wait.
+        """
         updates = self._drop_cancelled()
         self._admit()
         if not self._running:
             return updates
-        # With others waiting, ended slots are refilled soon.
-        max_finished = self.together if self._waiting else self.slots
+        if self.chunk is not None:
+            self._prefill_some(self.chunk)
+        if max_finished is None:
+            # With others waiting, ended slots are refilled soon.
+            max_finished = self.together if self._waiting else self.slots
+        rounds = self.rounds_per_step if rounds is None else rounds
         self._state = compiled(decode)(
             self.target.model,
             self.drafter,
             self._state,
-            jnp.int32(self.rounds_per_step),
+            jnp.int32(min(rounds, self.rounds_per_step)),
             jnp.int32(max_finished),
             options=self.options,
         )
@@ -203,43 +232,79 @@ class ContinuousBatch:
         free.sort(key=lambda slot: slot % self._per_shard)
         while self._waiting and len(free) >= min(self.together, len(self._waiting)):
             count = min(self.together, len(self._waiting))
+            if self.chunk is not None:
+                # All that are being read go on in every step: nobody is left behind.
+                count = min(count, self.together - self.prefilling)
+                if not count:
+                    return
             arrived = [self._waiting.popleft() for _ in range(count)]
             taken, free = free[:count], free[count:]
-            self._running |= {
-                slot: _Running(request) for slot, request in zip(taken, arrived)
-            }
+            newcomers = [Running(request) for request in arrived]
+            self._running |= dict(zip(taken, newcomers))
             # One shape for any number of newcomers: no slot has the last number.
             missing = self.together - count
             slots_N = jnp.array(taken + [self.slots] * missing, jnp.int32)
             padded = arrived + arrived[:1] * missing
-            self._state = prefill(
-                self.target.model,
-                self.drafter,
-                admit(self._state, slots_N, admission_of(padded, self._state)),
-                chunk=prefill_chunk(len(request.ids) for request in arrived),
-                together=self.together,
-            )
+            self._state = admit(self._state, slots_N, admission_of(padded, self._state))
+            if self.chunk is None:
+                self._state = prefill(
+                    self.target.model,
+                    self.drafter,
+                    self._state,
+                    chunk=prefill_chunk(len(request.ids) for request in arrived),
+                    together=self.together,
+                )
+                for each in newcomers:
+                    each.processed += each.unread
+
+    def _prefill_some(self, most: int) -> None:
+        """Reads on in every prompt, by at most one chunk.
+
+        Whatever prompts are beside it, one is cut at multiples of the longest chunk.
+        """
+        reading = [each for each in self._running.values() if each.unread > 0]
+        if not reading:
+            return
+        chunk = prefill_chunk((each.unread + 1 for each in reading), most)
+        self._state = prefill(
+            self.target.model,
+            self.drafter,
+            self._state,
+            jnp.int32(1),
+            chunk=chunk,
+            together=self.together,
+        )
+        for each in reading:
+            each.processed += min(chunk, each.unread)
 
     def _collect(self) -> list[Update]:
         """New tokens of every slot; releases those that are finished."""
         since_B = np.zeros((self.slots,), np.int32)
         for slot, each in self._running.items():
             since_B[slot] = len(each.request.ids) + len(each.tokens)
-        phase_B, lengths_B, tokens_BW, log_probs_BW = jax.device_get(
-            _newest(self._state, jnp.asarray(since_B), self._window)
+        phase_B, lengths_B, counters, tokens_BW, log_probs_BW, accepted_BW = (
+            jax.device_get(newest(self._state, jnp.asarray(since_B), self._window))
         )
-        arrived: dict[int, tuple[int, list[int]]] = {}
+        updates: dict[int, Update] = {}
         for slot, each in self._running.items():
             gained = slice(int(lengths_B[slot] - since_B[slot]))
-            arrived[slot] = each.request.index, tokens_BW[slot, gained].tolist()
-            each.tokens += arrived[slot][1]
-            each.log_probs += log_probs_BW[slot, gained].tolist()
-        ended = [slot for slot in arrived if phase_B[slot] == Phase.FINISHED]
+            counts, before = Counts.of(counters, slot), each.counts
+            each.counts = counts
+            updates[slot] = update = Update(
+                each.request.index,
+                tokens_BW[slot, gained].tolist(),
+                log_probs=log_probs_BW[slot, gained].tolist(),
+                accepted=accepted_BW[slot, gained].tolist(),
+                counts=counts.since(before),
+            )
+            each.tokens += update.tokens
+            each.log_probs += update.log_probs
+        ended = [slot for slot in updates if phase_B[slot] == Phase.FINISHED]
         completions = self._release(ended)
         return [
-            Update(index, tokens, completions.get(slot))
-            for slot, (index, tokens) in arrived.items()
-            if tokens or slot in completions
+            replace(update, completion=completions.get(slot))
+            for slot, update in updates.items()
+            if update.tokens or slot in completions
         ]
 
     def _drop_cancelled(self) -> list[Update]:
@@ -271,17 +336,14 @@ class ContinuousBatch:
         """Empties slots; what they hold, which tells its reason where none is given."""
         if not slots:
             return {}
-        counters = jax.device_get(readable(self._state.counters))
         released_B = np.isin(np.arange(self.slots), slots)
         self._state = release(self._state, jnp.asarray(released_B))
-        return {slot: self._completion(slot, counters, reason) for slot in slots}
+        return {slot: self._completion(slot, reason) for slot in slots}
 
-    def _completion(
-        self, slot: int, counters: Counters, reason: FinishReason | None
-    ) -> Completion:
+    def _completion(self, slot: int, reason: FinishReason | None) -> Completion:
         """What a slot's request became; it no longer runs."""
         each, tokenizer = self._running.pop(slot), self.target.tokenizer
-        tokens = each.tokens
+        tokens, counts = each.tokens, each.counts
         stopped = bool(tokens) and tokens[-1] in each.request.stop_ids
         shown = tokens[:-1] if stopped else tokens
         return Completion(
@@ -289,51 +351,9 @@ class ContinuousBatch:
             text=tokenizer.decode(shown) if tokenizer else None,
             finish_reason=reason or ("stop" if stopped else "length"),
             log_probs=each.log_probs if each.request.params.log_probs else None,
-            rounds=int(counters.rounds_B[slot]),
-            drafted=int(counters.drafted_B[slot]),
-            verified=int(counters.verified_B[slot]),
-            reached=counters.reached_BG[slot].tolist(),
-            accepted=counters.accepted_BG[slot].tolist(),
+            rounds=counts.rounds,
+            drafted=counts.drafted,
+            verified=counts.verified,
+            reached=list(counts.reached),
+            accepted=list(counts.accepted),
         )
-
-
-def admission_of(requests: Sequence[CheckedRequest], state: DecodeState) -> Admission:
-    """Requests in the form in which slots of `state` take them up."""
-    params = [request.params for request in requests]
-    return Admission.of(
-        state,
-        [request.ids for request in requests],
-        [request.limit for request in requests],
-        Sampling.of(
-            len(requests),
-            temperature=[each.temperature for each in params],
-            top_k=[each.top_k for each in params],
-            top_p=[each.top_p for each in params],
-            min_p=[each.min_p for each in params],
-            seed=[request.seed for request in requests],
-        ),
-        stop_ids=[request.stop_ids for request in requests],
-        min_drafts=[request.min_drafts for request in requests],
-        max_drafts=[request.max_drafts for request in requests],
-    )
-
-
-@partial(jax.jit, static_argnames=("window",))
-def _newest(
-    state: DecodeState, since_B: Int[Array, " B"], window: int
-) -> tuple[Int[Array, " B"], Int[Array, " B"], Int[Array, "B W"], Float[Array, "B L"]]:
-    """Phases, lengths, and from `since_B` on tokens and log-probabilities, if kept."""
-    place_BW = since_B[:, None] + jnp.arange(window)
-    tokens_BW, log_probs_BW = (
-        jnp.take_along_axis(x_BS, place_BW, axis=1, mode="clip")
-        if x_BS.shape[1]
-        else jnp.zeros((state.slots, 0))
-        for x_BS in (state.tokens_BS, state.log_probs_BS)
-    )
-    return replicated((state.phase_B, state.lengths_B, tokens_BW, log_probs_BW))
-
-
-def prefill_chunk(lengths: Iterable[int]) -> int:
-    """Tokens per slot and prefill pass for such prompts: a power of two, 16 to 128."""
-    longest = max(lengths)
-    return int(np.clip(2 ** np.ceil(np.log2(max(longest - 1, 1))), 16, 128))

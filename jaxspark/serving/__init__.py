@@ -1,8 +1,8 @@
-"""Serving: the wire that OpenAI's clients speak, around an engine's tokens.
+"""Serving: an engine, and the wire that OpenAI's clients speak around its tokens.
 
 A client's body is read (`ChatRequest.read`), understood (`prepare_chat`), and becomes
-`Demand`s on an engine. What the engine tells comes back as events, from which an
-`Assembler` makes chunks and the answer. Nothing here computes.
+`Demand`s on an `Engine`. What the engine tells comes back as events, from which an
+`Assembler` makes chunks and the answer. `jaxspark.serving.app` puts HTTP around it.
 """
 
 try:
@@ -16,6 +16,7 @@ from jaxspark.serving.chat_answer import ChatAssembler
 from jaxspark.serving.chat_request import ChatRequest
 from jaxspark.serving.completion_answer import CompletionAssembler
 from jaxspark.serving.demands import Demand, Extras, Grammar, ToolUse
+from jaxspark.serving.engine import Engine
 from jaxspark.serving.engine_events import (
     Ended,
     EngineEvent,
@@ -24,14 +25,18 @@ from jaxspark.serving.engine_events import (
     Tokens,
 )
 from jaxspark.serving.errors import ApiError
+from jaxspark.serving.observing import Observer, Stats
 from jaxspark.serving.other_requests import (
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
 )
+from jaxspark.serving.pace import Pace
 from jaxspark.serving.prepared import Prepared, prepare_chat, prepare_completion
 from jaxspark.serving.responses import DONE, event
 from jaxspark.serving.served import Served
+from jaxspark.serving.stream import Stream
+from jaxspark.serving.waiting import Overloaded, QueueLimits
 
 __all__ = [
     "DONE",
@@ -43,13 +48,20 @@ __all__ = [
     "Demand",
     "DetokenizeRequest",
     "Ended",
+    "Engine",
     "EngineEvent",
     "Extras",
     "Grammar",
+    "Observer",
+    "Overloaded",
+    "Pace",
     "Prefilled",
     "Prepared",
+    "QueueLimits",
     "Sampled",
     "Served",
+    "Stats",
+    "Stream",
     "TokenizeRequest",
     "Tokens",
     "ToolUse",

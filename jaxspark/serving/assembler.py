@@ -63,7 +63,9 @@ class Assembler[A: Answer](ABC):
         elif isinstance(event, Ended):
             if event.reason == "error" and self.wants(choice):
                 raise ApiError(
-                    event.error or "the engine failed", status=500, type="server_error"
+                    event.error or "the engine failed",
+                    status=event.status,
+                    type="server_error",
                 )
             parts = self._readers[choice].end(event.reason)
         else:

@@ -90,6 +90,8 @@ class ChatAssembler(Assembler[ChatAnswer]):
             told["logprobs"] = ChatLogProbs(content=[self.told(t) for t in tokens])
         if self.prepared.return_ids:
             told["token_ids"] = [each.token for each in tokens]
+        if self.prepared.return_drafted:
+            told["drafted"] = [each.accepted for each in tokens]
         return told
 
     def _delta(self, choice: int, events: Iterable[Event]) -> Message:

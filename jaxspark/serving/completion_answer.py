@@ -52,6 +52,8 @@ class CompletionAssembler(Assembler[CompletionAnswer]):
             values["stop_reason"] = part.ending.stop
         if self.prepared.return_ids:
             values["token_ids"] = [each.token for each in part.tokens]
+        if self.prepared.return_drafted:
+            values["drafted"] = [each.accepted for each in part.tokens]
         return [self._chunk(CompletionChoice(**values))]
 
     def _whole(self, choice: int) -> CompletionChoice:
@@ -68,6 +70,8 @@ class CompletionAssembler(Assembler[CompletionAnswer]):
         }
         if self.prepared.return_ids:
             values["token_ids"] = [t.token for part in parts for t in part.tokens]
+        if self.prepared.return_drafted:
+            values["drafted"] = [t.accepted for part in parts for t in part.tokens]
         return CompletionChoice(**values, **self._of_prompt(choice))
 
     def _of_prompt(self, choice: int) -> dict[str, Any]:

@@ -14,11 +14,13 @@ class Sampled:
       token: its id.
       log_prob: the model's log-probability of it, if asked for.
       top: the most likely tokens and theirs, best first, if asked for.
+      accepted: whether it is a draft that was accepted.
     """
 
     token: int
     log_prob: float | None = None
     top: Sequence[tuple[int, float]] = ()
+    accepted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +59,13 @@ class Ended:
       choice: of which output.
       reason: why.
       error: what was wrong, for the reason "error".
+      status: HTTP's word for it.
     """
 
     choice: int
     reason: FinishReason
     error: str | None = None
+    status: int = 500
 
 
 EngineEvent = Prefilled | Tokens | Ended

@@ -163,6 +163,7 @@ class SamplingFields(Wire):
     stream_options: StreamOptions | None = None
     stream_interval: int | None = Field(None, ge=1)
     return_token_ids: bool | None = None
+    return_drafted: bool | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MOST_LOG_PROBS)
 
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)

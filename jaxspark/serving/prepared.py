@@ -41,6 +41,7 @@ class Prepared:
       include_usage: whether a last chunk has the usage.
       continuous_usage: whether every chunk has.
       return_ids: whether token ids are told.
+      return_drafted: whether it is told which tokens are accepted drafts.
       own_stop_ids: stop tokens that the client named.
       echo: whether completions begin with their prompts.
     """
@@ -58,6 +59,7 @@ class Prepared:
     include_usage: bool = False
     continuous_usage: bool = False
     return_ids: bool = False
+    return_drafted: bool = False
     own_stop_ids: frozenset[int] = frozenset()
     echo: bool = False
 
@@ -197,6 +199,7 @@ def _prepared(
         include_usage=bool(options and options.include_usage),
         continuous_usage=bool(options and options.continuous_usage_stats),
         return_ids=bool(request.return_token_ids),
+        return_drafted=bool(request.return_drafted),
         own_stop_ids=frozenset(request.stop_token_ids or ()),
         **values,
     )

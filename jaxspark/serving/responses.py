@@ -124,6 +124,7 @@ class ChatChoice(Sent):
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
+    drafted: list[bool] | None = None
 
 
 class CompletionChoice(Sent):
@@ -135,6 +136,7 @@ class CompletionChoice(Sent):
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
+    drafted: list[bool] | None = None
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: list[dict[str, Any] | None] | None = None
 

@@ -131,6 +131,13 @@ def _budget(prompt: int, served: Served, param: str, max_tokens: int | None) -> 
             param=param,
             code="context_length_exceeded",
         )
+    if served.most_prompt is not None and prompt > served.most_prompt:
+        raise ApiError(
+            f"{param} has {prompt} tokens; this server takes prompts of at most "
+            f"{served.most_prompt}; shorten it",
+            param=param,
+            code="context_length_exceeded",
+        )
     if max_tokens is not None and max_tokens > room:
         raise ApiError(
             f"max_tokens is {max_tokens}; behind the {prompt} tokens of {param} the "
@@ -138,6 +145,10 @@ def _budget(prompt: int, served: Served, param: str, max_tokens: int | None) -> 
             param="max_tokens",
             code="context_length_exceeded",
         )
+    if served.most_output is not None:
+        if max_tokens is not None and max_tokens > served.most_output:
+            raise wrong("max_tokens", max_tokens, f"at most {served.most_output}")
+        room = min(room, served.most_output)
     return room if max_tokens is None else max_tokens
 
 

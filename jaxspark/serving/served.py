@@ -21,6 +21,8 @@ class Served:
       tokenizer: its.
       stop_ids: tokens that end its texts.
       context: most tokens of prompt and output.
+      most_prompt: most tokens of a prompt; None for what the context has room for.
+      most_output: most new tokens, also where a client names no number; None likewise.
       vocab_size: ids are below this.
       thinking: how it reasons; None leaves think blocks in answers.
       calls: how it calls tools; None refuses tools.
@@ -34,6 +36,8 @@ class Served:
     stop_ids: tuple[int, ...]
     context: int
     vocab_size: int
+    most_prompt: int | None = None
+    most_output: int | None = None
     thinking: ThinkFormat | None = None
     calls: CallFormat | None = None
     created: int = field(default_factory=lambda: int(time.time()))

@@ -1,0 +1,142 @@
+"""What a host knows of a request in a slot, and how it reads and writes slots."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from jaxspark.decoding import Admission, DecodeState, Sampling
+from jaxspark.decoding.state import Counters
+from jaxspark.generation.request import CheckedRequest
+from jaxspark.parallel.mesh import replicated
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What rounds did for one request.
+
+    Attributes:
+      rounds: target passes.
+      drafted: those that drafted.
+      verified: drafts verified in them.
+      reached: per draft position, rounds that verified it with all before it accepted.
+      accepted: per draft position, rounds that accepted it.
+    """
+
+    rounds: int = 0
+    drafted: int = 0
+    verified: int = 0
+    reached: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, counters: Counters, slot: int) -> "Counts":
+        """Those of a slot, on the host."""
+        return cls(
+            rounds=int(counters.rounds_B[slot]),
+            drafted=int(counters.drafted_B[slot]),
+            verified=int(counters.verified_B[slot]),
+            reached=tuple(counters.reached_BG[slot].tolist()),
+            accepted=tuple(counters.accepted_BG[slot].tolist()),
+        )
+
+    def since(self, before: "Counts") -> "Counts":
+        """What was added to earlier counts."""
+
+        def added(now: tuple[int, ...], then: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(a - b for a, b in zip(now, then or (0,) * len(now)))
+
+        return Counts(
+            rounds=self.rounds - before.rounds,
+            drafted=self.drafted - before.drafted,
+            verified=self.verified - before.verified,
+            reached=added(self.reached, before.reached),
+            accepted=added(self.accepted, before.accepted),
+        )
+
+
+@dataclass
+class Running:
+    """A request in a slot, and its output so far.
+
+    Attributes:
+      request: what runs.
+      processed: tokens of its prompt that were read.
+      tokens: its output.
+      log_probs: of the output, where they are kept.
+      counts: what its rounds did.
+    """
+
+    request: CheckedRequest
+    processed: int = 0
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    counts: Counts = Counts()
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt that remain to be read; the anchor is a round's."""
+        return len(self.request.ids) - 1 - self.processed
+
+
+def admission_of(requests: Sequence[CheckedRequest], state: DecodeState) -> Admission:
+    """Requests in the form in which slots of `state` take them up."""
+    params = [request.params for request in requests]
+    return Admission.of(
+        state,
+        [request.ids for request in requests],
+        [request.limit for request in requests],
+        Sampling.of(
+            len(requests),
+            temperature=[each.temperature for each in params],
+            top_k=[each.top_k for each in params],
+            top_p=[each.top_p for each in params],
+            min_p=[each.min_p for each in params],
+            seed=[request.seed for request in requests],
+        ),
+        stop_ids=[request.stop_ids for request in requests],
+        min_drafts=[request.min_drafts for request in requests],
+        max_drafts=[request.max_drafts for request in requests],
+    )
+
+
+@partial(jax.jit, static_argnames=("window",))
+def newest(
+    state: DecodeState, since_B: Int[Array, " B"], window: int
+) -> tuple[Array, Array, Counters, Array, Array, Array]:
+    """What a host wants to know after rounds.
+
+    Args:
+      state: the slots.
+      since_B: places that it knows already.
+      window: most places behind them.
+
+    Returns:
+      phases [B], lengths [B], counters, and from `since_B` on tokens [B, W] and
+      log-probabilities and accepted drafts, each [B, W] or, if not kept, [B, 0].
+    """
+    place_BW = since_B[:, None] + jnp.arange(window)
+    tokens_BW, log_probs_BW, accepted_BW = (
+        jnp.take_along_axis(x_BS, place_BW, axis=1, mode="clip")
+        if x_BS.shape[1]
+        else jnp.zeros((state.slots, 0), x_BS.dtype)
+        for x_BS in (state.tokens_BS, state.log_probs_BS, state.accepted_BS)
+    )
+    slots = state.phase_B, state.lengths_B, state.counters
+    return replicated((*slots, tokens_BW, log_probs_BW, accepted_BW))
+
+
+def prefill_chunk(lengths: Iterable[int], most: int = 128) -> int:
+    """Tokens per slot and prefill pass for such prompts: a power of two from 16 on.
+
+    Args:
+      lengths: of the prompts.
+      most: itself, whatever it is, if they are longer.
+    """
+    longest = max(lengths)
+    least = min(16, most)
+    return int(np.clip(2 ** np.ceil(np.log2(max(longest - 1, 1))), least, most))

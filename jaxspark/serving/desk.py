@@ -1,0 +1,210 @@
+"""Who waits, who runs and what each is told: the engine's books, without a device.
+
+Every job that is taken on gets exactly one end, whatever happens: its outcome, its
+cancellation, or an error. All methods may be called from any thread.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from jaxspark.generation import Update
+from jaxspark.generation.completion import FinishReason
+from jaxspark.serving.engine_events import (
+    Ended,
+    EngineEvent,
+    Prefilled,
+    Sampled,
+    Tokens,
+)
+from jaxspark.serving.jobs import Job
+from jaxspark.serving.observing import Observer, State
+from jaxspark.serving.waiting import Overloaded, QueueLimits, WaitingLine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What is new for the device.
+
+    Attributes:
+      arriving: jobs that get slots.
+      unwanted: jobs that leave theirs.
+      waiting: whether others wait for slots.
+    """
+
+    arriving: Sequence[Job]
+    unwanted: Sequence[Job]
+    waiting: bool
+
+
+class Desk:
+    """The books.
+
+    Attributes:
+      state: of the engine.
+      line: jobs without slots.
+      running: jobs with slots, by index.
+    """
+
+    def __init__(self, queue: QueueLimits, observers: Sequence[Observer]):
+        self.state: State = "starting"
+        self.line = WaitingLine(queue)
+        self.running: dict[int, Job] = {}
+        self._observers = observers
+        self._unwanted: list[Job] = []
+        self._changed = threading.Condition()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits or runs."""
+        return not len(self.line) and not self.running
+
+    def become(self, state: State) -> None:
+        """Enters a state; the last two are not left again."""
+        with self._changed:
+            if self.state not in ("stopped", "failed"):
+                self.state = state
+            self._changed.notify_all()
+
+    def wait_for(
+        self, come: Callable[[], bool], timeout_s: float | None = None
+    ) -> bool:
+        """Waits until something has come about; whether it did in time."""
+        with self._changed:
+            return self._changed.wait_for(come, timeout_s)
+
+    def take_on(self, jobs: Sequence[Job], *, retry_after_s: float) -> None:
+        """Lets all jobs of a request wait, or none.
+
+        Raises:
+          ApiError: they can never wait together.
+          Overloaded: there is no room now.
+        """
+        with self._changed:
+            if self.state != "ready":
+                raise Overloaded(
+                    f"the engine is {self.state}; it takes no requests",
+                    reason=self.state,
+                    retry_after_s=5.0,
+                )
+            self.line.push(jobs, retry_after_s=retry_after_s)
+            self._changed.notify_all()
+
+    def cancel(
+        self, jobs: Sequence[Job], choice: int | None, reason: FinishReason
+    ) -> None:
+        """Ends those that wait at once, and those that run before the next call."""
+        with self._changed:
+            for job in jobs:
+                if choice not in (None, job.demand.choice) or job.because is not None:
+                    continue
+                if self.line.withdraw(job):
+                    job.because = reason
+                    self._end(job, reason)
+                elif job.request.index in self.running:
+                    job.because = reason
+                    self._unwanted.append(job)
+            self._changed.notify_all()
+
+    def next_turn(self, room: int, may: Callable[[Job], bool]) -> Turn | None:
+        """Waits until there is something to do.
+
+        Args:
+          room: jobs that can be admitted.
+          may: whether a job can run beside those that do.
+
+        Returns:
+          what is new; None once the engine is to stop.
+        """
+        with self._changed:
+            # Whoever waits, waits for one that runs: so there is always a next turn.
+            self._changed.wait_for(
+                lambda: not self.idle or self.state in ("stopped", "failed")
+            )
+            if self.state in ("stopped", "failed"):
+                return None
+            now = time.monotonic()
+            for job in [each for each in self.line if each.is_late(now)]:
+                self.line.withdraw(job)
+                waited = (
+                    f"the request waited {now - job.arrived:.1f} s for a slot, its "
+                    f"timeout is {job.demand.deadline_s:g} s"
+                )
+                self._end(job, "error", error=waited, status=504)
+            for job in self.running.values():
+                if job.is_late(now) and job.because is None:
+                    job.because = "cancelled"
+                    self._unwanted.append(job)
+            unwanted, self._unwanted = self._unwanted, []
+            arriving = self.line.take(room, may)
+            for job in arriving:
+                job.admitted = now
+                self.running[job.request.index] = job
+                for each in self._observers:
+                    each.admitted(job)
+            waiting = len(self.line) > 0
+            return Turn(arriving=arriving, unwanted=unwanted, waiting=waiting)
+
+    def tell(self, update: Update) -> None:
+        """Passes on what a step brought for a job."""
+        with self._changed:
+            job, now = self.running[update.index], time.monotonic()
+            choice, count = job.demand.choice, len(update.tokens)
+            events: list[EngineEvent] = []
+            if count:
+                since = job.arrived if job.latest is None else job.latest
+                for each in self._observers:
+                    each.progressed(job, count, now - since, update.counts)
+                self.line.charge(job, count)
+                if job.began is None:
+                    job.began = now
+                    events.append(Prefilled(choice=choice))
+                job.latest = now
+                job.tokens += count
+                events.append(Tokens(choice=choice, tokens=sampled(job, update)))
+                job.stream.put(*events)
+            if update.completion is not None:
+                del self.running[update.index]
+                self.line.leave(job)
+                self._end(job, job.because or update.completion.finish_reason)
+
+    def end_all(self, error: str, *, status: int) -> None:
+        """Ends whatever is left with an error."""
+        with self._changed:
+            for job in list(self.line):
+                self.line.withdraw(job)
+                self._end(job, "error", error=error, status=status)
+            for job in self.running.values():
+                self.line.leave(job)
+                self._end(job, "error", error=error, status=status)
+            self.running.clear()
+            self._changed.notify_all()
+
+    def _end(
+        self,
+        job: Job,
+        reason: FinishReason,
+        *,
+        error: str | None = None,
+        status: int = 500,
+    ) -> None:
+        for each in self._observers:
+            each.ended(job, reason)
+        job.stream.put(
+            Ended(choice=job.demand.choice, reason=reason, error=error, status=status)
+        )
+        self._changed.notify_all()
+
+
+def sampled(job: Job, update: Update) -> list[Sampled]:
+    """New tokens in the form in which they are told."""
+    log_probs: Sequence[float | None] = update.log_probs
+    if not job.request.params.log_probs:
+        log_probs = [None] * len(update.tokens)
+    return [
+        Sampled(token=token, log_prob=log_prob, accepted=accepted)
+        for token, log_prob, accepted in zip(
+            update.tokens, log_probs, update.accepted, strict=True
+        )
+    ]

@@ -1,0 +1,296 @@
+"""The engine: requests in, events out, one thread that owns the device.
+
+    with Engine(target, drafter, slots=8, context=2048) as engine:
+        for event in engine.submit(demand): ...
+
+The thread runs turns. In each it lets newcomers into free slots, reads a chunk of every
+prompt that is not read yet, decodes a few rounds of all others, and tells what came of
+them. Everything else (`submit`, `cancel`, `drain`) may be called from any thread or
+event loop, and leaves work for the next turn.
+"""
+
+import contextlib
+import itertools
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Self
+
+import jax
+
+from jaxspark.decoding import DecodeOptions, Fixed
+from jaxspark.decoding.options import check_block_length
+from jaxspark.drafters import Drafter, PlainDrafter
+from jaxspark.generation import ContinuousBatch, Update
+from jaxspark.generation.generate import round_capacity
+from jaxspark.generation.request import RequestError, check
+from jaxspark.parallel.mesh import mesh_in_use, slots_per_shard
+from jaxspark.serving.buckets import with_buckets
+from jaxspark.serving.compilations import Compilations
+from jaxspark.serving.demands import Demand
+from jaxspark.serving.desk import Desk, Turn
+from jaxspark.serving.errors import ApiError
+from jaxspark.serving.jobs import Job
+from jaxspark.serving.observing import Observer, State, Stats, Tally
+from jaxspark.serving.pace import Pace, Pacer
+from jaxspark.serving.refusals import check_supported
+from jaxspark.serving.stream import Stream
+from jaxspark.serving.waiting import Overloaded, QueueLimits
+from jaxspark.serving.warmup import warm_up
+from jaxspark.target import Target
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Serves requests by continuous batching; see the module.
+
+    Greedy outputs, and under the gumbel coupling sampled ones, are the tokens of plain
+    decoding with the same seed, whatever runs beside them.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None = None,
+        *,
+        slots: int = 8,
+        context: int = 2048,
+        options: DecodeOptions = DecodeOptions(coupling="gumbel"),
+        chunk: int | None = None,
+        together: int | None = None,
+        max_stop_ids: int = 16,
+        queue: QueueLimits = QueueLimits(),
+        pace: Pace = Pace(),
+        observers: Sequence[Observer] = (),
+        on_failure: Callable[[], None] = lambda: None,
+    ):
+        """Makes an engine that is not started yet.
+
+        Args:
+          target: a loaded target.
+          drafter: what proposes; None decodes plainly.
+          slots: outputs decoded at once.
+          context: most tokens of a prompt and its output.
+          options: how rounds draft, schedule and verify; see `with_buckets`.
+          chunk: most tokens of each prompt that are read between two calls; None takes
+            32 on CPUs, where they cost as much as some rounds, and 256 elsewhere.
+          together: prompts that are read at once; None takes a quarter of the slots.
+          max_stop_ids: most tokens that may end an output.
+          queue: what may wait.
+          pace: rounds per call.
+          observers: are told of what happens.
+          on_failure: called once if the device fails, in the engine's thread.
+
+        Raises:
+          ValueError: options, drafter and target that do not go together.
+        """
+        most = target.model.config.max_position_embeddings
+        if not 2 <= context <= most:
+            raise ValueError(f"context is {context}; the target has 2 to {most} tokens")
+        self.context = context
+        if chunk is None:
+            chunk = 32 if jax.default_backend() == "cpu" else 256
+        drafter = PlainDrafter() if drafter is None else drafter
+        block = check_block_length(drafter, options.block_length)
+        options = with_buckets(options, drafter, slots_per_shard(slots))
+        self._batch = ContinuousBatch(
+            target,
+            drafter,
+            slots=slots,
+            capacity=round_capacity(context + block),
+            options=options,
+            max_stop_ids=max_stop_ids,
+            log_probs=True,
+            accepted=True,
+            together=together,
+            chunk=chunk,
+            rounds_per_step=pace.most,
+        )
+        self.options = self._batch.options
+        # Draws of requests with one seed are not independent; a schedule that looks at
+        # those of others must not see them together.
+        self._own_seeds = options.coupling == "rejection" and not isinstance(
+            options.schedule, Fixed
+        )
+        self._mesh = jax.sharding.get_mesh() if mesh_in_use() is not None else None
+        self._pacer = Pacer(pace)
+        self._tally = Tally(self.options.block)
+        self._on_failure = on_failure
+        self._compilations = Compilations()
+        self._compiled: int | None = None
+        self._indices = itertools.count()
+        self._desk = Desk(queue, (self._tally, *observers))
+        self._observers = observers
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+
+    def __enter__(self) -> Self:
+        self.start()
+        self.wait_ready()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    @property
+    def state(self) -> State:
+        """What it is doing."""
+        return self._desk.state
+
+    def start(self) -> None:
+        """Starts the thread, which compiles everything and is then ready."""
+        self._thread.start()
+
+    def wait_ready(self) -> None:
+        """Waits until it is ready.
+
+        Raises:
+          RuntimeError: it failed.
+        """
+        self._desk.wait_for(lambda: self.state != "starting")
+        if self.state == "failed":
+            raise RuntimeError("the engine failed while it was started")
+
+    def submit(self, *demands: Demand, client: str = "") -> Stream:
+        """Takes a request on.
+
+        Args:
+          *demands: its outputs; all are taken on or none.
+          client: who asks; those who were served least go first.
+
+        Returns:
+          the events of all its outputs.
+
+        Raises:
+          ApiError: what cannot be served.
+          Overloaded: no room now.
+        """
+        jobs: list[Job] = []
+        stream = Stream(
+            len(demands), lambda choice, reason: self._desk.cancel(jobs, choice, reason)
+        )
+        now = time.monotonic()
+        for demand in demands:
+            check_supported(demand)
+            jobs.append(self._job(demand, client, stream, now))
+        ahead = (len(self._desk.line) + len(jobs)) / self._batch.slots
+        try:
+            self._desk.take_on(jobs, retry_after_s=self._tally.job_seconds * ahead)
+        except Overloaded as error:
+            for each in self._observers:
+                each.rejected(error.reason)
+            raise
+        return stream
+
+    def drain(self) -> None:
+        """Takes no new requests on; those that are here go on to their ends."""
+        self._desk.become("draining")
+
+    def wait_idle(self, timeout_s: float | None = None) -> bool:
+        """Waits until nothing waits or runs; whether that came about in time."""
+        return self._desk.wait_for(lambda: self._desk.idle, timeout_s)
+
+    def stop(self) -> None:
+        """Ends the thread after the call that is running, and what is left with it."""
+        self._desk.become("stopped")
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def stats(self) -> Stats:
+        """What it does, at a glance."""
+        desk, before = self._desk, self._compiled
+        compilations = self._compilations.count
+        return Stats(
+            state=desk.state,
+            slots=self._batch.slots,
+            running=len(desk.running),
+            waiting=len(desk.line),
+            waiting_tokens=desk.line.tokens,
+            **self._tally.figures(),
+            compilations=compilations if before is None else before,
+            late_compilations=0 if before is None else compilations - before,
+        )
+
+    def _job(self, demand: Demand, client: str, stream: Stream, now: float) -> Job:
+        request, batch = demand.request, self._batch
+        if request.params.seed is None:
+            params = replace(request.params, seed=secrets.randbelow(2**32))
+            request = replace(request, params=params)
+        try:
+            checked = check(request, next(self._indices), batch.target, batch.limits)
+        except RequestError as error:
+            # Its cause does not begin with our number of the request.
+            raise ApiError(str(error.__cause__ or error)) from error
+        if checked.limit > self.context:
+            raise ApiError(
+                f"prompt and output need {checked.limit} tokens, the context has "
+                f"{self.context}",
+                code="context_length_exceeded",
+            )
+        late = None if demand.deadline_s is None else now + demand.deadline_s
+        return Job(
+            demand=demand,
+            request=checked,
+            client=client,
+            stream=stream,
+            arrived=now,
+            expires=late,
+        )
+
+    # What follows runs in the engine's own thread.
+
+    def _main(self) -> None:
+        try:
+            with self._devices(), self._compilations:
+                warm_up(self._batch)
+                self._compiled = self._compilations.count
+                log.info("compiled %d programs; ready", self._compiled)
+                if self.state == "starting":
+                    self._desk.become("ready")
+                while (turn := self._next_turn()) is not None:
+                    for update in self._step(turn):
+                        self._desk.tell(update)
+        except BaseException:
+            log.exception("the engine failed")
+            self._desk.become("failed")
+            self._desk.end_all("the engine failed", status=500)
+            self._on_failure()
+        else:
+            self._desk.end_all("the server stopped before the end", status=503)
+
+    @contextlib.contextmanager
+    def _devices(self) -> Iterator[None]:
+        """The mesh in use belongs to a thread."""
+        if self._mesh is None:
+            yield
+        else:
+            with jax.set_mesh(self._mesh):
+                yield
+
+    def _next_turn(self) -> Turn | None:
+        seeds = {job.request.seed for job in self._desk.running.values()}
+
+        def may(job: Job) -> bool:
+            taken = self._own_seeds and job.request.seed in seeds
+            seeds.add(job.request.seed)
+            return not taken
+
+        return self._desk.next_turn(self._batch.room, may)
+
+    def _step(self, turn: Turn) -> list[Update]:
+        """Lets newcomers in, reads on in prompts, decodes a few rounds."""
+        batch = self._batch
+        for job in turn.arriving:
+            batch.enqueue(job.request)
+        for job in turn.unwanted:
+            batch.cancel(job.request.index)
+        reading = bool(turn.arriving) or batch.prefilling > 0
+        begun = time.monotonic()
+        updates = batch.step(self._pacer.rounds(reading=reading), max_finished=1)
+        if not reading:
+            rounds = max((each.counts.rounds for each in updates), default=0)
+            self._pacer.note(rounds, time.monotonic() - begun)
+        return updates

@@ -1,0 +1,100 @@
+"""`jaxspark serve` as a process: from its start to its end."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+
+from jaxspark.checkpoints import save_target
+from jaxspark.launch import serve
+from jaxspark.launch.serve import Config
+from tests.checkpoints.tiny import target
+from tests.programs import ROOT, command
+
+
+def test_a_server_under_sigterm_finishes_what_it_has_and_ends_with_0(tmp_path):
+    save_target(tmp_path / "target", target())
+    (tmp_path / "keys").write_text("# for tests\none-key\n")
+    options = {"target": "target", "port": 0, "slots": 1, "context": 100}
+    process = subprocess.Popen(
+        command("serve", **options, api_key_file="keys", served_name="mine"),
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        first = process.stdout.readline()
+        assert first.startswith("mine at http://127.0.0.1:"), first
+        client = httpx.Client(
+            base_url=first.split()[2],
+            headers={"Authorization": "Bearer one-key"},
+            timeout=60,
+        )
+        assert client.get("/health").status_code == 200
+        early = client.post("/v1/completions", json={"model": "mine", "prompt": "a"})
+        assert early.status_code == 503 and int(early.headers["Retry-After"]) == 5
+        while client.get("/ready").status_code != 200:
+            time.sleep(0.1)
+        body = {"model": "mine", "prompt": "ab", "n": 6, "max_tokens": 90}
+        body |= {"ignore_eos": True}
+        answers = []
+
+        def ask(stream):
+            url = f"{client.base_url}/v1/completions"
+            answers.append(
+                httpx.post(
+                    url,
+                    json=body | {"stream": stream},
+                    headers=client.headers,
+                    timeout=60,
+                )
+            )
+
+        threads = [threading.Thread(target=ask, args=(i % 2 == 0,)) for i in range(3)]
+        for each in threads:
+            each.start()
+        while any(each.is_alive() for each in threads):
+            if client.get("/stats").json()["waiting"] >= 12:
+                break
+        client.close()
+        process.send_signal(signal.SIGTERM)
+        for each in threads:
+            each.join()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        said = process.communicate()[0]
+    for answer in answers:
+        assert answer.status_code == 200
+        if answer.headers["content-type"] == "application/json":
+            assert answer.json()["usage"]["completion_tokens"] == 6 * 90
+        else:
+            assert answer.text.count('"finish_reason":"length"') == 6
+            assert answer.text.endswith("data: [DONE]\n\n")
+    assert said.count('"completion_tokens": 540') == 3, said
+
+
+def test_flags_that_cannot_be_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="several processes cannot serve yet"):
+        Config(coordinator="localhost:1", processes=2, process_index=0)
+    with pytest.raises(ValueError, match="--costs are for schedules"):
+        Config(costs="costs.json")
+    with pytest.raises(ValueError, match="cannot listen at no.such.host.invalid:1"):
+        serve.main(Config(host="no.such.host.invalid", port=1))
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "jaxspark.serving.app", None)
+        with pytest.raises(ValueError, match=r"pip install 'jaxspark\[serve\]'"):
+            serve.main(Config())
+    (tmp_path / "keys").write_text("\n")
+    monkeypatch.setenv("JAXSPARK_API_KEYS", " a, b,")
+    assert Config().keys() == ("a", "b")
+    monkeypatch.delenv("JAXSPARK_API_KEYS")
+    with pytest.raises(ValueError, match="has no key"):
+        Config(api_key_file=str(tmp_path / "keys")).keys()

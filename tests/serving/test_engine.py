@@ -1,0 +1,351 @@
+"""The engine: what plain decoding gives, whatever happens beside it; nobody is lost."""
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+
+from jaxspark.decoding import DecodeOptions, Fixed, Lagged
+from jaxspark.generation import ContinuousBatch, Request, generate
+from jaxspark.serving import (
+    ApiError,
+    Demand,
+    Ended,
+    Engine,
+    Extras,
+    Overloaded,
+    Pace,
+    Prefilled,
+    QueueLimits,
+    Tokens,
+)
+from jaxspark.target import Target
+from tests import zoo
+
+CONTEXT = 96
+SETTINGS = {
+    "slots": 3,
+    "context": CONTEXT,
+    "chunk": 16,
+    "together": 2,
+    "queue": QueueLimits(requests=40, tokens=2000),
+    "pace": Pace(few=1, most=4),
+}
+
+
+def engine(drafter, **changes):
+    """An engine of the tiny target."""
+    model = zoo.target()
+    made = zoo.drafter(drafter, model) if drafter else None
+    options = DecodeOptions(coupling="gumbel", block_length=3 if drafter else None)
+    return Engine(Target(model=model), made, options=options, **(SETTINGS | changes))
+
+
+@pytest.fixture(scope="module")
+def running():
+    """One that runs; nothing is compiled late, and nothing is left in its slots."""
+    with engine("ngram") as made:
+        yield made
+        assert made.wait_idle(10)
+        assert made.stats().late_compilations == 0
+        assert made._batch.idle and made._batch.free == 3
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Plain decoding of a request alone; remembered."""
+    known, model = {}, zoo.target()
+
+    def plain(request):
+        if repr(request) not in known:
+            [known[repr(request)]] = generate(
+                *(model, [request.prompt]),
+                params=request.params,
+                log_probs=True,
+                coupling="gumbel",
+                capacity=128,
+            )
+        return known[repr(request)]
+
+    return plain
+
+
+def request(i, **changes):
+    """One of few, greedy and sampled, short and long."""
+    [prompt] = zoo.prompts([1, 2, 17, 40, 71][i % 5], seed=i % 5)
+    values = {
+        "max_new_tokens": [1, 9, 20][i % 3],
+        "temperature": float(i % 2),
+        "seed": i,
+        "stop_ids": [(), (5, 6, 7)][i // 2 % 2],
+        "log_probs": i % 4 == 0,
+    }
+    return Request(prompt, **(values | changes))
+
+
+def demand(asked, choice=0, **values):
+    """A request as an engine takes it."""
+    return Demand(group="g", choice=choice, request=asked, **values)
+
+
+def tokens_of(events, choice=0):
+    """Tokens that were told, and how it ended."""
+    own = [each for each in events if each.choice == choice]
+    assert sum(isinstance(each, Ended) for each in own) == 1
+    assert isinstance(own[-1], Ended)
+    told = [t for each in own if isinstance(each, Tokens) for t in each.tokens]
+    if told:
+        assert isinstance(own[0], Prefilled)
+    return told, own[-1]
+
+
+def slowed(engine, monkeypatch, seconds=0.03):
+    """Makes every turn take a while."""
+    step = engine._batch.step
+
+    def slow(*args, **kwargs):
+        time.sleep(seconds)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(engine._batch, "step", slow)
+
+
+@pytest.mark.parametrize("drafter", [None, "ngram", "dspark-gated"])
+def test_tokens_and_log_probs_are_those_of_plain_decoding(drafter, plain, running):
+    made = running if drafter == "ngram" else engine(drafter)
+    if made is not running:
+        made.start()
+        made.wait_ready()
+    asked = [request(i) for i in range(20)]
+    streams = [
+        made.submit(demand(each), client=str(len(each.prompt))) for each in asked
+    ]
+    for each, stream in zip(asked, streams):
+        told, end = tokens_of(list(stream))
+        expected = plain(each)
+        assert [t.token for t in told] == expected.tokens
+        assert end.reason == expected.finish_reason
+        if each.params.log_probs:
+            np.testing.assert_allclose(
+                [t.log_prob for t in told], expected.log_probs, atol=1e-4
+            )
+        else:
+            assert all(t.log_prob is None for t in told)
+    stats = made.stats()
+    assert stats.late_compilations == 0 and stats.running == stats.waiting == 0
+    if made is not running:
+        made.stop()
+        assert made.state == "stopped"
+
+
+def test_any_sequence_of_submitting_and_cancelling_leaves_all_slots_idle(
+    running, plain, random
+):
+    before, streams = running.stats().output_tokens, []
+    for life in range(150):
+        asked = request(int(random.integers(20)))
+        try:
+            streams.append((asked, running.submit(demand(asked), client=str(life % 3))))
+        except Overloaded:
+            time.sleep(0.01)
+        if streams and random.uniform() < 0.4:
+            streams[int(random.integers(len(streams)))][1].cancel()
+    reasons = set()
+    for asked, stream in streams:
+        told, end = tokens_of(list(stream))
+        reasons.add(end.reason)
+        expected = plain(asked).tokens
+        assert [t.token for t in told] == expected[: len(told)]
+        assert end.reason == "cancelled" or len(told) == len(expected)
+    assert running.wait_idle(10) and "cancelled" in reasons and len(reasons) > 1
+    stats = running.stats()
+    assert (stats.running, stats.waiting, stats.waiting_tokens) == (0, 0, 0)
+    assert running._batch.idle and running._batch.free == 3
+    assert stats.output_tokens > before
+
+
+def test_outputs_of_a_group_share_a_stream_and_end_one_by_one(running, plain):
+    asked = [request(9, seed=seed, stop_ids=()) for seed in range(4)]
+    events = list(running.submit(*(demand(a, i) for i, a in enumerate(asked))))
+    for choice, each in enumerate(asked):
+        told, end = tokens_of(events, choice)
+        assert [t.token for t in told] == plain(each).tokens and end.reason == "length"
+
+
+def test_streams_are_read_in_event_loops_and_one_output_can_be_stopped(
+    running, monkeypatch
+):
+    slowed(running, monkeypatch)
+
+    async def read():
+        asked = request(1, max_new_tokens=60, stop_ids=())
+        stream = running.submit(demand(asked, 0), demand(asked, 1))
+        events = []
+        async for event in stream:
+            events.append(event)
+            if isinstance(event, Tokens) and event.choice == 1:
+                stream.cancel(1, "stop")
+        return events
+
+    events = asyncio.run(read())
+    first, stopped = tokens_of(events, 0), tokens_of(events, 1)
+    assert len(first[0]) == 60 and first[1].reason == "length"
+    assert len(stopped[0]) < 60 and stopped[1].reason == "stop"
+
+
+def test_a_request_that_waits_too_long_fails_and_one_that_runs_too_long_is_cut(
+    running, monkeypatch
+):
+    slowed(running, monkeypatch)
+    long = request(1, max_new_tokens=60, stop_ids=())
+    ones = [running.submit(demand(long, deadline_s=0.3)) for _ in range(3)]
+    late = running.submit(demand(long, deadline_s=0.05))
+    told, end = tokens_of(list(late))
+    assert not told and (end.reason, end.status) == ("error", 504)
+    assert "its timeout is 0.05 s" in end.error
+    for stream in ones:
+        told, end = tokens_of(list(stream))
+        assert 0 < len(told) < 60 and end.reason == "cancelled"
+
+
+def test_what_cannot_be_served_is_refused_by_name_and_harms_nobody(running, plain):
+    good = request(0)
+    for bad, match in (
+        (demand(good, extras=Extras(presence_penalty=1.0)), "presence_penalty"),
+        (demand(good, extras=Extras(logit_bias={1: 2.0})), "logit_bias"),
+        (demand(good, extras=Extras(top_log_probs=2)), "top_logprobs"),
+        (demand(good, extras=Extras(min_tokens=2)), "min_tokens"),
+        (demand(Request([0] * 90, max_new_tokens=20)), "positions|context"),
+        (demand(Request([0] * 80, max_new_tokens=17)), "context"),
+        (demand(Request([zoo.VOCAB], max_new_tokens=4)), "token id"),
+        (demand(Request([0], max_new_tokens=4, temperature=-1.0)), "temperature"),
+        (demand(Request([0], max_new_tokens=4, stop_ids=range(17))), "stop ids"),
+    ):
+        with pytest.raises(ApiError, match=match) as error:
+            running.submit(demand(good), bad)
+        assert error.value.status == 400
+    told, _ = tokens_of(list(running.submit(demand(good))))
+    assert [t.token for t in told] == plain(good).tokens
+
+
+def test_a_full_queue_turns_requests_away(running, monkeypatch):
+    slowed(running, monkeypatch)
+    long = request(1, max_new_tokens=60, stop_ids=())
+    streams = [running.submit(demand(long)) for _ in range(40)]
+    with pytest.raises(Overloaded, match="at most 40") as error:
+        running.submit(*(demand(long, i) for i in range(5)))
+    assert 1 <= error.value.retry_after_s <= 60
+    for stream in streams:
+        stream.cancel()
+        tokens_of(list(stream))
+    assert running.wait_idle(10)
+
+
+def test_a_long_prompt_delays_others_by_a_chunk_at_a_time(running):
+    model = zoo.target()
+    batch = ContinuousBatch(
+        model, zoo.drafter("ngram", model), slots=3, capacity=128, chunk=16, together=2,
+        max_stop_ids=16, log_probs=True, accepted=True, rounds_per_step=4,
+        options=running.options,
+    )  # fmt: skip
+    short = batch.submit(request(1, max_new_tokens=40, stop_ids=(), temperature=1.0))
+    batch.step(rounds=1)
+    long = batch.submit(request(4, max_new_tokens=4, stop_ids=()))
+    between, rounds, flags, completions = 0, 0, [], {}
+    while not batch.idle:
+        updates = {each.index: each for each in batch.step(rounds=1)}
+        if batch.prefilling:
+            assert len(updates[short].tokens) > 0 and long not in updates
+            between += 1
+        for index, each in updates.items():
+            if index == long:
+                rounds += each.counts.rounds
+                flags += each.accepted
+            if each.completion:
+                completions[index] = each.completion
+    # 70 tokens in chunks of 16; the last chunk is followed by the first round.
+    assert between == 4
+    # Every round brings one token that is no draft.
+    assert rounds == completions[long].rounds == flags.count(False)
+    assert len(flags) == 4 == len(completions[long].tokens)
+
+
+def test_a_device_that_fails_ends_every_request_with_an_error(monkeypatch):
+    calls = []
+    with engine("ngram", on_failure=lambda: calls.append(1)) as made:
+        broken, step = [], made._batch.step
+
+        def fragile(*args, **kwargs):
+            time.sleep(0.01)
+            if broken:
+                raise RuntimeError("a device was lost")
+            return step(*args, **kwargs)
+
+        monkeypatch.setattr(made._batch, "step", fragile)
+        asked = request(1, max_new_tokens=60, stop_ids=())
+        streams = [made.submit(demand(asked), demand(asked, 1)) for _ in range(4)]
+        next(iter(streams[0]))
+        broken.append(1)
+        for stream in streams:
+            ends = [each for each in stream if isinstance(each, Ended)]
+            assert [each.reason for each in ends] == ["error"] * 2
+            assert ends[0].error == "the engine failed" and ends[0].status == 500
+        with pytest.raises(Overloaded, match="failed"):
+            made.submit(demand(asked))
+    made._thread.join(10)
+    assert made.state == "failed" and calls == [1]
+
+
+def test_draining_finishes_what_is_there_and_stopping_ends_it():
+    with engine("ngram") as made:
+        asked = [request(i) for i in range(8)]
+        streams = [made.submit(demand(each)) for each in asked]
+        made.drain()
+        with pytest.raises(Overloaded, match="draining"):
+            made.submit(demand(asked[0]))
+        assert made.wait_idle(20)
+        for stream in streams:
+            assert tokens_of(list(stream))[1].reason in ("stop", "length")
+    with engine("ngram") as made:
+        streams = [made.submit(demand(request(i))) for i in range(8)]
+        made.stop()
+        ends = [tokens_of(list(stream))[1] for stream in streams]
+        assert {each.status for each in ends if each.reason == "error"} <= {503}
+        assert all(stream.ended for stream in streams)
+
+
+def test_requests_with_one_seed_are_not_drawn_together_where_that_would_matter():
+    """A schedule under rejection sampling must not see draws that depend."""
+    costs = zoo.costs((3, 12), (1.5, 2.0), plain=1.0, length=3)
+    for schedule, together in ((Lagged(costs=costs), [1, 2]), (Fixed(), [1, 1])):
+        options = DecodeOptions(block_length=3, schedule=schedule)
+        model = zoo.target()
+        made = Engine(
+            Target(model=model),
+            zoo.drafter("ngram", model),
+            options=options,
+            **SETTINGS,
+        )
+        made._desk.become("ready")
+        for client, seed in enumerate((1, 1, 2)):
+            made.submit(demand(request(1, seed=seed)), client=str(client))
+        turn = made._next_turn()
+        seeds = [each.request.seed for each in turn.arriving]
+        assert seeds == together
+
+
+def test_an_engine_that_cannot_be_started_says_so(monkeypatch):
+    def broken(batch):
+        raise RuntimeError("no memory")
+
+    calls = []
+    monkeypatch.setattr("jaxspark.serving.engine.warm_up", broken)
+    made = engine("ngram", on_failure=lambda: calls.append(1))
+    made.start()
+    with pytest.raises(RuntimeError, match="failed while it was started"):
+        made.wait_ready()
+    made._thread.join(5)
+    assert calls == [1]
+    with pytest.raises(Overloaded, match="failed"):
+        made.submit(demand(request(0)))

@@ -1,0 +1,378 @@
+"""The server as OpenAI's own client sees it, and as clients that misbehave do."""
+
+import contextlib
+import json
+import re
+import socket
+import threading
+import time
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+from jaxspark.generation import SamplingParams, generate
+from jaxspark.serving.sampling import seed_of
+from tests.serving.hosting import KEY, hosted
+
+HI = [{"role": "user", "content": "Hi there, hi there."}]
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with hosted() as here:
+        yield here
+        assert here.engine.wait_idle(10)
+        assert here.engine._batch.idle and here.engine._batch.free == 3
+        assert here.engine.stats().late_compilations == 0
+    assert here.status == 0
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key=KEY, max_retries=0
+    ) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def http(server):
+    with httpx.Client(base_url=server.url, headers=HEADERS, timeout=30) as http:
+        yield http
+
+
+def plain(server, prompt, **params):
+    """What `generate` gives without drafts."""
+    if not isinstance(prompt, str):
+        prompt = server.target.tokenizer.chat(prompt)
+    params = SamplingParams(log_probs=True, **params)
+    [completion] = generate(
+        *(server.target, [prompt]), params=params, coupling="gumbel", capacity=128
+    )
+    return completion
+
+
+def test_a_chat_is_what_generate_gives(server, client):
+    answer = client.chat.completions.create(
+        model="tiny", messages=HI, max_tokens=30, temperature=0, logprobs=True
+    )
+    expected = plain(server, HI, max_new_tokens=30)
+    [choice] = answer.choices
+    assert choice.message.content == expected.text
+    assert choice.finish_reason == expected.finish_reason
+    assert answer.usage.completion_tokens == len(expected.tokens)
+    prompt = len(server.target.tokenizer.chat(HI))
+    assert answer.usage.prompt_tokens == prompt
+    np.testing.assert_allclose(
+        [each.logprob for each in choice.logprobs.content],
+        expected.log_probs,
+        atol=1e-4,
+    )
+
+
+def test_a_stream_adds_up_to_the_answer_with_its_usage(server, client):
+    asked = {"model": "tiny", "messages": HI, "max_tokens": 40, "temperature": 0}
+    whole = client.chat.completions.create(**asked)
+    chunks = list(
+        client.chat.completions.create(
+            **asked,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"return_drafted": True},
+        )
+    )
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage and not chunks[-1].choices
+    drafted = [
+        d for c in chunks for each in c.choices for d in getattr(each, "drafted", [])
+    ]
+    assert len(drafted) == 40 and 0 < sum(drafted) < 40
+
+
+def test_completions_seeds_and_several_outputs(server, client):
+    asked = {"model": "tiny", "prompt": "abcabc", "max_tokens": 20, "temperature": 0.8}
+    one, again, other = (
+        client.completions.create(**asked, n=3, seed=seed, logprobs=0)
+        for seed in (5, 5, -6)
+    )
+    texts = [each.text for each in one.choices]
+    assert texts == [each.text for each in again.choices]
+    assert texts != [each.text for each in other.choices]
+    for number, choice in enumerate(one.choices):
+        assert choice.index == number
+        expected = plain(
+            *(server, "abcabc"),
+            max_new_tokens=20,
+            temperature=0.8,
+            seed=seed_of(5, number),
+        )
+        assert choice.text == expected.text
+        np.testing.assert_allclose(
+            choice.logprobs.token_logprobs, expected.log_probs, atol=1e-4
+        )
+    assert one.usage.prompt_tokens == 6 and one.usage.completion_tokens <= 60
+    unseeded = {client.completions.create(**asked).choices[0].text for _ in range(3)}
+    assert len(unseeded) > 1
+
+
+def test_a_stop_string_cuts_everything_and_frees_the_slot(server, client, monkeypatch):
+    server.slow(monkeypatch, 0.01)
+    asked = {"model": "tiny", "prompt": "abcabc", "max_tokens": 60, "temperature": 0.8}
+    whole = client.completions.create(**asked, seed=1).choices[0].text
+    place = next(i for i in range(3, 60) if whole[i : i + 2] not in whole[: i + 1])
+    stop = whole[place : place + 2]
+    before = server.engine.stats().output_tokens
+    cut = client.completions.create(**asked, seed=1, stop=[stop])
+    assert cut.choices[0].text == whole[:place]
+    assert cut.choices[0].finish_reason == "stop"
+    assert server.engine.wait_idle(5)
+    # At most the call that was running went on.
+    decoded = server.engine.stats().output_tokens - before
+    assert decoded <= cut.usage.completion_tokens + 2 * 4 * 4
+
+
+def test_tokens_and_models(client, http):
+    assert [each.id for each in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    told = http.post("/tokenize", json={"prompt": "abc"}).json()
+    assert told["count"] == 3 and told["max_model_len"] == 110
+    text = http.post("/detokenize", json={"tokens": told["tokens"]}).json()
+    assert text == {"prompt": "abc"}
+
+
+CHAT = {"model": "tiny", "messages": HI, "max_tokens": 4}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
+BAD = [
+    ({"model": "other"}, 404, "model", "model_not_found"),
+    ({"messages": []}, 400, "messages", None),
+    ({"temprature": 1}, 400, "temprature", "unknown_parameter"),
+    ({"temperature": 9}, 400, "temperature", None),
+    ({"max_tokens": 61}, 400, "max_tokens", None),
+    ({"max_tokens": 10**9}, 400, "max_tokens", "context_length_exceeded"),
+    ({"n": 9}, 400, "n", None),
+    (
+        {"messages": [{"role": "user", "content": "x" * 200}]},
+        400,
+        "messages",
+        "context_length_exceeded",
+    ),
+    ({"presence_penalty": 1}, 400, "presence_penalty", "unsupported_parameter"),
+    ({"logit_bias": {"5": 1}}, 400, "logit_bias", "unsupported_parameter"),
+    ({"response_format": SCHEMA}, 400, "response_format", "unsupported_parameter"),
+    (
+        {"logprobs": True, "top_logprobs": 2},
+        400,
+        "top_logprobs",
+        "unsupported_parameter",
+    ),
+    ({"min_tokens": 2}, 400, "min_tokens", "unsupported_parameter"),
+]
+
+
+@pytest.mark.parametrize("change, status, param, code", BAD)
+def test_bad_fields_are_named(http, change, status, param, code):
+    response = http.post("/v1/chat/completions", json=CHAT | change)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error" and error["message"]
+    assert (error["param"], error["code"]) == (param, code)
+
+
+def test_bad_requests_get_error_objects_and_the_engine_lives(server, http):
+    json_type = {"Content-Type": "application/json"}
+    post = {"url": "/v1/chat/completions", "method": "POST"}
+
+    def parts():
+        for _ in range(50):
+            yield b" " * 1000
+
+    cases = [
+        (401, post | {"json": CHAT, "headers": {"Authorization": "Bearer wrong"}}),
+        (401, post | {"json": CHAT, "headers": {"Authorization": ""}}),
+        (
+            401,
+            {"method": "GET", "url": "/v1/models", "headers": {"Authorization": "x"}},
+        ),
+        (400, post | {"content": b'{"model": ', "headers": json_type}),
+        (400, post | {"content": b"\xff\xfe", "headers": json_type}),
+        (400, post | {"content": b"[" * 10_000, "headers": json_type}),
+        (400, post | {"content": b"", "headers": json_type}),
+        (413, post | {"content": b" " * 20_001, "headers": json_type}),
+        (413, post | {"content": parts(), "headers": json_type}),
+        (415, post | {"content": b"{}", "headers": {"Content-Type": "text/plain"}}),
+        (404, {"method": "GET", "url": "/v1/nothing"}),
+        (405, {"method": "GET", "url": "/v1/completions"}),
+    ]
+    for status, case in cases:
+        response = http.request(**case)
+        assert response.status_code == status, case
+        error = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"} and error["message"]
+        assert re.fullmatch("[0-9a-f]{32}", response.headers["X-Request-Id"])
+    again = http.post(
+        "/v1/chat/completions", json=CHAT, headers={"X-Request-Id": "mine-1"}
+    )
+    assert again.status_code == 200 and again.headers["X-Request-Id"] == "mine-1"
+
+
+def test_a_body_that_never_comes_is_given_up(server):
+    with raw(server, length=500) as connection:
+        assert b" 408 " in connection.recv(200).split(b"\r\n")[0]
+
+
+def raw(server, body=b"", length=None):
+    """A connection on which a request was sent."""
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=10)
+    connection.sendall(
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
+        f"Authorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {length or len(body)}\r\n\r\n".encode()
+        + body
+    )
+    return connection
+
+
+def test_clients_that_leave_at_any_moment_free_their_slots(server, monkeypatch, random):
+    server.slow(monkeypatch, 0.005)
+    before = server.engine.stats().output_tokens
+    for number in range(40):
+        values = {"stream": bool(number % 2), "n": 1 + number % 2, "max_tokens": 60}
+        body = json.dumps(CHAT | values | {"ignore_eos": True}).encode()
+        connection = raw(server, body)
+        time.sleep(random.uniform(0, 0.04))
+        if number % 4 > 1:
+            with contextlib.suppress(TimeoutError):
+                connection.settimeout(0.02)
+                connection.recv(100)
+        connection.close()
+    assert server.engine.wait_idle(10)
+    stats = server.engine.stats()
+    assert (stats.running, stats.waiting) == (0, 0)
+    # They were not decoded to their ends.
+    assert stats.output_tokens - before < 60 * 60 * 0.8
+
+
+def test_a_full_queue_answers_503_and_when_to_come_again(server, client, monkeypatch):
+    server.slow(monkeypatch)
+    asked = {**CHAT, "max_tokens": 50, "stream": True}
+    streams = [client.chat.completions.create(**asked, n=3)]
+    while server.engine.stats().running < 3:
+        time.sleep(0.01)
+    streams.append(client.chat.completions.create(**asked, n=8))
+    with pytest.raises(openai.InternalServerError) as error:
+        client.chat.completions.create(**asked)
+    assert error.value.status_code == 503
+    assert error.value.body["code"] == "queue_full"
+    assert 1 <= int(error.value.response.headers["Retry-After"]) <= 60
+    for stream in streams:
+        stream.close()
+    assert server.engine.wait_idle(10)
+
+
+def test_a_timeout_ends_a_waiting_request_with_an_error(server, client, monkeypatch):
+    server.slow(monkeypatch)
+    asked = {**CHAT, "max_tokens": 60}
+    with client.chat.completions.create(**asked, stream=True, n=3):
+        with pytest.raises(openai.InternalServerError, match="timeout") as error:
+            client.chat.completions.create(**asked, extra_body={"timeout": 0.1})
+        assert error.value.status_code == 504
+        with pytest.raises(openai.APIError, match="timeout"):
+            extra = {"timeout": 0.1}
+            list(client.chat.completions.create(**asked, stream=True, extra_body=extra))
+
+
+def test_operators_see_states_and_metrics_under_known_names(server, http, client):
+    client.completions.create(model="tiny", prompt="abc", max_tokens=8)
+    assert http.get("/health").json() == {"status": "ready"}
+    assert http.get("/ready").status_code == 200
+    scraped = http.get("/metrics").text
+    values = dict(
+        line.rsplit(" ", 1) for line in scraped.splitlines() if line[:1] != "#"
+    )
+    names = {name.partition("{")[0] for name in values}
+    assert {
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:kv_cache_usage_perc",
+        "vllm:cache_config_info",
+        "vllm:prompt_tokens_total",
+        "vllm:generation_tokens_total",
+        "vllm:request_success_total",
+        "vllm:spec_decode_num_draft_tokens_total",
+        "vllm:spec_decode_num_accepted_tokens_total",
+        "vllm:time_to_first_token_seconds_bucket",
+        "vllm:inter_token_latency_seconds_bucket",
+        "vllm:e2e_request_latency_seconds_bucket",
+        "jaxspark:rounds_total",
+        "jaxspark:accepted_length",
+        "jaxspark:compilations_after_ready",
+    } <= names
+    labels = '{engine="0",model_name="tiny"}'
+    stats = http.get("/stats").json()
+    assert (
+        float(values["vllm:generation_tokens_total" + labels])
+        == (stats["output_tokens"])
+    )
+    assert float(values["jaxspark:compilations_after_ready" + labels]) == 0
+    assert stats["tokens_per_second"] > 0 and stats["accepted_length"] >= 1
+
+
+def test_the_page_loads_nothing_from_elsewhere(http):
+    response = http.get("/", headers={"Authorization": ""})
+    assert response.headers["Content-Security-Policy"].startswith("default-src 'none'")
+    assert "jaxspark" in response.text and not re.search("https?://", response.text)
+    assert (
+        "access-control-allow-origin"
+        not in http.get("/stats", headers={"Origin": "https://example.com"}).headers
+    )
+
+
+def test_logs_tell_figures_and_never_what_was_said(server, client, caplog):
+    with caplog.at_level("INFO", "jaxspark.requests"):
+        client.chat.completions.create(**CHAT)
+        deadline = time.monotonic() + 5
+        while not caplog.records and time.monotonic() < deadline:
+            time.sleep(0.01)
+    line = json.loads(caplog.records[-1].message)
+    assert line["path"] == "/v1/chat/completions" and line["status"] == 200
+    assert line["completion_tokens"] == 4 and "Hi" not in caplog.text
+
+
+def test_a_device_failure_ends_requests_and_the_process(monkeypatch):
+    with hosted(api_keys=()) as here:
+        here.slow(monkeypatch, 0.02)
+        body = CHAT | {"max_tokens": 60, "n": 4}
+        url, answers = f"{here.url}/v1/chat/completions", []
+
+        def ask(stream):
+            answers.append(httpx.post(url, json=body | {"stream": stream}, timeout=20))
+
+        threads = [threading.Thread(target=ask, args=(i == 1,)) for i in range(2)]
+        for each in threads:
+            each.start()
+        while here.engine.stats().running < 3:
+            time.sleep(0.01)
+
+        def broken(*args, **kwargs):
+            raise RuntimeError("a device was lost")
+
+        monkeypatch.setattr(here.engine._batch, "step", broken)
+        for each in threads:
+            each.join(20)
+        here.thread.join(20)
+        assert here.status == 1 and here.engine.state == "failed"
+    streamed, whole = sorted(answers, key=lambda each: each.status_code)
+    assert whole.status_code == 500
+    assert whole.json()["error"]["message"] == "the engine failed"
+    assert '"the engine failed"' in streamed.text and "[DONE]" in streamed.text
+
+
+def test_the_schema_of_the_routes_is_complete(http):
+    document = http.get("/openapi.json").json()
+    named = set(re.findall('"#/components/schemas/([^"]+)"', json.dumps(document)))
+    assert "ChatRequest" in named <= set(document["components"]["schemas"])
