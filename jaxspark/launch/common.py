@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jaxspark import load_target
 from jaxspark.checkpoints import Target
 from jaxspark.configuration import Configuration, option
+from jaxspark.decoding import parse_schedule
 from jaxspark.decoding.couplings import COUPLINGS, Coupling
+from jaxspark.decoding.schedule import CostAware
 from jaxspark.launch.devices import DeviceOptions
 from jaxspark.text import Tokenizer
 
@@ -85,3 +87,27 @@ class CouplingOptions(Configuration):
         "rejection",
         choices=COUPLINGS,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions(Configuration):
+    """How much of the drafts is verified."""
+
+    schedule: str = option(
+        "What is verified: fixed (all drafts), fixed:LENGTH, threshold:SURVIVAL, or by "
+        "what rounds cost: causal, lagged, lagged:LAG, free (needs --coupling=gumbel).",
+        "fixed",
+    )
+    costs: str | None = option(
+        "JSON of jaxspark profile_cost; without it costs are measured at the start.",
+        None,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        weighs = isinstance(parse_schedule(self.schedule), CostAware)
+        if self.costs is not None and not weighs:
+            raise ValueError(
+                "--costs are for schedules that weigh them (causal, lagged, free), not "
+                f"--schedule={self.schedule}"
+            )

@@ -16,15 +16,18 @@ import jax
 from jaxspark import SamplingParams, generate, load_drafter
 from jaxspark.calibration.schedules import chosen_options
 from jaxspark.configuration import option
-from jaxspark.decoding import parse_schedule
-from jaxspark.decoding.schedule import CostAware
 from jaxspark.launch import common, program
 from jaxspark.text import Tokenizer
 from jaxspark.text.printing import Printer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(common.TargetOptions, common.DraftOptions, common.CouplingOptions):
+class Config(
+    common.TargetOptions,
+    common.DraftOptions,
+    common.CouplingOptions,
+    common.ScheduleOptions,
+):
     """What to continue, and how."""
 
     prompt: str | None = option("Text to continue as it is.", None, may_be_empty=True)
@@ -46,25 +49,10 @@ class Config(common.TargetOptions, common.DraftOptions, common.CouplingOptions):
         "Keep tokens this likely relative to the best.", 0.0, at_least=0, at_most=1
     )
     seed: int = option("Seed of the request's randomness.", 0)
-    schedule: str = option(
-        "What is verified: fixed (all drafts), fixed:LENGTH, threshold:SURVIVAL, or by "
-        "what rounds cost: causal, lagged, lagged:LAG, free (needs --coupling=gumbel).",
-        "fixed",
-    )
-    costs: str | None = option(
-        "JSON of jaxspark profile_cost; without it costs are measured at the start.",
-        None,
-    )
     log_probs: bool = option("Print each token's log-probability afterwards.", False)
 
     def __post_init__(self):
         super().__post_init__()
-        weighs = isinstance(parse_schedule(self.schedule), CostAware)
-        if self.costs is not None and not weighs:
-            raise ValueError(
-                "--costs are for schedules that weigh them (causal, lagged, free), not "
-                f"--schedule={self.schedule}"
-            )
         if (self.prompt is None) == (self.chat is None):
             raise ValueError("give either --prompt or --chat")
         if self.prompt is not None and self.system is not None:

@@ -21,16 +21,14 @@ import jaxspark
 from jaxspark import load_drafter
 from jaxspark.calibration.schedules import chosen_options
 from jaxspark.configuration import option
-from jaxspark.decoding import parse_schedule
 from jaxspark.decoding.couplings import COUPLINGS, Coupling
-from jaxspark.decoding.schedule import CostAware
 from jaxspark.launch import common, program
 
 KEYS = "JAXSPARK_API_KEYS"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(common.TargetOptions, common.DraftOptions):
+class Config(common.TargetOptions, common.DraftOptions, common.ScheduleOptions):
     """What is served, to whom, and how much of it."""
 
     host: str = option("Address to listen at; 0.0.0.0 is all there are.", "127.0.0.1")
@@ -60,15 +58,6 @@ class Config(common.TargetOptions, common.DraftOptions):
         "with the same seed, rejection accepts more.",
         "gumbel",
         choices=COUPLINGS,
-    )
-    schedule: str = option(
-        "What is verified: fixed (all drafts), fixed:LENGTH, threshold:SURVIVAL, or by "
-        "what rounds cost: causal, lagged, lagged:LAG, free (needs --coupling=gumbel).",
-        "fixed",
-    )
-    costs: str | None = option(
-        "JSON of jaxspark profile_cost; without it costs are measured at the start.",
-        None,
     )
     prefill_chunk: int | None = option(
         "Most tokens of each prompt that are read between two rounds: what a long "
@@ -120,12 +109,6 @@ class Config(common.TargetOptions, common.DraftOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        weighs = isinstance(parse_schedule(self.schedule), CostAware)
-        if self.costs is not None and not weighs:
-            raise ValueError(
-                "--costs are for schedules that weigh them (causal, lagged, free), not "
-                f"--schedule={self.schedule}"
-            )
         if self.job() is not None:
             raise ValueError(
                 "several processes cannot serve yet; leave out --distributed, "
