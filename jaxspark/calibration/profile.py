@@ -39,7 +39,8 @@ from jaxspark.decoding.couplings import Coupling
 from jaxspark.decoding.options import check_block_length
 from jaxspark.decoding.schedule import CostAware
 from jaxspark.drafters import Drafter
-from jaxspark.parallel.mesh import mesh_in_use, shard, slots_per_shard
+from jaxspark.parallel.agreement import agreed
+from jaxspark.parallel.mesh import mesh_in_use, readable, shard, slots_per_shard
 from jaxspark.target import Target
 from jaxspark.timing import alternate
 
@@ -258,7 +259,7 @@ def measure_costs(
         capacity=capacity,
     )
     state = prefill(model, drafter, state, chunk=64)
-    holder, begun_B = [state], np.array(state.lengths_B)
+    holder, begun_B = [state], np.array(readable(state.lengths_B))
     total, done = sum(map(len, sizes.values())) * (repeats + 1), [0]
 
     def contestant(length, size):
@@ -295,7 +296,9 @@ def measure_costs(
         for size in sizes[length]
     }
     runs = alternate(contestants, repeats)
-    seconds = {name: float(np.quantile(each, 0.25)) for name, each in runs.items()}
+    # Buckets follow from these, so the processes of a job take those of one.
+    quartiles = agreed(np.array([np.quantile(each, 0.25) for each in runs.values()]))
+    seconds = dict(zip(runs, quartiles.tolist()))
     curves = (
         pareto_buckets(length, each, [seconds[f"{length} {size}"] for size in each])
         for length, each in sizes.items()

@@ -17,6 +17,7 @@ from jaxspark import SamplingParams, generate, load_drafter
 from jaxspark.calibration.schedules import chosen_options
 from jaxspark.configuration import option
 from jaxspark.launch import common, program
+from jaxspark.parallel.mesh import slot_shards
 from jaxspark.text import Tokenizer
 from jaxspark.text.printing import Printer
 
@@ -84,6 +85,8 @@ def main(config: Config) -> None:
         tokens=len(ids) + config.max_new_tokens,
         coupling=config.coupling,
         temperature=config.temperature,
+        # One request, and as many idle slots as a mesh wants.
+        slots=slot_shards(),
     )
     params = SamplingParams(
         max_new_tokens=config.max_new_tokens,

@@ -43,11 +43,20 @@ def logit_metric(scaled_WD: Float[np.ndarray, "W D"]) -> Float[np.ndarray, "D D"
 
 
 def cholesky(moments_II: np.ndarray, ridge: float) -> np.ndarray:
-    """Lower factor, with a part of the mean diagonal added to the diagonal."""
+    """Lower factor, with a part of the mean diagonal added to the diagonal.
+
+    Raises:
+      ValueError: there is none: what was summed up were too few rows.
+    """
     size = len(moments_II)
-    return np.linalg.cholesky(
-        moments_II + ridge * np.trace(moments_II) / size * np.eye(size)
-    )
+    ridge_II = ridge * np.trace(moments_II) / size * np.eye(size)
+    try:
+        return np.linalg.cholesky(moments_II + ridge_II)
+    except np.linalg.LinAlgError as error:
+        raise ValueError(
+            f"the data have too few positions to fit {size} inputs by least squares; "
+            "give more, or start another way (--init=target or random)"
+        ) from error
 
 
 def leading_directions(

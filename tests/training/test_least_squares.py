@@ -14,7 +14,7 @@ from jaxspark.training.blocks import sample_blocks
 from jaxspark.training.config import TrainConfig
 from jaxspark.training.least_squares import View
 from jaxspark.training.objective import summary
-from jaxspark.training.regression import Regression, low_rank
+from jaxspark.training.regression import Regression, cholesky, low_rank
 from jaxspark.training.trainer import Trainer
 from tests import zoo
 from tests.training import made
@@ -138,3 +138,8 @@ def test_fading_falls_over_its_reach():
         assert score[0] == pytest.approx(1)
         for place in range(1, places + 1):
             assert score[place] > score[place + 1 :].max() + 0.02
+
+
+def test_too_few_rows_are_named_with_the_way_out():
+    with pytest.raises(ValueError, match="too few positions to fit 3 inputs.*--init"):
+        cholesky(np.diag([1.0, 1.0, -1.0]), 1e-6)

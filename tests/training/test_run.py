@@ -173,7 +173,7 @@ def test_a_finished_run_has_nothing_left_to_do(place):
         ({"block_length": 0}, "block_length=0: expected at least 1"),
         ({"data": ("nowhere.jsonl",)}, "nowhere.jsonl: no such file or folder"),
         ({"sequences": 3}, "held_out=2 is less than a batch of sequences=3"),
-        ({"held_out": 99}, "sequences to train on, a micro-batch has 2"),
+        ({"held_out": 99}, "of which held_out=99 are kept for evaluation"),
         ({"cache_layers": (1,)}, "--cache_layers=(1,) lacks the taps [0]"),
         ({"cache_layers": (0, 9)}, "the target has layers 0..1"),
         ({"warm_start": "nowhere"}, "nowhere: no such folder"),

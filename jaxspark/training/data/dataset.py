@@ -69,6 +69,10 @@ def split(
         )
     left = len(packed.index_P) - held_out
     if left < sequences:
-        raise ValueError(f"{left} sequences to train on, a micro-batch has {sequences}")
+        raise ValueError(
+            f"the data fill {len(packed.index_P)} sequences, of which held_out="
+            f"{held_out} are kept for evaluation; a micro-batch has {sequences}: give "
+            "more data, shorter sequences, or lower one of the two"
+        )
     batches = Batches(packed[np.arange(held_out, held_out + left)], sequences, seed)
     return batches, packed[np.arange(held_out)] if held_out else None
