@@ -3,8 +3,8 @@
 The k-th best score is found by its bits, from the highest down: of four numbers that
 begin with what is known, it is the highest that k scores reach. That takes 16 passes
 over the scores, where a sort of C of them takes log2(C)^2 / 2 and moves their indices
-along; it took XLA minutes to compile, too. What is above the k-th best is chosen, then
-of its equals as many as are missing, the first of them.
+along. What is above the k-th best is chosen, then of its equals as many as are missing,
+the first of them.
 
 The chosen ones are gathered block by block: the j-th lies in the first block behind
 which more than j are counted, at the first place of it where that is so.

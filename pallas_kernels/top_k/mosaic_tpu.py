@@ -3,7 +3,7 @@
 Eight rows of scores lie in VMEM, as integers in the order of the scores, one register
 of 8 x 128 after the other. The k-th best is found by its 31 bits, from the highest
 down: each asks how many are as good, a compare and an add per register. (A sort of
-32,768 scores, which XLA would make of it, takes 14 times as long.)
+32,768 scores, which XLA would make of it, takes 15 times as long.)
 
 Places come out in order. Where a row's chosen scores lie is counted along its C / 128
 registers; the j-th chosen one lies in the first register up to which more than j are
@@ -24,12 +24,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-ROWS, LANES = 8, 128
+from pallas_kernels.ragged import LANES
+from pallas_kernels.top_k.bisection import FEW
+
+ROWS = 8
 # Registers of a row that are worked on together.
 GROUP = 16
 LOWEST = jnp.iinfo(jnp.int32).min
-# So many scores of eight rows fit into VMEM, and so few are sorted as quickly.
-MOST, FEW = 2**18, 1024
+# So many scores of eight rows fit into VMEM.
+MOST = 2**18
 
 
 def supports(scores_TC, limits_T, *, k) -> str | None:
