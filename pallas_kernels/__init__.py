@@ -7,6 +7,8 @@ flat tokens and caches as they lie (`ragged`).
 from pallas_kernels.cached_attention.api import cached_attention
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.index_scores.api import index_scores
+from pallas_kernels.indexer_topk.api import indexer_topk
+from pallas_kernels.indexer_topk.index import Index
 from pallas_kernels.ragged import Ragged, Table
 from pallas_kernels.sparse_attention.api import sparse_attention
 from pallas_kernels.sparse_attention.entries import Entries
@@ -14,11 +16,13 @@ from pallas_kernels.top_k.api import top_k
 
 __all__ = [
     "Entries",
+    "Index",
     "Ragged",
     "Table",
     "cached_attention",
     "grouped_matmul",
     "index_scores",
+    "indexer_topk",
     "sparse_attention",
     "top_k",
 ]

@@ -78,18 +78,33 @@ def call(
         if reason is not None:
             raise ValueError(f"{op}: {implementation} {reason}")
         return named.run(*operands, **static)
-    chosen: dict[str, Callable] = {}
-    for name, each in implementations.items():
-        reason = each.supports(*operands, **static) if each.platforms else None
-        if reason is not None:
-            _log_fallback(op, name, reason)
-            continue
-        for platform in each.platforms:
-            chosen.setdefault(platform, functools.partial(each.run, **static))
+    platforms = {name for each in implementations.values() for name in each.platforms}
+    chosen = {}
+    for platform in sorted(platforms):
+        name = best_for(platform, op, implementations, *operands, **static)
+        if name != "xla":
+            chosen[platform] = functools.partial(implementations[name].run, **static)
     reference = functools.partial(implementations["xla"].run, **static)
     if not chosen:
         return reference(*operands)
     return jax.lax.platform_dependent(*operands, default=reference, **chosen)
+
+
+def best_for(
+    platform: str,
+    op: str,
+    implementations: Mapping[str, Implementation],
+    *operands,
+    **static,
+) -> str:
+    """The implementation that a platform's programs take unasked; logs fallbacks."""
+    for name, each in implementations.items():
+        if platform in each.platforms:
+            reason = each.supports(*operands, **static)
+            if reason is None:
+                return name
+            _log_fallback(op, name, reason)
+    return "xla"
 
 
 @functools.cache

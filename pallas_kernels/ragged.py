@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 LANES = 128
+# Kernels serve up to so many consecutive queries of a slot at once.
+QUERIES = 8
 
 
 @jax.tree_util.register_dataclass
@@ -57,6 +59,18 @@ class Ragged:
         """Flat to padded; absent rows read `fill`."""
         x_T = jnp.asarray(x_T)
         return x_T.at[self.places_BQ].get(mode="fill", fill_value=fill)
+
+    @property
+    def group(self) -> int:
+        """Rows of a group: consecutive ones of a slot, as many as a kernel serves."""
+        return min(self.rows, QUERIES)
+
+    def grouped(self, x_T: Shaped[Array, "T ..."], fill) -> Shaped[Array, "G q ..."]:
+        """Flat to groups, ceil(Q / q) of each slot; absent rows read `fill`."""
+        size, x_BQ = self.group, self.padded(x_T, fill)
+        widths = [(0, 0), (0, -self.rows % size)] + [(0, 0)] * (x_BQ.ndim - 2)
+        x_BQ = jnp.pad(x_BQ, widths, constant_values=fill)
+        return x_BQ.reshape(-1, size, *x_BQ.shape[2:])
 
     def flat(self, x_BQ: Shaped[Array, "B Q ..."]) -> Shaped[Array, "T ..."]:
         """Padded to flat; padding reads some row (its value must not matter)."""

@@ -188,7 +188,6 @@ class DeepSeekV4DSpark(nnx.Module):
                 keys_TH=attention.keys(h_TD, angles),
                 before_BWH=cache.before(place, positions_B, window),
                 entries=None,
-                scores_TC=None,
             )
             # All rows see the last W context rows, as far as there are some, and the
             # block.

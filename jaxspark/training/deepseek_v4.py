@@ -34,6 +34,7 @@ from jaxspark.models.layers.experts import Routing
 from jaxspark.models.layers.rope import PartialRotation
 from jaxspark.models.layers.sparse_attention import AttentionInputs, SparseAttention
 from jaxspark.parallel.axes import sum_of
+from pallas_kernels import index_scores, top_k
 from pallas_kernels.sparse_attention.ref import (
     masked_scores,
     recent_rows,
@@ -116,7 +117,8 @@ def layer_stats(
     if layer.mlp.gate.hashed:
         balance = jnp.zeros(())
     index = jnp.zeros(())
-    if internals.attention.scores_TC is not None:
+    entries = internals.attention.entries
+    if entries is not None and entries.index is not None:
         index = index_loss(
             layer.self_attn,
             internals.attention,
@@ -161,15 +163,19 @@ def index_loss(
     dense: bool,
 ) -> Float[Array, ""]:
     """Divergence of the indexer from what its layer attends to, in nats per query."""
-    scores_TC, compressor = inputs.scores_TC, attention.compressor
-    assert scores_TC is not None and compressor is not None
+    entries = inputs.entries
+    assert entries is not None and entries.index is not None
+    index, limits_T = entries.index, entries.limits_T
+    assert limits_T is not None
+    scores_TC = index_scores(index.q_TNH, index.keys, index.weights_TN, tokens)
     inputs, attention = jax.lax.stop_gradient((inputs, attention))
-    assert inputs.entries is not None and inputs.entries.chosen_TX is not None
-    entries_BCH = inputs.entries.table.whole()
+    entries_BCH = jax.lax.stop_gradient(entries.table.whole())
     entry_C = jnp.arange(entries_BCH.shape[1])
-    open_TC = entry_C < compressor.limits(tokens.positions_T)[:, None]
+    open_TC = entry_C < limits_T[:, None]
     if not dense:
-        open_TC &= jnp.any(inputs.entries.chosen_TX[..., None] == entry_C, axis=1)
+        least = jax.lax.stop_gradient(scores_TC)
+        chosen_TX = top_k(least, limits_T, k=index.picks)
+        open_TC &= jnp.any(chosen_TX[..., None] == entry_C, axis=1)
     open_BQC = tokens.padded(open_TC, False)
     q_BQNH = tokens.padded(attention.queries(inputs.latent_TR, rotation), 0)
     recent_BRH = recent_rows(inputs.before_BWH, inputs.keys_TH, tokens)

@@ -54,12 +54,14 @@ def sparse_attention(
 
     Raises:
       ValueError: an implementation that is unknown or does not support the operands;
-        entries with both or neither of `limits_T` and `chosen_TX`.
+        entries with both or neither of `limits_T` and `chosen_TX`, or with an index but
+        no limits.
     """
-    if entries is not None and (entries.limits_T is None) == (
-        entries.chosen_TX is None
-    ):
-        raise ValueError("compressed entries need either limits_T or chosen_TX")
+    if entries is not None:
+        if (entries.limits_T is None) == (entries.chosen_TX is None):
+            raise ValueError("compressed entries need either limits_T or chosen_TX")
+        if entries.index is not None and entries.limits_T is None:
+            raise ValueError("an index chooses below limits, and there is no limits_T")
     return call(
         "sparse_attention",
         IMPLEMENTATIONS,

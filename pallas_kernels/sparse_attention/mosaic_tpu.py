@@ -23,11 +23,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.dispatch import best_for
+from pallas_kernels.indexer_topk import api as indexers
+from pallas_kernels.indexer_topk.union import MOST_ENTRIES, Union, union
 from pallas_kernels.ragged import LANES, Ragged
 from pallas_kernels.sparse_attention import mosaic_tpu_kernel
 from pallas_kernels.sparse_attention.entries import Entries
 from pallas_kernels.sparse_attention.mosaic_tpu_backward import backward
-from pallas_kernels.sparse_attention.plan import MOST_ENTRIES, ROWS, Plan
+from pallas_kernels.sparse_attention.plan import ROWS, Plan
 
 _VMEM = 32 << 20
 _CORES = 2
@@ -61,7 +64,7 @@ def supports(
     if entries is not None:
         rows = entries.table.rows_LBCH
         given += [rows.dtype]
-        if entries.chosen_TX is not None and (rows.ndim == 4 or rows.shape[3] % 2):
+        if entries.some and (rows.ndim == 4 or rows.shape[3] % 2):
             return (
                 "fetches single entries, which must lie by `split_lanes` and be a "
                 f"multiple of {2 * LANES} wide, got {rows.shape}"
@@ -94,7 +97,22 @@ def sparse_attention_mosaic_tpu(
 def _saving(q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, scale, causal):
     operands = (q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries)
     with jax.enable_x64(False):
-        return forward(*_narrow(operands), scale, causal), operands
+        narrow = _narrow(operands)
+        united = _united(narrow[-1], narrow[-2])
+        return forward(*narrow, united, scale, causal), (operands, united)
+
+
+def _united(entries: Entries | None, ragged: Ragged) -> Union | None:
+    """What each group reads, where it chooses."""
+    if entries is None or not entries.some:
+        return None
+    if entries.index is None:
+        assert entries.chosen_TX is not None
+        return union(ragged.grouped(entries.chosen_TX, -1))
+    assert entries.limits_T is not None
+    operands = (entries.index, entries.limits_T, ragged)
+    name = best_for("tpu", "indexer_topk", indexers.IMPLEMENTATIONS, *operands)
+    return indexers.indexer_topk(*operands, implementation=name)
 
 
 def _narrow(operands):
@@ -106,9 +124,11 @@ def _narrow(operands):
     return jax.tree.map(lambda x: narrow(jnp.asarray(x)), operands)
 
 
-def _backward(scale, causal, operands, do_TNH):
+def _backward(scale, causal, saved, do_TNH):
+    operands, united = saved
     with jax.enable_x64(False):
-        *grads, drows = backward(_narrow(operands), do_TNH, scale, causal, _CORES)
+        narrow = _narrow(operands)
+        *grads, drows = backward(narrow, united, do_TNH, scale, causal, _CORES)
     if drows is None:
         return *grads, None, None
     entries = operands[-1]
@@ -126,11 +146,13 @@ def forward(
     sinks_N: Float[Array, " N"],
     ragged: Ragged,
     entries: Entries | None,
+    united: Union | None,
     scale: float,
     causal: bool,
 ) -> Float[Array, "T N H"]:
-    """See `api.sparse_attention`."""
-    plan = Plan.of(ragged, entries, before_BWH.shape[1], causal, _CORES)
+    """See `api.sparse_attention`; `united` is what groups choose, if they do."""
+    lookback = before_BWH.shape[1]
+    plan = Plan.of(ragged, entries, lookback, causal, _CORES, union=united)
     recent_BRH = plan.recent_rows(before_BWH, keys_TH, ragged)
     T, N, H = q_TNH.shape
     M, dtype = plan.queries * N, q_TNH.dtype

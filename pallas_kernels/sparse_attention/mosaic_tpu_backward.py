@@ -22,6 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.precision import precision
+from pallas_kernels.ragged import LANES
+from pallas_kernels.sparse_attention import mosaic_tpu_chunks as chunks
 from pallas_kernels.sparse_attention.mosaic_tpu_kernel import (
     LOG2E,
     UNSEEN,
@@ -33,11 +35,11 @@ from pallas_kernels.sparse_attention.plan import ROWS, Plan
 _VMEM = 40 << 20
 
 
-def backward(operands, do_TNH, scale, causal, cores):
+def backward(operands, union, do_TNH, scale, causal, cores):
     """Gradients of queries, keys, rows before them, sinks and entries (or None)."""
     q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries = operands
     lookback = before_BWH.shape[1]
-    plan = Plan.of(ragged, entries, lookback, causal, cores, unique=True)
+    plan = Plan.of(ragged, entries, lookback, causal, cores, union=union)
     recent_BRH = plan.recent_rows(before_BWH, keys_TH, ragged)
     N, H = q_TNH.shape[1:]
     M, Q, dtype = plan.queries * N, plan.queries, q_TNH.dtype
@@ -129,7 +131,7 @@ def _step(*refs, plan, scale, per):
     core, i = pl.program_id(0), pl.program_id(1)
     g = core * per + i
     Q, N, H = q_buf.shape
-    count, chunks = count_ref[g], chunks_ref[g]
+    count, there = count_ref[g], chunks_ref[g]
     pieces = plan.tile // plan.piece if plan.piece else 0
 
     def move(*ends):
@@ -191,20 +193,14 @@ def _step(*refs, plan, scale, per):
 
     def of_chunk(j):
         """Its rows, and which of them a query sees."""
-
-        def one(piece, _):
-            source, target = place(j, piece)
-            copy = (tables[0].at[source], e_bufs[0].at[0, target])
-            pltpu.make_async_copy(*copy, sem).start()
-            return _
-
-        jax.lax.fori_loop(0, pieces, one, 0)
         chunk = e_bufs[0].at[0]
-        pltpu.make_async_copy(chunk, chunk, sem).wait()
+        chunks.start(j, chunk, tables[0], lists[0], sem, plan=plan)
+        chunks.wait(chunk, sem)
 
         def seen(query):
             if plan.chosen:
-                return (lists[1][0, pl.ds(j, 1)] & (1 << query)) != 0
+                here = pl.ds(pl.multiple_of(j * plan.tile, LANES), plan.tile)
+                return (lists[1][0, :, here] & (1 << query)) != 0
             return columns(plan.tile) + j * plan.tile < limit_ref[g * Q + query]
 
         return rows_of(e_bufs[0], 0), seen
@@ -264,7 +260,7 @@ def _step(*refs, plan, scale, per):
         measure(r_buf[...], recent)
         if plan.piece:
 
-            @pl.loop(0, chunks)
+            @pl.loop(0, there)
             def _(j):
                 measure(*of_chunk(j))
 
@@ -277,7 +273,7 @@ def _step(*refs, plan, scale, per):
         move((add_bufs[0], total))
         if plan.piece:
 
-            @pl.loop(0, chunks)
+            @pl.loop(0, there)
             def _(j):
                 add(j, differentiate(*of_chunk(j)))
 

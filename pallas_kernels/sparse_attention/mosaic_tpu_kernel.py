@@ -19,14 +19,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.precision import precision
+from pallas_kernels.ragged import LANES
+from pallas_kernels.sparse_attention import mosaic_tpu_chunks as chunks
 from pallas_kernels.sparse_attention.plan import ROWS
 
 LOG2E = math.log2(math.e)
 UNSEEN = -1e30
 # Rows (queries x heads) of which scores are made at once.
 BLOCK_ROWS = 192
-# Copies that are started in one turn of a loop.
-TOGETHER = 64
 # JAX's simulator of TPU memory cannot read a buffer as words; tests there go without.
 AS_WORDS = True
 
@@ -82,30 +82,8 @@ def attend(*refs, plan, scale, per):
         each_query(group, one)
 
     def start_chunk(j, side):
-        """Copies of the pieces of a chunk."""
-        pieces = plan.tile // plan.piece
-        together = math.gcd(pieces, TOGETHER)
-
-        def some(i, _):
-            start = i * together
-            names = pieces_ref.at[0, 0, pl.ds(j * pieces + start, together)]
-            target = e_buf.at[side, pl.ds(start * plan.piece, together * plan.piece)]
-            for k in range(together):
-                place = names[k]
-                if plan.piece > 1:
-                    place = pl.multiple_of(place, plan.piece)
-                pltpu.make_async_copy(
-                    table_any.at[pl.ds(place, plan.piece)],
-                    target.at[pl.ds(k * plan.piece, plan.piece)],
-                    sems.at[2, side],
-                ).start()
-            return _
-
-        jax.lax.fori_loop(0, pieces // together, some, 0)
-
-    def wait_chunk(side):
-        whole = e_buf.at[side]  # of all its pieces together
-        pltpu.make_async_copy(whole, whole, sems.at[2, side]).wait()
+        buffer, sem = e_buf.at[side], sems.at[2, side]
+        chunks.start(j, buffer, table_any, pieces_ref, sem, plan=plan)
 
     def accumulate(k_SH, seen, *, first=False):
         """One step of the online softmax, some queries after the other.
@@ -160,9 +138,9 @@ def attend(*refs, plan, scale, per):
         inputs(g, side, lambda copy: copy.start())
         clear_padding(slot_ref, o_any, o_buf.at[0, 0], sems.at[1, 0])
 
-    chunks = chunks_of(chunks_ref, g)
+    there = chunks_of(chunks_ref, g)
     if plan.piece:
-        pl.when(chunks > 0)(lambda: start_chunk(0, 0))
+        pl.when(there > 0)(lambda: start_chunk(0, 0))
     inputs(g, side, lambda copy: copy.wait())
     pl.when(i + 1 < per)(lambda: inputs(g + 1, 1 - side, lambda copy: copy.start()))
 
@@ -182,21 +160,22 @@ def attend(*refs, plan, scale, per):
 
         def chunk(j, _):
             side_ = jax.lax.rem(j, 2)
-            pl.when(j + 1 < chunks)(lambda: start_chunk(j + 1, 1 - side_))
-            wait_chunk(side_)
+            pl.when(j + 1 < there)(lambda: start_chunk(j + 1, 1 - side_))
+            chunks.wait(e_buf.at[side_], sems.at[2, side_])
             k_SH = rows_of(e_buf, side_)
             col_1S = columns(k_SH) + j * plan.tile
 
             def seen(query):
                 if not plan.chosen:
                     return col_1S < limit_ref[g * Q + query]
-                return (members_ref[0, pl.ds(j, 1)] & (1 << query)) != 0
+                here = pl.ds(pl.multiple_of(j * plan.tile, LANES), plan.tile)
+                return (members_ref[0, :, here] & (1 << query)) != 0
 
             accumulate(k_SH, seen)
             return _
 
         if plan.piece:
-            jax.lax.fori_loop(0, chunks, chunk, 0)
+            jax.lax.fori_loop(0, there, chunk, 0)
 
     @pl.when(i >= 2)
     def _():

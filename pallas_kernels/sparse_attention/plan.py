@@ -19,18 +19,15 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from pallas_kernels.indexer_topk.union import Union
 from pallas_kernels.ragged import LANES, Ragged, Table
 from pallas_kernels.sparse_attention.entries import Entries
 
-QUERIES = 8
 ROWS = 8  # of a tile
 # Rows of a chunk: chosen ones cost a DMA each; others want long products.
 CHOSEN_TILE, TILE = 512, 1024
-_LAST = 2**31 - 1
-# A word holds an entry's number and who chose it.
-MOST_ENTRIES = 2 ** (31 - QUERIES) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +47,7 @@ class Plan:
         slot, chunks; [G Q] limits; [G] pieces that are not filling; [T] slots.
       table: rows of all layers, [places, H] or [places, H / 128, 128].
       pieces: [G or B, 1, n] their places.
-      members: [G, n / tile, tile] bit q: whether query q chose the row.
+      members: [G, 1, n] bit q: whether query q chose the row.
     """
 
     queries: int
@@ -79,10 +76,14 @@ class Plan:
         causal: bool,
         cores: int,
         *,
-        unique: bool = False,
+        union: Union | None = None,
+        most: int = TILE,
     ) -> "Plan":
-        """Of the operands; `unique`: no group names a piece twice."""
-        B, Q = ragged.slots, min(ragged.rows, QUERIES)
+        """Of the operands; entries that are not all below a limit come as a union.
+
+        Chunks of the others have at most so many rows.
+        """
+        B, Q = ragged.slots, ragged.group
         blocks = -(-ragged.rows // Q)
         real = B * blocks
         groups = -(-real // cores) * cores
@@ -100,25 +101,28 @@ class Plan:
         limits_GQ = jnp.zeros((groups, Q))
         if entries is not None:
             table = _flat(entries.table)
-            if entries.chosen_TX is not None:
-                chosen_BQX = _in_groups(ragged, entries.chosen_TX, -1, blocks, Q)
-                picks = Q * chosen_BQX.shape[-1]
-                tile, piece = min(CHOSEN_TILE, -(-picks // LANES) * LANES), 1
-                rows, members, used_G = union(chosen_BQX, tile, unique=unique)
-                rows = rows.reshape(B, -1)  # of all groups of a slot
-                pieces = entries.table.places(rows).reshape(real, -1)
+            if union is not None:
+                n = union.rows_G1n.shape[-1]
+                tile, piece = min(CHOSEN_TILE, n), 1
+                rest = ((0, 0), (0, 0), (0, -n % tile))
+                rows = jnp.pad(union.rows_G1n, rest)
+                pieces = entries.table.places(rows.reshape(B, blocks, -1))
+                pieces = pieces.reshape(real, 1, -1)
+                members = jnp.pad(union.members_G1n, rest)
+                used_G = union.used_G
             else:
-                limits_BQ = _in_groups(ragged, entries.limits_T, 0, blocks, Q)
-                tile = min(TILE, -(-entries.table.length // LANES) * LANES)
+                assert entries.limits_T is not None
+                limits_GQ = ragged.grouped(entries.limits_T, 0)
+                tile = min(most, -(-entries.table.length // LANES) * LANES)
                 piece = math.gcd(entries.table.rows_LBCH.shape[2], tile)
                 chunks = -(-entries.table.length // tile)
                 first = jnp.arange(chunks * tile // piece) * piece
                 first = jnp.minimum(first, entries.table.length - piece)
                 first = jnp.broadcast_to(first, (B, len(first)))
-                pieces = entries.table.places(first)
-                used_G = limits_BQ.max(-1)
-                limits_GQ = jnp.pad(limits_BQ, ((0, groups - real), (0, 0)))
-            pieces = pieces[:, None].astype(jnp.int32)
+                pieces = entries.table.places(first)[:, None]
+                used_G = limits_GQ.max(-1)
+                limits_GQ = jnp.pad(limits_GQ, ((0, groups - real), (0, 0)))
+            pieces = pieces.astype(jnp.int32)
             used_G = jnp.pad(used_G, (0, groups - real))
             chunks_G, pieces_G = -(-used_G // tile), -(-used_G // piece)
             chunks_G = jnp.where(counts_G > 0, chunks_G, 0)
@@ -176,7 +180,7 @@ class Plan:
         specs = [pl.BlockSpec(memory_space=pl.ANY)]
         specs += [of_group((1, 1, n), divisor, memory_space=pltpu.SMEM)]
         if self.members is not None:
-            specs += [of_group((1, n // self.tile, self.tile))]
+            specs += [of_group((1, 1, n))]
         return specs
 
     def recent_rows(
@@ -215,51 +219,3 @@ def _flat(table: Table):
     rows = table.rows_LBCH
     rows = rows.reshape(-1, *rows.shape[3:])
     return pltpu.with_memory_space_constraint(rows, pltpu.HBM)
-
-
-def _in_groups(ragged, x_T, fill, blocks, Q):
-    """[B * blocks, Q, ...]."""
-    x_BQ = ragged.padded(x_T, fill)
-    widths = [(0, 0), (0, blocks * Q - ragged.rows)] + [(0, 0)] * (x_BQ.ndim - 2)
-    x_BQ = jnp.pad(x_BQ, widths, constant_values=fill)
-    return x_BQ.reshape(-1, Q, *x_BQ.shape[2:])
-
-
-def union(
-    chosen_GQX: Int[Array, "G Q X"], tile: int, *, unique: bool = False
-) -> tuple[Int[Array, "G n"], Int[Array, "G c t"], Int[Array, " G"]]:
-    """Rows that any query of a group chose, who chose them, and how many they are.
-
-    Of the sorted pairs (row, query) the first of a row stands for it and learns of the
-    few behind it; a second sort brings those to the front.
-    """
-    G, Q, X = chosen_GQX.shape
-    chosen_GQX = chosen_GQX.astype(jnp.int32)
-    n = -(-Q * X // tile) * tile
-    query_Q1 = jnp.arange(Q, dtype=jnp.int32)[:, None]
-    if Q == 1 and not unique:  # as they are, with what names none between them
-        rows_Gn, bits_Gn = chosen_GQX[:, 0], (chosen_GQX[:, 0] >= 0).astype(jnp.int32)
-        used_G = jnp.full(G, X, jnp.int32)
-    else:
-        pair_GQX = jnp.where(chosen_GQX < 0, _LAST, chosen_GQX * QUERIES + query_Q1)
-        pair_Gn = jnp.sort(pair_GQX.reshape(G, Q * X), axis=-1)
-        row_Gn, query_Gn = pair_Gn // QUERIES, pair_Gn % QUERIES
-        bits_Gn = 1 << query_Gn
-        for step in range(1, Q):
-            same = jnp.pad(row_Gn[:, step:] == row_Gn[:, :-step], ((0, 0), (0, step)))
-            later = jnp.pad(query_Gn[:, step:], ((0, 0), (0, step)))
-            bits_Gn |= jnp.where(same, 1 << later, 0)
-        new_Gn = jnp.pad(
-            row_Gn[:, 1:] != row_Gn[:, :-1], ((0, 0), (1, 0)), constant_values=True
-        )
-        new_Gn &= pair_Gn != _LAST
-        packed = jnp.where(new_Gn, row_Gn << QUERIES | bits_Gn, _LAST)
-        packed_Gn = jnp.sort(packed, axis=-1)
-        used_G = jnp.sum(new_Gn, axis=-1, dtype=jnp.int32)
-        real_Gn = packed_Gn != _LAST
-        rows_Gn = jnp.where(real_Gn, packed_Gn >> QUERIES, -1)
-        bits_Gn = jnp.where(real_Gn, packed_Gn & (1 << QUERIES) - 1, 0)
-    rest = ((0, 0), (0, n - Q * X))
-    rows_Gn = jnp.pad(rows_Gn, rest, constant_values=-1)
-    bits_Gn = jnp.pad(bits_Gn, rest)
-    return jnp.maximum(rows_Gn, 0), bits_Gn.reshape(G, -1, tile), used_G

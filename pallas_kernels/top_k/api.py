@@ -3,16 +3,11 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, call
-from pallas_kernels.top_k import bisection, mosaic_tpu
+from pallas_kernels.top_k import bisection
 from pallas_kernels.top_k.ref import top_k_xla
 
 IMPLEMENTATIONS = {
     "xla": Implementation(run=top_k_xla),
-    "mosaic_tpu": Implementation(
-        run=mosaic_tpu.top_k_mosaic_tpu,
-        platforms=("tpu",),
-        supports=mosaic_tpu.supports,
-    ),
     "bisection": Implementation(
         run=bisection.top_k_bisection,
         platforms=("tpu", "cuda"),
@@ -37,8 +32,9 @@ def top_k(
       scores_TC: float32, no NaNs.
       limits_T: places a row may choose, from the first on.
       k: places to choose.
-      implementation: "xla", which sorts on TPUs and GPUs; "bisection", which does not;
-        or "mosaic_tpu". None takes what suits the platform.
+      implementation: "xla", which sorts on TPUs and GPUs, or "bisection", which does
+        not. None takes what suits the platform. (Where scores need not be written
+        either, `indexer_topk` has a kernel.)
 
     Raises:
       ValueError: unknown implementation, or one that does not support the operands.

@@ -15,10 +15,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxspark.models import FlatTokens
-from pallas_kernels import Entries, Table, index_scores, sparse_attention
+from pallas_kernels import (
+    Entries,
+    Index,
+    Table,
+    index_scores,
+    sparse_attention,
+    top_k,
+)
 from pallas_kernels.index_scores import ref as index_ref
 from pallas_kernels.ragged import split_lanes
-from pallas_kernels.sparse_attention import mosaic_tpu_kernel, plan
+from pallas_kernels.sparse_attention import (
+    mosaic_tpu_chunks,
+    mosaic_tpu_kernel,
+    plan,
+)
 
 # Heads, their width, positions before a pass, entries of a slot and of a page.
 SIZES = {"xla": (3, 8, 3, 12, 4), "mosaic_tpu": (8, 256, 11, 272, 16)}
@@ -29,7 +40,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     """Kernels of which little is unrolled, with chunks that few entries fill."""
-    monkeypatch.setattr(mosaic_tpu_kernel, "TOGETHER", 1)
+    monkeypatch.setattr(mosaic_tpu_chunks, "TOGETHER", 1)
     monkeypatch.setattr(mosaic_tpu_kernel, "AS_WORDS", False)
     monkeypatch.setattr(plan, "TILE", 128)
 
@@ -157,6 +168,25 @@ def test_chosen_entries(attend, rows, picks):
     for mine in list(attend.tables(entries, apart=True))[:: 1 if rows < 11 else 2]:
         which = Entries(mine, chosen_TX=chosen)
         agrees(tokens, attend(q, keys, before, sinks, tokens, which), expected)
+
+
+def test_the_best_by_an_index_are_seen(attend):
+    """What the op chooses is what it is told that it would choose."""
+    picks = 4 if attend.implementation == "xla" else 70
+    tokens, q, keys, before, sinks, entries, _, limits = attend.made(3, 1, seed=3)
+    random, (B, C, _) = np.random.default_rng(0), entries.shape
+    index = Index(
+        q_TNH=jnp.asarray(random.integers(-3, 4, (len(q), 8, 128)), jnp.float32),
+        weights_TN=jnp.asarray(random.integers(-3, 4, (len(q), 8)), jnp.float32),
+        keys=Table(jnp.asarray(random.integers(-3, 4, (1, B, C, 128)), jnp.float32)),
+        picks=picks,
+    )
+    scores = index_scores(index.q_TNH, index.keys, index.weights_TN, tokens)
+    seen = seen_of(top_k(scores, limits, k=picks), C)
+    expected = plain(tokens, q, keys, before, sinks, entries, seen)
+    table = next(attend.tables(entries, apart=True))
+    which = Entries(table, limits_T=limits, index=index)
+    agrees(tokens, attend(q, keys, before, sinks, tokens, which), expected)
 
 
 @pytest.mark.parametrize("agree", [True, False])

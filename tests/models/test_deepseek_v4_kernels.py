@@ -10,7 +10,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxspark.configs.targets import deepseek_v4_tiny
 from jaxspark.models import DeepSeekV4
-from pallas_kernels.sparse_attention import api, mosaic_tpu_kernel
+from pallas_kernels.indexer_topk.api import IMPLEMENTATIONS as INDEXERS
+from pallas_kernels.sparse_attention import api, mosaic_tpu_chunks
 from tests.driver import Session, forward
 
 VOCAB, STEPS = 53, 3
@@ -25,6 +26,8 @@ def model():
         num_attention_heads=8,
         sliding_window=6,
         hca_ratio=8,
+        index_n_heads=8,
+        index_head_dim=128,
         index_topk=2,
         hc_sinkhorn_iters=3,
         compress_ratios=(0, 4, 8),
@@ -56,13 +59,17 @@ def test_kernels_change_no_token(model, monkeypatch, random):
 
     def run(*operands, **static):
         assert kernel.supports(*operands, **static) is None
-        ran.append(operands[-1])
+        entries = operands[-1]
+        ran.append(entries)
+        if entries is not None and entries.index is not None:
+            choice = (entries.index, entries.limits_T, operands[-2])
+            assert INDEXERS["mosaic_tpu"].supports(*choice) is None
         return kernel.run(*operands, **static)
 
     # The platform is a CPU: what its programs call is replaced.
     replaced = {"xla": replace(kernel, run=run, platforms=())}
     monkeypatch.setattr(api, "IMPLEMENTATIONS", replaced)
-    monkeypatch.setattr(mosaic_tpu_kernel, "TOGETHER", 1)
+    monkeypatch.setattr(mosaic_tpu_chunks, "TOGETHER", 1)
     forward.clear_cache()
     simulated = pltpu.InterpretParams(uninitialized_memory="nan")
     with pltpu.force_tpu_interpret_mode(simulated):

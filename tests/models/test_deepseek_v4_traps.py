@@ -24,10 +24,9 @@ from jaxspark.models import DeepSeekV4, FlatTokens
 from jaxspark.models.layers.compression import Compressor
 from jaxspark.models.layers.experts import Experts, Router
 from jaxspark.models.layers.hyper_connections import mix, sinkhorn
-from jaxspark.models.layers.indexer import Indexer
 from jaxspark.models.layers.mlp import GatedMLP
 from jaxspark.models.layers.rope import PartialRotation
-from pallas_kernels import Table, index_scores, sparse_attention
+from pallas_kernels import Table, index_scores, sparse_attention, top_k
 from tests.driver import Sampler, Session, greedy_draw
 from tests.parity.v4_cases import lengths, random_config
 from tests.parity.v4_weights import random_weights
@@ -445,9 +444,8 @@ def test_20_a_block_is_no_longer_than_the_drafter_was_made_for(drafting):
 
 def test_21_ties_go_to_the_earliest_entry():
     """Zeros are common, since ReLU makes them; a longer text must choose alike."""
-    part = Indexer(TINY, dtype=jnp.float32, rngs=nnx.Rngs(0))
     scores = jnp.zeros((2, 30)).at[:, 17].set(1.0)
-    chosen = part.choose(scores, jnp.array([30, 5]))
+    chosen = top_k(scores, jnp.array([30, 5]), k=TINY.index_topk)
     assert chosen[0].tolist() == [17, 0, 1, 2, 3, 4, 5, 6]
     assert chosen[1].tolist() == [0, 1, 2, 3, 4, -1, -1, -1]
 

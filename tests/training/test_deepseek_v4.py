@@ -32,6 +32,7 @@ from jaxspark.training.deepseek_v4 import (
     pretraining_loss,
     update_router_bias,
 )
+from pallas_kernels import index_scores
 from tests.driver import Session
 
 VOCAB = 29
@@ -91,7 +92,8 @@ def blocks():
     def scores(part, x):
         x_TD, latent_TR = x[:, :D], x[:, D : D + c.q_lora_rank]
         keys = compressed(part.compressor, x_TD)
-        return part.scores(x_TD, latent_TR, keys, tokens, context.plain)
+        index = part(x_TD, latent_TR, keys, context.plain)
+        return index_scores(index.q_TNH, index.keys, index.weights_TN, tokens)
 
     def compressed(part, x_TD):
         size = (1, tokens.slots, tokens.rows)

@@ -59,7 +59,7 @@ class Compressor(nnx.Module):
     ) -> LayerRows:
         """The table of entries; `apart` if they are read one by one."""
         count = max(length // self.ratio, 1)
-        if self.series == 1 and self.width % LANES == 0:
+        if not apart and self.width % LANES == 0:
             # Read from the first on, by TPUs in tiles: of sixteen, or better of many.
             step = 16 if count <= LANES else LANES
             count = -(-count // step) * step

@@ -8,15 +8,13 @@ the lowest entry. The index keys are compressed like the entries themselves, wit
 weights of their own; queries come from the attention's query latent.
 """
 
-import jax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from jaxspark.models.batch import FlatTokens
 from jaxspark.models.layers.compression import Compressor
 from jaxspark.models.layers.linear import Linear, matmul
 from jaxspark.models.layers.rope import PartialRotation
-from pallas_kernels import Table, index_scores, top_k
+from pallas_kernels import Index, Table
 from pallas_kernels.precision import accum_dtype
 
 
@@ -33,26 +31,17 @@ class Indexer(nnx.Module):
         )
         self.heads, self.width, self.top_k = heads, width, config.index_topk
 
-    def scores(
+    def __call__(
         self,
         x_TD: Float[Array, "T D"],
         latent_TR: Float[Array, "T R"],
         keys: Table,
-        tokens: FlatTokens,
         rotation: PartialRotation,
-    ) -> Float[Array, "T C"]:
-        """Scores of all entries, whether complete or not, in float32."""
+    ) -> Index:
+        """What entries are scored by, and how many are chosen."""
         q_TNH = self.q_b_proj(latent_TR).reshape(-1, self.heads, self.width)
-        q_TNH = rotation(q_TNH)
+        q_TNH = rotation(q_TNH).astype(keys.rows_LBCH.dtype)
         wide = accum_dtype(x_TD.dtype)
-        weight_TN = matmul(x_TD, self.weights_proj.matrix, wide)
-        weight_TN *= (self.width * self.heads) ** -0.5
-        with jax.named_scope("index_scores"):
-            q_TNH = q_TNH.astype(keys.rows_LBCH.dtype)
-            return index_scores(q_TNH, keys, weight_TN, tokens)
-
-    def choose(
-        self, scores_TC: Float[Array, "T C"], limits_T: Int[Array, " T"]
-    ) -> Int[Array, "T X"]:
-        """The best entries below each token's limit; -1 where there are fewer."""
-        return top_k(scores_TC, limits_T, k=self.top_k)
+        weights_TN = matmul(x_TD, self.weights_proj.matrix, wide)
+        weights_TN *= (self.width * self.heads) ** -0.5
+        return Index(q_TNH=q_TNH, weights_TN=weights_TN, keys=keys, picks=self.top_k)

@@ -56,14 +56,12 @@ class AttentionInputs:
       latent_TR: of the queries.
       keys_TH, before_BWH: recent rows.
       entries: compressed entries; None for layers without.
-      scores_TC: of the indexer; None for layers without one.
     """
 
     latent_TR: Float[Array, "T R"]
     keys_TH: Float[Array, "T H"]
     before_BWH: Float[Array, "B W H"]
     entries: Entries | None
-    scores_TC: Float[Array, "T C"] | None
 
 
 class SparseAttention(nnx.Module):
@@ -128,12 +126,12 @@ class SparseAttention(nnx.Module):
         )
         cache = replace(cache, window=window)
         latent_TR = self.q_a_norm(self.q_a_proj(x_TD))
-        entries, scores_TC = None, None
+        entries = None
         if self.compressor is not None:
-            cache, entries, scores_TC = self._entries(
+            cache, entries = self._entries(
                 self.compressor, x_TD, latent_TR, cache, layer, tokens, rotation
             )
-        inputs = AttentionInputs(latent_TR, keys_TH, before_BWH, entries, scores_TC)
+        inputs = AttentionInputs(latent_TR, keys_TH, before_BWH, entries)
         return self.attend(inputs, tokens, rotation), cache, inputs
 
     def keys(
@@ -151,8 +149,8 @@ class SparseAttention(nnx.Module):
         layer: Int[Array, ""],
         tokens: FlatTokens,
         rotation: PartialRotation,
-    ) -> tuple[SparseCache, Entries, Float[Array, "T C"] | None]:
-        """Brings entries up to date; which of them tokens see, and the scores.
+    ) -> tuple[SparseCache, Entries]:
+        """Brings entries up to date, and says which of them tokens see.
 
         The indexer learns from what attention does and not the other way round, so no
         gradient flows from it into its inputs.
@@ -166,7 +164,7 @@ class SparseAttention(nnx.Module):
         limits_T = compressor.limits(tokens.positions_T)
         table = entries.table(layer)
         if self.indexer is None:
-            return cache, Entries(table, limits_T=limits_T), None
+            return cache, Entries(table, limits_T=limits_T)
         x_TD, latent_TR = jax.lax.stop_gradient((x_TD, latent_TR))
         assert cache.index_pending is not None and cache.index_keys is not None
         with jax.named_scope("index"):
@@ -174,11 +172,8 @@ class SparseAttention(nnx.Module):
                 x_TD, cache.index_pending, cache.index_keys, layer, tokens
             )
             cache = replace(cache, index_pending=pending, index_keys=keys)
-            scores_TC = self.indexer.scores(
-                x_TD, latent_TR, keys.table(layer), tokens, rotation
-            )
-            chosen_TX = self.indexer.choose(jax.lax.stop_gradient(scores_TC), limits_T)
-        return cache, Entries(table, chosen_TX=chosen_TX), scores_TC
+            index = self.indexer(x_TD, latent_TR, keys.table(layer), rotation)
+        return cache, Entries(table, limits_T=limits_T, index=index)
 
     def queries(
         self, latent_TR: Float[Array, "T R"], rotation: PartialRotation

@@ -1,0 +1,1 @@
+"""See `api.indexer_topk`; `ref` states it, `selection` says how a kernel chooses."""

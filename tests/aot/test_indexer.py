@@ -1,0 +1,31 @@
+"""The kernel of indexer_topk, by the real compilers of TPUs."""
+
+import os
+
+import pytest
+
+from tests.aot.compilers import answers
+
+pytestmark = pytest.mark.aot
+
+# Flash at 128k positions, its pages, Pro at 1M, a prefill.
+CASES = (
+    "32,6,32768,512",
+    "32,6,32768,512,32",
+    "8,8,262144,1024",
+    "1,4096,16384,512",
+)
+CHIPS = ["v5e:2x2"]
+if os.environ.get("JAXSPARK_AOT_ALL"):
+    CHIPS += ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_nothing_is_sorted_and_no_scores_are_written(chip):
+    cases = CASES if os.environ.get("JAXSPARK_AOT_ALL") else CASES[:2]
+    reports = answers("tpu", "compile_indexer", chip, *cases)
+    for case, report in zip(cases, reports, strict=True):
+        slots, rows, *_ = map(int, case.split(","))
+        assert report["kernels"] == 1 and not report["sorts"], case
+        # Queries by groups and lists of pieces; scores would be a hundred times more.
+        assert report["temp_bytes"] < 1e6 + 1e5 * slots * rows, case
