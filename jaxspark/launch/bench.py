@@ -9,6 +9,9 @@
   jaxspark bench --suite=load --draft=dspark    many requests at once: fixed lengths
                                                 against the schedule
   jaxspark bench --suite=overhead               what scheduling itself costs
+  jaxspark bench --suite=kernels_static         bytes of an attention layer of
+                                                DeepSeek-V4, compiled for chips that
+                                                need not be here
 
 Compilation is never part of a figure.
 """
@@ -21,6 +24,7 @@ from rich.console import Console
 
 from jaxspark import load_drafter
 from jaxspark.benchmark.drafts import DraftsOptions, bench_drafts
+from jaxspark.benchmark.kernels_static import StaticOptions, bench_kernels_static
 from jaxspark.benchmark.layout import bench_layout
 from jaxspark.benchmark.load import bench_load
 from jaxspark.benchmark.one_sequence import SequenceOptions, bench_decode
@@ -39,13 +43,14 @@ class Config(
     SequenceOptions,
     DraftsOptions,
     OverheadOptions,
+    StaticOptions,
 ):
     """What to measure."""
 
     suite: str = option(
         "What to measure.",
         "decode",
-        choices=("decode", "layout", "draft", "load", "overhead"),
+        choices=("decode", "layout", "draft", "load", "overhead", "kernels_static"),
     )
     draft: str = option("Drafter of --suite=draft, load and overhead.", "dspark")
     prompts_per_domain: int = option("Prompts per domain.", 3, at_least=1)
@@ -59,6 +64,8 @@ def measured(console: Console, config: Config) -> dict:
     """The figures of a suite."""
     if config.suite == "layout":
         return bench_layout(console, config.rows, config.repeats)
+    if config.suite == "kernels_static":
+        return {"layers": bench_kernels_static(console, config)}
     target, tokenizer = config.load()
     if config.suite == "decode":
         return bench_decode(console, target, config)

@@ -179,8 +179,8 @@ class SparseAttention(nnx.Module):
         self, latent_TR: Float[Array, "T R"], rotation: PartialRotation
     ) -> Float[Array, "T N H"]:
         """Queries, normed per head and rotated."""
-        q_TX = self.q_b_proj(latent_TR)
-        q_TNH = q_TX.reshape(len(q_TX), -1, self.head_dim)
+        q_TNH = self.q_b_proj(latent_TR).reshape(len(latent_TR), -1, self.head_dim)
+        q_TNH = jax.lax.optimization_barrier(q_TNH)
         return rotation(normalize(q_TNH, self.eps).astype(latent_TR.dtype))
 
     def attend(
