@@ -18,3 +18,13 @@ def upcast(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def precision(dtype) -> jax.lax.Precision | None:
     """Of products: full for float32 and wider (no TF32 or bfloat16 passes)."""
     return jax.lax.Precision.HIGHEST if accum_dtype(dtype) == dtype else None
+
+
+def narrow(operands):
+    """Integers in 32 bits: kernels know no others, whatever the program's setting."""
+
+    def in_32_bits(x):
+        x = jnp.asarray(x)
+        return x.astype(jnp.int32) if jnp.issubdtype(x.dtype, jnp.integer) else x
+
+    return jax.tree.map(in_32_bits, operands)

@@ -65,9 +65,11 @@ class Ragged:
         """Rows of a group: consecutive ones of a slot, as many as a kernel serves."""
         return min(self.rows, QUERIES)
 
-    def grouped(self, x_T: Shaped[Array, "T ..."], fill) -> Shaped[Array, "G q ..."]:
-        """Flat to groups, ceil(Q / q) of each slot; absent rows read `fill`."""
-        size, x_BQ = self.group, self.padded(x_T, fill)
+    def grouped(
+        self, x_T: Shaped[Array, "T ..."], fill, size: int | None = None
+    ) -> Shaped[Array, "G q ..."]:
+        """Flat to groups of `size` of a slot's rows; absent rows read `fill`."""
+        size, x_BQ = size or self.group, self.padded(x_T, fill)
         widths = [(0, 0), (0, -self.rows % size)] + [(0, 0)] * (x_BQ.ndim - 2)
         x_BQ = jnp.pad(x_BQ, widths, constant_values=fill)
         return x_BQ.reshape(-1, size, *x_BQ.shape[2:])

@@ -40,6 +40,8 @@ class LayerCache:
         dtype,
     ) -> "LayerCache":
         """An empty cache for `slots` sequences of up to `length` positions."""
+        # TPUs read positions by sixteens.
+        length = -(-length // 16) * 16 if lanes() > 1 else length
         shape = (slots, heads, length, padded_width(head_dim))
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 

@@ -34,7 +34,7 @@ from jaxspark.models.layers.experts import Routing
 from jaxspark.models.layers.rope import PartialRotation
 from jaxspark.models.layers.sparse_attention import AttentionInputs, SparseAttention
 from jaxspark.parallel.axes import sum_of
-from pallas_kernels import index_scores, top_k
+from pallas_kernels import Index, index_scores, top_k
 from pallas_kernels.sparse_attention.ref import (
     masked_scores,
     recent_rows,
@@ -122,11 +122,17 @@ def layer_stats(
         index = index_loss(
             layer.self_attn,
             internals.attention,
+            scores_of(entries.index, context.tokens),
             context.tokens,
             layer.rotation(context),
             dense=dense_index,
         )
     return LayerStats(load_E, balance, index)
+
+
+def scores_of(index: Index, tokens: FlatTokens) -> Float[Array, "T C"]:
+    """An indexer's, of every entry."""
+    return index_scores(index.q_TNH, index.keys, index.weights_TN, tokens)
 
 
 def load_and_balance(
@@ -157,6 +163,7 @@ def load_and_balance(
 def index_loss(
     attention: SparseAttention,
     inputs: AttentionInputs,
+    scores_TC: Float[Array, "T C"],
     tokens: FlatTokens,
     rotation: PartialRotation,
     *,
@@ -167,7 +174,6 @@ def index_loss(
     assert entries is not None and entries.index is not None
     index, limits_T = entries.index, entries.limits_T
     assert limits_T is not None
-    scores_TC = index_scores(index.q_TNH, index.keys, index.weights_TN, tokens)
     inputs, attention = jax.lax.stop_gradient((inputs, attention))
     entries_BCH = jax.lax.stop_gradient(entries.table.whole())
     entry_C = jnp.arange(entries_BCH.shape[1])

@@ -2,11 +2,19 @@
 
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.cached_attention import mosaic_tpu
 from pallas_kernels.cached_attention.ref import cached_attention_xla
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.ragged import Ragged
 
-IMPLEMENTATIONS = {"xla": Implementation(run=cached_attention_xla)}
+IMPLEMENTATIONS = {
+    "xla": Implementation(run=cached_attention_xla),
+    "mosaic_tpu": Implementation(
+        run=mosaic_tpu.cached_attention_mosaic_tpu,
+        platforms=("tpu",),
+        supports=mosaic_tpu.supports,
+    ),
+}
 
 
 def cached_attention(
@@ -35,13 +43,15 @@ def cached_attention(
       limits_T: number of visible positions, in 1..S for tokens that are not padding.
       scale: factor on the scores, usually H ** -0.5.
       pages_BP: the pages that hold a slot's positions, in order.
-      implementation: "xla", which None also means.
+      implementation: "xla", or "mosaic_tpu", a kernel that reads what is visible, for
+        heads that are a multiple of 128 wide; None takes that in programs for TPUs
+        where it can.
 
     Returns:
       Attention output, same shape and dtype as `q_TNH`; padding's is anything.
 
     Raises:
-      ValueError: unknown implementation.
+      ValueError: an implementation that is unknown or does not support the operands.
     """
     return call(
         "cached_attention",

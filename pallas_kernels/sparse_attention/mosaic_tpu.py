@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.dispatch import best_for
 from pallas_kernels.indexer_topk import api as indexers
 from pallas_kernels.indexer_topk.union import MOST_ENTRIES, Union, union
+from pallas_kernels.precision import narrow
 from pallas_kernels.ragged import LANES, Ragged
 from pallas_kernels.sparse_attention import mosaic_tpu_kernel
 from pallas_kernels.sparse_attention.entries import Entries
@@ -97,9 +98,9 @@ def sparse_attention_mosaic_tpu(
 def _saving(q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, scale, causal):
     operands = (q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries)
     with jax.enable_x64(False):
-        narrow = _narrow(operands)
-        united = _united(narrow[-1], narrow[-2])
-        return forward(*narrow, united, scale, causal), (operands, united)
+        narrowed = narrow(operands)
+        united = _united(narrowed[-1], narrowed[-2])
+        return forward(*narrowed, united, scale, causal), (operands, united)
 
 
 def _united(entries: Entries | None, ragged: Ragged) -> Union | None:
@@ -115,20 +116,11 @@ def _united(entries: Entries | None, ragged: Ragged) -> Union | None:
     return indexers.indexer_topk(*operands, implementation=name)
 
 
-def _narrow(operands):
-    """Integers in 32 bits: kernels know no others, whatever the program's setting."""
-
-    def narrow(x):
-        return x.astype(jnp.int32) if jnp.issubdtype(x.dtype, jnp.integer) else x
-
-    return jax.tree.map(lambda x: narrow(jnp.asarray(x)), operands)
-
-
 def _backward(scale, causal, saved, do_TNH):
     operands, united = saved
     with jax.enable_x64(False):
-        narrow = _narrow(operands)
-        *grads, drows = backward(narrow, united, do_TNH, scale, causal, _CORES)
+        narrowed = narrow(operands)
+        *grads, drows = backward(narrowed, united, do_TNH, scale, causal, _CORES)
     if drows is None:
         return *grads, None, None
     entries = operands[-1]

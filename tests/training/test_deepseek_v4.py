@@ -30,9 +30,9 @@ from jaxspark.training.deepseek_v4 import (
     index_loss,
     load_and_balance,
     pretraining_loss,
+    scores_of,
     update_router_bias,
 )
-from pallas_kernels import index_scores
 from tests.driver import Session
 
 VOCAB = 29
@@ -92,8 +92,7 @@ def blocks():
     def scores(part, x):
         x_TD, latent_TR = x[:, :D], x[:, D : D + c.q_lora_rank]
         keys = compressed(part.compressor, x_TD)
-        index = part(x_TD, latent_TR, keys, context.plain)
-        return index_scores(index.q_TNH, index.keys, index.weights_TN, tokens)
+        return scores_of(part(x_TD, latent_TR, keys, context.plain), tokens)
 
     def compressed(part, x_TD):
         size = (1, tokens.slots, tokens.rows)
@@ -235,11 +234,10 @@ def test_an_indexer_that_says_what_attention_does_has_no_loss():
         total += np.exp(np.asarray(attention.sinks[...]))
         total += (np.exp(dots) * open_[:, None]).sum(-1)
         mass = (np.exp(dots) / total[..., None]).sum(2)
-        perfect = replace(inputs, scores_TC=jnp.asarray(np.log(mass[0])))
-        loss = partial(index_loss, attention, tokens=tokens, rotation=rotation)
+        loss = partial(index_loss, attention, inputs, tokens=tokens, rotation=rotation)
         loss = jax.jit(loss, static_argnames="dense")
-        assert abs(loss(perfect, dense=True)) < 1e-9
-        assert loss(inputs, dense=True) > 1e-3
+        assert abs(loss(jnp.asarray(np.log(mass[0])), dense=True)) < 1e-9
+        assert loss(scores_of(inputs.entries.index, tokens), dense=True) > 1e-3
 
 
 def test_balance_is_one_when_even_and_grows_with_skew():
