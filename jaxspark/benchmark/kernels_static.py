@@ -118,7 +118,8 @@ def measure(
         begin = time.perf_counter()
         lowered = jax.jit(step, donate_argnums=2).lower(*placed)
         compiled = lowered.compile(compiler_options=compiler_options())
-    moved = traffic(compiled.as_text()).memory
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None and memory is not None
     least = minimum(config, layer, cache, slots, rows, context, ratio)
     dense = slots * context * config.head_dim * jnp.dtype(dtype).itemsize
     return {
@@ -126,9 +127,9 @@ def measure(
         "context": context,
         "slots": slots,
         "tokens": rows,
-        "bytes": moved,
+        "bytes": traffic(text).memory,
         "minimum": least,
-        "temporary": compiled.memory_analysis().temp_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
         "cache_read_of_dense": cache_bytes(config, slots, rows, context, ratio) / dense,
         "seconds": round(time.perf_counter() - begin, 1),
     }

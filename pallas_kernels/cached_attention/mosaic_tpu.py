@@ -63,7 +63,7 @@ def cached_attention_mosaic_tpu(
     """See `api.cached_attention`; gradients are the reference's."""
     operands = (q_TNH, k_BKSH, v_BKSH, ragged, limits_T, pages_BP)
     with jax.enable_x64(False):
-        return _attend(*narrow(operands), scale)
+        return _attend(scale, *narrow(operands))
 
 
 def _saving(*operands):
@@ -83,7 +83,7 @@ def _reference(rest, scale, *arrays):
 cached_attention_mosaic_tpu.defvjp(_saving, _backward)
 
 
-def _attend(q_TNH, k_BKSH, v_BKSH, ragged, limits_T, pages_BP, scale):
+def _attend(scale, q_TNH, k_BKSH, v_BKSH, ragged, limits_T, pages_BP):
     T, N, H = q_TNH.shape
     _, K, S, _ = k_BKSH.shape
     B, shared, dtype = ragged.slots, N // K, q_TNH.dtype

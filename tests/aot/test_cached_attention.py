@@ -8,7 +8,7 @@ from tests.aot.compilers import answers
 
 pytestmark = pytest.mark.aot
 
-# Qwen3-8B's heads verifying, its pages, a chunk of prefill, SmolLM2's (padded).
+# Qwen3-8B's heads verifying, and by pages; a chunk of prefill; SmolLM2's, padded.
 CASES = (
     "bfloat16 64 6 4096 32 8 128 0",
     "bfloat16 64 6 4096 32 8 128 128",
@@ -22,10 +22,11 @@ if os.environ.get("JAXSPARK_AOT_ALL"):
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_the_cache_is_read_once_and_no_scores_are_written(chip):
-    for case, report in zip(
-        CASES, answers("tpu", "compile_cached", chip, *CASES), strict=True
-    ):
+    reports = answers("tpu", "compile_cached", chip, *CASES)
+    for case, report in zip(CASES, reports, strict=True):
         mine, reference = report["mosaic_tpu"], report["xla"]
         assert mine["kernels"] == 1, case
-        assert mine["bytes"] < 0.9 * reference["bytes"], case
-        assert mine["temp_bytes"] < 0.3 * reference["temp_bytes"], case
+        if reference["temp_bytes"] > 1e8:
+            assert mine["temp_bytes"] < 0.1 * reference["temp_bytes"], case
+    for report in reports[:2]:
+        assert report["mosaic_tpu"]["bytes"] < 1.1 * report["cache_bytes"]
