@@ -27,6 +27,10 @@ from pallas_kernels.ragged import LANES, Ragged
 from pallas_kernels.sparse_attention import mosaic_tpu_kernel
 from pallas_kernels.sparse_attention.entries import Entries
 from pallas_kernels.sparse_attention.mosaic_tpu_backward import backward
+from pallas_kernels.sparse_attention.mosaic_tpu_entries import (
+    entry_operands,
+    entry_specs,
+)
 from pallas_kernels.sparse_attention.plan import MOST_ENTRIES, ROWS, Plan
 
 _VMEM = 32 << 20
@@ -142,8 +146,8 @@ def forward(
     in_specs = [pl.BlockSpec((M, 1), lambda c, i, *_: (0, 0)), whole, whole]
     chunk_shape = (2, 8, H)
     if plan.table is not None:
-        operands += [plan.table, *plan.lists]
-        in_specs += plan.entry_specs(_CORES)
+        operands += entry_operands(plan)
+        in_specs += entry_specs(plan, _CORES)
         chunk_shape = (2, plan.tile, *plan.table.shape[1:])
     recent = (2, plan.recent_columns, *recent_BRH.shape[2:])
     per = plan.groups // _CORES

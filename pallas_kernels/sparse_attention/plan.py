@@ -9,7 +9,8 @@ hundred rows at a time:
                      allow
 
 A piece is named by its first row in the table of all layers, slots and pages. The last
-chunk is filled up with pieces that nobody sees.
+chunk is filled up with pieces that nobody sees. Every platform's kernels read by such a
+plan; how many queries make a group, and how many rows a chunk, is theirs to say.
 """
 
 import math
@@ -18,7 +19,6 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.ragged import LANES, Ragged, Table
@@ -80,9 +80,18 @@ class Plan:
         cores: int,
         *,
         unique: bool = False,
+        queries: int = QUERIES,
+        tiles: tuple[int, int] | None = None,
     ) -> "Plan":
-        """Of the operands; `unique`: no group names a piece twice."""
-        B, Q = ragged.slots, min(ragged.rows, QUERIES)
+        """Of the operands.
+
+        Args:
+          unique: no group names a piece twice.
+          queries: most of a group.
+          tiles: rows of a chunk, of chosen ones and of others; None as on TPUs.
+        """
+        B, Q = ragged.slots, min(ragged.rows, queries)
+        chosen_tile, streamed_tile = tiles or (CHOSEN_TILE, TILE)
         blocks = -(-ragged.rows // Q)
         real = B * blocks
         groups = -(-real // cores) * cores
@@ -103,13 +112,14 @@ class Plan:
             if entries.chosen_TX is not None:
                 chosen_BQX = _in_groups(ragged, entries.chosen_TX, -1, blocks, Q)
                 picks = Q * chosen_BQX.shape[-1]
-                tile, piece = min(CHOSEN_TILE, -(-picks // LANES) * LANES), 1
+                tile, piece = min(chosen_tile, -(-picks // LANES) * LANES), 1
                 rows, members, used_G = union(chosen_BQX, tile, unique=unique)
                 rows = rows.reshape(B, -1)  # of all groups of a slot
                 pieces = entries.table.places(rows).reshape(real, -1)
             else:
                 limits_BQ = _in_groups(ragged, entries.limits_T, 0, blocks, Q)
-                tile = min(TILE, -(-entries.table.length // LANES) * LANES)
+                tile = -(-entries.table.length // LANES) * LANES
+                tile = min(streamed_tile, tile)
                 piece = math.gcd(entries.table.rows_LBCH.shape[2], tile)
                 chunks = -(-entries.table.length // tile)
                 first = jnp.arange(chunks * tile // piece) * piece
@@ -154,31 +164,6 @@ class Plan:
         """Without arrays."""
         return replace(self, scalars=None, table=None, pieces=None, members=None)
 
-    @property
-    def lists(self) -> list[Any]:
-        """Pieces, and members where there are some."""
-        return [each for each in (self.pieces, self.members) if each is not None]
-
-    def entry_specs(self, cores: int) -> list[pl.BlockSpec]:
-        """The table, and a step's blocks of the lists; the grid is cores x groups."""
-        per, n = self.groups // cores, self.pieces.shape[-1]
-
-        def of_group(shape, divisor=1, **options):
-            last = self.groups_real // divisor - 1
-            zeros = (0,) * (len(shape) - 1)
-
-            def index(core, i, *_):
-                return (jnp.minimum((core * per + i) // divisor, last), *zeros)
-
-            return pl.BlockSpec(shape, index, **options)
-
-        divisor = self.groups_real // len(self.pieces)
-        specs = [pl.BlockSpec(memory_space=pl.ANY)]
-        specs += [of_group((1, 1, n), divisor, memory_space=pltpu.SMEM)]
-        if self.members is not None:
-            specs += [of_group((1, n // self.tile, self.tile))]
-        return specs
-
     def recent_rows(
         self,
         before_BWH: Float[Array, "B W H"],
@@ -208,13 +193,9 @@ class Plan:
 
 
 def _flat(table: Table):
-    """Rows of all layers and slots on one axis.
-
-    They stay where they lie: XLA would fetch a small table, of which little is read.
-    """
+    """Rows of all layers and slots on one axis."""
     rows = table.rows_LBCH
-    rows = rows.reshape(-1, *rows.shape[3:])
-    return pltpu.with_memory_space_constraint(rows, pltpu.HBM)
+    return rows.reshape(-1, *rows.shape[3:])
 
 
 def _in_groups(ragged, x_T, fill, blocks, Q):
@@ -239,7 +220,7 @@ def union(
     query_Q1 = jnp.arange(Q, dtype=jnp.int32)[:, None]
     if Q == 1 and not unique:  # as they are, with what names none between them
         rows_Gn, bits_Gn = chosen_GQX[:, 0], (chosen_GQX[:, 0] >= 0).astype(jnp.int32)
-        used_G = jnp.full(G, X, jnp.int32)
+        used_G = jnp.where(chosen_GQX[:, 0] < 0, 0, 1 + jnp.arange(X)).max(-1)
     else:
         pair_GQX = jnp.where(chosen_GQX < 0, _LAST, chosen_GQX * QUERIES + query_Q1)
         pair_Gn = jnp.sort(pair_GQX.reshape(G, Q * X), axis=-1)
