@@ -1,18 +1,27 @@
 """Attention over recent rows, compressed entries and a sink, on Hopper GPUs.
 
-XLA plans what is read (see `plan`, with groups of one query) and puts recent rows in
-order; a block of threads then serves 64 heads of a query, see `mosaic_gpu_kernel`.
-Those of a slot run side by side, so what several of them read comes out of the cache of
-the second level.
+Moved: per query and 64 of its heads, the query, its recent rows, and the entries that
+it sees, once. Computed: two products per chunk of rows, with an online softmax between
+them, so no scores leave the chip.
+
+A block of threads serves 64 heads of one query (see `mosaic_gpu_kernel`): as many rows
+as the smallest product has, and as many sums as the registers of two warpgroups hold.
+So a query reads what it chose, not the union of its neighbours' choices as on TPUs;
+what neighbours of a slot share, they find in the cache of the second level, since their
+blocks run side by side. XLA plans the reading (see `plan`, with groups of one query)
+and puts recent rows in order.
 """
 
 import functools
+import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.dispatch import expected_kind, expected_platform
 from pallas_kernels.ragged import LANES, Ragged
 from pallas_kernels.sparse_attention import mosaic_gpu_kernel
 from pallas_kernels.sparse_attention.entries import Entries
@@ -20,13 +29,94 @@ from pallas_kernels.sparse_attention.mosaic_gpu_kernel import (
     HALVES,
     HEADS,
     SIDES,
+    SWIZZLED,
     TILE_ROWS,
 )
-from pallas_kernels.sparse_attention.plan import Plan
-from pallas_kernels.sparse_attention.ref import recent_rows, recent_spans
+from pallas_kernels.sparse_attention.mosaic_gpu_lists import named, per_token
+from pallas_kernels.sparse_attention.plan import Plan, narrow
+from pallas_kernels.sparse_attention.ref import recent_rows, sparse_attention_xla
 
-# Rows of a chunk: chosen ones, which pass through a buffer as large, and others.
+# Rows of a chunk: chosen ones, which pass through registers, and others.
 TILES = 32, 64
+_WIDEST = 512
+_MOST_CHOSEN = 8192
+_HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
+
+
+def supports(
+    q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, *, scale, causal
+) -> str | None:
+    """Why the kernel cannot attend over these; None if it can."""
+    _, heads, width = q_TNH.shape
+    if expected_platform() == "gpu" and not _HOPPER.search(expected_kind()):
+        return f"is made of Hopper's instructions, not for {expected_kind()}"
+    given = {q_TNH.dtype, keys_TH.dtype, before_BWH.dtype}
+    if entries is not None:
+        rows = entries.table.rows_LBCH
+        given.add(rows.dtype)
+        if entries.chosen_TX is None and rows.shape[2] % TILE_ROWS:
+            return (
+                f"reads entries by {TILE_ROWS}, got {rows.shape[2]} to a slot or page"
+            )
+        if entries.chosen_TX is not None and entries.chosen_TX.shape[1] > _MOST_CHOSEN:
+            return (
+                f"takes {_MOST_CHOSEN} chosen entries at most, got "
+                f"{entries.chosen_TX.shape[1]}"
+            )
+    if given != {jnp.dtype(jnp.bfloat16)}:
+        return (
+            "computes in bfloat16, Hopper's matrix units having no float32, got "
+            f"{sorted(map(str, given))}"
+        )
+    if heads % HEADS or width % LANES or width > _WIDEST:
+        return (
+            f"needs heads in multiples of {HEADS} that are a multiple of {LANES} wide "
+            f"and {_WIDEST} at most, got {heads} x {width}"
+        )
+    return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnames=("scale", "causal"))
+def sparse_attention_mosaic_gpu(
+    q_TNH: Float[Array, "T N H"],
+    keys_TH: Float[Array, "T H"],
+    before_BWH: Float[Array, "B W H"],
+    sinks_N: Float[Array, " N"],
+    ragged: Ragged,
+    entries: Entries | None,
+    scale: float,
+    causal: bool,
+) -> Float[Array, "T N H"]:
+    """See `api.sparse_attention`; gradients are those of the reference."""
+    operands = (q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries)
+    return _saving(*operands, scale, causal)[0]
+
+
+def _saving(q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, scale, causal):
+    operands = (q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries)
+    with jax.enable_x64(False):
+        return forward(*narrow(operands), scale, causal), operands
+
+
+def _backward(scale, causal, operands, do_TNH):
+    *arrays, ragged, entries = operands
+    rows = None if entries is None else entries.table.rows_LBCH
+
+    def of(q_TNH, keys_TH, before_BWH, sinks_N, rows):
+        given = entries
+        if given is not None:
+            given = replace(given, table=replace(given.table, rows_LBCH=rows))
+        operands = (q_TNH, keys_TH, before_BWH, sinks_N, ragged, given)
+        return sparse_attention_xla(*operands, scale, causal)
+
+    *grads, drows = jax.vjp(of, *arrays, rows)[1](do_TNH)
+    if drows is None:
+        return *grads, None, None
+    table = replace(entries.table, rows_LBCH=drows, layer=None, pages_BP=None)
+    return *grads, None, Entries(table)
+
+
+sparse_attention_mosaic_gpu.defvjp(_saving, _backward)
 
 
 def forward(
@@ -46,11 +136,10 @@ def forward(
     plan = Plan.of(ragged, entries, lookback, causal, 1, queries=1, tiles=TILES)
     recent_BRH = recent_rows(before_BWH, keys_TH, ragged)
     missing = -recent_BRH.shape[1] % TILE_ROWS
-
     T, N, H = q_TNH.shape
     dtype, width = q_TNH.dtype, H // HALVES
     operands = [
-        _per_token(plan, ragged, tile),
+        per_token(plan, ragged, tile),
         q_TNH,
         jnp.pad(recent_BRH, ((0, 0), (0, missing), (0, 0))),
         mosaic_gpu_kernel.LOG2E * sinks_N.astype(jnp.float32),
@@ -59,33 +148,32 @@ def forward(
     if plan.piece:
         pieces = plan.pieces[:, 0]
         if chosen:
-            pieces = _named(pieces, plan.members)
+            pieces = named(pieces, plan.members)
             buffers = [
                 plgpu.SMEM((HALVES, tile // HALVES, H), dtype),
                 plgpu.SMEM(pieces.shape[1:], jnp.int32),
             ]
         operands += [plan.table.reshape(-1, H), pieces]
-    arrivals = HALVES * (tile // plan.piece if plan.piece > 1 else 1)
-    columns = min(tile, 64)
 
-    def tiled(*shape, columns=columns):
+    def tiled(columns, *shape):
         transforms = (
-            plgpu.TilingTransform((8, columns)),
+            plgpu.TilingTransform((TILE_ROWS, columns)),
             plgpu.SwizzleTransform(columns * dtype.itemsize),
         )
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
+    copies = tile // plan.piece if plan.piece > 1 else 1
     return plgpu.kernel(
         functools.partial(mosaic_gpu_kernel.attend, plan=plan.static(), scale=scale),
         out_type=jax.ShapeDtypeStruct(q_TNH.shape, dtype),
         scratch_types=[
-            tiled(HALVES, HEADS, width),
-            tiled(SIDES, HALVES, tile, width),
-            tiled(HALVES, HEADS, tile // HALVES, columns=tile // HALVES),
+            tiled(min(tile, SWIZZLED), HALVES, HEADS, width),
+            tiled(min(tile, SWIZZLED), SIDES, HALVES, tile, width),
+            tiled(tile // HALVES, HALVES, HEADS, tile // HALVES),
             plgpu.SMEM((HALVES, HEADS), jnp.float32),
             *buffers,
             plgpu.Barrier(num_arrivals=HALVES + chosen),
-            plgpu.Barrier(num_arrivals=arrivals, num_barriers=SIDES),
+            plgpu.Barrier(num_arrivals=HALVES * copies, num_barriers=SIDES),
             plgpu.Barrier(num_arrivals=HALVES, num_barriers=SIDES),
             plgpu.Barrier(num_arrivals=HALVES),
             plgpu.Barrier(num_arrivals=HALVES),
@@ -98,37 +186,3 @@ def forward(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="sparse_attention",
     )(*operands)
-
-
-def _named(pieces_Gn, members_Gct):
-    """Places that a query named; instead of what it did not, ~ one that it did.
-
-    So that only what a query sees is ever read.
-    """
-    pieces_Gct, named_Gct = pieces_Gn.reshape(members_Gct.shape), members_Gct != 0
-    first_G1 = jnp.argmax(named_Gct.reshape(pieces_Gn.shape), axis=1, keepdims=True)
-    first_G11 = jnp.take_along_axis(pieces_Gn, first_G1, axis=1)[..., None]
-    return jnp.where(named_Gct, pieces_Gct, ~first_G11)
-
-
-def _per_token(plan: Plan, ragged: Ragged, tile: int):
-    """[T, 8] integers that a block of threads reads; padding has no chunks.
-
-    Its slot, its first recent row; of the rows of all its chunks, recent ones first,
-    it sees those from .. to - 1, and entries up to a limit; chunks of recent rows, of
-    all; its group.
-    """
-    real_T, slot_T = ragged.slots_T >= 0, jnp.maximum(ragged.slots_T, 0)
-    spans_BQ2 = recent_spans(ragged, plan.lookback, causal=plan.causal)
-    oldest_T, newest_T = jnp.moveaxis(ragged.flat(spans_BQ2), -1, 0)
-    first_T = oldest_T // TILE_ROWS * TILE_ROWS
-    recent_T = -(-(newest_T - first_T) // tile)
-    group_T = slot_T * plan.blocks + ragged.rows_T
-    limit_T = 2**30 if plan.chosen else plan.scalars[5][group_T] + recent_T * tile
-    chunks_T = jnp.where(real_T, recent_T + plan.scalars[4][group_T], 0)
-    columns = (
-        *(slot_T, first_T, oldest_T - first_T, newest_T - first_T),
-        *(limit_T, recent_T, chunks_T, group_T),
-    )
-    columns = [jnp.broadcast_to(each, slot_T.shape) for each in columns]
-    return jnp.stack(columns, axis=1).astype(jnp.int32)

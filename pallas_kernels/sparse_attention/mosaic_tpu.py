@@ -31,7 +31,7 @@ from pallas_kernels.sparse_attention.mosaic_tpu_entries import (
     entry_operands,
     entry_specs,
 )
-from pallas_kernels.sparse_attention.plan import MOST_ENTRIES, ROWS, Plan
+from pallas_kernels.sparse_attention.plan import MOST_ENTRIES, ROWS, Plan, narrow
 
 _VMEM = 32 << 20
 _CORES = 2
@@ -98,21 +98,12 @@ def sparse_attention_mosaic_tpu(
 def _saving(q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, scale, causal):
     operands = (q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries)
     with jax.enable_x64(False):
-        return forward(*_narrow(operands), scale, causal), operands
-
-
-def _narrow(operands):
-    """Integers in 32 bits: kernels know no others, whatever the program's setting."""
-
-    def narrow(x):
-        return x.astype(jnp.int32) if jnp.issubdtype(x.dtype, jnp.integer) else x
-
-    return jax.tree.map(lambda x: narrow(jnp.asarray(x)), operands)
+        return forward(*narrow(operands), scale, causal), operands
 
 
 def _backward(scale, causal, operands, do_TNH):
     with jax.enable_x64(False):
-        *grads, drows = backward(_narrow(operands), do_TNH, scale, causal, _CORES)
+        *grads, drows = backward(narrow(operands), do_TNH, scale, causal, _CORES)
     if drows is None:
         return *grads, None, None
     entries = operands[-1]

@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
@@ -85,10 +86,9 @@ class Plan:
     ) -> "Plan":
         """Of the operands.
 
-        Args:
-          unique: no group names a piece twice.
-          queries: most of a group.
-          tiles: rows of a chunk, of chosen ones and of others; None as on TPUs.
+        With `unique`, no group names a piece twice. A group has `queries` at most, a
+        chunk as many rows as `tiles` says of chosen ones and of others (None: as on
+        TPUs).
         """
         B, Q = ragged.slots, min(ragged.rows, queries)
         chosen_tile, streamed_tile = tiles or (CHOSEN_TILE, TILE)
@@ -190,6 +190,15 @@ class Plan:
             transcendentals=T * N * width,
             bytes_accessed=(arrays * q_TNH.size + rows * H) * q_TNH.dtype.itemsize,
         )
+
+
+def narrow(operands):
+    """Integers in 32 bits: kernels know no others, whatever the program's setting."""
+
+    def one(x):
+        return x.astype(jnp.int32) if jnp.issubdtype(x.dtype, jnp.integer) else x
+
+    return jax.tree.map(lambda x: one(jnp.asarray(x)), operands)
 
 
 def _flat(table: Table):

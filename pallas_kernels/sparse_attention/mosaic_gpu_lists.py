@@ -1,0 +1,46 @@
+"""What XLA tells each block of threads of a GPU kernel to read."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from pallas_kernels.ragged import Ragged
+from pallas_kernels.sparse_attention.mosaic_gpu_kernel import TILE_ROWS
+from pallas_kernels.sparse_attention.plan import Plan
+from pallas_kernels.sparse_attention.ref import recent_spans
+
+
+def named(
+    pieces_Gn: Int[Array, "G n"], members_Gct: Int[Array, "G c t"]
+) -> Int[Array, "G c t"]:
+    """Places that a query named; instead of what it did not, ~ one that it did.
+
+    So nothing is read that the query does not see.
+    """
+    pieces_Gct, named_Gct = pieces_Gn.reshape(members_Gct.shape), members_Gct != 0
+    first_G1 = jnp.argmax(named_Gct.reshape(pieces_Gn.shape), axis=1, keepdims=True)
+    first_G11 = jnp.take_along_axis(pieces_Gn, first_G1, axis=1)[..., None]
+    return jnp.where(named_Gct, pieces_Gct, ~first_G11)
+
+
+def per_token(plan: Plan, ragged: Ragged, tile: int) -> Int[Array, "T 8"]:
+    """Integers that a block of threads reads; padding has no chunks.
+
+    The token's slot; its first recent row, where a tile begins; chunks of recent rows,
+    and of all. Of the rows of recent chunks, it sees those from .. to - 1; of all rows
+    from the first recent one on, entries up to a limit. Last, its group.
+    """
+    real_T, slot_T = ragged.slots_T >= 0, jnp.maximum(ragged.slots_T, 0)
+    spans_BQ2 = recent_spans(ragged, plan.lookback, causal=plan.causal)
+    oldest_T, newest_T = jnp.moveaxis(ragged.flat(spans_BQ2), -1, 0)
+    first_T = oldest_T // TILE_ROWS * TILE_ROWS
+    recent_T = -(-(newest_T - first_T) // tile)
+    group_T = slot_T * plan.blocks + ragged.rows_T
+    _, _, _, _, chunks_G, limits_G, *_ = plan.scalars
+    limit_T = 2**30 if plan.chosen else limits_G[group_T] + recent_T * tile
+    columns = (
+        *(slot_T, first_T),
+        *(recent_T, jnp.where(real_T, recent_T + chunks_G[group_T], 0)),
+        *(oldest_T - first_T, newest_T - first_T, limit_T, group_T),
+    )
+    columns = [jnp.broadcast_to(each, slot_T.shape) for each in columns]
+    return jnp.stack(columns, axis=1).astype(jnp.int32)
