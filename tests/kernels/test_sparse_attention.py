@@ -14,7 +14,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from jaxspark.models import FlatTokens
 from pallas_kernels import Entries, Table, index_scores, sparse_attention
@@ -23,7 +23,6 @@ from pallas_kernels.ragged import split_lanes
 from pallas_kernels.sparse_attention import (
     mosaic_gpu,
     mosaic_gpu_kernel,
-    mosaic_gpu_lists,
     mosaic_tpu_kernel,
     plan,
 )
@@ -58,7 +57,7 @@ def small_steps(monkeypatch):
 
 
 def accumulate(acc_NH, p_NS, k_ref, meanwhile):
-    """The kernel's product, whose rows are read to the end of what goes on meanwhile."""
+    """The kernel's product; rows are read to the end of what goes on meanwhile."""
     meanwhile()
     o_NH = jnp.dot(p_NS, k_ref[...], preferred_element_type=jnp.float32)
     plgpu.commit_smem()  # The matrix units' reads need no fence, these do.
@@ -178,10 +177,10 @@ def seen_of(chosen, C):
 )
 def test_chosen_entries(attend, rows, picks):
     if attend.is_kernel:
-        sizes = (1, 1), (3, 5), (11, 5)  # those of long passes: groups of queries
-        if (rows, picks) not in sizes[
-            : 2 if attend.implementation == "mosaic_gpu" else 3
-        ]:
+        sizes = [(1, 1), (3, 5)]
+        if attend.implementation == "mosaic_tpu":  # groups of queries in long passes
+            sizes += [(11, 5)]
+        if (rows, picks) not in sizes:
             pytest.skip("other sizes run the same program")
         picks *= 14 if rows < 11 else 4  # the union fills more than a chunk
     tokens, q, keys, before, sinks, entries, chosen, _ = attend.made(rows, picks)
@@ -244,6 +243,8 @@ def test_lengths_around_the_windows_edge(attend):
 
 @pytest.mark.parametrize("by", ["chosen", "limits"])
 def test_bfloat16_sums_in_float32(attend, by):
+    if attend.dtype == jnp.bfloat16:
+        pytest.skip("all tests of this kernel are in bfloat16")
     tokens, *arrays, chosen, limits = attend.made(3, 10, seed=2)
     q, keys, before, sinks, entries = (x.astype(jnp.bfloat16) for x in arrays)
     if by == "chosen":
@@ -287,7 +288,7 @@ def test_gradients_are_those_of_the_reference(by, kernel):
     """Of everything, entries of other layers included."""
     attend, reference = Attend(kernel), Attend("xla")
     # On TPUs two chunks, or two groups of queries and three chunks.
-    rows = 2 if kernel == "mosaic_gpu" else 3 if by == "chosen" else 9
+    rows = 1 if kernel == "mosaic_gpu" else 3 if by == "chosen" else 9
     made = attend.made(rows, 50, seed=4)
     tokens, q, keys, before, sinks, entries, chosen, limits = made
     table = next(attend.tables(entries, apart=by == "chosen"))
@@ -325,16 +326,20 @@ def test_rows_read_as_words_are_the_rows():
     np.testing.assert_array_equal(np.asarray(seen), rows[1].reshape(32, 512))
 
 
-def test_a_mistake_in_the_kernel_is_found(monkeypatch):
-    """A chunk too few."""
-    attend = Attend("mosaic_tpu")
+@pytest.mark.parametrize("kernel", ["mosaic_tpu", "mosaic_gpu"])
+def test_a_mistake_in_the_kernel_is_found(monkeypatch, kernel):
+    """A chunk too few, or a limit too high by one."""
+    attend = Attend(kernel)
     tokens, q, keys, before, sinks, entries, _, limits = attend.made(4, 1)
     seen = np.arange(entries.shape[1]) < np.asarray(limits)[:, None]
     expected = plain(tokens, q, keys, before, sinks, entries, seen)
     which = Entries(next(attend.tables(entries, apart=False)), limits_T=limits)
-    chunks_of = mosaic_tpu_kernel.chunks_of
+    chunks_of, per_token = mosaic_tpu_kernel.chunks_of, mosaic_gpu.per_token
     monkeypatch.setattr(
         mosaic_tpu_kernel, "chunks_of", lambda *args: chunks_of(*args) - 1
+    )
+    monkeypatch.setattr(
+        mosaic_gpu, "per_token", lambda *args: per_token(*args).at[:, 6].add(1)
     )
     mine = attend(q, keys, before, sinks, tokens, which)
     with pytest.raises(AssertionError):
@@ -364,16 +369,67 @@ def test_what_the_kernel_cannot_do_is_said():
         jax.eval_shape(partial(sparse_attention, scale=1), *operands)
 
 
-def test_the_kernel_compiles_in_programs_with_64_bits():
+def test_a_gpu_copies_whole_tiles():
+    """Which the simulator does not ask for, and a GPU would round down to."""
+    attend = Attend("mosaic_gpu")
+    lookback, size = attend.sizes[2], mosaic_gpu_kernel.TILE_ROWS
+    tokens, *_, entries, _, limits = attend.made(11, 1, starts=np.array([0, 5, 20]))
+    for table in attend.tables(entries, apart=False):
+        which = Entries(table, limits_T=limits)
+        planned = plan.Plan.of(
+            tokens, which, lookback, True, 1, queries=1, tiles=(32, 32)
+        )
+        first_T = mosaic_gpu.per_token(planned, tokens, 32)[:, 1]
+        for starts in (first_T, planned.pieces, planned.piece):
+            assert not (np.asarray(starts) % size).any()
+        assert np.asarray(first_T).max() > 0
+
+
+def test_what_a_gpu_cannot_do_is_said():
+    made = Attend("mosaic_gpu").made(2, 1)
+    tokens, q, keys, before, sinks, entries, chosen, limits = made
+    single = [x.astype(jnp.float32) for x in (q, keys, before)]
+    for reason, operands in {
+        "multiples of 64": (q[:, :3], keys, before, sinks[:3], tokens),
+        "no float32": (*single, sinks, tokens),
+        "by 8, got 9": (
+            *(q, keys, before, sinks, tokens),
+            Entries(Table(entries[None, :, :9]), limits_T=limits),
+        ),
+        "8192 chosen": (
+            *(q, keys, before, sinks, tokens),
+            Entries(Table(entries[None]), chosen_TX=jnp.tile(chosen, (1, 9000))),
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=reason):
+            sparse_attention(*operands, scale=1, implementation="mosaic_gpu")
+        jax.eval_shape(partial(sparse_attention, scale=1), *operands)
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB"])
+def test_the_kernel_is_taken_on_hopper_unasked(monkeypatch, name):
+    monkeypatch.undo()  # of what is for simulations
+    tokens, q, keys, before, sinks, *_ = Attend("mosaic_gpu").made(2, 1)
+    chip = AbstractDevice(device_kind=name, num_cores=132, platform="gpu")
+    axes = (AxisType.Auto,)
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), axes, abstract_device=chip)):
+        run = jax.jit(partial(sparse_attention, scale=1))
+        traced = run.trace(q, keys, before, sinks, tokens)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert ("mosaic_gpu" in text) == ("H100" in name)
+
+
+@pytest.mark.parametrize("kernel", ["mosaic_tpu", "mosaic_gpu"])
+def test_the_kernel_compiles_in_programs_with_64_bits(kernel):
     """Their integers have as many, kernels' have not."""
-    made = Attend("mosaic_tpu").made(3, 4)
+    made = Attend(kernel).made(3, 4)
     tokens, q, keys, before, sinks, entries, _, limits = made
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: jnp.asarray(np.int64(x)), (tokens, limits))
         which = Entries(Table(entries[None]), limits_T=wide[1])
         operands = (q, keys, before, sinks, wide[0], which)
-        run = partial(sparse_attention, scale=1, implementation="mosaic_tpu")
-        assert jax.eval_shape(run, *operands).dtype == jnp.float32
+        run = partial(sparse_attention, scale=1, implementation=kernel)
+        assert jax.eval_shape(run, *operands).dtype == q.dtype
 
 
 def test_entries_need_to_be_named():
