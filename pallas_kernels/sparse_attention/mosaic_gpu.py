@@ -32,7 +32,12 @@ from pallas_kernels.sparse_attention.mosaic_gpu_kernel import (
     SWIZZLED,
     TILE_ROWS,
 )
-from pallas_kernels.sparse_attention.mosaic_gpu_lists import named, per_token
+from pallas_kernels.sparse_attention.mosaic_gpu_lists import (
+    most_chunks,
+    named,
+    parts_of,
+    per_token,
+)
 from pallas_kernels.sparse_attention.plan import Plan, narrow
 from pallas_kernels.sparse_attention.ref import recent_rows, sparse_attention_xla
 
@@ -163,9 +168,15 @@ def forward(
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
     copies = tile // plan.piece if plan.piece > 1 else 1
-    return plgpu.kernel(
-        functools.partial(mosaic_gpu_kernel.attend, plan=plan.static(), scale=scale),
-        out_type=jax.ShapeDtypeStruct(q_TNH.shape, dtype),
+    blocks = T * N // HEADS
+    parts = parts_of(blocks, most_chunks(plan, tile), tile)
+    static = {"plan": plan.static(), "scale": scale, "parts": parts}
+    o_PTNH, lse_PTN = plgpu.kernel(
+        functools.partial(mosaic_gpu_kernel.attend, **static),
+        out_type=[
+            jax.ShapeDtypeStruct((parts, T, N, H), dtype),
+            jax.ShapeDtypeStruct((parts, T, N), jnp.float32),
+        ],
         scratch_types=[
             tiled(min(tile, SWIZZLED), HALVES, HEADS, width),
             tiled(min(tile, SWIZZLED), SIDES, HALVES, tile, width),
@@ -179,10 +190,16 @@ def forward(
             plgpu.Barrier(num_arrivals=HALVES),
         ],
         cost_estimate=plan.cost(q_TNH),
-        grid=(T * N // HEADS,),
-        grid_names=("block",),
+        grid=(parts, blocks),
+        grid_names=("part", "block"),
         num_threads=HALVES,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="sparse_attention",
     )(*operands)
+    if parts == 1:
+        return o_PTNH[0]
+    share_PTN = jax.nn.softmax(lse_PTN / mosaic_gpu_kernel.LOG2E, axis=0)
+    return jnp.einsum(
+        "PTN,PTNH->TNH", share_PTN, o_PTNH, preferred_element_type=jnp.float32
+    ).astype(dtype)

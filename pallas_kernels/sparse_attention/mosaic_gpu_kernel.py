@@ -1,4 +1,5 @@
-"""The kernel of `mosaic_gpu`: a block of threads serves 64 heads of one query.
+"""The kernel of `mosaic_gpu`: a block of threads serves 64 heads of one query, or of a
+part of what they read.
 
 Of a chunk of rows, each of two warpgroups makes the scores of one half of the rows over
 the whole width. They exchange the greatest score, then the weights, and each adds all
@@ -21,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LOG2E = math.log2(math.e)
 UNSEEN = -1e30
+LEAST = 1e-30  # sum of weights, of a part that sees nothing
 HEADS = 64  # of a block of threads: the rows of the smallest product
 SIDES = 2  # of the ring
 HALVES = 2
@@ -42,13 +44,14 @@ def accumulate(acc_NH, p_NS, k_ref, meanwhile):
     return pl.run_state(add)(plgpu.ACC.init(acc_NH))
 
 
-def attend(token_ref, q_ref, recent_ref, sinks_ref, *refs, plan, scale):
+def attend(token_ref, q_ref, recent_ref, sinks_ref, *refs, plan, scale, parts):
     """One query, 64 heads of it; see the top of the file."""
     table_ref, pieces_ref, *refs = refs if plan.piece else (None, None, *refs)
-    o_ref, q_buf, k_buf, p_buf, m_buf, *refs = refs
+    o_ref, lse_ref, q_buf, k_buf, p_buf, m_buf, *refs = refs
     rows_buf, names_buf, *refs = refs if plan.chosen else (None, None, *refs)
     loaded, filled, emptied, compared, weighed = refs
-    block, blocks = jax.lax.axis_index("block"), q_ref.shape[1] // HEADS
+    blocks = q_ref.shape[1] // HEADS
+    block, part = jax.lax.axis_index("block"), jax.lax.axis_index("part")
     t, heads = block // blocks, pl.ds(block % blocks * HEADS, HEADS)
     me = jax.lax.axis_index("warpgroup")
     tile, width = k_buf.shape[2:]
@@ -57,21 +60,22 @@ def attend(token_ref, q_ref, recent_ref, sinks_ref, *refs, plan, scale):
     columns = [pl.ds(c * width, width) for c in range(HALVES)]
     my_columns = pl.ds(pl.multiple_of(me * width, width), width)
     slot, first, recent, chunks = (token_ref[t, k] for k in range(4))
+    begin, end = (jax.lax.div((part + k) * chunks, parts) for k in range(2))
 
     def meet(barrier):
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)
 
     def is_recent(j):
-        return j < jnp.minimum(recent, chunks)
+        return j < jnp.minimum(recent, end)
 
     def is_entries(j):
-        return (j >= recent) & (j < chunks)
+        return (j >= recent) & (j < end)
 
     def fetch(j):
         """Asks for a chunk; returns the rows of it that come through registers."""
         side = jax.lax.rem(j, SIDES)
-        pl.when((j >= SIDES) & (j < chunks))(
+        pl.when((j >= begin + SIDES) & (j < end))(
             lambda: plgpu.barrier_wait(emptied.at[side])
         )
 
@@ -190,17 +194,25 @@ def attend(token_ref, q_ref, recent_ref, sinks_ref, *refs, plan, scale):
 
     m_N = plgpu.load(sinks_ref.at[heads], layout=ROW, optimized=False)
     # Each of the two sums the weights of its rows; one counts the sink.
-    l_N = plgpu.layout_cast(jnp.full(HEADS, jnp.where(me == 0, 1.0, 0.0)), ROW)
+    counts = jnp.where((me == 0) & (part == 0), 1.0, 0.0)
+    l_N = plgpu.layout_cast(jnp.full(HEADS, counts), ROW)
     acc_NH = jnp.zeros((HEADS, width), jnp.float32)
     acc_NH = plgpu.layout_cast(acc_NH, plgpu.Layout.WGMMA)
     plgpu.barrier_wait(loaded)
-    put(0, fetch(0))
-    acc_NH, _, l_N = jax.lax.fori_loop(0, chunks, chunk, (acc_NH, m_N, l_N))
+    put(begin, fetch(begin))
+    acc_NH, m_N, l_N = jax.lax.fori_loop(begin, end, chunk, (acc_NH, m_N, l_N))
     m_buf[me] = l_N
     meet(compared)
     l_N += plgpu.load(m_buf.at[1 - me], layout=ROW, optimized=False)
+    l_N = jnp.maximum(l_N, LEAST)
     o_NH = acc_NH / jax.lax.broadcast_in_dim(l_N, acc_NH.shape, [0])
     q_buf[me] = o_NH.astype(q_buf.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q_buf.at[me], o_ref.at[t, heads, my_columns])
+    plgpu.copy_smem_to_gmem(q_buf.at[me], o_ref.at[part, t, heads, my_columns])
+
+    @pl.when(me == 0)
+    def _():
+        lse_N = m_N + LOG2E * jnp.log(l_N)
+        plgpu.store(lse_ref.at[part, t, heads], lse_N, optimized=False)
+
     plgpu.wait_smem_to_gmem(0)

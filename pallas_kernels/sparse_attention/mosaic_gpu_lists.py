@@ -4,9 +4,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels.ragged import Ragged
-from pallas_kernels.sparse_attention.mosaic_gpu_kernel import TILE_ROWS
+from pallas_kernels.sparse_attention.mosaic_gpu_kernel import HEADS, TILE_ROWS
 from pallas_kernels.sparse_attention.plan import Plan
 from pallas_kernels.sparse_attention.ref import recent_spans
+
+CORES = 132  # of an H100 or H200
 
 
 def named(
@@ -42,5 +44,27 @@ def per_token(plan: Plan, ragged: Ragged, tile: int) -> Int[Array, "T 8"]:
         *(recent_T, jnp.where(real_T, recent_T + chunks_G[group_T], 0)),
         *(oldest_T - first_T, newest_T - first_T, limit_T, group_T),
     )
-    columns = [jnp.broadcast_to(each, slot_T.shape) for each in columns]
-    return jnp.stack(columns, axis=1).astype(jnp.int32)
+    full = [jnp.broadcast_to(each, slot_T.shape) for each in columns]
+    return jnp.stack(full, axis=1).astype(jnp.int32)
+
+
+def most_chunks(plan: Plan, tile: int) -> int:
+    """That a token can have."""
+    recent = -(-(plan.recent + TILE_ROWS) // tile)
+    return recent + (plan.pieces.shape[-1] * plan.piece // tile if plan.piece else 0)
+
+
+def parts_of(blocks: int, chunks: int, tile: int) -> int:
+    """How many blocks of threads should share the chunks of one, each a part.
+
+    One runs on a core at a time. They all take as long as the fullest core: its turns
+    of a part's chunks, and of a part's output, as large as a chunk of 64 rows, which is
+    written and read again. Of what differs by less than a tenth, the fewest parts.
+    """
+
+    def turns(parts):
+        extra = 2 * HEADS / tile if parts > 1 else 0
+        return -(-blocks * parts // CORES) * (-(-chunks // parts) + extra)
+
+    takes = {parts: turns(parts) for parts in range(1, max(chunks // 4, 1) + 1)}
+    return min(p for p, each in takes.items() if each <= 1.1 * min(takes.values()))

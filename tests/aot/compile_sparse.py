@@ -22,14 +22,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 from jaxspark.simulation.chips import parse_slice
 from pallas_kernels import Entries, Ragged, Table, sparse_attention
 from pallas_kernels.ragged import split_lanes
-from tests.aot.hlo import new_arrays
+from tests.aot.hlo import KERNELS, new_arrays
 
 # Where Mosaic leaves what the assembler says of a GPU's kernel.
 _FOLDER = tempfile.TemporaryDirectory()
 os.environ["MOSAIC_GPU_DUMP_TO"] = _FOLDER.name
 NOTES = Path(_FOLDER.name)
 LAYERS, ENTRIES, WINDOW, WIDTH, PAGE = 2, 4096, 128, 512, 16
-KERNELS = ("tpu_custom_call", "mosaic_gpu_v2")
 # Heads, entries that a query chooses, slots, tokens of each.
 SIZES = {
     "flash": (64, 512, 8, 6),

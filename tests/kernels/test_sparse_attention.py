@@ -23,6 +23,7 @@ from pallas_kernels.ragged import split_lanes
 from pallas_kernels.sparse_attention import (
     mosaic_gpu,
     mosaic_gpu_kernel,
+    mosaic_gpu_lists,
     mosaic_tpu_kernel,
     plan,
 )
@@ -268,6 +269,29 @@ def test_many_heads_are_as_many_blocks_of_threads():
     expected = plain(tokens, q, keys, before, sinks, entries, seen)
     which = Entries(next(attend.tables(entries, apart=False)), chosen_TX=chosen)
     agrees(tokens, attend(q, keys, before, sinks, tokens, which), expected)
+
+
+@pytest.mark.parametrize("by", ["chosen", "limits"])
+def test_parts_of_what_a_query_reads_make_the_whole(monkeypatch, by):
+    """Some queries have fewer chunks than there are parts."""
+    monkeypatch.setattr(mosaic_gpu, "parts_of", lambda *args: 3)
+    attend = Attend("mosaic_gpu")
+    tokens, q, keys, before, sinks, entries, chosen, limits = attend.made(2, 70, seed=8)
+    chosen, limits = chosen.at[0].set(-1), limits.at[0].set(0).at[1].set(33)
+    if by == "chosen":
+        which, seen = {"chosen_TX": chosen}, seen_of(chosen, entries.shape[1])
+    else:
+        which = {"limits_T": limits}
+        seen = np.arange(entries.shape[1]) < np.asarray(limits)[:, None]
+    expected = plain(tokens, q, keys, before, sinks, entries, seen)
+    which = Entries(next(attend.tables(entries, apart=False)), **which)
+    agrees(tokens, attend(q, keys, before, sinks, tokens, which), expected)
+
+
+@pytest.mark.parametrize(("blocks", "parts"), [(1, 27), (6, 22), (192, 2), (4096, 1)])
+def test_a_few_queries_are_cut_to_as_many_parts_as_fill_the_chip(blocks, parts):
+    """Of a million positions, 8,192 entries in chunks of 64 and some recent rows."""
+    assert mosaic_gpu_lists.parts_of(blocks, chunks=131, tile=64) == parts
 
 
 def test_what_no_one_chose_is_never_read():
