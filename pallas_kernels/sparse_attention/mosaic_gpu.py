@@ -189,7 +189,7 @@ def forward(
             plgpu.Barrier(num_arrivals=HALVES),
             plgpu.Barrier(num_arrivals=HALVES),
         ],
-        cost_estimate=plan.cost(q_TNH),
+        cost_estimate=plan.cost(q_TNH, arrays=1 + parts),
         grid=(parts, blocks),
         grid_names=("part", "block"),
         num_threads=HALVES,
