@@ -139,6 +139,9 @@ def forward(
     tile = TILES[0] if chosen else TILES[1]
     lookback = before_BWH.shape[1]
     plan = Plan.of(ragged, entries, lookback, causal, 1, queries=1, tiles=TILES)
+    first_B11 = lookback - ragged.starts_B[:, None, None]  # row of position 0
+    unseen_BW1 = jnp.arange(lookback)[:, None] < first_B11
+    before_BWH = jnp.where(unseen_BW1, 0, before_BWH)
     recent_BRH = recent_rows(before_BWH, keys_TH, ragged)
     missing = -recent_BRH.shape[1] % TILE_ROWS
     T, N, H = q_TNH.shape

@@ -62,6 +62,10 @@ def attend(token_ref, q_ref, recent_ref, sinks_ref, *refs, plan, scale, parts):
     slot, first, recent, chunks = (token_ref[t, k] for k in range(4))
     begin, end = (jax.lax.div((part + k) * chunks, parts) for k in range(2))
 
+    def tile_layout(rows):
+        swizzle = min(tile, SWIZZLED) * k_buf.dtype.itemsize
+        return plgpu.Layout.SMEM_GMEM_COPY((rows, width), k_buf.dtype, swizzle)
+
     def meet(barrier):
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)
@@ -119,8 +123,7 @@ def attend(token_ref, q_ref, recent_ref, sinks_ref, *refs, plan, scale, parts):
         if not plan.chosen:
             return
         side = jax.lax.rem(j, SIDES)
-        swizzle = min(tile, SWIZZLED) * k_buf.dtype.itemsize
-        layout = plgpu.Layout.SMEM_GMEM_COPY((half, width), k_buf.dtype, swizzle)
+        layout = tile_layout(half)
 
         @pl.when(is_entries(j))
         def _():
@@ -132,6 +135,27 @@ def attend(token_ref, q_ref, recent_ref, sinks_ref, *refs, plan, scale, parts):
                 k_buf[side, c, my_rows] = part_SH
             plgpu.commit_smem()
             plgpu.barrier_arrive(filled.at[side])
+
+    def clear(j, side):
+        """Zeros to rows that no query sees: what lies there may be no number."""
+        layout = tile_layout(TILE_ROWS)
+        limit = token_ref[t, 6] - j * tile
+
+        @pl.when(is_entries(j) & (limit < tile))
+        def _():
+            @pl.loop(jax.lax.div(jnp.maximum(limit, 0), TILE_ROWS), tile // TILE_ROWS)
+            def _(i):
+                start = pl.multiple_of(i * TILE_ROWS, TILE_ROWS)
+                rows = k_buf.at[side, me, pl.ds(start, TILE_ROWS)]
+                row_SH = plgpu.load(rows, layout=layout, optimized=False)
+                at_SH = plgpu.broadcasted_iota(
+                    jnp.int32, row_SH.shape, 0, layout=layout
+                )
+                absent_SH = at_SH + start >= limit
+                rows[...] = jnp.where(absent_SH, jnp.zeros_like(row_SH), row_SH)
+
+            plgpu.commit_smem()
+            meet(compared)
 
     def seen(j):
         """Which of a chunk's rows, of one half of them, the query sees."""
@@ -154,6 +178,8 @@ def attend(token_ref, q_ref, recent_ref, sinks_ref, *refs, plan, scale, parts):
         acc_NH, m_N, l_N = carry
         side = jax.lax.rem(j, SIDES)
         plgpu.barrier_wait(filled.at[side])
+        if not plan.chosen:
+            clear(j, side)
 
         def scores(s_ref):
             # Not in one order: 64 registers would keep where the query's parts lie.

@@ -294,15 +294,26 @@ def test_a_few_queries_are_cut_to_as_many_parts_as_fill_the_chip(blocks, parts):
     assert mosaic_gpu_lists.parts_of(blocks, chunks=131, tile=64) == parts
 
 
-def test_what_no_one_chose_is_never_read():
+@pytest.mark.parametrize("by", ["chosen", "limits"])
+def test_what_no_one_sees_need_not_be_a_number(by):
+    """Nor what would lie before position 0."""
     attend = Attend("mosaic_gpu")
-    tokens, q, keys, before, sinks, entries, chosen, _ = attend.made(2, 20, seed=7)
-    seen = seen_of(chosen, entries.shape[1])
+    made = attend.made(2, 20, seed=7)
+    tokens, q, keys, before, sinks, entries, chosen, limits = made
+    if by == "chosen":
+        which, seen = {"chosen_TX": chosen}, seen_of(chosen, entries.shape[1])
+    else:
+        limits = jnp.minimum(limits, 100)
+        which = {"limits_T": limits}
+        seen = np.arange(entries.shape[1]) < np.asarray(limits)[:, None]
     expected = plain(tokens, q, keys, before, sinks, entries, seen)
-    slots = np.asarray(tokens.slots_T)
-    hidden = [~seen[slots == slot].any(0) for slot in range(3)]
-    entries = jnp.where(np.array(hidden)[..., None], jnp.nan, entries)
-    which = Entries(next(attend.tables(entries, apart=False)), chosen_TX=chosen)
+    slots, starts = np.asarray(tokens.slots_T), np.asarray(tokens.starts_B)
+    hidden = np.array([~seen[slots == slot].any(0) for slot in range(3)])
+    entries = jnp.where(hidden[..., None], jnp.nan, entries)
+    lookback = before.shape[1]
+    nowhere = np.arange(lookback) < lookback - starts[:, None]
+    before = jnp.where(nowhere[..., None], jnp.nan, before)
+    which = Entries(next(attend.tables(entries, apart=False)), **which)
     agrees(tokens, attend(q, keys, before, sinks, tokens, which), expected)
 
 
