@@ -44,11 +44,19 @@ def expected_platform() -> str:
     compiling for one that is not here (`jax.sharding.use_abstract_mesh`), else that of
     the default device.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        return device.platform
-    default = jax.config.jax_default_device or jax.devices()[0]
-    return default if isinstance(default, str) else default.platform
+    device = _expected_device()
+    return device if isinstance(device, str) else device.platform
+
+
+def expected_kind() -> str:
+    """The kind of that device, as it calls itself: "cpu", "NVIDIA H100 80GB HBM3"."""
+    device = _expected_device()
+    return device if isinstance(device, str) else device.device_kind
+
+
+def _expected_device():
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    return abstract or jax.config.jax_default_device or jax.devices()[0]
 
 
 def call(

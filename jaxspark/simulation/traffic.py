@@ -276,7 +276,8 @@ def _written(root: Instruction, body: Computation) -> float:
 
 def _estimate(line: Instruction, what: str) -> float | None:
     """What a kernel says of itself, "flops" or "bytes_accessed"."""
-    said = re.search(rf'"{what}":\s*"?(\d+)', line.attributes)
+    quote = r'(?:"|\\22)'  # GPUs' estimates are a text in a text
+    said = re.search(rf"{quote}{what}{quote}:\s*{quote}?(\d+)", line.attributes)
     return float(said[1]) if said and line.opcode == "custom-call" else None
 
 

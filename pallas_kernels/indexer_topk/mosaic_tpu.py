@@ -69,7 +69,7 @@ def indexer_topk_mosaic_tpu(
 
 def _choose(index: Index, limits_T: Int[Array, " T"], ragged: Ragged) -> Union:
     keys = Entries(index.keys, limits_T=limits_T)
-    plan = Plan.of(ragged, keys, 0, True, _CORES, most=TILE)
+    plan = Plan.of(ragged, keys, 0, True, _CORES, tiles=(TILE, TILE))
     q_GQNH = ragged.grouped(index.q_TNH, 0)
     w_GNQ = ragged.grouped(index.weights_TN.astype(jnp.float32), 0).swapaxes(1, 2)
     G, Q, N, H = q_GQNH.shape

@@ -21,7 +21,7 @@ class Union:
     Attributes:
       rows_G1n: the entries; 0 behind the last.
       members_G1n: bit q: query q of the group chose it; 0 behind the last.
-      used_G: how many they are.
+      used_G: how many they are; entries that nobody chose may lie among them.
     """
 
     rows_G1n: Int[Array, "G 1 n"]
@@ -62,3 +62,14 @@ def union(chosen_GQX: Int[Array, "G Q X"]) -> Union:
     rest = ((0, 0), (0, -(Q * X) % LANES))
     rows_Gn, bits_Gn = jnp.pad(rows_Gn, rest), jnp.pad(bits_Gn, rest)
     return Union(rows_Gn[:, None], bits_Gn[:, None], used_G)
+
+
+def alone(chosen_GX: Int[Array, "G X"]) -> Union:
+    """Of groups of one query: what it chose, as it lies, with -1 between them."""
+    named_GX = chosen_GX >= 0
+    rest = ((0, 0), (0, -chosen_GX.shape[1] % LANES))
+    rows_Gn = jnp.pad(jnp.maximum(chosen_GX, 0).astype(jnp.int32), rest)
+    members_Gn = jnp.pad(named_GX.astype(jnp.int32), rest)
+    place_X = 1 + jnp.arange(chosen_GX.shape[1])
+    used_G = jnp.where(named_GX, place_X, 0).max(-1)
+    return Union(rows_Gn[:, None], members_Gn[:, None], used_G)

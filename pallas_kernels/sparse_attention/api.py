@@ -4,7 +4,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.ragged import Ragged
-from pallas_kernels.sparse_attention import mosaic_tpu
+from pallas_kernels.sparse_attention import mosaic_gpu, mosaic_tpu
 from pallas_kernels.sparse_attention.entries import Entries
 from pallas_kernels.sparse_attention.ref import sparse_attention_xla
 
@@ -14,6 +14,11 @@ IMPLEMENTATIONS = {
         run=mosaic_tpu.sparse_attention_mosaic_tpu,
         platforms=("tpu",),
         supports=mosaic_tpu.supports,
+    ),
+    "mosaic_gpu": Implementation(
+        run=mosaic_gpu.sparse_attention_mosaic_gpu,
+        platforms=("cuda",),
+        supports=mosaic_gpu.supports,
     ),
 }
 
@@ -46,8 +51,9 @@ def sparse_attention(
       scale: of the scores.
       causal: a token sees itself and the W rows before it; otherwise, as in a draft
         block, all rows of its slot and the W before them.
-      implementation: "xla", or "mosaic_tpu", a kernel for heads that are multiples of
-        128 wide; None takes that in programs for TPUs where it can.
+      implementation: "xla", or a kernel for heads that are multiples of 128 wide:
+        "mosaic_tpu", or "mosaic_gpu" for 64 or 128 of them in bfloat16; None takes
+        those in programs for TPUs and Hopper GPUs where they can.
 
     Returns:
       Attention output in the type of the queries; padding's is anything.

@@ -6,7 +6,8 @@ import jax
 from jaxtyping import Array, Int
 
 from pallas_kernels.indexer_topk.index import Index
-from pallas_kernels.ragged import Table
+from pallas_kernels.indexer_topk.ref import choices
+from pallas_kernels.ragged import Ragged, Table
 
 
 @jax.tree_util.register_dataclass
@@ -32,3 +33,18 @@ class Entries:
     def some(self) -> bool:
         """Whether tokens see some entries here and there."""
         return self.index is not None or self.chosen_TX is not None
+
+    @property
+    def picks(self) -> int:
+        """How many a token sees at most, of those it sees here and there."""
+        if self.index is not None:
+            return min(self.index.picks, self.table.length)
+        return 0 if self.chosen_TX is None else self.chosen_TX.shape[1]
+
+    def choices(self, ragged: Ragged) -> Int[Array, "T X"]:
+        """What tokens see here and there, by name."""
+        if self.index is None:
+            assert self.chosen_TX is not None
+            return self.chosen_TX
+        assert self.limits_T is not None
+        return choices(self.index, self.limits_T, ragged)

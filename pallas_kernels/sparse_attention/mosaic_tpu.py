@@ -31,6 +31,10 @@ from pallas_kernels.ragged import LANES, Ragged
 from pallas_kernels.sparse_attention import mosaic_tpu_kernel
 from pallas_kernels.sparse_attention.entries import Entries
 from pallas_kernels.sparse_attention.mosaic_tpu_backward import backward
+from pallas_kernels.sparse_attention.mosaic_tpu_entries import (
+    entry_operands,
+    entry_specs,
+)
 from pallas_kernels.sparse_attention.plan import ROWS, Plan
 
 _VMEM = 32 << 20
@@ -108,8 +112,7 @@ def _united(entries: Entries | None, ragged: Ragged) -> Union | None:
     if entries is None or not entries.some:
         return None
     if entries.index is None:
-        assert entries.chosen_TX is not None
-        return union(ragged.grouped(entries.chosen_TX, -1))
+        return union(ragged.grouped(entries.choices(ragged), -1))
     assert entries.limits_T is not None
     operands = (entries.index, entries.limits_T, ragged)
     name = best_for("tpu", "indexer_topk", indexers.IMPLEMENTATIONS, *operands)
@@ -156,8 +159,8 @@ def forward(
     in_specs = [pl.BlockSpec((M, 1), lambda c, i, *_: (0, 0)), whole, whole]
     chunk_shape = (2, 8, H)
     if plan.table is not None:
-        operands += [plan.table, *plan.lists]
-        in_specs += plan.entry_specs(_CORES)
+        operands += entry_operands(plan)
+        in_specs += entry_specs(plan, _CORES)
         chunk_shape = (2, plan.tile, *plan.table.shape[1:])
     recent = (2, plan.recent_columns, *recent_BRH.shape[2:])
     per = plan.groups // _CORES

@@ -24,6 +24,10 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.precision import precision
 from pallas_kernels.ragged import LANES
 from pallas_kernels.sparse_attention import mosaic_tpu_chunks as chunks
+from pallas_kernels.sparse_attention.mosaic_tpu_entries import (
+    entry_operands,
+    entry_specs,
+)
 from pallas_kernels.sparse_attention.mosaic_tpu_kernel import (
     LOG2E,
     UNSEEN,
@@ -52,8 +56,8 @@ def backward(operands, union, do_TNH, scale, causal, cores):
     scratch = [pltpu.VMEM(shape, dtype) for shape in scratch]
     added = [(plan.recent, H)]
     if plan.table is not None:
-        inputs += [plan.table, *plan.lists]
-        in_specs += plan.entry_specs(cores)
+        inputs += entry_operands(plan)
+        in_specs += entry_specs(plan, cores)
         sums += [jnp.zeros((cores, *plan.table.shape), jnp.float32)]
         chunk = (plan.tile, *plan.table.shape[1:])
         scratch += [pltpu.VMEM((1, *chunk), dtype)]

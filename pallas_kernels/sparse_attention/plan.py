@@ -9,7 +9,8 @@ hundred rows at a time:
                      allow
 
 A piece is named by its first row in the table of all layers, slots and pages. The last
-chunk is filled up with pieces that nobody sees.
+chunk is filled up with pieces that nobody sees. Every platform's kernels read by such a
+plan; how many queries make a group, and how many rows a chunk, is theirs to say.
 """
 
 import math
@@ -18,11 +19,10 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.indexer_topk.union import Union
-from pallas_kernels.ragged import LANES, Ragged, Table
+from pallas_kernels.ragged import LANES, QUERIES, Ragged, Table
 from pallas_kernels.sparse_attention.entries import Entries
 
 ROWS = 8  # of a tile
@@ -77,13 +77,16 @@ class Plan:
         cores: int,
         *,
         union: Union | None = None,
-        most: int = TILE,
+        queries: int = QUERIES,
+        tiles: tuple[int, int] | None = None,
     ) -> "Plan":
         """Of the operands; entries that are not all below a limit come as a union.
 
-        Chunks of the others have at most so many rows.
+        A group has `queries` at most, a chunk as many rows as `tiles` says of chosen
+        ones and of others (None: as on TPUs).
         """
-        B, Q = ragged.slots, ragged.group
+        B, Q = ragged.slots, min(ragged.rows, queries)
+        chosen_tile, streamed_tile = tiles or (CHOSEN_TILE, TILE)
         blocks = -(-ragged.rows // Q)
         real = B * blocks
         groups = -(-real // cores) * cores
@@ -103,7 +106,7 @@ class Plan:
             table = _flat(entries.table)
             if union is not None:
                 n = union.rows_G1n.shape[-1]
-                tile, piece = min(CHOSEN_TILE, n), 1
+                tile, piece = min(chosen_tile, n), 1
                 rest = ((0, 0), (0, 0), (0, -n % tile))
                 rows = jnp.pad(union.rows_G1n, rest)
                 pieces = entries.table.places(rows.reshape(B, blocks, -1))
@@ -112,8 +115,9 @@ class Plan:
                 used_G = union.used_G
             else:
                 assert entries.limits_T is not None
-                limits_GQ = ragged.grouped(entries.limits_T, 0)
-                tile = min(most, -(-entries.table.length // LANES) * LANES)
+                limits_GQ = ragged.grouped(entries.limits_T, 0, Q)
+                tile = -(-entries.table.length // LANES) * LANES
+                tile = min(streamed_tile, tile)
                 piece = math.gcd(entries.table.rows_LBCH.shape[2], tile)
                 chunks = -(-entries.table.length // tile)
                 first = jnp.arange(chunks * tile // piece) * piece
@@ -158,31 +162,6 @@ class Plan:
         """Without arrays."""
         return replace(self, scalars=None, table=None, pieces=None, members=None)
 
-    @property
-    def lists(self) -> list[Any]:
-        """Pieces, and members where there are some."""
-        return [each for each in (self.pieces, self.members) if each is not None]
-
-    def entry_specs(self, cores: int) -> list[pl.BlockSpec]:
-        """The table, and a step's blocks of the lists; the grid is cores x groups."""
-        per, n = self.groups // cores, self.pieces.shape[-1]
-
-        def of_group(shape, divisor=1, **options):
-            last = self.groups_real // divisor - 1
-            zeros = (0,) * (len(shape) - 1)
-
-            def index(core, i, *_):
-                return (jnp.minimum((core * per + i) // divisor, last), *zeros)
-
-            return pl.BlockSpec(shape, index, **options)
-
-        divisor = self.groups_real // len(self.pieces)
-        specs = [pl.BlockSpec(memory_space=pl.ANY)]
-        specs += [of_group((1, 1, n), divisor, memory_space=pltpu.SMEM)]
-        if self.members is not None:
-            specs += [of_group((1, 1, n))]
-        return specs
-
     def recent_rows(
         self,
         before_BWH: Float[Array, "B W H"],
@@ -212,10 +191,6 @@ class Plan:
 
 
 def _flat(table: Table):
-    """Rows of all layers and slots on one axis.
-
-    They stay where they lie: XLA would fetch a small table, of which little is read.
-    """
+    """Rows of all layers and slots on one axis."""
     rows = table.rows_LBCH
-    rows = rows.reshape(-1, *rows.shape[3:])
-    return pltpu.with_memory_space_constraint(rows, pltpu.HBM)
+    return rows.reshape(-1, *rows.shape[3:])

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.indexer_topk.ref import choices
 from pallas_kernels.precision import accum_dtype, precision, upcast
 from pallas_kernels.ragged import Ragged, Table
 from pallas_kernels.sparse_attention.entries import Entries
@@ -105,12 +104,9 @@ def _padded_entries(entries, ragged):
     """Limits and choices, one of which there is none of."""
     if entries is None:
         return None, None
-    chosen_TX = entries.chosen_TX
-    if entries.index is not None:
-        chosen_TX = choices(entries.index, entries.limits_T, ragged)
-    if chosen_TX is None:
+    if not entries.some:
         return ragged.padded(entries.limits_T, 0), None
-    return None, ragged.padded(chosen_TX, -1)
+    return None, ragged.padded(entries.choices(ragged), -1)
 
 
 def _entries(table: Table, limits_BQ, chosen_BQX):

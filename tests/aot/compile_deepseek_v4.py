@@ -27,7 +27,7 @@ from jaxspark.decoding.compiling import compiler_options
 from jaxspark.drafters import DeepSeekV4DSpark
 from jaxspark.models import DeepSeekV4
 from tests.aot.chips import device_of, on, tracing_for
-from tests.aot.hlo import new_arrays
+from tests.aot.hlo import KERNELS, new_arrays
 
 # Seven of everything: no weight has as many elements as a cache.
 SLOTS, POSITIONS, BLOCK = 7, 8192, 5
@@ -35,8 +35,10 @@ SHAPE = re.compile(r"= \w+\[([\d,]+)\]")
 CONFIGS = {
     "flash": deepseek_v4_flash,
     "pro": deepseek_v4_pro,
-    # Keys as wide as Flash's: of a TPU's lanes, so that kernels take them.
-    "mini": lambda: replace(deepseek_v4_mini(), head_dim=512, index_head_dim=128),
+    # Keys as wide and heads as many as Pro's, so that kernels take them.
+    "mini": lambda: replace(
+        deepseek_v4_mini(), head_dim=512, index_head_dim=128, num_attention_heads=128
+    ),
 }
 
 
@@ -80,7 +82,7 @@ def report(platform: str, preset: str) -> dict:
     ]
     return {
         "seconds": round(seconds, 1),
-        "kernels": text.count('custom_call_target="tpu_custom_call"'),
+        "kernels": sum(text.count(f'custom_call_target="{name}"') for name in KERNELS),
         "tables": len(sizes),
         "copies": copies,
         "cache_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in caches),

@@ -1,13 +1,18 @@
-"""sparse_attention, compiled for TPUs at DeepSeek-V4's sizes; prints JSON.
+"""sparse_attention, compiled at DeepSeek-V4's sizes; prints JSON.
 
     python -m tests.aot.compile_sparse v5e:2x2 "flash chosen" "pro limits" ...
+    python -m tests.aot.compile_sparse h100:4 "flash limits paged"
 
 One of two layers, read in place. Mosaic may end the process where it cannot compile.
 """
 
 import json
 import math
+import os
+import re
 import sys
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +22,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 from jaxspark.simulation.chips import parse_slice
 from pallas_kernels import Entries, Ragged, Table, sparse_attention
 from pallas_kernels.ragged import split_lanes
-from tests.aot.hlo import new_arrays
+from tests.aot.hlo import KERNELS, new_arrays
 
-LAYERS, ENTRIES, WINDOW, WIDTH = 2, 4096, 128, 512
+# Where Mosaic leaves what the assembler says of a GPU's kernel.
+_FOLDER = tempfile.TemporaryDirectory()
+os.environ["MOSAIC_GPU_DUMP_TO"] = _FOLDER.name
+NOTES = Path(_FOLDER.name)
+LAYERS, ENTRIES, WINDOW, WIDTH, PAGE = 2, 4096, 128, 512, 16
 # Heads, entries that a query chooses, slots, tokens of each.
 SIZES = {
     "flash": (64, 512, 8, 6),
@@ -48,6 +57,8 @@ def report(chip: str, case: str) -> dict:
         return of(spec, *shape, dtype=jnp.int32)
 
     table = (LAYERS, slots, ENTRIES, WIDTH)
+    if "paged" in rest:
+        table = (LAYERS, slots * ENTRIES // PAGE, PAGE, WIDTH)
     if seen == "chosen":
         table = jax.eval_shape(split_lanes, jax.ShapeDtypeStruct(table, dtype)).shape
     arguments = (
@@ -60,11 +71,13 @@ def report(chip: str, case: str) -> dict:
         of(all_layers, *table),
         ints(whole),
         ints(one, tokens, picks) if seen == "chosen" else ints(one, tokens),
+        *([ints(one, slots, ENTRIES // PAGE)] if "paged" in rest else []),
     )
 
     def attend(
-        q, keys, before, sinks, slots_T, starts, offsets, counts, rows_L, at, which
-    ):
+        q, keys, before, sinks, slots_T, starts, offsets, counts, rows_L, at, which,
+        *pages,
+    ):  # fmt: skip
         ragged = Ragged(
             slots_T=slots_T,
             starts_B=starts,
@@ -73,7 +86,7 @@ def report(chip: str, case: str) -> dict:
             rows=rows,
         )
         name = "chosen_TX" if seen == "chosen" else "limits_T"
-        entries = Entries(Table(rows_L, at), **{name: which})
+        entries = Entries(Table(rows_L, at, *pages), **{name: which})
         return sparse_attention(
             q, keys, before, sinks, ragged, entries, scale=WIDTH**-0.5
         )
@@ -94,14 +107,24 @@ def report(chip: str, case: str) -> dict:
         attend = jax.shard_map(
             attend, mesh=mesh, in_specs=specs, out_specs=one, check_vma=False
         )
+    notes = set(NOTES.iterdir())
     with use_abstract_mesh(mesh.abstract_mesh):
         compiled = jax.jit(attend).lower(*arguments).compile()
     text = compiled.as_text()
     return {
-        "kernels": text.count('custom_call_target="tpu_custom_call"'),
+        "kernels": sum(text.count(f'custom_call_target="{name}"') for name in KERNELS),
         "copies": new_arrays(text, math.prod(table) // LAYERS // len(devices)),
         "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        **({} if "h100" not in chip else assembled(set(NOTES.iterdir()) - notes)),
     }
+
+
+def assembled(notes: set[Path]) -> dict:
+    """Registers of a thread and spilled bytes of the one kernel that has notes."""
+    [text] = [p.read_text() for p in notes if p.suffix == ".ptxas"]
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", text)))
+    registers = re.search(r"Used (\d+) registers", text)
+    return {"registers": int(registers[1]), "spilled": spilled}
 
 
 if __name__ == "__main__":

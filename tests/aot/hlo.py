@@ -11,6 +11,8 @@ import math
 
 from jaxspark.simulation.hlo import Program
 
+# Custom calls that are Pallas kernels.
+KERNELS = ("tpu_custom_call", "mosaic_gpu_v2")
 IN_PLACE = {"scatter", "dynamic-update-slice"}
 # Starts of asynchronous slices carry their operand; the slice itself is what is new.
 PASSES_ON = {

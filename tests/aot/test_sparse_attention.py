@@ -1,4 +1,4 @@
-"""The kernel of sparse_attention, by the real compilers of TPUs."""
+"""The kernels of sparse_attention, by the real compilers of TPUs and Hopper GPUs."""
 
 import os
 
@@ -8,7 +8,13 @@ from tests.aot.compilers import answers
 
 pytestmark = pytest.mark.aot
 
-CHIPS = {"v5e:2x2": ["flash chosen", "flash limits sharded"]}
+CHIPS = {
+    "v5e:2x2": ["flash chosen", "flash limits sharded"],
+    "h100:4": [
+        *("flash chosen", "flash limits", "flash limits paged"),
+        *("flash chosen sharded", "pro chosen", "pro limits"),
+    ],
+}
 if os.environ.get("JAXSPARK_AOT_ALL"):
     every = [
         *("flash chosen", "flash limits", "pro chosen", "pro limits"),
@@ -16,7 +22,7 @@ if os.environ.get("JAXSPARK_AOT_ALL"):
         *("train chosen gradients", "train limits gradients", "pro chosen gradients"),
         "pro limits gradients",
     ]
-    CHIPS = {
+    CHIPS |= {
         "v5e:2x2": [*every, "flash limits sharded"],
         **{chip: every for chip in ("v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")},
     }
@@ -24,9 +30,12 @@ if os.environ.get("JAXSPARK_AOT_ALL"):
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_a_layer_is_read_where_it_lies(chip):
-    reports = answers("tpu", "compile_sparse", chip, *CHIPS[chip])
+    platform = "h100" if "h100" in chip else "tpu"
+    reports = answers(platform, "compile_sparse", chip, *CHIPS[chip])
     for case, report in zip(CHIPS[chip], reports, strict=True):
         print(chip, case, f"{report['temp_bytes'] / 1e6:.1f} MB beside its arguments")
+        # A register too many would go to memory in every chunk.
+        assert not report.get("spilled"), (case, report["registers"])
         assert report["kernels"] == 1 + ("gradients" in case), case
         # A layer's entries are 34 MB. Long passes have larger things than that; what
         # gradients of 4,096 queries take, with the output, is an eighth of XLA's 4 GB.

@@ -1,7 +1,7 @@
 """sparse_attention: one softmax over recent rows, entries and a sink.
 
-One suite for all implementations; TPU kernels run in simulated memory, where what was
-never written is NaN and two accesses that nothing orders are an error.
+One suite for all implementations; kernels run in simulated memory of a TPU or a GPU,
+where what was never written is NaN and two accesses that nothing orders are an error.
 """
 
 from contextlib import nullcontext
@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from jaxspark.models import FlatTokens
 from pallas_kernels import (
@@ -26,15 +28,31 @@ from pallas_kernels import (
 from pallas_kernels.index_scores import ref as index_ref
 from pallas_kernels.ragged import split_lanes
 from pallas_kernels.sparse_attention import (
+    mosaic_gpu,
+    mosaic_gpu_kernel,
+    mosaic_gpu_lists,
     mosaic_tpu_chunks,
     mosaic_tpu_kernel,
     plan,
 )
 
 # Heads, their width, positions before a pass, entries of a slot and of a page.
-SIZES = {"xla": (3, 8, 3, 12, 4), "mosaic_tpu": (8, 256, 11, 272, 16)}
+SIZES = {
+    "xla": (3, 8, 3, 12, 4),
+    "mosaic_tpu": (8, 256, 11, 272, 16),
+    "mosaic_gpu": (64, 256, 11, 144, 16),
+}
 STARTS = np.array([0, 2, 9])
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+SIMULATED = {
+    "xla": nullcontext,
+    "mosaic_tpu": lambda: pltpu.force_tpu_interpret_mode(
+        pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    ),
+    "mosaic_gpu": lambda: plgpu.force_gpu_interpret_mode(
+        plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +61,16 @@ def small_steps(monkeypatch):
     monkeypatch.setattr(mosaic_tpu_chunks, "TOGETHER", 1)
     monkeypatch.setattr(mosaic_tpu_kernel, "AS_WORDS", False)
     monkeypatch.setattr(plan, "TILE", 128)
+    monkeypatch.setattr(mosaic_gpu, "TILES", (32, 32))
+    monkeypatch.setattr(mosaic_gpu_kernel, "accumulate", accumulate)
+
+
+def accumulate(acc_NH, p_NS, k_ref, meanwhile):
+    """The kernel's product; rows are read to the end of what goes on meanwhile."""
+    meanwhile()
+    o_NH = jnp.dot(p_NS, k_ref[...], preferred_element_type=jnp.float32)
+    plgpu.commit_smem()  # The matrix units' reads need no fence, these do.
+    return acc_NH + o_NH
 
 
 @pytest.fixture(params=SIZES, scope="module")
@@ -55,6 +83,8 @@ class Attend:
     def __init__(self, implementation):
         self.implementation = implementation
         self.sizes = SIZES[implementation]
+        self.is_kernel = implementation != "xla"
+        self.dtype = jnp.bfloat16 if implementation == "mosaic_gpu" else jnp.float32
 
         def run(*operands, scale=0.3, causal=True):
             return sparse_attention(
@@ -64,10 +94,7 @@ class Attend:
         self.run = jax.jit(run, static_argnames=("scale", "causal"))
 
     def __call__(self, *operands, **options):
-        simulated = pltpu.force_tpu_interpret_mode(
-            pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-        )
-        with nullcontext() if self.implementation == "xla" else simulated:
+        with SIMULATED[self.implementation]():
             return jax.block_until_ready(self.run(*operands, **options))
 
     def made(self, rows, picks, seed=0, starts=STARTS, counts=None):
@@ -89,14 +116,14 @@ class Attend:
         order = random.permuted(np.tile(np.arange(C), (T, 1)), axis=-1)
         chosen = np.where(random.random((T, picks)) < 0.3, -1, order[:, :picks])
         limits = random.integers(0, C + 1, T)
-        arrays = (np.asarray(x, np.float32) for x in (q, keys, before, sinks, entries))
-        return tokens, *map(jnp.asarray, (*arrays, chosen, limits))
+        arrays = (jnp.asarray(x, self.dtype) for x in (q, keys, before, sinks, entries))
+        return tokens, *arrays, *map(jnp.asarray, (chosen, limits))
 
     def tables(self, entries, *, apart):
         """The second of two layers, whole and in pages that lie in another order."""
         _, H, _, C, page = self.sizes
         order = np.random.default_rng(3).permutation(3 * C // page).reshape(3, -1)
-        pages = np.zeros((3 * C // page, page, H), np.float32)
+        pages = np.zeros((3 * C // page, page, H), entries.dtype)
         pages[order] = entries.reshape(3, -1, page, H)
         apart = apart and H % 256 == 0
         split = split_lanes if apart else jnp.asarray
@@ -138,8 +165,8 @@ def plain(
     return out
 
 
-def agrees(tokens, mine, expected, dtype="float32"):
-    real = np.asarray(tokens.slots_T) >= 0
+def agrees(tokens, mine, expected):
+    real, dtype = np.asarray(tokens.slots_T) >= 0, mine.dtype.name
     assert np.isfinite(np.asarray(mine, np.float32)).all()
     difference = np.abs(np.asarray(mine, np.float64) - expected)[real].max()
     assert difference <= TOLERANCE[dtype] * np.abs(expected).max()
@@ -158,8 +185,11 @@ def seen_of(chosen, C):
     ("rows", "picks"), [(1, 1), (3, 5), (4, 1), (5, 5), (11, 1), (11, 5)]
 )
 def test_chosen_entries(attend, rows, picks):
-    if attend.implementation == "mosaic_tpu":
-        if (rows, picks) not in ((1, 1), (3, 5), (11, 5)):
+    if attend.is_kernel:
+        sizes = [(1, 1), (3, 5)]
+        if attend.implementation == "mosaic_tpu":  # groups of queries in long passes
+            sizes += [(11, 5)]
+        if (rows, picks) not in sizes:
             pytest.skip("other sizes run the same program")
         picks *= 14 if rows < 11 else 4  # the union fills more than a chunk
     tokens, q, keys, before, sinks, entries, chosen, _ = attend.made(rows, picks)
@@ -192,7 +222,7 @@ def test_the_best_by_an_index_are_seen(attend):
 @pytest.mark.parametrize("agree", [True, False])
 def test_unions_of_any_size(attend, agree):
     """All queries of a slot choose the same entries, or no two of them any."""
-    picks = 4 if attend.implementation == "xla" else 70
+    picks = attend.sizes[3] // 4 if attend.is_kernel else 4
     tokens, q, keys, before, sinks, entries, *_ = attend.made(3, picks, seed=1)
     first = 0 if agree else picks * np.asarray(tokens.rows_T)[:, None]
     chosen = jnp.asarray(np.broadcast_to(first + np.arange(picks), (len(q), picks)))
@@ -205,11 +235,11 @@ def test_unions_of_any_size(attend, agree):
 
 @pytest.mark.parametrize("rows", [1, 4, 11])
 def test_entries_below_a_limit(attend, rows):
-    if attend.implementation == "mosaic_tpu" and rows == 1:
+    if attend.is_kernel and rows == 1:
         pytest.skip("more rows run the same program")
     tokens, q, keys, before, sinks, entries, _, limits = attend.made(rows, 1)
     C = entries.shape[1]
-    for edge in (0, 127, 128, 129, C):  # also all that ends or fills a chunk
+    for edge in (0, 31, 127, 128, 129, C):  # also all that ends or fills a chunk
         limits = limits.at[edge % len(limits)].set(min(edge, C))
     seen = np.arange(C) < np.asarray(limits)[:, None]
     expected = plain(tokens, q, keys, before, sinks, entries, seen)
@@ -220,7 +250,7 @@ def test_entries_below_a_limit(attend, rows):
 
 @pytest.mark.parametrize("rows", [1, 5, 11])
 def test_a_block_sees_all_of_itself(attend, rows):
-    if attend.implementation == "mosaic_tpu" and rows < 11:
+    if attend.is_kernel and rows < 11:
         pytest.skip("more rows run the same program")
     tokens, q, keys, before, sinks, *_ = attend.made(rows, 1)
     seen = attend(q, keys, before, sinks, tokens, causal=False)
@@ -241,31 +271,91 @@ def test_lengths_around_the_windows_edge(attend):
 
 @pytest.mark.parametrize("by", ["chosen", "limits"])
 def test_bfloat16_sums_in_float32(attend, by):
+    if attend.dtype == jnp.bfloat16:
+        pytest.skip("all tests of this kernel are in bfloat16")
     tokens, *arrays, chosen, limits = attend.made(3, 10, seed=2)
     q, keys, before, sinks, entries = (x.astype(jnp.bfloat16) for x in arrays)
     if by == "chosen":
         seen = seen_of(chosen, entries.shape[1])
     else:
         seen = np.arange(entries.shape[1]) < np.asarray(limits)[:, None]
-    table = next(attend.tables(entries.astype(jnp.float32), apart=by == "chosen"))
-    table = Table(table.rows_LBCH.astype(jnp.bfloat16), table.layer)
+    table = next(attend.tables(entries, apart=by == "chosen"))
     which = {"chosen_TX": chosen} if by == "chosen" else {"limits_T": limits}
     mine = attend(q, keys, before, sinks, tokens, Entries(table, **which))
     assert mine.dtype == jnp.bfloat16
+    agrees(tokens, mine, plain(tokens, q, keys, before, sinks, entries, seen))
+
+
+def test_many_heads_are_as_many_blocks_of_threads():
+    """And choices that differ from token to token, some of none at all."""
+    attend = Attend("mosaic_gpu")
+    attend.sizes = (128, 128, 11, 272, 16)
+    tokens, q, keys, before, sinks, entries, chosen, _ = attend.made(2, 20, seed=6)
+    chosen = chosen.at[0].set(-1)
+    seen = seen_of(chosen, entries.shape[1])
     expected = plain(tokens, q, keys, before, sinks, entries, seen)
-    agrees(tokens, mine, expected, "bfloat16")
+    which = Entries(next(attend.tables(entries, apart=False)), chosen_TX=chosen)
+    agrees(tokens, attend(q, keys, before, sinks, tokens, which), expected)
 
 
 @pytest.mark.parametrize("by", ["chosen", "limits"])
-def test_gradients_are_those_of_the_reference(by):
+def test_parts_of_what_a_query_reads_make_the_whole(monkeypatch, by):
+    """Some queries have fewer chunks than there are parts."""
+    monkeypatch.setattr(mosaic_gpu, "parts_of", lambda *args: 3)
+    attend = Attend("mosaic_gpu")
+    tokens, q, keys, before, sinks, entries, chosen, limits = attend.made(2, 70, seed=8)
+    chosen, limits = chosen.at[0].set(-1), limits.at[0].set(0).at[1].set(33)
+    if by == "chosen":
+        which, seen = {"chosen_TX": chosen}, seen_of(chosen, entries.shape[1])
+    else:
+        which = {"limits_T": limits}
+        seen = np.arange(entries.shape[1]) < np.asarray(limits)[:, None]
+    expected = plain(tokens, q, keys, before, sinks, entries, seen)
+    which = Entries(next(attend.tables(entries, apart=False)), **which)
+    agrees(tokens, attend(q, keys, before, sinks, tokens, which), expected)
+
+
+@pytest.mark.parametrize(("blocks", "parts"), [(1, 27), (6, 22), (192, 2), (4096, 1)])
+def test_a_few_queries_are_cut_to_as_many_parts_as_fill_the_chip(blocks, parts):
+    """Of a million positions, 8,192 entries in chunks of 64 and some recent rows."""
+    assert mosaic_gpu_lists.parts_of(blocks, chunks=131, tile=64) == parts
+
+
+@pytest.mark.parametrize("by", ["chosen", "limits"])
+def test_what_no_one_sees_need_not_be_a_number(by):
+    """Nor what would lie before position 0."""
+    attend = Attend("mosaic_gpu")
+    made = attend.made(2, 20, seed=7)
+    tokens, q, keys, before, sinks, entries, chosen, limits = made
+    if by == "chosen":
+        which, seen = {"chosen_TX": chosen}, seen_of(chosen, entries.shape[1])
+    else:
+        limits = jnp.minimum(limits, 100)
+        which = {"limits_T": limits}
+        seen = np.arange(entries.shape[1]) < np.asarray(limits)[:, None]
+    expected = plain(tokens, q, keys, before, sinks, entries, seen)
+    slots, starts = np.asarray(tokens.slots_T), np.asarray(tokens.starts_B)
+    hidden = np.array([~seen[slots == slot].any(0) for slot in range(3)])
+    entries = jnp.where(hidden[..., None], jnp.nan, entries)
+    lookback = before.shape[1]
+    nowhere = np.arange(lookback) < lookback - starts[:, None]
+    before = jnp.where(nowhere[..., None], jnp.nan, before)
+    which = Entries(next(attend.tables(entries, apart=False)), **which)
+    agrees(tokens, attend(q, keys, before, sinks, tokens, which), expected)
+
+
+@pytest.mark.parametrize("kernel", ["mosaic_tpu", "mosaic_gpu"])
+@pytest.mark.parametrize("by", ["chosen", "limits"])
+def test_gradients_are_those_of_the_reference(by, kernel):
     """Of everything, entries of other layers included."""
-    attend, reference = Attend("mosaic_tpu"), Attend("xla")
-    # Two chunks, or two groups of queries and three chunks.
-    made = attend.made(3 if by == "chosen" else 9, 50, seed=4)
+    attend, reference = Attend(kernel), Attend("xla")
+    # On TPUs two chunks, or two groups of queries and three chunks.
+    rows = 1 if kernel == "mosaic_gpu" else 3 if by == "chosen" else 9
+    made = attend.made(rows, 50, seed=4)
     tokens, q, keys, before, sinks, entries, chosen, limits = made
     table = next(attend.tables(entries, apart=by == "chosen"))
     named = {"chosen_TX": chosen} if by == "chosen" else {"limits_T": limits}
-    do = np.random.default_rng(0).normal(size=q.shape).astype(np.float32)
+    do = np.random.default_rng(0).normal(size=q.shape).astype(q.dtype)
     do[np.asarray(tokens.slots_T) < 0] = 0
 
     def gradients(attend):
@@ -273,13 +363,13 @@ def test_gradients_are_those_of_the_reference(by):
             which = Entries(Table(rows, table.layer), **named)
             return attend.run(q, keys, before, sinks, tokens, which)
 
-        simulated = pltpu.InterpretParams(detect_races=True)
-        with pltpu.force_tpu_interpret_mode(simulated):
+        with SIMULATED[kernel]():
             _, back = jax.vjp(of, q, keys, before, sinks, table.rows_LBCH)
             return jax.block_until_ready(back(do))
 
     for mine, expected in zip(gradients(attend), gradients(reference), strict=True):
         assert mine.dtype == expected.dtype
+        mine, expected = (np.asarray(x, np.float32) for x in (mine, expected))
         scale = np.abs(expected).max()
         np.testing.assert_allclose(mine, expected, atol=1e-5 * scale + 1e-30)
 
@@ -298,16 +388,20 @@ def test_rows_read_as_words_are_the_rows():
     np.testing.assert_array_equal(np.asarray(seen), rows[1].reshape(32, 512))
 
 
-def test_a_mistake_in_the_kernel_is_found(monkeypatch):
-    """A chunk too few."""
-    attend = Attend("mosaic_tpu")
+@pytest.mark.parametrize("kernel", ["mosaic_tpu", "mosaic_gpu"])
+def test_a_mistake_in_the_kernel_is_found(monkeypatch, kernel):
+    """A chunk too few, or a limit too high by one."""
+    attend = Attend(kernel)
     tokens, q, keys, before, sinks, entries, _, limits = attend.made(4, 1)
     seen = np.arange(entries.shape[1]) < np.asarray(limits)[:, None]
     expected = plain(tokens, q, keys, before, sinks, entries, seen)
     which = Entries(next(attend.tables(entries, apart=False)), limits_T=limits)
-    chunks_of = mosaic_tpu_kernel.chunks_of
+    chunks_of, per_token = mosaic_tpu_kernel.chunks_of, mosaic_gpu.per_token
     monkeypatch.setattr(
         mosaic_tpu_kernel, "chunks_of", lambda *args: chunks_of(*args) - 1
+    )
+    monkeypatch.setattr(
+        mosaic_gpu, "per_token", lambda *args: per_token(*args).at[:, 6].add(1)
     )
     mine = attend(q, keys, before, sinks, tokens, which)
     with pytest.raises(AssertionError):
@@ -337,16 +431,67 @@ def test_what_the_kernel_cannot_do_is_said():
         jax.eval_shape(partial(sparse_attention, scale=1), *operands)
 
 
-def test_the_kernel_compiles_in_programs_with_64_bits():
+def test_a_gpu_copies_whole_tiles():
+    """Which the simulator does not ask for, and a GPU would round down to."""
+    attend = Attend("mosaic_gpu")
+    lookback, size = attend.sizes[2], mosaic_gpu_kernel.TILE_ROWS
+    tokens, *_, entries, _, limits = attend.made(11, 1, starts=np.array([0, 5, 20]))
+    for table in attend.tables(entries, apart=False):
+        which = Entries(table, limits_T=limits)
+        planned = plan.Plan.of(
+            tokens, which, lookback, True, 1, queries=1, tiles=(32, 32)
+        )
+        first_T = mosaic_gpu.per_token(planned, tokens, 32)[:, 1]
+        for starts in (first_T, planned.pieces, planned.piece):
+            assert not (np.asarray(starts) % size).any()
+        assert np.asarray(first_T).max() > 0
+
+
+def test_what_a_gpu_cannot_do_is_said():
+    made = Attend("mosaic_gpu").made(2, 1)
+    tokens, q, keys, before, sinks, entries, chosen, limits = made
+    single = [x.astype(jnp.float32) for x in (q, keys, before)]
+    for reason, operands in {
+        "multiples of 64": (q[:, :3], keys, before, sinks[:3], tokens),
+        "no float32": (*single, sinks, tokens),
+        "by 8, got 9": (
+            *(q, keys, before, sinks, tokens),
+            Entries(Table(entries[None, :, :9]), limits_T=limits),
+        ),
+        "8192 chosen": (
+            *(q, keys, before, sinks, tokens),
+            Entries(Table(entries[None]), chosen_TX=jnp.tile(chosen, (1, 9000))),
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=reason):
+            sparse_attention(*operands, scale=1, implementation="mosaic_gpu")
+        jax.eval_shape(partial(sparse_attention, scale=1), *operands)
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB"])
+def test_the_kernel_is_taken_on_hopper_unasked(monkeypatch, name):
+    monkeypatch.undo()  # of what is for simulations
+    tokens, q, keys, before, sinks, *_ = Attend("mosaic_gpu").made(2, 1)
+    chip = AbstractDevice(device_kind=name, num_cores=132, platform="gpu")
+    axes = (AxisType.Auto,)
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), axes, abstract_device=chip)):
+        run = jax.jit(partial(sparse_attention, scale=1))
+        traced = run.trace(q, keys, before, sinks, tokens)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert ("mosaic_gpu" in text) == ("H100" in name)
+
+
+@pytest.mark.parametrize("kernel", ["mosaic_tpu", "mosaic_gpu"])
+def test_the_kernel_compiles_in_programs_with_64_bits(kernel):
     """Their integers have as many, kernels' have not."""
-    made = Attend("mosaic_tpu").made(3, 4)
+    made = Attend(kernel).made(3, 4)
     tokens, q, keys, before, sinks, entries, _, limits = made
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: jnp.asarray(np.int64(x)), (tokens, limits))
         which = Entries(Table(entries[None]), limits_T=wide[1])
         operands = (q, keys, before, sinks, wide[0], which)
-        run = partial(sparse_attention, scale=1, implementation="mosaic_tpu")
-        assert jax.eval_shape(run, *operands).dtype == jnp.float32
+        run = partial(sparse_attention, scale=1, implementation=kernel)
+        assert jax.eval_shape(run, *operands).dtype == q.dtype
 
 
 def test_entries_need_to_be_named():

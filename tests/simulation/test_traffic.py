@@ -99,10 +99,17 @@ def test_groups_are_read_however_they_are_written(groups, sent):
     assert traffic(text, devices=64).sent == 64 * 4 * sent / (sent + 1)
 
 
-def test_kernels_move_what_they_say():
-    estimate = '{"flops":"30","transcendentals":"0","bytes_accessed":"70"}'
-    call = 'f32[8] custom-call(%x), custom_call_target="tpu_custom_call"'
-    call += f', backend_config={{"custom_call_config":{{"cost_estimate":{estimate}}}}}'
+@pytest.mark.parametrize(
+    "config",
+    [  # of a TPU's kernel, of a GPU's
+        '{"custom_call_config":{"cost_estimate":'
+        '{"flops":"30","transcendentals":"0","bytes_accessed":"70"}}}',
+        r'{cost_estimate_json = "{\22flops\22: 30, \22bytes_accessed\22: 70}"}',
+    ],
+)
+def test_kernels_move_what_they_say(config):
+    call = 'f32[8] custom-call(%x), custom_call_target="a_kernel"'
+    call += f", backend_config={config}"
     lines = "ENTRY %main (x: f32[64,8]) -> f32[8] {", "  %x = f32[64,8] parameter(0)"
     found = traffic("\n".join([*lines, f"  ROOT %y = {call}", "}", ""]))
     assert (found.memory, found.flops) == (70, 30)

@@ -1,0 +1,211 @@
+"""Attention over recent rows, compressed entries and a sink, on Hopper GPUs.
+
+Moved: per query and 64 of its heads, the query, its recent rows, and the entries that
+it sees, once. Computed: two products per chunk of rows, with an online softmax between
+them, so no scores leave the chip.
+
+A block of threads serves 64 heads of one query (see `mosaic_gpu_kernel`): as many rows
+as the smallest product has, and as many sums as the registers of two warpgroups hold.
+So a query reads what it chose, not the union of its neighbours' choices as on TPUs;
+what neighbours of a slot share, they find in the cache of the second level, since their
+blocks run side by side. XLA plans the reading (see `plan`, with groups of one query)
+and puts recent rows in order.
+"""
+
+import functools
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.dispatch import expected_kind, expected_platform
+from pallas_kernels.indexer_topk.union import alone
+from pallas_kernels.precision import narrow
+from pallas_kernels.ragged import LANES, Ragged
+from pallas_kernels.sparse_attention import mosaic_gpu_kernel
+from pallas_kernels.sparse_attention.entries import Entries
+from pallas_kernels.sparse_attention.mosaic_gpu_kernel import (
+    HALVES,
+    HEADS,
+    SIDES,
+    SWIZZLED,
+    TILE_ROWS,
+)
+from pallas_kernels.sparse_attention.mosaic_gpu_lists import (
+    most_chunks,
+    named,
+    parts_of,
+    per_token,
+)
+from pallas_kernels.sparse_attention.plan import Plan
+from pallas_kernels.sparse_attention.ref import recent_rows, sparse_attention_xla
+
+# Rows of a chunk: chosen ones, which pass through registers, and others.
+TILES = 32, 64
+_WIDEST = 512
+_MOST_CHOSEN = 8192
+_HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
+
+
+def supports(
+    q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, *, scale, causal
+) -> str | None:
+    """Why the kernel cannot attend over these; None if it can."""
+    _, heads, width = q_TNH.shape
+    if expected_platform() == "gpu" and not _HOPPER.search(expected_kind()):
+        return f"is made of Hopper's instructions, not for {expected_kind()}"
+    given = {q_TNH.dtype, keys_TH.dtype, before_BWH.dtype}
+    if entries is not None:
+        rows = entries.table.rows_LBCH
+        given.add(rows.dtype)
+        if not entries.some and rows.shape[2] % TILE_ROWS:
+            return (
+                f"reads entries by {TILE_ROWS}, got {rows.shape[2]} to a slot or page"
+            )
+        if entries.picks > _MOST_CHOSEN:
+            return f"takes {_MOST_CHOSEN} chosen entries at most, got {entries.picks}"
+    if given != {jnp.dtype(jnp.bfloat16)}:
+        return (
+            "computes in bfloat16, Hopper's matrix units having no float32, got "
+            f"{sorted(map(str, given))}"
+        )
+    if heads % HEADS or width % LANES or width > _WIDEST:
+        return (
+            f"needs heads in multiples of {HEADS} that are a multiple of {LANES} wide "
+            f"and {_WIDEST} at most, got {heads} x {width}"
+        )
+    return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnames=("scale", "causal"))
+def sparse_attention_mosaic_gpu(
+    q_TNH: Float[Array, "T N H"],
+    keys_TH: Float[Array, "T H"],
+    before_BWH: Float[Array, "B W H"],
+    sinks_N: Float[Array, " N"],
+    ragged: Ragged,
+    entries: Entries | None,
+    scale: float,
+    causal: bool,
+) -> Float[Array, "T N H"]:
+    """See `api.sparse_attention`; gradients are those of the reference."""
+    operands = (q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries)
+    return _saving(*operands, scale, causal)[0]
+
+
+def _saving(q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, scale, causal):
+    operands = (q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries)
+    with jax.enable_x64(False):
+        return forward(*narrow(operands), scale, causal), operands
+
+
+def _backward(scale, causal, operands, do_TNH):
+    *arrays, ragged, entries = operands
+    rows = None if entries is None else entries.table.rows_LBCH
+
+    def of(q_TNH, keys_TH, before_BWH, sinks_N, rows):
+        given = entries
+        if given is not None:
+            given = replace(given, table=replace(given.table, rows_LBCH=rows))
+        operands = (q_TNH, keys_TH, before_BWH, sinks_N, ragged, given)
+        return sparse_attention_xla(*operands, scale, causal)
+
+    *grads, drows = jax.vjp(of, *arrays, rows)[1](do_TNH)
+    if drows is None:
+        return *grads, None, None
+    table = replace(entries.table, rows_LBCH=drows, layer=None, pages_BP=None)
+    return *grads, None, Entries(table)
+
+
+sparse_attention_mosaic_gpu.defvjp(_saving, _backward)
+
+
+def forward(
+    q_TNH: Float[Array, "T N H"],
+    keys_TH: Float[Array, "T H"],
+    before_BWH: Float[Array, "B W H"],
+    sinks_N: Float[Array, " N"],
+    ragged: Ragged,
+    entries: Entries | None,
+    scale: float,
+    causal: bool,
+) -> Float[Array, "T N H"]:
+    """See `api.sparse_attention`."""
+    lookback, union = before_BWH.shape[1], None
+    if entries is not None and entries.some:
+        union = alone(ragged.grouped(entries.choices(ragged), -1, 1)[:, 0])
+    plan = Plan.of(
+        ragged, entries, lookback, causal, 1, union=union, queries=1, tiles=TILES
+    )
+    chosen = plan.chosen
+    tile = TILES[0] if chosen else TILES[1]
+    first_B11 = lookback - ragged.starts_B[:, None, None]  # row of position 0
+    unseen_BW1 = jnp.arange(lookback)[:, None] < first_B11
+    before_BWH = jnp.where(unseen_BW1, 0, before_BWH)
+    recent_BRH = recent_rows(before_BWH, keys_TH, ragged)
+    missing = -recent_BRH.shape[1] % TILE_ROWS
+    T, N, H = q_TNH.shape
+    dtype, width = q_TNH.dtype, H // HALVES
+    operands = [
+        per_token(plan, ragged, tile),
+        q_TNH,
+        jnp.pad(recent_BRH, ((0, 0), (0, missing), (0, 0))),
+        mosaic_gpu_kernel.LOG2E * sinks_N.astype(jnp.float32),
+    ]
+    buffers = []
+    if plan.piece:
+        pieces = plan.pieces[:, 0]
+        if chosen:
+            pieces = named(plan.pieces, plan.members, tile)
+            buffers = [
+                plgpu.SMEM((HALVES, tile // HALVES, H), dtype),
+                plgpu.SMEM(pieces.shape[1:], jnp.int32),
+            ]
+        operands += [plan.table.reshape(-1, H), pieces]
+
+    def tiled(columns, *shape):
+        transforms = (
+            plgpu.TilingTransform((TILE_ROWS, columns)),
+            plgpu.SwizzleTransform(columns * dtype.itemsize),
+        )
+        return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+    copies = tile // plan.piece if plan.piece > 1 else 1
+    blocks = T * N // HEADS
+    parts = parts_of(blocks, most_chunks(plan, tile), tile)
+    static = {"plan": plan.static(), "scale": scale, "parts": parts}
+    o_PTNH, lse_PTN = plgpu.kernel(
+        functools.partial(mosaic_gpu_kernel.attend, **static),
+        out_type=[
+            jax.ShapeDtypeStruct((parts, T, N, H), dtype),
+            jax.ShapeDtypeStruct((parts, T, N), jnp.float32),
+        ],
+        scratch_types=[
+            tiled(min(tile, SWIZZLED), HALVES, HEADS, width),
+            tiled(min(tile, SWIZZLED), SIDES, HALVES, tile, width),
+            tiled(tile // HALVES, HALVES, HEADS, tile // HALVES),
+            plgpu.SMEM((HALVES, HEADS), jnp.float32),
+            *buffers,
+            plgpu.Barrier(num_arrivals=HALVES + chosen),
+            plgpu.Barrier(num_arrivals=HALVES * copies, num_barriers=SIDES),
+            plgpu.Barrier(num_arrivals=HALVES, num_barriers=SIDES),
+            plgpu.Barrier(num_arrivals=HALVES),
+            plgpu.Barrier(num_arrivals=HALVES),
+        ],
+        cost_estimate=plan.cost(q_TNH, arrays=1 + parts),
+        grid=(parts, blocks),
+        grid_names=("part", "block"),
+        num_threads=HALVES,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="sparse_attention",
+    )(*operands)
+    if parts == 1:
+        return o_PTNH[0]
+    share_PTN = jax.nn.softmax(lse_PTN / mosaic_gpu_kernel.LOG2E, axis=0)
+    return jnp.einsum(
+        "PTN,PTNH->TNH", share_PTN, o_PTNH, preferred_element_type=jnp.float32
+    ).astype(dtype)
