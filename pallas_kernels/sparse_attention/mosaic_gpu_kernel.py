@@ -138,15 +138,16 @@ def attend(token_ref, q_ref, recent_ref, sinks_ref, *refs, plan, scale, parts):
 
     def clear(j, side):
         """Zeros to rows that no query sees: what lies there may be no number."""
-        layout = tile_layout(TILE_ROWS)
+        step = TILE_ROWS * 4 // math.gcd(4, width // SWIZZLED)  # a tile to each warp
+        layout = tile_layout(step)
         limit = token_ref[t, 6] - j * tile
 
         @pl.when(is_entries(j) & (limit < tile))
         def _():
-            @pl.loop(jax.lax.div(jnp.maximum(limit, 0), TILE_ROWS), tile // TILE_ROWS)
+            @pl.loop(jax.lax.div(jnp.maximum(limit, 0), step), tile // step)
             def _(i):
-                start = pl.multiple_of(i * TILE_ROWS, TILE_ROWS)
-                rows = k_buf.at[side, me, pl.ds(start, TILE_ROWS)]
+                start = pl.multiple_of(i * step, step)
+                rows = k_buf.at[side, me, pl.ds(start, step)]
                 row_SH = plgpu.load(rows, layout=layout, optimized=False)
                 at_SH = plgpu.broadcasted_iota(
                     jnp.int32, row_SH.shape, 0, layout=layout

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from jaxspark.simulation.chips import parse_slice
 from pallas_kernels import Entries, Ragged, Table, sparse_attention
-from pallas_kernels.ragged import split_lanes
+from pallas_kernels.ragged import LANES, split_lanes
 from tests.aot.hlo import KERNELS, new_arrays
 
 # Where Mosaic leaves what the assembler says of a GPU's kernel.
@@ -43,6 +43,7 @@ def report(chip: str, case: str) -> dict:
     size, seen, *rest = case.split()
     dtype = jnp.float32 if "float32" in rest else jnp.bfloat16
     heads, picks, slots, rows = SIZES[size]
+    width = LANES if "narrow" in rest else WIDTH
     devices = parse_slice(chip).devices[: 4 if "sharded" in rest else 1]
     mesh = Mesh(np.array(devices), ("data",))
     tokens = slots * rows
@@ -56,15 +57,15 @@ def report(chip: str, case: str) -> dict:
     def ints(spec, *shape):
         return of(spec, *shape, dtype=jnp.int32)
 
-    table = (LAYERS, slots, ENTRIES, WIDTH)
+    table = (LAYERS, slots, ENTRIES, width)
     if "paged" in rest:
-        table = (LAYERS, slots * ENTRIES // PAGE, PAGE, WIDTH)
+        table = (LAYERS, slots * ENTRIES // PAGE, PAGE, width)
     if seen == "chosen":
         table = jax.eval_shape(split_lanes, jax.ShapeDtypeStruct(table, dtype)).shape
     arguments = (
-        of(one, tokens, heads, WIDTH),
-        of(one, tokens, WIDTH),
-        of(one, slots, WINDOW - 1, WIDTH),
+        of(one, tokens, heads, width),
+        of(one, tokens, width),
+        of(one, slots, WINDOW - 1, width),
         of(whole, heads, dtype=jnp.float32),
         ints(one, tokens),
         *[ints(one, slots)] * 3,
@@ -88,7 +89,7 @@ def report(chip: str, case: str) -> dict:
         name = "chosen_TX" if seen == "chosen" else "limits_T"
         entries = Entries(Table(rows_L, at, *pages), **{name: which})
         return sparse_attention(
-            q, keys, before, sinks, ragged, entries, scale=WIDTH**-0.5
+            q, keys, before, sinks, ragged, entries, scale=width**-0.5
         )
 
     if "gradients" in rest:

@@ -12,7 +12,7 @@ CHIPS = {
     "v5e:2x2": ["flash chosen", "flash limits sharded"],
     "h100:4": [
         *("flash chosen", "flash limits", "flash limits paged"),
-        *("flash chosen sharded", "pro chosen", "pro limits"),
+        *("flash limits narrow", "flash chosen sharded", "pro chosen", "pro limits"),
     ],
 }
 if os.environ.get("JAXSPARK_AOT_ALL"):

@@ -63,13 +63,22 @@ def small_steps(monkeypatch):
     monkeypatch.setattr(plan, "TILE", 128)
     monkeypatch.setattr(mosaic_gpu, "TILES", (32, 32))
     monkeypatch.setattr(mosaic_gpu_kernel, "accumulate", accumulate)
+    monkeypatch.setattr(plgpu, "wgmma", partial(seen_wgmma, plgpu.wgmma))
+
+
+def seen_wgmma(wgmma, acc_ref, a_ref, b_ref):
+    """A product whose reads the detector of races sees, as it sees no product's."""
+    for each in (a_ref, b_ref):
+        each[...]
+    plgpu.commit_smem()  # The matrix units' reads need no fence, these do.
+    wgmma(acc_ref, a_ref, b_ref)
 
 
 def accumulate(acc_NH, p_NS, k_ref, meanwhile):
     """The kernel's product; rows are read to the end of what goes on meanwhile."""
     meanwhile()
     o_NH = jnp.dot(p_NS, k_ref[...], preferred_element_type=jnp.float32)
-    plgpu.commit_smem()  # The matrix units' reads need no fence, these do.
+    plgpu.commit_smem()
     return acc_NH + o_NH
 
 
