@@ -8,6 +8,7 @@ for CPU, GPU and TPU, on any host.
 
 import functools
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 
 _LOG = logging.getLogger(__name__)
+_HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 
 
 def _anything(*operands, **static) -> None:
@@ -52,6 +54,14 @@ def expected_kind() -> str:
     """The kind of that device, as it calls itself: "cpu", "NVIDIA H100 80GB HBM3"."""
     device = _expected_device()
     return device if isinstance(device, str) else device.device_kind
+
+
+def no_hopper() -> str | None:
+    """Why programs cannot have Hopper's instructions; None if they can, or may."""
+    kind = expected_kind()
+    if expected_platform() != "gpu" or _HOPPER.search(kind):
+        return None
+    return f"is made of Hopper's instructions, not for {kind}"
 
 
 def _expected_device():

@@ -1,12 +1,20 @@
 """Scores of the Lightning Indexer (DeepSeek-V4 report, section 2.3.1)."""
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, call
+from pallas_kernels.index_scores import mosaic_gpu
 from pallas_kernels.index_scores.ref import index_scores_xla
 from pallas_kernels.ragged import Ragged, Table
 
-IMPLEMENTATIONS = {"xla": Implementation(run=index_scores_xla)}
+IMPLEMENTATIONS = {
+    "xla": Implementation(run=index_scores_xla),
+    "mosaic_gpu": Implementation(
+        run=mosaic_gpu.index_scores_mosaic_gpu,
+        platforms=("cuda",),
+        supports=mosaic_gpu.supports,
+    ),
+}
 
 
 def index_scores(
@@ -14,6 +22,7 @@ def index_scores(
     keys: Table,
     weights_TN: Float[Array, "T N"],
     ragged: Ragged,
+    limits_T: Int[Array, " T"] | None = None,
     *,
     implementation: str | None = None,
 ) -> Float[Array, "T C"]:
@@ -24,10 +33,12 @@ def index_scores(
       keys: one shared index key per compressed entry.
       weights_TN: of the index heads, scales included.
       ragged: the tokens' slots.
-      implementation: "xla", which None also means.
+      limits_T: scores at or past a token's limit may be anything; None: all count.
+      implementation: "xla", or "mosaic_gpu", a kernel for Hopper GPUs, which None takes
+        in programs for them where it can. (TPUs have `indexer_topk`.)
 
     Raises:
-      ValueError: unknown implementation.
+      ValueError: an implementation that is unknown or does not support the operands.
     """
-    operands = (q_TNH, keys, weights_TN, ragged)
+    operands = (q_TNH, keys, weights_TN, ragged, limits_T)
     return call("index_scores", IMPLEMENTATIONS, implementation, *operands)

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.precision import accum_dtype, precision
 from pallas_kernels.ragged import Ragged, Table
@@ -16,8 +16,9 @@ def index_scores_xla(
     keys: Table,
     weights_TN: Float[Array, "T N"],
     ragged: Ragged,
+    limits_T: Int[Array, " T"] | None,
 ) -> Float[Array, "T C"]:
-    """See `api.index_scores`."""
+    """See `api.index_scores`; every score counts."""
     k_BCH, q_BQNH = keys.whole(), ragged.padded(q_TNH, 0)
     weights_BQN = ragged.padded(weights_TN, 0)
 

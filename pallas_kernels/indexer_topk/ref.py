@@ -7,6 +7,7 @@ from pallas_kernels.index_scores.api import index_scores
 from pallas_kernels.indexer_topk.index import Index
 from pallas_kernels.indexer_topk.union import Union, union
 from pallas_kernels.ragged import Ragged
+from pallas_kernels.sparse_attention.entries import Entries
 from pallas_kernels.top_k.api import top_k
 
 
@@ -14,8 +15,18 @@ def choices(
     index: Index, limits_T: Int[Array, " T"], ragged: Ragged
 ) -> Int[Array, "T X"]:
     """What each query chooses, see `top_k`; no gradient flows through it."""
-    scores_TC = index_scores(index.q_TNH, index.keys, index.weights_TN, ragged)
+    operands = (index.q_TNH, index.keys, index.weights_TN, ragged, limits_T)
+    scores_TC = index_scores(*operands)
     return top_k(jax.lax.stop_gradient(scores_TC), limits_T, k=index.picks)
+
+
+def choices_of(entries: Entries, ragged: Ragged) -> Int[Array, "T X"]:
+    """What tokens see here and there, by name."""
+    if entries.index is None:
+        assert entries.chosen_TX is not None
+        return entries.chosen_TX
+    assert entries.limits_T is not None
+    return choices(entries.index, entries.limits_T, ragged)
 
 
 def indexer_topk_xla(index: Index, limits_T: Int[Array, " T"], ragged: Ragged) -> Union:

@@ -6,8 +6,7 @@ import jax
 from jaxtyping import Array, Int
 
 from pallas_kernels.indexer_topk.index import Index
-from pallas_kernels.indexer_topk.ref import choices
-from pallas_kernels.ragged import Ragged, Table
+from pallas_kernels.ragged import Table
 
 
 @jax.tree_util.register_dataclass
@@ -40,11 +39,3 @@ class Entries:
         if self.index is not None:
             return min(self.index.picks, self.table.length)
         return 0 if self.chosen_TX is None else self.chosen_TX.shape[1]
-
-    def choices(self, ragged: Ragged) -> Int[Array, "T X"]:
-        """What tokens see here and there, by name."""
-        if self.index is None:
-            assert self.chosen_TX is not None
-            return self.chosen_TX
-        assert self.limits_T is not None
-        return choices(self.index, self.limits_T, ragged)

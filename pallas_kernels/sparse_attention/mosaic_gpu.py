@@ -13,7 +13,6 @@ and puts recent rows in order.
 """
 
 import functools
-import re
 from dataclasses import replace
 
 import jax
@@ -21,7 +20,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.dispatch import expected_kind, expected_platform
+from pallas_kernels.dispatch import no_hopper
+from pallas_kernels.indexer_topk.ref import choices_of
 from pallas_kernels.indexer_topk.union import alone
 from pallas_kernels.precision import narrow
 from pallas_kernels.ragged import LANES, Ragged
@@ -47,7 +47,6 @@ from pallas_kernels.sparse_attention.ref import recent_rows, sparse_attention_xl
 TILES = 32, 64
 _WIDEST = 512
 _MOST_CHOSEN = 8192
-_HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 
 
 def supports(
@@ -55,8 +54,8 @@ def supports(
 ) -> str | None:
     """Why the kernel cannot attend over these; None if it can."""
     _, heads, width = q_TNH.shape
-    if expected_platform() == "gpu" and not _HOPPER.search(expected_kind()):
-        return f"is made of Hopper's instructions, not for {expected_kind()}"
+    if reason := no_hopper():
+        return reason
     given = {q_TNH.dtype, keys_TH.dtype, before_BWH.dtype}
     if entries is not None:
         rows = entries.table.rows_LBCH
@@ -136,7 +135,7 @@ def forward(
     """See `api.sparse_attention`."""
     lookback, union = before_BWH.shape[1], None
     if entries is not None and entries.some:
-        union = alone(ragged.grouped(entries.choices(ragged), -1, 1)[:, 0])
+        union = alone(ragged.grouped(choices_of(entries, ragged), -1, 1)[:, 0])
     plan = Plan.of(
         ragged, entries, lookback, causal, 1, union=union, queries=1, tiles=TILES
     )

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import best_for
 from pallas_kernels.indexer_topk import api as indexers
+from pallas_kernels.indexer_topk.ref import choices_of
 from pallas_kernels.indexer_topk.union import MOST_ENTRIES, Union, union
 from pallas_kernels.precision import narrow
 from pallas_kernels.ragged import LANES, Ragged
@@ -112,7 +113,7 @@ def _united(entries: Entries | None, ragged: Ragged) -> Union | None:
     if entries is None or not entries.some:
         return None
     if entries.index is None:
-        return union(ragged.grouped(entries.choices(ragged), -1))
+        return union(ragged.grouped(choices_of(entries, ragged), -1))
     assert entries.limits_T is not None
     operands = (entries.index, entries.limits_T, ragged)
     name = best_for("tpu", "indexer_topk", indexers.IMPLEMENTATIONS, *operands)

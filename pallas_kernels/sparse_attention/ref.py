@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.indexer_topk.ref import choices_of
 from pallas_kernels.precision import accum_dtype, precision, upcast
 from pallas_kernels.ragged import Ragged, Table
 from pallas_kernels.sparse_attention.entries import Entries
@@ -106,7 +107,7 @@ def _padded_entries(entries, ragged):
         return None, None
     if not entries.some:
         return ragged.padded(entries.limits_T, 0), None
-    return None, ragged.padded(entries.choices(ragged), -1)
+    return None, ragged.padded(choices_of(entries, ragged), -1)
 
 
 def _entries(table: Table, limits_BQ, chosen_BQX):

@@ -1,6 +1,7 @@
-"""indexer_topk, compiled for a TPU at DeepSeek-V4's sizes; prints JSON.
+"""indexer_topk, compiled for a chip at DeepSeek-V4's sizes; prints JSON.
 
     python -m tests.aot.compile_indexer v5e:2x2 32,6,32768,512 8,8,262144,1024 ...
+    python -m tests.aot.compile_indexer h100:1 32,6,32768,512
 
 Slots, tokens of each, index keys of a slot, entries chosen; a fifth number makes pages
 of so many keys. One of two layers, read in place.
@@ -9,6 +10,8 @@ of so many keys. One of two layers, read in place.
 import json
 import sys
 
+from tests.aot.assembled import assembled  # isort: skip
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from jaxspark.simulation.chips import parse_slice
 from pallas_kernels import Index, Ragged, Table, indexer_topk
+from tests.aot.hlo import KERNELS
 
 LAYERS, HEADS, WIDTH = 2, 64, 128
 
@@ -47,13 +51,14 @@ def report(chip: str, slots: int, rows: int, keys: int, picks: int, page=0) -> d
         counts_B=of(slots),
         rows=rows,
     )
-    with use_abstract_mesh(mesh.abstract_mesh):
+    with use_abstract_mesh(mesh.abstract_mesh), assembled() as notes:
         compiled = jax.jit(indexer_topk).lower(index, of(tokens), ragged).compile()
     text = compiled.as_text()
     return {
-        "kernels": text.count('custom_call_target="tpu_custom_call"'),
+        "kernels": sum(text.count(f'custom_call_target="{name}"') for name in KERNELS),
         "sorts": text.count(" sort("),
         "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        **notes,
     }
 
 

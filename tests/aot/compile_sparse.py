@@ -8,11 +8,9 @@ One of two layers, read in place. Mosaic may end the process where it cannot com
 
 import json
 import math
-import os
-import re
 import sys
-import tempfile
-from pathlib import Path
+
+from tests.aot.assembled import assembled  # isort: skip
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +22,6 @@ from pallas_kernels import Entries, Ragged, Table, sparse_attention
 from pallas_kernels.ragged import LANES, split_lanes
 from tests.aot.hlo import KERNELS, new_arrays
 
-# Where Mosaic leaves what the assembler says of a GPU's kernel.
-_FOLDER = tempfile.TemporaryDirectory()
-os.environ["MOSAIC_GPU_DUMP_TO"] = _FOLDER.name
-NOTES = Path(_FOLDER.name)
 LAYERS, ENTRIES, WINDOW, WIDTH, PAGE = 2, 4096, 128, 512, 16
 # Heads, entries that a query chooses, slots, tokens of each.
 SIZES = {
@@ -108,24 +102,15 @@ def report(chip: str, case: str) -> dict:
         attend = jax.shard_map(
             attend, mesh=mesh, in_specs=specs, out_specs=one, check_vma=False
         )
-    notes = set(NOTES.iterdir())
-    with use_abstract_mesh(mesh.abstract_mesh):
+    with use_abstract_mesh(mesh.abstract_mesh), assembled() as notes:
         compiled = jax.jit(attend).lower(*arguments).compile()
     text = compiled.as_text()
     return {
         "kernels": sum(text.count(f'custom_call_target="{name}"') for name in KERNELS),
         "copies": new_arrays(text, math.prod(table) // LAYERS // len(devices)),
         "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
-        **({} if "h100" not in chip else assembled(set(NOTES.iterdir()) - notes)),
+        **notes,
     }
-
-
-def assembled(notes: set[Path]) -> dict:
-    """Registers of a thread and spilled bytes of the one kernel that has notes."""
-    [text] = [p.read_text() for p in notes if p.suffix == ".ptxas"]
-    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", text)))
-    registers = re.search(r"Used (\d+) registers", text)
-    return {"registers": int(registers[1]), "spilled": spilled}
 
 
 if __name__ == "__main__":
