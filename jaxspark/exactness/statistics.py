@@ -82,7 +82,7 @@ def first_draft_distribution(
 ) -> np.ndarray:
     """q of a block's first draft after a prompt, over the target's vocabulary, [V]."""
     blocks = draft_blocks(target, drafter, prompt, block_length, sampling)
-    _, proposal = next(blocks)
+    proposal = next(blocks).proposal
     row_1, vocab = jnp.array([0]), target.config.vocab_size
     q_1V = proposal.q.row(proposal.tokens_BG, row_1, vocab)
     return np.asarray(q_1V[0], np.float64)
