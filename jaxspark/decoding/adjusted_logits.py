@@ -11,7 +11,7 @@ drafts are rejected). Drafts change it for the few tokens that were drafted, who
 logits are adjusted again.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -148,10 +148,11 @@ class Adjuster:
             logits = jnp.where(early_R1 & terms.stops_BV, -jnp.inf, logits)
         if terms.bias_BV is not None:
             logits = logits + terms.bias_BV
-        if own.penalties is None:
+        counts_BV, seen_BV = terms.counts_BV, terms.seen_BV
+        if own.penalties is None or counts_BV is None or seen_BV is None:
             return logits
         at_R1 = jax.tree.map(lambda x_B: x_B[slots_R][:, None], own.penalties)
-        return penalized(logits, at_R1, terms.counts_BV, terms.seen_BV)
+        return penalized(logits, at_R1, counts_BV, seen_BV)
 
     def _counting_drafts(self, z_TV, logits_TV, tokens, drafts_BG):
         """With what the drafts up to each row change: logits of the drafted tokens."""
@@ -165,9 +166,8 @@ class Adjuster:
         )
         same_TGG = ids_TG[:, :, None] == ids_TG[:, None, :]
         drafted_TG = jnp.sum(same_TGG & here_TG[:, None, :], axis=2)
-        terms = Terms(
-            bias_BV=terms.bias_BV,
-            stops_BV=terms.stops_BV,
+        terms = replace(
+            terms,
             counts_BV=terms.counts_BV + drafted_TG,
             seen_BV=jnp.ones_like(terms.seen_BV),
         )
@@ -240,31 +240,24 @@ def _terms(adjustments: Adjustments, tokens_BS, anchors_B, stop_ids_BX) -> Terms
         at = start.at[slot_B1, vocabulary.here(ids_BX, width)]
         return at.add(values, mode="drop") if add else at.set(values, mode="drop")
 
-    bias_BV = stops_BV = counts_BV = seen_BV = None
+    def nothing(dtype):
+        return jnp.zeros((slots, width), dtype)
+
+    terms: dict[str, Array] = {}
     if adjustments.bias_ids_BX.size or adjustments.allowed_BU.size:
-        bias_BV = spread(
-            adjustments.bias_ids_BX,
-            adjustments.bias_BX,
-            jnp.zeros((slots, width), jnp.float32),
-        )
+        ids_BX, bias_BX = adjustments.bias_ids_BX, adjustments.bias_BX
+        terms["bias_BV"] = spread(ids_BX, bias_BX, nothing(jnp.float32))
     if adjustments.allowed_BU.size:
         allowed_BV = vocabulary.part(unpacked(adjustments.allowed_BU, vocab))
-        bias_BV = jnp.where(allowed_BV, bias_BV, -jnp.inf)
+        terms["bias_BV"] = jnp.where(allowed_BV, terms["bias_BV"], -jnp.inf)
     if adjustments.min_tokens_B is not None:
-        stops_BV = spread(stop_ids_BX, True, jnp.zeros((slots, width), bool))
+        terms["stops_BV"] = spread(stop_ids_BX, True, nothing(bool))
     if adjustments.penalties is not None:
         place_S = jnp.arange(tokens_BS.shape[1])
         known_BS = place_S <= anchors_B[:, None]
         put_out_BS = known_BS & (place_S >= adjustments.prompt_lengths_B[:, None])
-        seen_BV = spread(
-            jnp.where(known_BS, tokens_BS, -1), True, jnp.zeros((slots, width), bool)
-        )
-        counts_BV = spread(
-            jnp.where(put_out_BS, tokens_BS, -1),
-            1,
-            jnp.zeros((slots, width), jnp.int32),
-            add=True,
-        )
-    return Terms(
-        bias_BV=bias_BV, stops_BV=stops_BV, counts_BV=counts_BV, seen_BV=seen_BV
-    )
+        known_BS = jnp.where(known_BS, tokens_BS, -1)
+        put_out_BS = jnp.where(put_out_BS, tokens_BS, -1)
+        terms["seen_BV"] = spread(known_BS, True, nothing(bool))
+        terms["counts_BV"] = spread(put_out_BS, 1, nothing(jnp.int32), add=True)
+    return Terms(**terms)

@@ -26,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from jaxspark.settings import standard_settings
+
 _BITS = 32
 
 
@@ -212,6 +214,7 @@ class Adjustments:
     vocab: int = field(metadata={"static": True})
 
     @classmethod
+    @standard_settings()
     def of(
         cls,
         adjustments: Sequence[Adjustment],
@@ -226,38 +229,36 @@ class Adjustments:
           ValueError: one is more than the limits have room for.
         """
 
-        def column(name: str, dtype: Any = np.float32) -> np.ndarray:
-            return np.array([getattr(each, name) for each in adjustments], dtype)
+        def column(name: str, dtype: Any = np.float32) -> Array:
+            return jnp.array([getattr(each, name) for each in adjustments], dtype)
 
         slots, X = len(adjustments), limits.biases
-        ids_BX, bias_BX = np.full((slots, X), -1, np.int32), np.zeros((slots, X))
+        ids_BX, bias_BX = np.full((slots, X), -1), np.zeros((slots, X))
         shape = (slots, limits.bad_words, limits.bad_word_tokens)
-        words_BWX = np.full(shape, -1, np.int32)
-        allowed = [_allowed(each, vocab, limits) for each in adjustments]
+        words_BWX = np.full(shape, -1)
         for slot, each in enumerate(adjustments):
             limits.check(each)
             ids_BX[slot, : len(each.logit_bias)] = list(each.logit_bias)
             bias_BX[slot, : len(each.logit_bias)] = list(each.logit_bias.values())
             for place, word in enumerate(each.long_bad_words):
                 words_BWX[slot, place, -len(word) :] = word
-        arrays = cls(
+        penalties = Penalties(
+            column("presence_penalty"),
+            column("frequency_penalty"),
+            column("repetition_penalty"),
+        )
+        allowed = [_allowed(each, vocab, limits) for each in adjustments]
+        return cls(
             asks_B=column("asks", bool),
-            prompt_lengths_B=np.array(prompt_lengths, np.int32),
+            prompt_lengths_B=jnp.array(prompt_lengths, jnp.int32),
             min_tokens_B=column("min_tokens", np.int32) if limits.min_tokens else None,
-            penalties=Penalties(
-                column("presence_penalty"),
-                column("frequency_penalty"),
-                column("repetition_penalty"),
-            )
-            if limits.penalties
-            else None,
-            bias_ids_BX=ids_BX,
-            bias_BX=bias_BX.astype(np.float32),
-            allowed_BU=np.stack(allowed),
-            bad_words_BWX=words_BWX,
+            penalties=penalties if limits.penalties else None,
+            bias_ids_BX=jnp.array(ids_BX, jnp.int32),
+            bias_BX=jnp.array(bias_BX, jnp.float32),
+            allowed_BU=jnp.array(np.stack(allowed)),
+            bad_words_BWX=jnp.array(words_BWX, jnp.int32),
             vocab=vocab,
         )
-        return jax.tree.map(jnp.array, arrays)
 
     @classmethod
     def none(

@@ -401,8 +401,8 @@ def _correction(block: Block, accepted: int, rejected: bool, vocab: int):
     p_1V = jnp.exp(jnp.asarray(block.log_p_QV[accepted], jnp.float32)[None])
     proposal, row_1 = block.proposal, jnp.array([accepted])
     q_1V = proposal.q.row(proposal.tokens_BG, row_1, vocab)
-    weights_V = correction_weights(p_1V, q_1V, jnp.array([rejected]))[0]
-    weights_V = np.asarray(weights_V, np.float64)
+    weights_1V = correction_weights(p_1V, q_1V, jnp.array([rejected]))
+    weights_V = np.asarray(weights_1V[0], np.float64)
     return weights_V / weights_V.sum()
 
 

@@ -206,7 +206,7 @@ def newest(
 
 
 @jax.jit
-def newest_likeliest(state: DecodeState) -> Likeliest:
+def newest_likeliest(state: DecodeState) -> Likeliest | None:
     """All that is kept of likely tokens, as every process can read it."""
     return replicated(state.likeliest)
 
