@@ -51,7 +51,7 @@ WISHES: tuple[dict[str, Any], ...] = (
     {"logit_bias": {1: 3.0, 2: -100}},
     {"allowed_ids": [0, 1, 2, 5]},
     {"bad_words": [[3], [1, 2], [4, 4], [0, 1, 2]]},
-    {"min_tokens": 6, "stop_ids": [0, 3]},
+    {"min_tokens": 5, "stop_ids": [0, 3]},
     {},
     {
         "presence_penalty": -0.5,

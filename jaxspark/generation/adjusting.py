@@ -64,13 +64,13 @@ def _bad_words(words: Any, target: Target, token: Any) -> list[tuple[int, ...]]:
         raise ValueError(f"bad_words must be a list, got {words!r}")
     found = []
     for word in words:
+        if np.ndim(word) != 1 and not isinstance(word, str):
+            raise ValueError(
+                f"bad_words has {word!r}; expected texts or lists of token ids"
+            )
         if not len(word):
             raise ValueError("bad_words has an empty entry; leave it out")
         if not isinstance(word, str):
-            if np.ndim(word) != 1:
-                raise ValueError(
-                    f"bad_words has {word!r}; expected texts or lists of token ids"
-                )
             found.append(tuple(token("bad_words", each) for each in word))
         elif target.tokenizer is None:
             raise ValueError("bad_words has a text, the target has no tokenizer")
