@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspark.decoding import Adjustment, AdjustmentLimits, Fixed, Sampling, Scheduler
+from jaxspark.decoding.couplings import COUPLINGS
 from jaxspark.exactness.audit_schedules import spread_confidences
 from jaxspark.exactness.enumeration import (
     EnumeratedRound,
@@ -26,6 +27,7 @@ from jaxspark.exactness.rejection_under_schedules import (
     leaky_drafter,
     schedules_for_rejection,
 )
+from jaxspark.exactness.statistics import chi_square, sample_first_tokens
 from jaxspark.exactness.tiny_models import BLOCK_LENGTH, DRAFTERS, Family, tiny_models
 from jaxspark.settings import standard_settings
 
@@ -131,4 +133,41 @@ def enumeration_checks(
                 ]
             error = max(np.abs(each - expected).max() for each in seen)
             checks.append(Check.distance(f"enumeration, {name}, {label}", error))
+    return checks
+
+
+@standard_settings()
+def frequency_checks(
+    samples: int, drafters: Sequence[str] | None = None, family: Family = "dense"
+) -> list[Check]:
+    """First two tokens of many requests that adjust their logits: chi-square.
+
+    The whole compiled round, whose drafts are drawn from adjusted logits too.
+    """
+    target, tried = tiny_models(family, VOCAB, drafters=drafters)
+    wanted = Wanted(
+        adjustment=Adjustment(
+            presence_penalty=1.0,
+            frequency_penalty=0.5,
+            repetition_penalty=1.5,
+            logit_bias={0: 0.5},
+            bad_words=((1, 2),),
+        ),
+        output=1,
+    )
+    sampling = Sampling.of(1, temperature=1.0)
+    exact = target_distribution(sequence_log_probs(target, PROMPT, 2, sampling, wanted))
+    checks = []
+    for name, drafter in tried.items():
+        for coupling in COUPLINGS:
+            drawn = sample_first_tokens(
+                target,
+                drafter,
+                PROMPT,
+                coupling=coupling,
+                samples=samples,
+                wanted=wanted,
+            )
+            label = f"first two tokens, adjusted, {coupling}, {name}"
+            checks.append(Check.p_value(label, chi_square(drawn.counts, exact)))
     return checks

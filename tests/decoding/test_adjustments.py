@@ -36,6 +36,8 @@ def round_of(random, adjustments, limits=None, *, live=(True,) * 4):
     limits = AdjustmentLimits.of(adjustments) if limits is None else limits
     # Few tokens, so that they are there more than once.
     tokens_BS = random.integers(0, 4, (4, CAPACITY))
+    # A prompt may end with what begins a bad word: it is none.
+    tokens_BS[2, 0] = 1
     drafts_BG = random.integers(0, 4, (4, BLOCK))
     anchors_B = jnp.array(LENGTHS) - 1
     stops_BX = np.full((4, 2), -1)

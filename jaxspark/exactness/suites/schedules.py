@@ -63,7 +63,7 @@ def audit_schedules(
       family: of the tiny models.
       samples: of the chi-square tests; a quick audit has fewer.
       progress_file: JSON lines that a stopped audit goes on from; None keeps none.
-      adjusted: audits requests that adjust their logits; no chi-square tests then.
+      adjusted: audits requests that adjust their logits.
 
     Returns:
       Its figures.
@@ -115,6 +115,10 @@ def _audit_schedules(
         ]
         if adjusted:
             checking.append(workers.submit(_by_definition, family))
+            checking += [
+                workers.submit(parameters.frequency_checks, samples, [name], family)
+                for name in DRAFTERS[family]
+            ]
         else:
             checking += [
                 workers.submit(_sample, family, name, samples) for name in schedules
