@@ -55,7 +55,10 @@ def round_of(random, adjustments, limits=None, *, live=(True,) * 4):
     )
     counts_B = jnp.array([4, 2, 4, 0])
     tokens = FlatTokens.from_rows(jnp.array(rows_BQ), anchors_B, counts_B, capacity=12)
-    texts = [[*tokens_BS[slot, : LENGTHS[slot]], *drafts_BG[slot]] for slot in range(4)]
+    texts = [
+        tokens_BS[slot, : LENGTHS[slot]].tolist() + drafts_BG[slot].tolist()
+        for slot in range(4)
+    ]
     return adjuster, tokens, jnp.array(drafts_BG), texts
 
 
@@ -65,7 +68,7 @@ def test_every_row_is_adjusted_by_definition(kind, random):
     own = Adjustment(**KINDS[kind])
     adjustments = [own, own, own, Adjustment()]
     adjuster, tokens, drafts_BG, texts = round_of(random, adjustments)
-    logits_TV = random.normal(size=(12, VOCAB)).astype(np.float32)
+    logits_TV = jnp.array(random.normal(size=(12, VOCAB)), jnp.float32)
     seen_TV = jax.jit(Adjuster.rows)(adjuster, logits_TV, tokens, drafts_BG)
     for row, (slot, position) in enumerate(
         zip(np.asarray(tokens.slots_T), np.asarray(tokens.positions_T))
@@ -74,7 +77,7 @@ def test_every_row_is_adjusted_by_definition(kind, random):
             continue
         text, prompt = texts[slot][: position + 1], PROMPTS[slot]
         expected_V = adjusted_by_definition(
-            logits_TV[row],
+            np.asarray(logits_TV[row]),
             text[:prompt],
             text[prompt:],
             adjustments[slot],
@@ -88,8 +91,8 @@ def test_first_drafts_are_drawn_from_logits_adjusted_like_the_anchors(kind, rand
     """Over the whole vocabulary, and over a part of it."""
     own = Adjustment(**KINDS[kind])
     adjuster, _, _, texts = round_of(random, [own] * 4)
-    logits_BV = random.normal(size=(4, VOCAB)).astype(np.float32)
-    ids_W = np.array([0, 2, 5, 33, 64])
+    logits_BV = jnp.array(random.normal(size=(4, VOCAB)), jnp.float32)
+    ids_W = jnp.array([0, 2, 5, 33, 64])
     whole_BV = adjuster.drafts(logits_BV, jnp.int32(0), None)
     part_BW = adjuster.drafts(logits_BV[:, ids_W], jnp.int32(0), ids_W)
     # What several tokens make a bad word is left to verification.
@@ -97,10 +100,16 @@ def test_first_drafts_are_drawn_from_logits_adjusted_like_the_anchors(kind, rand
     for slot in range(4):
         text, prompt = texts[slot][: LENGTHS[slot]], PROMPTS[slot]
         expected_V = adjusted_by_definition(
-            logits_BV[slot], text[:prompt], text[prompt:], static, STOPS[slot]
+            np.asarray(logits_BV[slot]),
+            text[:prompt],
+            text[prompt:],
+            static,
+            STOPS[slot],
         )
         np.testing.assert_allclose(whole_BV[slot], expected_V, atol=1e-5)
-        np.testing.assert_allclose(part_BW[slot], expected_V[ids_W], atol=1e-5)
+        np.testing.assert_allclose(
+            part_BW[slot], expected_V[np.asarray(ids_W)], atol=1e-5
+        )
 
 
 def test_drafts_come_nearer_to_the_least_length(random):
@@ -117,7 +126,7 @@ def test_drafts_come_nearer_to_the_least_length(random):
 
 def test_a_draft_vocabulary_of_banned_tokens_drafts_as_it_would(random):
     adjuster, *_ = round_of(random, [Adjustment(allowed_ids=(7,))] * 4)
-    logits_BW = random.normal(size=(4, 2)).astype(np.float32)
+    logits_BW = jnp.array(random.normal(size=(4, 2)), jnp.float32)
     seen_BW = adjuster.drafts(logits_BW, jnp.int32(0), jnp.array([5, 9]))
     np.testing.assert_array_equal(seen_BW, logits_BW)
 
@@ -129,7 +138,7 @@ def test_where_nobody_asks_logits_stay_to_the_bit(random):
     limits = AdjustmentLimits.serving()
     adjuster, tokens, drafts_BG, _ = round_of(random, adjustments, limits, live=live)
     assert not adjuster.any_asks
-    logits_TV = random.normal(size=(12, VOCAB)).astype(np.float32)
+    logits_TV = jnp.array(random.normal(size=(12, VOCAB)), jnp.float32)
     np.testing.assert_array_equal(
         adjuster.rows(logits_TV, tokens, drafts_BG), logits_TV
     )
