@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxspark.decoding.adjustments import Adjustments, Penalties, unpacked
+from jaxspark.decoding.adjustment_arrays import Adjustments, Penalties, unpacked
 from jaxspark.models import FlatTokens
 from jaxspark.parallel import vocabulary
 from jaxspark.parallel.axes import MODEL, size

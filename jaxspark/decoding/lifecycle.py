@@ -14,11 +14,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
-from jaxspark.decoding.adjustments import (
-    Adjustment,
-    AdjustmentLimits,
-    Adjustments,
-)
+from jaxspark.decoding.adjustment_arrays import Adjustments
+from jaxspark.decoding.adjustments import Adjustment, AdjustmentLimits
 from jaxspark.decoding.likeliest import Likeliest
 from jaxspark.decoding.sampling import Sampling
 from jaxspark.decoding.state import DecodeState, Phase

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxspark.decoding.adjustments import AdjustmentLimits, Adjustments
+from jaxspark.decoding.adjustment_arrays import Adjustments
+from jaxspark.decoding.adjustments import AdjustmentLimits
 from jaxspark.decoding.likeliest import Likeliest, LikeliestLimits
 from jaxspark.decoding.sampling import Sampling
 from jaxspark.decoding.schedule_state import ScheduleState

@@ -27,7 +27,7 @@ from jaxspark.decoding import (
     DecodeOptions,
     init_state,
 )
-from jaxspark.decoding.adjustments import Adjustments
+from jaxspark.decoding.adjustment_arrays import Adjustments
 from jaxspark.decoding.confidence import Calibration
 from jaxspark.decoding.couplings import (
     CoupledSampler,

@@ -9,7 +9,7 @@ import pytest
 
 from jaxspark.decoding import Adjustment, AdjustmentLimits
 from jaxspark.decoding.adjusted_logits import Adjuster
-from jaxspark.decoding.adjustments import Adjustments, unpacked
+from jaxspark.decoding.adjustment_arrays import Adjustments, unpacked
 from jaxspark.exactness.by_definition import adjusted_by_definition
 from jaxspark.models import FlatTokens
 

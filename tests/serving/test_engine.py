@@ -32,6 +32,16 @@ SETTINGS = {
     "together": 2,
     "queue": QueueLimits(requests=40, tokens=2000),
     "pace": Pace(few=1, most=4),
+    # For most tests here there is nothing to compile of it.
+    "adjustments": AdjustmentLimits(),
+    "top_log_probs": 0,
+    "prompt_log_probs": False,
+}
+# What engines have by default.
+EVERYTHING = {
+    "adjustments": AdjustmentLimits.serving(),
+    "top_log_probs": 20,
+    "prompt_log_probs": True,
 }
 
 
@@ -46,7 +56,7 @@ def engine(drafter, **changes):
 @pytest.fixture(scope="module")
 def running():
     """One that runs; nothing is compiled late, and nothing is left in its slots."""
-    with engine("ngram") as made:
+    with engine("ngram", **EVERYTHING) as made:
         yield made
         assert made.wait_idle(10)
         assert made.stats().late_compilations == 0
@@ -154,7 +164,7 @@ def slowed(engine, monkeypatch, seconds=0.03):
 
 @pytest.mark.parametrize("drafter", [None, "ngram", "dspark-gated"])
 def test_tokens_and_log_probs_are_those_of_plain_decoding(drafter, plain, running):
-    made = running if drafter == "ngram" else engine(drafter)
+    made = running if drafter == "ngram" else engine(drafter, **EVERYTHING)
     if made is not running:
         made.start()
         made.wait_ready()
