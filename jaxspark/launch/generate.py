@@ -113,8 +113,10 @@ def tell(completion: Completion, ids: list[int], tokenizer: Tokenizer) -> None:
 
     if completion.prompt_log_probs is not None:
         for token, told in zip(ids, completion.prompt_log_probs):
-            top, rank = (told.top, f" #{told.rank}") if told else ([], "")
-            print(line(token, told and told.log_prob, top, rank))
+            if told is None:
+                print(line(token, None, []))
+            else:
+                print(line(token, told.log_prob, told.top, f" #{told.rank}"))
         print()
     tops = completion.top_log_probs or [[] for _ in completion.tokens]
     for token, log_prob, top in zip(
