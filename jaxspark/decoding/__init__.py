@@ -1,5 +1,6 @@
 """Propose, schedule, verify, commit: the compiled decode loop."""
 
+from jaxspark.decoding.adjustments import Adjustment, AdjustmentLimits
 from jaxspark.decoding.confidence import Calibration
 from jaxspark.decoding.costs import CostCurve, Costs
 from jaxspark.decoding.forecast import Forecast, Verification
@@ -10,6 +11,7 @@ from jaxspark.decoding.lifecycle import (
     prefill,
     release,
 )
+from jaxspark.decoding.likeliest import LikeliestLimits
 from jaxspark.decoding.options import DecodeOptions
 from jaxspark.decoding.round import decode, decode_round
 from jaxspark.decoding.sampling import Sampling
@@ -25,6 +27,8 @@ from jaxspark.decoding.schedule import (
 from jaxspark.decoding.state import DecodeState, Phase
 
 __all__ = [
+    "Adjustment",
+    "AdjustmentLimits",
     "Admission",
     "Calibration",
     "Causal",
@@ -36,6 +40,7 @@ __all__ = [
     "Forecast",
     "Free",
     "Lagged",
+    "LikeliestLimits",
     "Phase",
     "Sampling",
     "Scheduler",

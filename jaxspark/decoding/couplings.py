@@ -1,7 +1,8 @@
 """How draft and target choices are tied together, and what is emitted.
 
 Row j of a slot's verified rows gives p_j, the target's distribution for the position
-after it; q_j is the distribution draft x_{j+1} was drawn from.
+after it, of logits as the request wants them (`adjusted_logits`); q_j is the
+distribution draft x_{j+1} was drawn from.
 
 rejection (Leviathan et al. 2023, Chen et al. 2023): accept x_{j+1} with probability
     min(1, p_j(x)/q_j(x)); at the first rejection sample normalize(max(p_j - q_j, 0)),
@@ -19,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxspark.decoding.adjusted_logits import Adjuster
+from jaxspark.decoding.likeliest import Likeliest
 from jaxspark.decoding.sampling import (
     Sampling,
     Stream,
@@ -46,13 +49,16 @@ class Verdict:
     Attributes:
       accepted_B: drafts accepted.
       next_B: the token after them, chosen by the target.
-      log_probs_BQ: model log-probabilities (before any warp) of the accepted drafts and
-        of the next token; rows past it are unspecified. Empty unless asked for.
+      log_probs_BQ: model log-probabilities (before adjustments and any warp) of the
+        accepted drafts and of the next token; rows past it are unspecified. Empty
+        unless asked for.
+      likeliest: with the most likely tokens beside them; None unless asked for.
     """
 
     accepted_B: Int[Array, " B"]
     next_B: Int[Array, " B"]
     log_probs_BQ: Float[Array, "B Q"]
+    likeliest: Likeliest | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,18 @@ class CoupledSampler:
     sampling: Sampling
     positions_B: Int[Array, " B"]  # of the anchors
     vocab: int  # of the target
+    adjuster: Adjuster | None = None
+
+    def adjusted(
+        self,
+        logits_BW: Float[Array, "B W"],
+        j: Int[Array, ""],
+        ids_W: Int[Array, " W"] | None,
+    ) -> Float[Array, "B W"]:
+        """The logits that draft j of every slot is drawn from."""
+        if self.adjuster is None:
+            return logits_BW
+        return self.adjuster.drafts(logits_BW, j, ids_W)
 
     def __call__(
         self,
@@ -74,6 +92,7 @@ class CoupledSampler:
 
         Where every slot is greedy nobody reads the distribution; it is not computed.
         """
+        logits_BW = self.adjusted(logits_BW, j, ids_W)
 
         def best():
             places_B, odds_B = _best(logits_BW)
@@ -137,7 +156,9 @@ def verify(
     lengths_B: Int[Array, " B"],
     sampling: Sampling,
     *,
+    adjuster: Adjuster | None = None,
     log_probs: bool = False,
+    likeliest: Likeliest | None = None,
 ) -> Verdict:
     """Accepts a prefix of each slot's `lengths_B` drafts and chooses one more token.
 
@@ -149,10 +170,15 @@ def verify(
       proposal: the drafts and their distributions.
       lengths_B: verification length of each slot.
       sampling: per-slot parameters.
+      adjuster: of the logits; None leaves them.
       log_probs: whether to fill `Verdict.log_probs_BQ`.
+      likeliest: is given the most likely tokens, which nothing above changes.
     """
-    logits_TV, index_BQ = head_logits(hidden_TD, head_VD), tokens.places_BQ
+    model_TV, index_BQ = head_logits(hidden_TD, head_VD), tokens.places_BQ
     drafts_BG = proposal.tokens_BG
+    logits_TV = model_TV
+    if adjuster is not None:
+        logits_TV = adjuster.rows(model_TV, tokens, drafts_BG)
     rows = _Rows(index_BQ, drafts_BG, lengths_B)
     sample = {"rejection": _rejection, "gumbel": _gumbel}[coupling]
     accepted_B, next_B = jax.lax.cond(
@@ -160,13 +186,18 @@ def verify(
         lambda: rows.follow(vocabulary.argmax(logits_TV)),
         lambda: sample(logits_TV, tokens, rows, proposal, sampling),
     )
+    if likeliest is not None:
+        row_T = tokens.positions_T - tokens.starts_B[tokens.slots_T]
+        kept_T = (tokens.slots_T >= 0) & (row_T <= accepted_B[tokens.slots_T])
+        likeliest = likeliest.told(model_TV, tokens, kept_T)
     if not log_probs:
-        return Verdict(accepted_B, next_B, jnp.zeros((*index_BQ.shape[:1], 0)))
+        none_B0 = jnp.zeros((*index_BQ.shape[:1], 0))
+        return Verdict(accepted_B, next_B, none_B0, likeliest)
     emitted_BQ = emitted(drafts_BG, accepted_B, next_B)
-    shift_T = vocabulary.logsumexp(logits_TV)
-    row_BQ = jnp.minimum(index_BQ, logits_TV.shape[0] - 1)
-    chosen_BQ = vocabulary.pick(logits_TV, row_BQ, emitted_BQ) - shift_T[row_BQ]
-    return Verdict(accepted_B, next_B, chosen_BQ)
+    shift_T = vocabulary.logsumexp(model_TV)
+    row_BQ = jnp.minimum(index_BQ, model_TV.shape[0] - 1)
+    chosen_BQ = vocabulary.pick(model_TV, row_BQ, emitted_BQ) - shift_T[row_BQ]
+    return Verdict(accepted_B, next_B, chosen_BQ, likeliest)
 
 
 def emitted(

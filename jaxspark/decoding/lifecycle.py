@@ -14,11 +14,15 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
+from jaxspark.decoding.adjustment_arrays import Adjustments
+from jaxspark.decoding.adjustments import Adjustment, AdjustmentLimits
+from jaxspark.decoding.likeliest import Likeliest
 from jaxspark.decoding.sampling import Sampling
 from jaxspark.decoding.state import DecodeState, Phase
 from jaxspark.drafters import Drafter
 from jaxspark.models import FlatTokens, TargetModel
 from jaxspark.models.base import at_slots, with_slots
+from jaxspark.models.layers.linear import head_logits
 from jaxspark.parallel.axes import SLOTS, any_of, own_slots
 from jaxspark.parallel.mesh import over_mesh
 from jaxspark.parallel.rules import parameter_specs, replicated_specs, state_specs
@@ -38,6 +42,9 @@ class Admission:
       sampling: parameters of each.
       min_drafts_N: drafts verified in every round that drafts.
       max_drafts_N: most drafts that are.
+      adjustments: what they do to their logits; None where the state has no room.
+      top_log_probs_N: most likely tokens told beside each output token.
+      prompt_log_probs_N: whether log-probabilities of the prompt are told.
     """
 
     tokens_NP: Int[Array, "N P"]
@@ -47,6 +54,9 @@ class Admission:
     sampling: Sampling
     min_drafts_N: Int[Array, " N"]
     max_drafts_N: Int[Array, " N"]
+    adjustments: Adjustments | None
+    top_log_probs_N: Int[Array, " N"]
+    prompt_log_probs_N: Bool[Array, " N"]
 
     @classmethod
     @standard_settings()
@@ -60,6 +70,10 @@ class Admission:
         stop_ids: Sequence[Sequence[int]] | None = None,
         min_drafts: int | Sequence[int] = 0,
         max_drafts: int | Sequence[int] | None = None,
+        adjustments: Sequence[Adjustment] | None = None,
+        prompt_lengths: Sequence[int] | None = None,
+        top_log_probs: Sequence[int] | None = None,
+        prompt_log_probs: Sequence[bool] | None = None,
     ) -> "Admission":
         """Requests for slots of `state`, of which only shapes are looked at.
 
@@ -71,19 +85,33 @@ class Admission:
           stop_ids: per request, tokens that end it; None for none.
           min_drafts: drafts verified in every round that drafts, for all or for each.
           max_drafts: most drafts verified in a round; None for all.
+          adjustments: per request, what is done to its logits; None for nothing.
+          prompt_lengths: per request, tokens of `prompts` that no penalty or least
+            length takes for output; None for all of them. Fewer for one that goes on.
+          top_log_probs: per request, likely tokens told at each place; None for none.
+          prompt_log_probs: per request, whether the prompt's are told; None for no.
 
         Raises:
           ValueError: numbers that are not whole, an empty prompt, one that its limit or
-            the capacity cannot hold, more stop ids than the state has room for, bounds
-            on drafts that contradict each other or the block length, or not one of
-            everything per prompt.
+            the capacity cannot hold, more stop ids or adjustments than the state has
+            room for, bounds on drafts that contradict each other or the block length,
+            or not one of everything per prompt.
         """
         count = len(prompts)
         stop_ids = [()] * count if stop_ids is None else stop_ids
+        adjustments = [Adjustment()] * count if adjustments is None else adjustments
+        if prompt_lengths is None:
+            prompt_lengths = [len(prompt) for prompt in prompts]
+        top = [0] * count if top_log_probs is None else top_log_probs
+        told = [False] * count if prompt_log_probs is None else prompt_log_probs
         counts = {
             "limits": len(limits),
             "sampling": len(sampling.seed),
             "stop_ids": len(stop_ids),
+            "adjustments": len(adjustments),
+            "prompt_lengths": len(prompt_lengths),
+            "top_log_probs": len(top),
+            "prompt_log_probs": len(told),
         }
         for name, given in counts.items():
             if not count or given != count:
@@ -116,6 +144,7 @@ class Admission:
             tokens_NP[row, : len(prompt)] = _whole(f"prompt {row}", prompt)
             stop_ids_NX[row, : len(stops)] = _whole("stop_ids", stops)
         least_N, most_N = _draft_bounds(count, min_drafts, max_drafts, block)
+        _check_told(state.likeliest, top, told)
         return cls(
             tokens_NP=jnp.asarray(tokens_NP),
             lengths_N=jnp.array([len(prompt) for prompt in prompts], jnp.int32),
@@ -125,6 +154,36 @@ class Admission:
             sampling=jax.tree.map(jnp.array, sampling),
             min_drafts_N=jnp.asarray(least_N),
             max_drafts_N=jnp.asarray(most_N),
+            adjustments=_adjusting(state.adjustments, adjustments, prompt_lengths),
+            top_log_probs_N=jnp.array(top, jnp.int32),
+            prompt_log_probs_N=jnp.array(told, bool),
+        )
+
+
+def _adjusting(
+    room: Adjustments | None,
+    adjustments: Sequence[Adjustment],
+    prompt_lengths: Sequence[int],
+) -> Adjustments | None:
+    """Arrays of adjustments as a state with this room takes them up."""
+    if room is None:
+        for each in adjustments:
+            AdjustmentLimits().check(each)
+        return None
+    return Adjustments.of(
+        adjustments, room.limits, vocab=room.vocab, prompt_lengths=prompt_lengths
+    )
+
+
+def _check_told(
+    room: Likeliest | None, top: Sequence[int], prompts: Sequence[bool]
+) -> None:
+    most = 0 if room is None else room.most
+    if max(top) > most:
+        raise ValueError(f"{max(top)} likely tokens, the state has room for {most}")
+    if any(prompts) and (room is None or not room.keeps_prompts):
+        raise ValueError(
+            "log-probabilities of prompts are asked for, the state keeps none"
         )
 
 
@@ -194,6 +253,13 @@ def admit(
     tokens_BS = state.tokens_BS.at[slots_N, :width].set(
         admission.tokens_NP, mode="drop"
     )
+    likeliest = state.likeliest
+    if likeliest is not None:
+        likeliest = replace(
+            likeliest,
+            wanted_B=put(likeliest.wanted_B, admission.top_log_probs_N),
+            of_prompt_B=put(likeliest.of_prompt_B, admission.prompt_log_probs_N),
+        )
     return replace(
         state,
         tokens_BS=tokens_BS,
@@ -207,6 +273,8 @@ def admit(
         certainty_BG=put(state.certainty_BG, 0.0),
         schedule=schedule,
         counters=jax.tree.map(lambda old_B: put(old_B, 0), state.counters),
+        adjustments=jax.tree.map(put, state.adjustments, admission.adjustments),
+        likeliest=likeliest,
     )
 
 
@@ -247,7 +315,7 @@ def prefill(
     """Processes prompts from where each slot has come to, all tokens but the anchors.
 
     The anchor is left to the first round, which needs its logits; so prefill computes
-    no logits at all. Donates `state`.
+    no logits, but for prompts whose log-probabilities are told. Donates `state`.
 
     Args:
       target: the model.
@@ -281,22 +349,28 @@ def prefill(
     ends_N = jnp.where(phase_N == Phase.PREFILLING, ends_N, processed_N)
 
     def unfinished(carry):
-        count, processed_N, _ = carry
+        count, processed_N, *_ = carry
         left = any_of(processed_N < ends_N)
         return left if max_chunks is None else left & (count < max_chunks)
 
     def step(carry):
-        count, processed_N, (target_cache, draft_cache) = carry
+        count, processed_N, (target_cache, draft_cache), likeliest = carry
         place_NQ = processed_N[:, None] + jnp.arange(chunk)
         ids_NQ = jnp.take_along_axis(tokens_NS, place_NQ, axis=1, mode="clip")
         counts_N = jnp.clip(ends_N - processed_N, 0, chunk)
         tokens = FlatTokens.from_rows(ids_NQ, processed_N, counts_N)
-        _, taps_TmD, target_cache = target(tokens, target_cache, taps=drafter.taps)
+        x_TD, taps_TmD, target_cache = target(tokens, target_cache, taps=drafter.taps)
         draft_cache = drafter.observe(draft_cache, taps_TmD, tokens)
-        return count + 1, processed_N + counts_N, (target_cache, draft_cache)
+        if likeliest is not None and likeliest.keeps_prompts:
+            with jax.named_scope("prompt_log_probs"):
+                likeliest = _told_prompt(
+                    target, likeliest, x_TD, tokens, slots_N, tokens_NS
+                )
+        caches = target_cache, draft_cache
+        return count + 1, processed_N + counts_N, caches, likeliest
 
-    _, processed_N, caches = jax.lax.while_loop(
-        unfinished, step, (jnp.int32(0), processed_N, caches)
+    _, processed_N, caches, likeliest = jax.lax.while_loop(
+        unfinished, step, (jnp.int32(0), processed_N, caches, state.likeliest)
     )
     if together < slots:
         caches = with_slots((state.target_cache, state.draft_cache), slots_N, caches)
@@ -308,7 +382,23 @@ def prefill(
         phase_B=state.phase_B.at[slots_N].set(phase_N, mode="drop"),
         target_cache=caches[0],
         draft_cache=caches[1],
+        likeliest=likeliest,
     )
+
+
+def _told_prompt(
+    target, likeliest: Likeliest, x_TD, tokens: FlatTokens, slots_N, tokens_NS
+) -> Likeliest:
+    """With what is told of the tokens behind a pass's rows, where any slot wants it."""
+    slots_T = slots_N[tokens.slots_T]
+    kept_T = (tokens.slots_T >= 0) & likeliest.of_prompt_B.at[slots_T].get(mode="clip")
+    next_T = tokens_NS.at[tokens.slots_T, tokens.positions_T + 1].get(mode="clip")
+
+    def told():
+        logits_TV = head_logits(target.norm(x_TD), target.head_VD)
+        return likeliest.told_prompt(logits_TV, tokens, slots_T, next_T, kept_T)
+
+    return jax.lax.cond(jnp.any(kept_T), told, lambda: likeliest)
 
 
 @standard_settings()
@@ -325,6 +415,8 @@ def init_state(
     log_probs: bool = False,
     min_drafts: int | Sequence[int] = 0,
     max_drafts: int | Sequence[int] | None = None,
+    adjustments: Sequence[Adjustment] | None = None,
+    prompt_lengths: Sequence[int] | None = None,
 ) -> DecodeState:
     """A state with one slot for each of `prompts`, admitted and not yet prefilled.
 
@@ -340,6 +432,8 @@ def init_state(
       log_probs: whether to keep log-probabilities.
       min_drafts: drafts verified in every round that drafts, for all or per slot.
       max_drafts: most drafts verified in a round; None: all.
+      adjustments: per slot, what is done to its logits; None for nothing.
+      prompt_lengths: see `Admission.of`.
 
     Raises:
       ValueError: see `DecodeState.empty` and `Admission.of`.
@@ -354,6 +448,7 @@ def init_state(
         block_length=block_length,
         stop_ids=max(1, *map(len, stop_ids)) if stop_ids else 1,
         log_probs=log_probs,
+        adjustments=AdjustmentLimits.of(adjustments or ()),
     )
     admission = Admission.of(
         state,
@@ -363,5 +458,7 @@ def init_state(
         stop_ids=stop_ids,
         min_drafts=min_drafts,
         max_drafts=max_drafts,
+        adjustments=adjustments,
+        prompt_lengths=prompt_lengths,
     )
     return admit(state, jnp.arange(len(prompts)), admission)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jaxspark.decoding.adjusted_logits import Adjuster
 from jaxspark.decoding.couplings import CoupledSampler, Verdict, emitted, verify
 from jaxspark.decoding.forecast import Forecast, Verification, smallest_bucket
 from jaxspark.decoding.options import DecodeOptions
@@ -52,10 +53,12 @@ def decode_round(
 
 def _round(target, drafter, options, draft_length: int, state, lagged) -> DecodeState:
     """A round that drafts so many tokens for every slot."""
+    with jax.named_scope("adjust"):
+        adjuster = adjuster_for(state)
     if draft_length:
         with jax.named_scope("propose"):
             proposal, draft_cache = _propose(
-                target, drafter, state, options, draft_length
+                target, drafter, state, adjuster, options, draft_length
             )
         state = replace(state, draft_cache=draft_cache)
     else:
@@ -70,7 +73,18 @@ def _round(target, drafter, options, draft_length: int, state, lagged) -> Decode
         ),
         certainty_BG=state.certainty_BG.at[:, :draft_length].set(proposal.certainty_BG),
     )
-    return _verified(target, drafter, state, proposal, verification, options)
+    return _verified(target, drafter, state, adjuster, proposal, verification, options)
+
+
+def adjuster_for(state: DecodeState) -> Adjuster | None:
+    """Adjusts logits of the state's next round; None where nothing is compiled."""
+    return Adjuster.of(
+        state.adjustments,
+        tokens_BS=state.tokens_BS,
+        anchors_B=state.processed_B,
+        stop_ids_BX=state.stop_ids_BX,
+        live_B=state.live_B,
+    )
 
 
 def _forecast(state: DecodeState, survival_BG) -> Forecast:
@@ -90,7 +104,7 @@ def lagged_forecast(state: DecodeState, options: DecodeOptions) -> Forecast:
     return _forecast(state, survival_nBG)
 
 
-def _propose(target, drafter, state: DecodeState, options, length: int):
+def _propose(target, drafter, state: DecodeState, adjuster, options, length: int):
     # What the anchor's position is in a slot that decodes. Elsewhere drafts are for
     # nothing, and must not touch cache rows that are valid.
     positions_B = state.processed_B
@@ -99,6 +113,7 @@ def _propose(target, drafter, state: DecodeState, options, length: int):
         state.sampling,
         positions_B,
         target.config.vocab_size,
+        adjuster,
     )
     context = DraftContext(
         tokens_BS=state.tokens_BS,
@@ -137,7 +152,9 @@ def schedule_round(
     return verification, memory
 
 
-def _verified(target, drafter, state, proposal, verification, options):
+def _verified(
+    target, drafter, state, adjuster, proposal, verification, options
+) -> DecodeState:
     """Packs anchors and drafts into their token bucket, verifies and commits."""
     anchors_B, lengths_B = state.processed_B, verification.lengths_B
     anchor_B1 = jnp.take_along_axis(state.tokens_BS, anchors_B[:, None], axis=1)
@@ -162,7 +179,9 @@ def _verified(target, drafter, state, proposal, verification, options):
                     proposal,
                     lengths_B,
                     state.sampling,
+                    adjuster=adjuster,
                     log_probs=state.keeps_log_probs,
+                    likeliest=state.likeliest,
                 )
             return verdict, target_cache, draft_cache
 
@@ -220,6 +239,7 @@ def commit(
         lengths_B=grown_B,
         processed_B=jnp.where(state.live_B, grown_B - 1, state.processed_B),
         phase_B=jnp.where(finished_B, Phase.FINISHED, state.phase_B),
+        likeliest=verdict.likeliest,
         counters=_count(state, proposal, lengths_B, verdict.accepted_B),
     )
 

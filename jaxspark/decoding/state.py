@@ -16,6 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxspark.decoding.adjustment_arrays import Adjustments
+from jaxspark.decoding.adjustments import AdjustmentLimits
+from jaxspark.decoding.likeliest import Likeliest, LikeliestLimits
 from jaxspark.decoding.sampling import Sampling
 from jaxspark.decoding.schedule_state import ScheduleState
 from jaxspark.drafters import Drafter
@@ -87,6 +90,8 @@ class DecodeState:
       log_probs_BS: log-probabilities of output tokens; [B, 0] unless asked for.
       accepted_BS: whether output tokens are accepted drafts; [B, 0] unless asked for.
       counters: statistics.
+      adjustments: what slots do to their logits; None is not compiled.
+      likeliest: the most likely tokens beside those put out; None is not compiled.
     """
 
     tokens_BS: Int[Array, "B S"]
@@ -104,6 +109,8 @@ class DecodeState:
     log_probs_BS: Float[Array, "B S"]
     accepted_BS: Bool[Array, "B S"]
     counters: Counters
+    adjustments: Adjustments | None = None
+    likeliest: Likeliest | None = None
 
     @classmethod
     @standard_settings()
@@ -118,6 +125,8 @@ class DecodeState:
         stop_ids: int = 1,
         log_probs: bool = False,
         accepted: bool = False,
+        adjustments: AdjustmentLimits = AdjustmentLimits(),
+        likeliest: LikeliestLimits = LikeliestLimits(),
     ) -> "DecodeState":
         """A state without requests; pure, so it may be made under a caller's `jit`.
 
@@ -131,6 +140,8 @@ class DecodeState:
           stop_ids: most tokens that may end a request.
           log_probs: whether to keep log-probabilities of output tokens.
           accepted: whether to keep which output tokens are accepted drafts.
+          adjustments: what requests may do to their logits.
+          likeliest: what to keep of the most likely tokens.
 
         Raises:
           ValueError: no slots, or more drafts per round than the target's caches can
@@ -172,6 +183,10 @@ class DecodeState:
                 ),
                 accepted_BS=jnp.zeros((slots, capacity if accepted else 0), bool),
                 counters=Counters.zeros(slots, block_length),
+                adjustments=Adjustments.none(
+                    slots, adjustments, target.config.vocab_size
+                ),
+                likeliest=Likeliest.empty(likeliest, slots=slots, capacity=capacity),
             )
 
         return create(make, state_specs)

@@ -10,15 +10,19 @@ counts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspark.decoding import DecodeOptions, Sampling
+from jaxspark.decoding import AdjustmentLimits, DecodeOptions, Sampling
 from jaxspark.decoding.sampling import position_noise, warp
 from jaxspark.drafters import Drafter
+from jaxspark.exactness.by_definition import adjusted_by_definition
 from jaxspark.generation import Completion, Request, generate
+from jaxspark.generation.adjusting import adjustment_of
+from jaxspark.generation.request import token_ids
 from jaxspark.models import FlatTokens
 from jaxspark.settings import standard_settings
 from jaxspark.target import Target
@@ -103,6 +107,7 @@ def decode_requests(
     drafter: Drafter | None = None,
     *,
     capacity: int | None = None,
+    adjustments: AdjustmentLimits | None = None,
     **options,
 ) -> list[Completion]:
     """Decodes requests together, one slot each; `options` are `DecodeOptions`."""
@@ -112,6 +117,7 @@ def decode_requests(
         drafter,
         options=DecodeOptions(**options),
         capacity=capacity,
+        adjustments=adjustments,
     )
 
 
@@ -164,13 +170,22 @@ def margin(
     """The two best choices for the token after `prefix`, and their gap in nats.
 
     Greedy requests compare log-probabilities, sampled ones log-probabilities plus the
-    position's Gumbel noise.
+    position's Gumbel noise; both of logits that are adjusted by definition.
     """
-    model, params = Target.of(target).model, request.params
+    [choice] = choices(target, prefix, request, len(prefix))
+    return choice
+
+
+@standard_settings()
+def choices(
+    target, tokens: Sequence[int], request: Request, begin: int
+) -> list[tuple[float, tuple[int, int]]]:
+    """`margin` after the first `begin` of the tokens, and after every further one."""
+    target, params = Target.of(target), request.params
     # Widths in steps, so that few programs are compiled.
-    width = -(-len(prefix) // 128) * 128
+    width = -(-len(tokens) // 128) * 128
     ids_1T = np.zeros((1, width), np.int32)
-    ids_1T[0, : len(prefix)] = prefix
+    ids_1T[0, : len(tokens)] = tokens
     sampling = Sampling.of(
         1,
         temperature=params.temperature,
@@ -180,22 +195,39 @@ def margin(
         # Where none is given nothing is drawn.
         seed=params.seed or 0,
     )
-    (first, second), (a, b) = jax.device_get(
-        _two_best(model, jnp.asarray(ids_1T), jnp.int32(len(prefix)), sampling)
-    )
-    return float(first - second), (int(a), int(b))
+    stop_ids = target.stop_ids if params.stop_ids is None else params.stop_ids
+    adjustment = adjustment_of(params, target, stop_ids)
+    lengths = range(begin, len(tokens) + 1)
+    count = 1 if len(lengths) == 1 else -(-len(lengths) // 32) * 32
+    logits_QV = _logits(target.model, jnp.asarray(ids_1T), begin - 1, count)
+    found, prompt = [], token_ids(target, request.prompt)
+    for length, logits_V in zip(lengths, np.asarray(logits_QV)):
+        output = list(tokens[len(prompt) : length])
+        if adjustment.asks:
+            logits_V = adjusted_by_definition(
+                logits_V, prompt, output, adjustment, stop_ids
+            )
+        (first, second), (a, b) = jax.device_get(
+            _two_best(jnp.array(logits_V[None], jnp.float32), length, sampling)
+        )
+        found.append((float(first - second), (int(a), int(b))))
+    return found
 
 
-@jax.jit
-def _two_best(model, ids_1T, length, sampling):
+@partial(jax.jit, static_argnames=("count",))
+def _logits(model, ids_1T, first, count: int):
+    """Of so many rows."""
     width = ids_1T.shape[1]
     tokens = FlatTokens.from_rows(
         ids_1T, jnp.zeros((1,), jnp.int32), jnp.array([width])
     )
     x_TD, _, _ = model(tokens, model.init_cache(1, width))
-    last_1D = jax.lax.dynamic_slice_in_dim(x_TD, length - 1, 1)
-    logits_1V = model.logits(last_1D)
-    noise_1V = position_noise(sampling.seed, length[None], logits_1V.shape[-1])
+    return model.logits(x_TD.at[first + jnp.arange(count)].get(mode="clip"))
+
+
+@jax.jit
+def _two_best(logits_1V, position, sampling):
+    noise_1V = position_noise(sampling.seed, position[None], logits_1V.shape[-1])
     sampled_1V = warp(logits_1V, sampling) + noise_1V
     greedy_1V = jax.nn.log_softmax(logits_1V)
     score_1V = jnp.where(sampling.greedy[:, None], greedy_1V, sampled_1V)

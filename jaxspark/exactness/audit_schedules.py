@@ -16,13 +16,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxspark.decoding import CostCurve, Costs, DecodeOptions, Scheduler, parse_schedule
+from jaxspark.decoding import (
+    AdjustmentLimits,
+    CostCurve,
+    Costs,
+    DecodeOptions,
+    Scheduler,
+    parse_schedule,
+)
 from jaxspark.decoding.costs import within_ladder
 from jaxspark.decoding.couplings import COUPLINGS, Coupling
 from jaxspark.decoding.schedule import CostAware
 from jaxspark.drafters.hybrid import HybridDrafter
-from jaxspark.exactness.audit import AuditResult, audit, plain_outputs
+from jaxspark.exactness.audit import AuditResult, audit, decode_requests
 from jaxspark.exactness.tiny_models import DRAFTERS, Family, tiny_models
+from jaxspark.exactness.told import told_error
 from jaxspark.generation import Completion, Request, SamplingParams, generate_stream
 from jaxspark.parallel.mesh import slots_per_shard
 
@@ -35,6 +43,34 @@ BUCKETS = ("one", "two", "narrow")
 # Drafters that meet every set of buckets; others meet them in turn.
 EVERY_BUCKET_SET = ("dspark-gated", "deepseek_v4_dspark")
 MIXES = ("alone", "batch", "stream")
+# What requests of adjusted mixes do to their logits, in turn, and room for it.
+WISHES: tuple[dict[str, Any], ...] = (
+    {"presence_penalty": 0.8},
+    {"frequency_penalty": 0.7, "repetition_penalty": 1.3},
+    {"repetition_penalty": 0.7},
+    {"logit_bias": {1: 3.0, 2: -100}},
+    {"allowed_ids": [0, 1, 2, 5]},
+    {"bad_words": [[3], [1, 2], [4, 4], [0, 1, 2]]},
+    {"min_tokens": 5, "stop_ids": [0, 3]},
+    {},
+    {
+        "presence_penalty": -0.5,
+        "frequency_penalty": 0.4,
+        "repetition_penalty": 1.2,
+        "logit_bias": {7: 1.0},
+        "bad_words": [[5, 6], [7, 7]],
+        "min_tokens": 4,
+        "stop_ids": [1, 4],
+    },
+)
+ROOM = AdjustmentLimits(
+    penalties=True,
+    min_tokens=True,
+    exclusions=True,
+    biases=4,
+    bad_words=4,
+    bad_word_tokens=4,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +96,14 @@ class ScheduleResult:
       audit: differences from plain decoding.
       rounds, drafted, verified: rounds, those with drafts, and drafts verified; a grid
         in which schedules never choose would prove nothing.
+      told_error: largest difference from log-probabilities of plain decoding.
     """
 
     audit: AuditResult
     rounds: int = 0
     drafted: int = 0
     verified: int = 0
+    told_error: float = 0.0
 
 
 def grid_of_schedules(
@@ -149,6 +187,7 @@ class ScheduleAudit:
         drafters: Sequence[str] | None = None,
         mixes: Sequence[str] = MIXES,
         couplings: Sequence[Coupling] = COUPLINGS,
+        adjusted: bool = False,
     ):
         """Makes models, requests and their plain outputs.
 
@@ -160,8 +199,10 @@ class ScheduleAudit:
           drafters: those of the cells; None makes all.
           mixes: those of the cells.
           couplings: those of the cells.
+          adjusted: whether requests adjust their logits, and want to know what is
+            likely.
         """
-        self.slots = slots
+        self.slots, self.adjusted = slots, adjusted
         # Compiling takes most of the time, and depth adds nothing here.
         self.target, made = tiny_models(
             family,
@@ -174,11 +215,13 @@ class ScheduleAudit:
         )
         self.drafters = {name: spread_confidences(each) for name, each in made.items()}
         random = np.random.default_rng(seed)
-        self.mixes = {mix: list(_requests(mix, random, slots)) for mix in MIXES}
+        self.mixes = {
+            mix: list(_requests(mix, random, slots, adjusted)) for mix in MIXES
+        }
         self.plain = {
-            (mix, coupling): plain_outputs(
-                self.target, self.mixes[mix], coupling=coupling, capacity=CAPACITY
-            )
+            (mix, coupling): [
+                self._plain(request, coupling) for request in self.mixes[mix]
+            ]
             for mix in mixes
             for coupling in couplings
         }
@@ -199,18 +242,32 @@ class ScheduleAudit:
                 if cell.coupling == "gumbel" or request.params.temperature == 0
             ]
             plain = self.plain[mix, cell.coupling]
+            if self.adjusted:
+                errors = [told_error(plain[i], seen[i]) for i in range(len(seen))]
+                result.told_error = max(result.told_error, *errors)
             # Where outputs part, one device says why.
             with jax.set_mesh(None):
                 result.audit += audit(
                     self.target,
                     [requests[i] for i in exact],
-                    [plain[i] for i in exact],
+                    [plain[i].tokens for i in exact],
                     [seen[i] for i in exact],
                 )
             result.rounds += sum(each.rounds for each in seen)
             result.drafted += sum(each.drafted for each in seen)
             result.verified += sum(each.verified for each in seen)
         return result
+
+    def _plain(self, request: Request, coupling: Coupling) -> Completion:
+        """What plain decoding makes of a request by itself."""
+        [completion] = decode_requests(
+            self.target,
+            [request],
+            coupling=coupling,
+            capacity=CAPACITY,
+            adjustments=ROOM if self.adjusted else None,
+        )
+        return completion
 
     def _decode(self, cell: ScheduleCell, requests) -> list[Completion]:
         per_shard = slots_per_shard(self.slots)
@@ -219,6 +276,10 @@ class ScheduleAudit:
         lengths = (1, BLOCK_LENGTH) if cell.buckets == "two" else (BLOCK_LENGTH,)
         costs = synthetic_costs(sizes, per_shard, draft_lengths=lengths)
         schedule = scheduler(cell.schedule, costs)
+        told: dict[str, Any] = {}
+        if self.adjusted:
+            told = {"log_probs": True, "top_log_probs": 3, "prompt_log_probs": True}
+            told["adjustments"] = ROOM
         done = dict(
             generate_stream(
                 self.target,
@@ -234,12 +295,15 @@ class ScheduleAudit:
                 ),
                 together=2,
                 rounds_per_step=2,
+                **told,
             )
         )
         return [done[index] for index in range(len(requests))]
 
 
-def _requests(mix: str, random: np.random.Generator, slots: int) -> Iterator[Request]:
+def _requests(
+    mix: str, random: np.random.Generator, slots: int, adjusted: bool
+) -> Iterator[Request]:
     """The requests of a mix; half of them greedy."""
     for i in range({"alone": 2, "batch": slots, "stream": 2 * slots + 2}[mix]):
         settings: dict[str, Any] = {}
@@ -252,6 +316,9 @@ def _requests(mix: str, random: np.random.Generator, slots: int) -> Iterator[Req
                 {"temperature": 1.0, "min_drafts": 1},
                 {"temperature": 1.0, "max_drafts": 2, "min_p": 0.1},
             ][i // 2 % 5]
+        if adjusted:
+            settings |= {"log_probs": True, "top_log_probs": 3, "prompt_log_probs": 2}
+            settings |= WISHES[i % len(WISHES)]
         prompt = random.integers(VOCAB, size=random.integers(1, 20)).tolist()
         params = SamplingParams(
             max_new_tokens=int(random.integers(5, 25)) if mix == "stream" else 16,

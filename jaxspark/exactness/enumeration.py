@@ -3,10 +3,11 @@
 Every random event of a round under `coupling="rejection"` is replaced by its
 probabilities: each possible draft block, each acceptance pattern, each correction. The
 same functions that decode real models supply them (`Drafter.propose`, `schedule_round`,
-the target's forward pass, `acceptance_probability`, `correction_weights`), so what is
-summed up is the decoder's own arithmetic. A round that emits fewer than G+1 tokens is
-completed with plain sampling. The result must be the target's distribution of the next
-G+1 tokens.
+the target's pass over anchor and drafts, `Adjuster`, `acceptance_probability`,
+`correction_weights`), so what is summed up is the decoder's own arithmetic. A round
+that emits fewer than G+1 tokens is completed with plain sampling. The result must be
+the target's distribution of the next G+1 tokens, which is worked out one prefix at a
+time, with logits adjusted `by_definition`.
 """
 
 import itertools
@@ -20,29 +21,74 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxspark.decoding import DecodeOptions, init_state
+from jaxspark.decoding import (
+    Adjustment,
+    AdjustmentLimits,
+    DecodeOptions,
+    init_state,
+)
+from jaxspark.decoding.adjustment_arrays import Adjustments
 from jaxspark.decoding.confidence import Calibration
 from jaxspark.decoding.couplings import (
     CoupledSampler,
     acceptance_probability,
     correction_weights,
 )
-from jaxspark.decoding.round import lagged_forecast, schedule_round
+from jaxspark.decoding.round import adjuster_for, lagged_forecast, schedule_round
 from jaxspark.decoding.sampling import Sampling, warp
 from jaxspark.decoding.schedule import Fixed, Scheduler
 from jaxspark.decoding.state import DecodeState
 from jaxspark.drafters import DraftContext, DraftDistribution, Drawn, Proposal
+from jaxspark.exactness.by_definition import adjusted_by_definition
 from jaxspark.models import FlatTokens
 from jaxspark.settings import standard_settings
 
 LogProbs = dict[tuple[int, ...], np.ndarray]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What enumerated requests do to their logits; by default nothing.
+
+    Attributes:
+      adjustment: of all slots.
+      output: committed tokens that are output, the newest; the prompt is before them.
+      stop_ids: of the requests, for least lengths; nothing ends there.
+      limits: what is compiled; one value for many lets them share programs.
+    """
+
+    adjustment: Adjustment = Adjustment()
+    output: int = 0
+    stop_ids: tuple[int, ...] = ()
+    limits: AdjustmentLimits = AdjustmentLimits()
+
+    def adjusted(self, logits_V: np.ndarray, tokens: Sequence[int], prompt: int):
+        """Logits after `tokens`, the first `prompt` of which are no output."""
+        return adjusted_by_definition(
+            logits_V, tokens[:prompt], tokens[prompt:], self.adjustment, self.stop_ids
+        )
+
+    def of(self, tokens: Sequence[int], vocab: int) -> Adjustments | None:
+        """For one slot with these committed tokens."""
+        if not self.limits.anything:
+            return None
+        return Adjustments.of(
+            [self.adjustment],
+            self.limits,
+            vocab=vocab,
+            prompt_lengths=[len(tokens) - self.output],
+        )
+
+
 @standard_settings()
 def sequence_log_probs(
-    target, prompt: Sequence[int], length: int, sampling: Sampling
+    target,
+    prompt: Sequence[int],
+    length: int,
+    sampling: Sampling,
+    wanted: Wanted = Wanted(),
 ) -> LogProbs:
-    """Warped log p of the next token after every continuation, plainly.
+    """Adjusted and warped log p of the next token after every continuation, plainly.
 
     Returns a table {continuation of `prompt`, shorter than `length`: log p [V]}.
     """
@@ -51,19 +97,24 @@ def sequence_log_probs(
     for n in range(length):
         prefixes = list(itertools.product(range(vocab), repeat=n))
         rows = jnp.array([[*prompt, *prefix] for prefix in prefixes], jnp.int32)
-        log_p_BV = _next_log_probs(target, rows, sampling)
+        logits_BV = np.asarray(_next_logits(target, rows))
+        adjusted_BV = [
+            wanted.adjusted(logits_V, row, len(prompt) - wanted.output)
+            for logits_V, row in zip(logits_BV, rows.tolist())
+        ]
+        own = sampling.at(jnp.zeros((len(rows),), jnp.int32))
+        log_p_BV = warp(jnp.array(adjusted_BV, jnp.float32), own)
         table |= dict(zip(prefixes, np.asarray(log_p_BV, np.float64)))
     return table
 
 
 @jax.jit
-def _next_log_probs(target, rows_BQ, sampling: Sampling) -> Float[Array, "B V"]:
+def _next_logits(target, rows_BQ) -> Float[Array, "B V"]:
     slots, width = rows_BQ.shape
     begin_B = jnp.zeros((slots,), jnp.int32)
     tokens = FlatTokens.from_rows(rows_BQ, begin_B, jnp.full_like(begin_B, width))
     x_TD, _, _ = target(tokens, target.init_cache(slots, width))
-    logits_BV = target.logits(x_TD).reshape(slots, width, -1)[:, -1]
-    return warp(logits_BV, sampling.at(begin_B))
+    return target.logits(x_TD).reshape(slots, width, -1)[:, -1]
 
 
 def target_distribution(table: LogProbs) -> np.ndarray:
@@ -101,6 +152,7 @@ class EnumeratedRound:
         sampling: Sampling,
         *,
         accept: Callable = acceptance_probability,
+        wanted: Wanted = Wanted(),
     ):
         """Enumerates the drafts of every slot and what may come of the first's.
 
@@ -113,6 +165,7 @@ class EnumeratedRound:
           sampling: parameters of one slot, for all.
           accept: the acceptance rule; another one than the decoder's shows that the
             comparison can fail.
+          wanted: what all slots do to their logits.
         """
         self.block_length = max(map(len, table))
         state = init_state(
@@ -126,20 +179,22 @@ class EnumeratedRound:
         state = state.rewind(state.lengths_B)
         self.state = replace(state, target_cache=(), draft_cache=())
         slots = [
-            list(draft_blocks(target, drafter, each, self.block_length, sampling))
+            list(
+                draft_blocks(target, drafter, each, self.block_length, sampling, wanted)
+            )
             for each in prompts
         ]
         chosen_BN = np.array(list(np.ndindex(*map(len, slots)))).T
         self.chance_N = np.ones(chosen_BN.shape[1])
         picked = []
         for blocks, chosen_N in zip(slots, chosen_BN):
-            proposals = [_seen(proposal) for _, proposal in blocks]
+            proposals = [_seen(block.proposal) for block in blocks]
             stacked = jax.tree.map(lambda *x: jnp.stack(x), *proposals)
             picked.append(jax.tree.map(itemgetter(chosen_N), stacked))
-            chances = [_draft_probability(proposal) for _, proposal in blocks]
+            chances = [_draft_probability(block.proposal) for block in blocks]
             self.chance_N *= np.array(chances)[chosen_N]
         self.proposals = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *picked)
-        outcomes = np.stack([_outcomes(table, *each, accept) for each in slots[0]])
+        outcomes = np.stack([_outcomes(table, each, accept) for each in slots[0]])
         self.outcomes_NK = outcomes[chosen_BN[0]]
 
     @standard_settings()
@@ -189,53 +244,106 @@ class ForcedSampler:
         """The j-th of them."""
         return Drawn(
             tokens_B=self.forced_G[j][None],
-            log_q_BW=warp(logits_BW, self.decoder.sampling),
+            log_q_BW=warp(
+                self.decoder.adjusted(logits_BW, j, ids_W), self.decoder.sampling
+            ),
             certainty_B=self.decoder(logits_BW, j, ids_W).certainty_B,
         )
 
 
+@dataclass(frozen=True)
+class Block:
+    """A draft block that can be drawn.
+
+    Attributes:
+      drafts: its tokens.
+      proposal: the drafts with what they were drawn from.
+      log_p_QV: the decoder's log p behind the anchor and each draft.
+    """
+
+    drafts: tuple[int, ...]
+    proposal: Proposal
+    log_p_QV: np.ndarray
+
+
 def draft_blocks(
-    target, drafter, prompt: Sequence[int], block_length: int, sampling: Sampling
-) -> Iterator[tuple[tuple[int, ...], Proposal]]:
-    """Each draft block that can be drawn, with the proposal that carries its q."""
+    target,
+    drafter,
+    prompt: Sequence[int],
+    block_length: int,
+    sampling: Sampling,
+    wanted: Wanted = Wanted(),
+) -> Iterator[Block]:
+    """Each draft block that can be drawn after a prompt."""
     vocab = target.config.vocab_size
-    limit = len(prompt) + block_length + 1
     state = init_state(
-        target, drafter, [prompt], [limit], sampling, block_length=block_length
+        target,
+        drafter,
+        [prompt],
+        [len(prompt) + block_length + 1],
+        sampling,
+        block_length=block_length,
+        stop_ids=[wanted.stop_ids],
     )
-    draft_cache = state.draft_cache
+    state = replace(state.rewind(state.lengths_B), adjustments=wanted.of(prompt, vocab))
     if len(prompt) > 1:
         tokens = FlatTokens.from_rows(
             jnp.array([prompt[:-1]], jnp.int32),
             jnp.zeros((1,), jnp.int32),
             jnp.array([len(prompt) - 1]),
         )
-        draft_cache = _observed(
-            target, drafter, tokens, state.target_cache, draft_cache
-        )
-
-    @jax.jit
-    def propose(forced_G):
-        context = DraftContext.of(state.tokens_BS, state.lengths_B)
-        decoder = CoupledSampler("rejection", sampling, context.positions_B, vocab)
-        sampler = ForcedSampler(decoder, forced_G)
-        return drafter.propose(target, draft_cache, context, sampler, block_length)[0]
-
+        state = _observed(target, drafter, tokens, state)
     seen = set()
     for drafts in itertools.product(range(vocab), repeat=block_length):
-        proposal = propose(jnp.array(drafts, jnp.int32))
+        proposal = _proposed(target, drafter, state, jnp.array(drafts, jnp.int32))
         drafts = tuple(np.asarray(proposal.tokens_BG)[0].tolist())
         # A drafter that does not sample proposes the same block whatever is forced.
         if drafts not in seen and _draft_probability(proposal) > 0:
             seen.add(drafts)
-            yield drafts, proposal
+            log_p_QV = _verified_rows(
+                target, replace(state, draft_cache=()), proposal.tokens_BG
+            )
+            yield Block(drafts, proposal, np.asarray(log_p_QV, np.float64))
 
 
 @jax.jit
-def _observed(target, drafter, tokens: FlatTokens, target_cache, draft_cache):
-    """The drafter's cache once it has seen tokens of a prompt."""
-    _, taps_TmD, _ = target(tokens, target_cache, taps=drafter.taps)
-    return drafter.observe(draft_cache, taps_TmD, tokens)
+def _observed(target, drafter, tokens: FlatTokens, state: DecodeState) -> DecodeState:
+    """The state with the caches of tokens of a prompt."""
+    _, taps_TmD, target_cache = target(tokens, state.target_cache, taps=drafter.taps)
+    draft_cache = drafter.observe(state.draft_cache, taps_TmD, tokens)
+    return replace(state, target_cache=target_cache, draft_cache=draft_cache)
+
+
+@jax.jit
+def _proposed(target, drafter, state: DecodeState, forced_G) -> Proposal:
+    """The proposal if these drafts are drawn."""
+    context = DraftContext.of(state.tokens_BS, state.lengths_B)
+    decoder = CoupledSampler(
+        "rejection",
+        state.sampling,
+        context.positions_B,
+        target.config.vocab_size,
+        adjuster_for(state),
+    )
+    sampler = ForcedSampler(decoder, forced_G)
+    return drafter.propose(target, state.draft_cache, context, sampler, len(forced_G))[
+        0
+    ]
+
+
+@jax.jit
+def _verified_rows(target, state: DecodeState, drafts_BG) -> Float[Array, "Q V"]:
+    """log p behind the anchor and each draft, as a round verifies them."""
+    anchors_B = state.processed_B
+    anchor_B1 = jnp.take_along_axis(state.tokens_BS, anchors_B[:, None], axis=1)
+    rows_BQ = jnp.concatenate([anchor_B1, drafts_BG], axis=1)
+    counts_B = jnp.full_like(anchors_B, rows_BQ.shape[1])
+    tokens = FlatTokens.from_rows(rows_BQ, anchors_B, counts_B)
+    x_TD, _, _ = target(tokens, state.target_cache)
+    logits_TV, adjuster = target.logits(x_TD), adjuster_for(state)
+    if adjuster is not None:
+        logits_TV = adjuster.rows(logits_TV, tokens, drafts_BG)
+    return warp(logits_TV, state.sampling.at(tokens.slots_T))
 
 
 def _seen(proposal: Proposal) -> Proposal:
@@ -263,9 +371,10 @@ def _log_q(proposal) -> np.ndarray:
     return np.asarray(proposal.q.log_prob(proposal.tokens_BG), np.float64)
 
 
-def _outcomes(table, drafts, proposal, accept) -> np.ndarray:
+def _outcomes(table, block: Block, accept) -> np.ndarray:
     """Next tokens if the first 0..G of these drafts are verified, [G+1, V, ..., V]."""
-    log_p_1G = jnp.array([[table[drafts[:j]][x] for j, x in enumerate(drafts)]])
+    drafts, proposal = block.drafts, block.proposal
+    log_p_1G = jnp.array([[block.log_p_QV[j, x] for j, x in enumerate(drafts)]])
     accept_1G = np.asarray(
         accept(log_p_1G, proposal.q.log_prob(proposal.tokens_BG)), np.float64
     )
@@ -274,7 +383,7 @@ def _outcomes(table, drafts, proposal, accept) -> np.ndarray:
 
     def add(joint, prefix, chance, rejected):
         if chance:
-            next_V = _correction(table, proposal, prefix, rejected, vocab)
+            next_V = _correction(block, len(prefix), rejected, vocab)
             _complete(joint, table, prefix, chance * next_V)
 
     reached = 1.0
@@ -287,13 +396,13 @@ def _outcomes(table, drafts, proposal, accept) -> np.ndarray:
     return outcomes
 
 
-def _correction(table, proposal, prefix, rejected, vocab):
-    """Distribution of the token after the accepted prefix."""
-    p_1V = jnp.exp(jnp.asarray(table[prefix])[None])
-    row_1 = jnp.array([len(prefix)])
+def _correction(block: Block, accepted: int, rejected: bool, vocab: int):
+    """Distribution of the token after the accepted drafts."""
+    p_1V = jnp.exp(jnp.asarray(block.log_p_QV[accepted], jnp.float32)[None])
+    proposal, row_1 = block.proposal, jnp.array([accepted])
     q_1V = proposal.q.row(proposal.tokens_BG, row_1, vocab)
-    weights_V = correction_weights(p_1V, q_1V, jnp.array([rejected]))[0]
-    weights_V = np.asarray(weights_V, np.float64)
+    weights_1V = correction_weights(p_1V, q_1V, jnp.array([rejected]))
+    weights_V = np.asarray(weights_1V[0], np.float64)
     return weights_V / weights_V.sum()
 
 

@@ -17,7 +17,7 @@ from jaxspark.decoding import DecodeOptions, init_state, prefill
 from jaxspark.decoding.couplings import Coupling
 from jaxspark.decoding.round import decode
 from jaxspark.decoding.sampling import Sampling
-from jaxspark.exactness.enumeration import draft_blocks
+from jaxspark.exactness.enumeration import Wanted, draft_blocks
 from jaxspark.settings import standard_settings
 
 
@@ -48,6 +48,7 @@ def sample_first_tokens(
     block_length: int = 2,
     slots: int = 500,
     seed: int = 0,
+    wanted: Wanted = Wanted(),
 ) -> FirstTokens:
     """Decodes two tokens of `samples` requests with seeds of their own."""
     vocab = target.config.vocab_size
@@ -64,6 +65,8 @@ def sample_first_tokens(
             [limit] * slots,
             Sampling.of(slots, temperature=temperature, seed=seeds),
             block_length=block_length,
+            adjustments=[wanted.adjustment] * slots,
+            prompt_lengths=[len(prompt) - wanted.output] * slots,
         )
         state = prefill(target, drafter, state, chunk=16)
         state = decode(target, drafter, state, jnp.int32(2), options=options)
@@ -82,7 +85,7 @@ def first_draft_distribution(
 ) -> np.ndarray:
     """q of a block's first draft after a prompt, over the target's vocabulary, [V]."""
     blocks = draft_blocks(target, drafter, prompt, block_length, sampling)
-    _, proposal = next(blocks)
+    proposal = next(blocks).proposal
     row_1, vocab = jnp.array([0]), target.config.vocab_size
     q_1V = proposal.q.row(proposal.tokens_BG, row_1, vocab)
     return np.asarray(q_1V[0], np.float64)

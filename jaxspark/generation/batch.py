@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspark.decoding import (
+    AdjustmentLimits,
     DecodeOptions,
     DecodeState,
+    LikeliestLimits,
     Phase,
     admit,
     decode,
@@ -24,13 +26,20 @@ from jaxspark.decoding import (
 )
 from jaxspark.decoding.compiling import compiled
 from jaxspark.drafters import Drafter, PlainDrafter
-from jaxspark.generation.completion import Completion, FinishReason
+from jaxspark.generation.completion import (
+    Completion,
+    FinishReason,
+    Likely,
+    PromptLogProb,
+)
 from jaxspark.generation.request import CheckedRequest, Limits, Request, check
 from jaxspark.generation.slots import (
     Counts,
+    Ring,
     Running,
     admission_of,
     newest,
+    newest_likeliest,
     prefill_chunk,
 )
 from jaxspark.models import TargetModel
@@ -52,6 +61,8 @@ class Update:
       completion: all of it, once it has ended.
       log_probs: of the new tokens, where the batch keeps them.
       accepted: which of them are accepted drafts, where the batch keeps that.
+      top_log_probs: likely tokens beside each, if asked for.
+      prompt_log_probs: of the prompt, if asked for, in the first update with tokens.
       counts: what the step's rounds did.
     """
 
@@ -60,6 +71,8 @@ class Update:
     completion: Completion | None = None
     log_probs: list[float] = field(default_factory=list)
     accepted: list[bool] = field(default_factory=list)
+    top_log_probs: list[Likely] = field(default_factory=list)
+    prompt_log_probs: list[PromptLogProb | None] | None = None
     counts: Counts = Counts()
 
 
@@ -84,6 +97,9 @@ class ContinuousBatch:
         max_stop_ids: int = MAX_STOP_IDS,
         log_probs: bool = False,
         accepted: bool = False,
+        adjustments: AdjustmentLimits = AdjustmentLimits(),
+        top_log_probs: int = 0,
+        prompt_log_probs: bool = False,
         together: int | None = None,
         chunk: int | None = None,
         rounds_per_step: int = 8,
@@ -100,6 +116,9 @@ class ContinuousBatch:
           max_stop_ids: most tokens that may end a request.
           log_probs: whether requests may ask for log-probabilities.
           accepted: whether updates say which tokens are accepted drafts.
+          adjustments: what requests may do to logits.
+          top_log_probs: most likely tokens that they may ask for beside each.
+          prompt_log_probs: whether they may ask for those of prompts.
           together: requests prefilled together; None takes a quarter of the slots.
           chunk: most tokens of each prompt that a step reads, so that prompts delay no
             step for longer; None reads them whole.
@@ -129,7 +148,13 @@ class ContinuousBatch:
             min_drafts=self.options.max_min_drafts(self._per_shard),
             stop_ids=max_stop_ids,
             log_probs=log_probs,
+            top_log_probs=top_log_probs,
+            prompt_log_probs=prompt_log_probs,
+            adjustments=adjustments,
         )
+        # The most that a slot can gain in one step.
+        self._window = min(rounds_per_step * (self.options.block + 1), capacity)
+        read = capacity if chunk is None else chunk
         self.target = replace(self.target, model=shard(self.target.model))
         self.drafter = shard(self.drafter)
         self._state = DecodeState.empty(
@@ -141,9 +166,14 @@ class ContinuousBatch:
             stop_ids=max(1, max_stop_ids),
             log_probs=log_probs,
             accepted=accepted,
+            adjustments=adjustments,
+            likeliest=LikeliestLimits(
+                tokens=top_log_probs,
+                prompts=prompt_log_probs,
+                # A step may end a prompt and go on with its output.
+                positions=self._window + (read if prompt_log_probs else 0),
+            ),
         )
-        # The most that a slot can gain in one step.
-        self._window = min(rounds_per_step * (self.options.block + 1), capacity)
         self._submitted = 0
         self._waiting: deque[CheckedRequest] = deque()
         self._running: dict[int, Running] = {}
@@ -285,8 +315,13 @@ class ContinuousBatch:
         phase_B, lengths_B, counters, tokens_BW, log_probs_BW, accepted_BW = (
             jax.device_get(newest(self._state, jnp.asarray(since_B), self._window))
         )
+        likeliest = None
+        if any(each.asks_likeliest for each in self._running.values()):
+            likeliest = jax.device_get(newest_likeliest(self._state))
+        vocab = self.target.model.config.vocab_size
         updates: dict[int, Update] = {}
         for slot, each in self._running.items():
+            first = not each.tokens
             gained = slice(int(lengths_B[slot] - since_B[slot]))
             counts, before = Counts.of(counters, slot), each.counts
             each.counts = counts
@@ -299,6 +334,13 @@ class ContinuousBatch:
             )
             each.tokens += update.tokens
             each.log_probs += update.log_probs
+            if likeliest is not None:
+                ring = Ring(likeliest, slot, vocab)
+                top = each.take_likeliest(ring, len(update.tokens))
+                updates[slot] = update = replace(update, top_log_probs=top)
+            if each.request.params.prompt_log_probs is not None and first:
+                told = each.prompt_log_probs
+                updates[slot] = replace(update, prompt_log_probs=told)
         ended = [slot for slot in updates if phase_B[slot] == Phase.FINISHED]
         completions = self._release(ended)
         return [
@@ -343,14 +385,18 @@ class ContinuousBatch:
     def _completion(self, slot: int, reason: FinishReason | None) -> Completion:
         """What a slot's request became; it no longer runs."""
         each, tokenizer = self._running.pop(slot), self.target.tokenizer
-        tokens, counts = each.tokens, each.counts
+        tokens, counts, params = each.tokens, each.counts, each.request.params
         stopped = bool(tokens) and tokens[-1] in each.request.stop_ids
         shown = tokens[:-1] if stopped else tokens
         return Completion(
             tokens=tokens,
             text=tokenizer.decode(shown) if tokenizer else None,
             finish_reason=reason or ("stop" if stopped else "length"),
-            log_probs=each.log_probs if each.request.params.log_probs else None,
+            log_probs=each.log_probs if params.log_probs else None,
+            top_log_probs=each.top_log_probs if params.top_log_probs else None,
+            prompt_log_probs=None
+            if params.prompt_log_probs is None
+            else each.prompt_log_probs,
             rounds=counts.rounds,
             drafted=counts.drafted,
             verified=counts.verified,

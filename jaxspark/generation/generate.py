@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxspark.decoding import DecodeOptions
+from jaxspark.decoding import AdjustmentLimits, DecodeOptions
 from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.generation.batch import MAX_STOP_IDS, ContinuousBatch
 from jaxspark.generation.completion import Completion
@@ -43,6 +43,7 @@ def generate(
     *,
     options: DecodeOptions = DecodeOptions(),
     capacity: int | None = None,
+    adjustments: AdjustmentLimits | None = None,
     on_tokens: OnTokens | None = None,
     errors: Literal["raise", "return"] = "raise",
     **named: Any,
@@ -59,6 +60,8 @@ def generate(
       options: how rounds draft, schedule and verify.
       capacity: cache positions per slot; None takes what the requests need. One value
         for many calls lets them share compiled programs.
+      adjustments: what is compiled for changes of logits; None takes what the requests
+        need. One value for many calls likewise.
       on_tokens: called with (prompt index, new tokens) as output grows; where it
         returns False, that request is cancelled.
       **named: fields of `SamplingParams` and of `DecodeOptions` that differ from
@@ -84,6 +87,7 @@ def generate(
         capacity=UNLIMITED if capacity is None else capacity,
         block_length=block,
         min_drafts=resolved.max_min_drafts(per_shard),
+        adjustments=adjustments,
     )
     checked: list[CheckedRequest] = []
     completions: dict[int, Completion] = {}
@@ -104,6 +108,9 @@ def generate(
             # In steps, so that similar requests share a program.
             max_stop_ids=_multiple(max(len(r.stop_ids) for r in checked), MAX_STOP_IDS),
             log_probs=any(request.params.log_probs for request in checked),
+            **_told(checked),
+            adjustments=adjustments
+            or AdjustmentLimits.of([each.adjustment for each in checked]),
             together=len(checked),
             rounds_per_step=UNLIMITED if on_tokens is None else ROUNDS_PER_CALLBACK,
         )
@@ -124,6 +131,9 @@ def generate_stream(
     options: DecodeOptions = DecodeOptions(),
     max_stop_ids: int = MAX_STOP_IDS,
     log_probs: bool = False,
+    adjustments: AdjustmentLimits = AdjustmentLimits(),
+    top_log_probs: int = 0,
+    prompt_log_probs: bool = False,
     on_tokens: OnTokens | None = None,
     together: int | None = None,
     rounds_per_step: int = 8,
@@ -142,6 +152,9 @@ def generate_stream(
       options: how rounds draft, schedule and verify.
       max_stop_ids: most tokens that may end a request.
       log_probs: whether requests may ask for log-probabilities.
+      adjustments: what they may do to logits, such as `AdjustmentLimits.serving()`.
+      top_log_probs: most likely tokens that they may ask for beside each.
+      prompt_log_probs: whether they may ask for those of prompts.
       on_tokens: called with (request index, new tokens) as output grows; where it
         returns False, that request is cancelled.
       together: requests prefilled together; None takes a quarter of the slots.
@@ -158,6 +171,9 @@ def generate_stream(
         options=options,
         max_stop_ids=max_stop_ids,
         log_probs=log_probs,
+        adjustments=adjustments,
+        top_log_probs=top_log_probs,
+        prompt_log_probs=prompt_log_probs,
         together=together,
         rounds_per_step=rounds_per_step,
     )
@@ -175,6 +191,17 @@ def generate_stream(
         if batch.idle:
             return
         yield from _step(batch, on_tokens).items()
+
+
+def _told(checked: Sequence[CheckedRequest]) -> dict[str, Any]:
+    """What a batch must keep beside log-probabilities; the rest is not compiled."""
+    params = [request.params for request in checked]
+    of_prompts = [each.prompt_log_probs for each in params]
+    top = [each.top_log_probs for each in params] + [each or 0 for each in of_prompts]
+    return {
+        "top_log_probs": max(top),
+        "prompt_log_probs": any(each is not None for each in of_prompts),
+    }
 
 
 def _step(batch: ContinuousBatch, on_tokens: OnTokens | None) -> dict[int, Completion]:
@@ -236,8 +263,10 @@ def as_requests(
 
 def _is_listed(name: str, value: Any) -> bool:
     """Whether a named parameter has one value per prompt."""
-    if name == "stop_ids":  # A list of ids is for all.
+    if name in ("stop_ids", "allowed_ids"):  # A list of ids is for all.
         return value is not None and any(np.ndim(each) for each in value)
+    if name == "bad_words":  # Whatever they are, for all.
+        return False
     return isinstance(value, list)
 
 

@@ -1,50 +1,24 @@
 """What a user asks for: a prompt and how it is continued."""
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from jaxspark.decoding import Adjustment, AdjustmentLimits
+from jaxspark.generation.adjusting import adjustment_of
+from jaxspark.generation.params import SamplingParams
+from jaxspark.generation.values import number, whole
 from jaxspark.target import Target
 
+# Likely tokens told at a place, as OpenAI has them.
+MAX_TOP_LOG_PROBS = 20
 UNLIMITED = 2**30
 
 
 class RequestError(ValueError):
     """A request that cannot be served; names it, the value and what is expected."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How one request is continued.
-
-    Attributes:
-      max_new_tokens: output budget.
-      temperature: 0 is greedy.
-      top_k: keeps the k most likely tokens; 0 keeps all.
-      top_p: keeps the smallest most likely set of this mass; 1 keeps all.
-      min_p: keeps tokens at least this likely relative to the best; 0 keeps all.
-      seed: of the request's randomness, in [0, 2**32). Under rejection sampling with a
-        schedule, requests decoded together need seeds that differ. None takes one that
-        follows from the request's index.
-      stop_ids: tokens that end the output; None takes the target's.
-      min_drafts: drafts verified in every round that drafts.
-      max_drafts: most drafts verified in a round; None, or more than a block: all.
-      log_probs: whether the completion has the model's log-probabilities.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-    stop_ids: Sequence[int] | None = None
-    min_drafts: int = 0
-    max_drafts: int | None = None
-    log_probs: bool = False
 
 
 @dataclass(frozen=True, init=False)
@@ -88,6 +62,9 @@ class Limits:
       min_drafts: most drafts that a round can verify of every slot.
       stop_ids: most tokens that may end a request.
       log_probs: whether they are kept.
+      top_log_probs: most likely tokens kept beside each.
+      prompt_log_probs: whether those of prompts are kept.
+      adjustments: what may be done to logits; None for anything.
     """
 
     capacity: int = UNLIMITED
@@ -95,6 +72,9 @@ class Limits:
     min_drafts: int = 0
     stop_ids: int = UNLIMITED
     log_probs: bool = True
+    top_log_probs: int = MAX_TOP_LOG_PROBS
+    prompt_log_probs: bool = True
+    adjustments: AdjustmentLimits | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +88,7 @@ class CheckedRequest:
       seed: of its randomness.
       min_drafts: drafts verified in every round that drafts.
       max_drafts: most drafts that are.
+      adjustment: what is done to its logits.
       params: everything else.
     """
 
@@ -117,6 +98,7 @@ class CheckedRequest:
     seed: int
     min_drafts: int
     max_drafts: int
+    adjustment: Adjustment = Adjustment()
     params: SamplingParams
 
     @property
@@ -143,7 +125,7 @@ def check(
 def _checked(request: Request, index: int, target: Target, limits: Limits):
     params, config = request.params, target.model.config
     ids = token_ids(target, request.prompt)
-    budget = _whole("max_new_tokens", params.max_new_tokens, 1, None)
+    budget = whole("max_new_tokens", params.max_new_tokens, 1, None)
     needed = len(ids) + budget
     if needed > config.max_position_embeddings:
         raise ValueError(
@@ -156,10 +138,10 @@ def _checked(request: Request, index: int, target: Target, limits: Limits):
             f"prompt, {budget} new, a block of {limits.block_length}), each slot has "
             f"{limits.capacity}"
         )
-    _number("temperature", params.temperature, 0, float(np.finfo(np.float32).max))
-    _whole("top_k", params.top_k, 0, 2**31 - 1)
-    _number("min_p", params.min_p, 0, 1)
-    if _number("top_p", params.top_p, 0, 1) == 0:
+    number("temperature", params.temperature, 0, float(np.finfo(np.float32).max))
+    whole("top_k", params.top_k, 0, 2**31 - 1)
+    number("min_p", params.min_p, 0, 1)
+    if number("top_p", params.top_p, 0, 1) == 0:
         raise ValueError("top_p must be positive, got 0")
     seed = spread_seed(0, index) if params.seed is None else params.seed
     stop_ids = target.stop_ids if params.stop_ids is None else params.stop_ids
@@ -170,21 +152,44 @@ def _checked(request: Request, index: int, target: Target, limits: Limits):
         )
     most = limits.block_length
     if params.max_drafts is not None:
-        most = min(_whole("max_drafts", params.max_drafts, 0, None), most)
+        most = min(whole("max_drafts", params.max_drafts, 0, None), most)
     # They bound rounds that draft; plain decoding has none.
     room = min(most, limits.min_drafts) if limits.block_length else None
-    least = _whole("min_drafts", params.min_drafts, 0, room)
-    if params.log_probs and not limits.log_probs:
-        raise ValueError("log_probs are asked for, this batch keeps none")
+    least = whole("min_drafts", params.min_drafts, 0, room)
+    adjustment = adjustment_of(params, target, stop_ids)
+    if limits.adjustments is not None:
+        limits.adjustments.check(adjustment)
+    _check_told(params, limits)
     return CheckedRequest(
         index=index,
         ids=ids,
         stop_ids=stop_ids,
-        seed=_whole("seed", seed, 0, 2**32 - 1),
+        seed=whole("seed", seed, 0, 2**32 - 1),
         min_drafts=min(least, most),
         max_drafts=most,
+        adjustment=adjustment,
         params=params,
     )
+
+
+def _check_told(params: SamplingParams, limits: Limits) -> None:
+    """Raises `ValueError` if the log-probabilities asked for are not kept."""
+    if params.log_probs and not limits.log_probs:
+        raise ValueError("log_probs are asked for, this batch keeps none")
+    top = whole("top_log_probs", params.top_log_probs, 0, MAX_TOP_LOG_PROBS)
+    if top and not params.log_probs:
+        raise ValueError(f"top_log_probs is {top}, and log_probs is not set; set it")
+    of_prompt = params.prompt_log_probs
+    if of_prompt is not None:
+        whole("prompt_log_probs", of_prompt, 0, MAX_TOP_LOG_PROBS)
+        if not limits.prompt_log_probs:
+            raise ValueError("prompt_log_probs are asked for, this batch keeps none")
+    for name, asked in (("top_log_probs", top), ("prompt_log_probs", of_prompt or 0)):
+        if asked > limits.top_log_probs:
+            raise ValueError(
+                f"{name} is {asked}, this batch keeps {limits.top_log_probs} likely "
+                "tokens"
+            )
 
 
 def token_ids(target: Target, prompt: Sequence[int] | str) -> list[int]:
@@ -212,29 +217,7 @@ def check_ids(target: Target, name: str, ids: Sequence[int]) -> list[int]:
       ValueError: one that is no whole number, or outside the vocabulary.
     """
     vocab = target.model.config.vocab_size
-    return [_whole(f"{name}: a token id", token, 0, vocab - 1) for token in ids]
-
-
-def _whole(name: str, value, least: int, most: int | None) -> int:
-    """The value as Python's integer; truth values and 65.0 are none."""
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or number < least or (most is not None and number > most):
-        bounds = f"{least} or more" if most is None else f"in {least}..{most}"
-        raise ValueError(f"{name} must be a whole number, {bounds}; got {value!r}")
-    return number
-
-
-def _number(name: str, value, least: float, most: float) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if not least <= number <= most:
-        raise ValueError(f"{name} must lie in [{least:g}, {most:g}], got {value!r}")
-    return number
+    return [whole(f"{name}: a token id", token, 0, vocab - 1) for token in ids]
 
 
 def spread_seed(seed: int, index: int) -> int:

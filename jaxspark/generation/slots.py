@@ -10,7 +10,9 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxspark.decoding import Admission, DecodeState, Sampling
+from jaxspark.decoding.likeliest import Likeliest
 from jaxspark.decoding.state import Counters
+from jaxspark.generation.completion import Likely, PromptLogProb
 from jaxspark.generation.request import CheckedRequest
 from jaxspark.parallel.mesh import replicated
 
@@ -59,6 +61,37 @@ class Counts:
         )
 
 
+@dataclass(frozen=True)
+class Ring:
+    """What a state keeps of likely tokens for one slot, on the host.
+
+    Attributes:
+      kept: of all slots.
+      slot: which of them.
+      vocab: tokens that there are.
+    """
+
+    kept: Likeliest
+    slot: int
+    vocab: int
+
+    def likely(self, position: int, count: int) -> Likely:
+        """The most likely tokens at a position and their log-probabilities."""
+        place, count = position % self.kept.ids_BRX.shape[1], min(count, self.vocab)
+        ids = self.kept.ids_BRX[self.slot, place, :count]
+        log_probs = self.kept.log_probs_BRX[self.slot, place, :count]
+        return list(zip(ids.tolist(), log_probs.tolist()))
+
+    def of_prompt(self, position: int, count: int) -> PromptLogProb:
+        """What is told of a prompt's token."""
+        place = position % self.kept.prompt_BR.shape[1]
+        return PromptLogProb(
+            log_prob=float(self.kept.prompt_BR[self.slot, place]),
+            rank=int(self.kept.ranks_BR[self.slot, place]),
+            top=self.likely(position, count),
+        )
+
+
 @dataclass
 class Running:
     """A request in a slot, and its output so far.
@@ -68,6 +101,8 @@ class Running:
       processed: tokens of its prompt that were read.
       tokens: its output.
       log_probs: of the output, where they are kept.
+      top_log_probs: likely tokens beside the output's, where they are asked for.
+      prompt_log_probs: of the prompt's tokens that were read, likewise.
       counts: what its rounds did.
     """
 
@@ -75,12 +110,49 @@ class Running:
     processed: int = 0
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    top_log_probs: list[Likely] = field(default_factory=list)
+    prompt_log_probs: list[PromptLogProb | None] = field(default_factory=list)
     counts: Counts = Counts()
 
     @property
     def unread(self) -> int:
         """Tokens of the prompt that remain to be read; the anchor is a round's."""
         return len(self.request.ids) - 1 - self.processed
+
+    @property
+    def asks_likeliest(self) -> bool:
+        """Whether there is something for it in a state's `likeliest`."""
+        params = self.request.params
+        unread = len(self.prompt_log_probs) < len(self.request.ids)
+        return params.top_log_probs > 0 or (
+            params.prompt_log_probs is not None and unread
+        )
+
+    def take_likeliest(self, ring: Ring, new_tokens: int) -> list[Likely]:
+        """Notes what the ring has of the prompt that was read, and of new tokens.
+
+        Args:
+          ring: the slot's.
+          new_tokens: that came, the last of `tokens`.
+
+        Returns:
+          likely tokens beside each of the new ones; none if not asked for.
+        """
+        params, ids = self.request.params, self.request.ids
+        if params.prompt_log_probs is not None:
+            told = self.prompt_log_probs
+            told += [None] if not told else []
+            told += [
+                ring.of_prompt(place, params.prompt_log_probs)
+                for place in range(len(told), self.processed + 1)
+            ]
+        if not params.top_log_probs:
+            return []
+        end = len(ids) + len(self.tokens)
+        places = range(end - new_tokens, end)
+        new = [ring.likely(place, params.top_log_probs) for place in places]
+        self.top_log_probs += new
+        return new
 
 
 def admission_of(requests: Sequence[CheckedRequest], state: DecodeState) -> Admission:
@@ -99,6 +171,9 @@ def admission_of(requests: Sequence[CheckedRequest], state: DecodeState) -> Admi
             seed=[request.seed for request in requests],
         ),
         stop_ids=[request.stop_ids for request in requests],
+        adjustments=[request.adjustment for request in requests],
+        top_log_probs=[each.top_log_probs for each in params],
+        prompt_log_probs=[each.prompt_log_probs is not None for each in params],
         min_drafts=[request.min_drafts for request in requests],
         max_drafts=[request.max_drafts for request in requests],
     )
@@ -128,6 +203,12 @@ def newest(
     )
     slots = state.phase_B, state.lengths_B, state.counters
     return replicated((*slots, tokens_BW, log_probs_BW, accepted_BW))
+
+
+@jax.jit
+def newest_likeliest(state: DecodeState) -> Likeliest | None:
+    """All that is kept of likely tokens, as every process can read it."""
+    return replicated(state.likeliest)
 
 
 def prefill_chunk(lengths: Iterable[int], most: int = 128) -> int:

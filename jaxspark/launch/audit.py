@@ -5,8 +5,12 @@
   jaxspark audit --suite=gumbel         guarantee 3, on real prompts
   jaxspark audit --suite=schedules      all three, tiny models: every drafter, schedule,
                                         coupling, bucket set and batch
-  jaxspark audit --suite=all            half of schedules, sampling, and a part of
-                                        greedy and gumbel with schedules
+  jaxspark audit --suite=parameters     the same for requests with penalties, biases,
+                                        bans and least lengths, and their
+                                        log-probabilities; plain decoding by definition
+  jaxspark audit --suite=all            half of schedules, sampling, and parts of
+                                        parameters, and of greedy and gumbel with
+                                        schedules
   jaxspark audit --suite=quick          a share of schedules, two minutes
   jaxspark audit --suite=settings       that share under every global JAX setting a
                                         program may have chosen

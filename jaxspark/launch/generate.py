@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 import jax
 
-from jaxspark import SamplingParams, generate, load_drafter
+from jaxspark import Completion, generate, load_drafter
 from jaxspark.calibration.schedules import chosen_options
 from jaxspark.configuration import option
+from jaxspark.generation.completion import Likely
 from jaxspark.launch import common, program
+from jaxspark.launch.sampling import SamplingOptions
 from jaxspark.parallel.mesh import slot_shards
 from jaxspark.text import Tokenizer
 from jaxspark.text.printing import Printer
@@ -28,6 +30,7 @@ class Config(
     common.DraftOptions,
     common.CouplingOptions,
     common.ScheduleOptions,
+    SamplingOptions,
 ):
     """What to continue, and how."""
 
@@ -38,19 +41,6 @@ class Config(
     system: str | None = option(
         "A system message before --chat.", None, may_be_empty=True
     )
-    max_new_tokens: int = option("Output budget.", 256, at_least=1)
-    temperature: float = option(
-        "Sampling temperature; 0 decodes greedily.", 0.0, at_least=0
-    )
-    top_k: int = option("Keep the k most likely tokens; 0 keeps all.", 0, at_least=0)
-    top_p: float = option(
-        "Keep the most likely tokens of this mass.", 1.0, at_least=0, at_most=1
-    )
-    min_p: float = option(
-        "Keep tokens this likely relative to the best.", 0.0, at_least=0, at_most=1
-    )
-    seed: int = option("Seed of the request's randomness.", 0)
-    log_probs: bool = option("Print each token's log-probability afterwards.", False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -88,28 +78,17 @@ def main(config: Config) -> None:
         # One request, and as many idle slots as a mesh wants.
         slots=slot_shards(),
     )
-    params = SamplingParams(
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
-        seed=config.seed,
-        log_probs=config.log_probs,
-    )
     [completion] = generate(
         target,
         [ids],
         drafter,
-        params,
+        config.params(),
         options=options,
         capacity=capacity,
         on_tokens=printer,
     )
     print(printer.stream.flush())
-    if completion.log_probs is not None:
-        for token, log_prob in zip(completion.tokens, completion.log_probs):
-            print(f"{log_prob:8.3f}  {tokenizer.decode([token])!r}")
+    tell(completion, ids, tokenizer)
     speed = printer.tokens_per_second()
     print(
         f"[{len(completion.tokens)} tokens"
@@ -118,6 +97,32 @@ def main(config: Config) -> None:
         f" · {completion.rounds} rounds · {completion.finish_reason}"
         f" · draft {config.draft} · {config.dtype} · {jax.default_backend()}]"
     )
+
+
+def tell(completion: Completion, ids: list[int], tokenizer: Tokenizer) -> None:
+    """Prints the log-probabilities that were asked for, a token per line."""
+
+    def line(token: int, log_prob: float | None, top: Likely, note: str = "") -> str:
+        shown = f"{'' if log_prob is None else f'{log_prob:8.3f}':8}  "
+        shown += f"{tokenizer.decode([token], skip_special=False)!r}{note}"
+        likely = (
+            f"{tokenizer.decode([each], skip_special=False)!r} {value:.3f}"
+            for each, value in top
+        )
+        return f"{shown:32}  {'  '.join(likely)}".rstrip()
+
+    if completion.prompt_log_probs is not None:
+        for token, told in zip(ids, completion.prompt_log_probs):
+            if told is None:
+                print(line(token, None, []))
+            else:
+                print(line(token, told.log_prob, told.top, f" #{told.rank}"))
+        print()
+    tops = completion.top_log_probs or [[] for _ in completion.tokens]
+    for token, log_prob, top in zip(
+        completion.tokens, completion.log_probs or (), tops
+    ):
+        print(line(token, log_prob, top))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,15 @@ def places(width: int) -> Int[Array, " W"]:
     return first(width) + jnp.arange(width)
 
 
+def here(ids: Int[Array, "*N"], width: int) -> Int[Array, "*N"]:
+    """Where tokens are in this shard's part; `width` for those that are not in it.
+
+    For scatters that drop what is out of range; -1 is no token.
+    """
+    mine, inside = own(ids, width, MODEL)
+    return jnp.where(inside, mine, width)
+
+
 def part(x: Shaped[Array, "... V"]) -> Shaped[Array, "... W"]:
     """This shard's part of what is known of the whole vocabulary."""
     width = x.shape[-1] // size(MODEL)

@@ -148,7 +148,8 @@ class Assembler[A: Answer](ABC):
             if sampled.log_prob is None:
                 found.append(None)
                 continue
-            ranked = {token: i + 1 for i, (token, _) in enumerate(sampled.top)}
+            ranked = {sampled.token: sampled.rank}
+            ranked |= {token: i + 1 for i, (token, _) in enumerate(sampled.top)}
             entries = dict([*sampled.top, (sampled.token, sampled.log_prob)])
             found.append(
                 {

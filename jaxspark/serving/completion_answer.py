@@ -128,13 +128,16 @@ class CompletionAssembler(Assembler[CompletionAnswer]):
                 for each in tokens
             ],
             top_logprobs=[
-                None
-                if each.log_prob is None
-                else {self.token_text(t): bounded(value) for t, value in each.top}
+                None if each.log_prob is None else self._likely_by_text(each)
                 for each in tokens
             ],
             text_offset=list(offsets),
         )
+
+    def _likely_by_text(self, sampled: Sampled) -> dict[str, float]:
+        """Likely tokens, and the token itself if it is none of them."""
+        likely = (*sampled.top, (sampled.token, sampled.log_prob))
+        return {self.token_text(t): bounded(log_prob) for t, log_prob in likely}
 
 
 def _text(parts: Sequence[Part]) -> str:

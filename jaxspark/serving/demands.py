@@ -1,12 +1,12 @@
 """What the engine is asked for: requests with everything a client can want.
 
-`SamplingParams` has what the compiled loop takes today. What it does not take yet is
-carried beside it in `Extras`, so that an engine either obeys all of it or refuses it by
-name (`Extras.asked_for`); nothing is dropped in silence.
+`SamplingParams` has what the compiled loop takes. What it does not take yet is carried
+beside it in `Extras`, so that an engine either obeys all of it or refuses it by name
+(`Extras.asked_for`); nothing is dropped in silence.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from jaxspark.generation import Request
@@ -53,29 +53,10 @@ class Extras:
     """What `SamplingParams` does not have yet; by default nothing.
 
     Attributes:
-      presence_penalty: subtracted once from log-odds of tokens in the output.
-      frequency_penalty: subtracted for each time they are there.
-      repetition_penalty: divides positive, multiplies negative logits of tokens in
-        prompt and output.
-      logit_bias: added to logits, by token.
-      allowed_ids: the only tokens that may be sampled; None allows all.
-      bad_words: texts that may not be written.
-      min_tokens: tokens before which no stop token may be sampled.
-      top_log_probs: most likely tokens whose log-probabilities come beside each.
-      prompt_log_probs: the same for the prompt's tokens; None wants none of them.
       grammar: what the answer must obey.
       tool_use: which tools it may or must call; None where there are none.
     """
 
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    allowed_ids: tuple[int, ...] | None = None
-    bad_words: tuple[str, ...] = ()
-    min_tokens: int = 0
-    top_log_probs: int = 0
-    prompt_log_probs: int | None = None
     grammar: Grammar | None = None
     tool_use: ToolUse | None = None
 

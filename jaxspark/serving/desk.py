@@ -159,7 +159,7 @@ class Desk:
                 self.line.charge(job, count)
                 if job.began is None:
                     job.began = now
-                    events.append(Prefilled(choice=choice))
+                    events.append(Prefilled(choice=choice, prompt=_told(job, update)))
                 job.latest = now
                 job.tokens += count
                 events.append(Tokens(choice=choice, tokens=sampled(job, update)))
@@ -199,12 +199,26 @@ class Desk:
 
 def sampled(job: Job, update: Update) -> list[Sampled]:
     """New tokens in the form in which they are told."""
+    count = len(update.tokens)
     log_probs: Sequence[float | None] = update.log_probs
     if not job.request.params.log_probs:
-        log_probs = [None] * len(update.tokens)
+        log_probs = [None] * count
+    top = update.top_log_probs or [[]] * count
     return [
-        Sampled(token=token, log_prob=log_prob, accepted=accepted)
-        for token, log_prob, accepted in zip(
-            update.tokens, log_probs, update.accepted, strict=True
+        Sampled(token=token, log_prob=log_prob, top=likely, accepted=accepted)
+        for token, log_prob, likely, accepted in zip(
+            update.tokens, log_probs, top, update.accepted, strict=True
         )
+    ]
+
+
+def _told(job: Job, update: Update) -> list[Sampled] | None:
+    """The prompt in the form in which it is told, if it was asked for."""
+    if update.prompt_log_probs is None:
+        return None
+    return [
+        Sampled(token=token)
+        if told is None
+        else Sampled(token=token, log_prob=told.log_prob, top=told.top, rank=told.rank)
+        for token, told in zip(job.request.ids, update.prompt_log_probs, strict=True)
     ]

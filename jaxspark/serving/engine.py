@@ -21,12 +21,16 @@ from typing import Self
 
 import jax
 
-from jaxspark.decoding import DecodeOptions, Fixed
+from jaxspark.decoding import AdjustmentLimits, DecodeOptions, Fixed
 from jaxspark.decoding.options import check_block_length
 from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.generation import ContinuousBatch, Update
 from jaxspark.generation.generate import round_capacity
-from jaxspark.generation.request import RequestError, check
+from jaxspark.generation.request import (
+    MAX_TOP_LOG_PROBS,
+    RequestError,
+    check,
+)
 from jaxspark.parallel.mesh import mesh_in_use, slots_per_shard
 from jaxspark.serving.buckets import with_buckets
 from jaxspark.serving.compilations import Compilations
@@ -43,6 +47,8 @@ from jaxspark.serving.warmup import warm_up
 from jaxspark.target import Target
 
 log = logging.getLogger(__name__)
+# All that requests may do to logits is compiled; nobody pays for what no one asks for.
+SERVING = AdjustmentLimits.serving()
 
 
 class Engine:
@@ -63,6 +69,9 @@ class Engine:
         chunk: int | None = None,
         together: int | None = None,
         max_stop_ids: int = 16,
+        adjustments: AdjustmentLimits = SERVING,
+        top_log_probs: int = MAX_TOP_LOG_PROBS,
+        prompt_log_probs: bool = True,
         queue: QueueLimits = QueueLimits(),
         pace: Pace = Pace(),
         observers: Sequence[Observer] = (),
@@ -80,6 +89,9 @@ class Engine:
             32 on CPUs, where they cost as much as some rounds, and 256 elsewhere.
           together: prompts that are read at once; None takes a quarter of the slots.
           max_stop_ids: most tokens that may end an output.
+          adjustments: what requests may do to logits.
+          top_log_probs: most likely tokens that they may ask for beside each.
+          prompt_log_probs: whether they may ask for those of prompts.
           queue: what may wait.
           pace: rounds per call.
           observers: are told of what happens.
@@ -106,6 +118,9 @@ class Engine:
             max_stop_ids=max_stop_ids,
             log_probs=True,
             accepted=True,
+            adjustments=adjustments,
+            top_log_probs=top_log_probs,
+            prompt_log_probs=prompt_log_probs,
             together=together,
             chunk=chunk,
             rounds_per_step=pace.most,

@@ -14,12 +14,14 @@ class Sampled:
       token: its id.
       log_prob: the model's log-probability of it, if asked for.
       top: the most likely tokens and theirs, best first, if asked for.
+      rank: of a prompt's token, its place in the order of likelihood, from 1.
       accepted: whether it is a draft that was accepted.
     """
 
     token: int
     log_prob: float | None = None
     top: Sequence[tuple[int, float]] = ()
+    rank: int | None = None
     accepted: bool = False
 
 

@@ -3,17 +3,8 @@
 from jaxspark.serving.demands import Demand
 from jaxspark.serving.errors import ApiError
 
-_FIELDS = {
-    "allowed_ids": "allowed_token_ids",
-    "top_log_probs": "top_logprobs",
-    "prompt_log_probs": "prompt_logprobs",
-    "grammar": "response_format",
-    "tool_use": "tool_choice",
-}
+_FIELDS = {"grammar": "response_format", "tool_use": "tool_choice"}
 _INSTEAD = {
-    "top_log_probs": "the log-probabilities of chosen tokens are there: logprobs true "
-    "in chats, 0 in completions",
-    "prompt_log_probs": "those of the output are there; echo needs no logprobs",
     "grammar": "describe the form in the prompt, and check the answer",
     "tool_use": "'auto' and 'none' are there; nothing can force a call",
 }
@@ -26,9 +17,9 @@ def check_supported(demand: Demand) -> None:
       ApiError: it cannot; names the first field.
     """
     for name in demand.extras.asked_for():
-        field, advice = _FIELDS.get(name, name), _INSTEAD.get(name, "leave it out")
+        field = _FIELDS[name]
         raise ApiError(
-            f"{field}: this server cannot do that yet; {advice}",
+            f"{field}: this server cannot do that yet; {_INSTEAD[name]}",
             param=field,
             code="unsupported_parameter",
         )

@@ -52,17 +52,18 @@ def demands(
     Raises:
       ApiError: what does not fit the model, or each other.
     """
-    extras = _extras(fields, served, log_probs, prompt_log_probs, tool_use)
+    extras = _extras(fields, tool_use)
+    allowed, bias = fields.allowed_token_ids, _bias(fields.logit_bias or {}, served)
+    served.check_tokens("allowed_token_ids", allowed or [])
+    min_tokens = _or(fields.min_tokens, 0)
     count = fields.n or 1
     if count * len(prompts) > MOST_CHOICES:
         raise wrong("n", count, f"at most {MOST_CHOICES} outputs of all prompts")
     found = []
     for place, ids in enumerate(prompts):
         budget = _budget(len(ids), served, param, max_tokens)
-        if extras.min_tokens > budget:
-            raise wrong(
-                "min_tokens", extras.min_tokens, f"at most max_tokens, {budget}"
-            )
+        if min_tokens > budget:
+            raise wrong("min_tokens", min_tokens, f"at most max_tokens, {budget}")
         for number in range(place * count, (place + 1) * count):
             params = SamplingParams(
                 max_new_tokens=budget,
@@ -73,6 +74,15 @@ def demands(
                 seed=None if fields.seed is None else seed_of(fields.seed, number),
                 stop_ids=stop_ids(fields, served),
                 log_probs=log_probs is not None,
+                top_log_probs=log_probs or 0,
+                prompt_log_probs=prompt_log_probs,
+                presence_penalty=_or(fields.presence_penalty, 0.0),
+                frequency_penalty=_or(fields.frequency_penalty, 0.0),
+                repetition_penalty=_or(fields.repetition_penalty, 1.0),
+                logit_bias=bias,
+                allowed_ids=allowed,
+                bad_words=tuple(fields.bad_words or ()),
+                min_tokens=min_tokens,
             )
             found.append(
                 Demand(
@@ -152,15 +162,7 @@ def _budget(prompt: int, served: Served, param: str, max_tokens: int | None) -> 
     return room if max_tokens is None else max_tokens
 
 
-def _extras(
-    fields: SamplingFields,
-    served: Served,
-    log_probs: int | None,
-    prompt_log_probs: int | None,
-    tool_use: ToolUse | None,
-) -> Extras:
-    allowed = fields.allowed_token_ids
-    served.check_tokens("allowed_token_ids", allowed or [])
+def _extras(fields: SamplingFields, tool_use: ToolUse | None) -> Extras:
     grammar = grammar_of(fields)
     if grammar and tool_use and tool_use.mode != "auto":
         raise ApiError(
@@ -168,19 +170,7 @@ def _extras(
             "call, are both given; an answer obeys one of them",
             param="tool_choice",
         )
-    return Extras(
-        presence_penalty=_or(fields.presence_penalty, 0.0),
-        frequency_penalty=_or(fields.frequency_penalty, 0.0),
-        repetition_penalty=_or(fields.repetition_penalty, 1.0),
-        logit_bias=_bias(fields.logit_bias or {}, served),
-        allowed_ids=None if allowed is None else tuple(allowed),
-        bad_words=tuple(fields.bad_words or ()),
-        min_tokens=_or(fields.min_tokens, 0),
-        top_log_probs=log_probs or 0,
-        prompt_log_probs=prompt_log_probs,
-        grammar=grammar,
-        tool_use=tool_use,
-    )
+    return Extras(grammar=grammar, tool_use=tool_use)
 
 
 def _bias(bias: Mapping[str, float], served: Served) -> dict[int, float]:

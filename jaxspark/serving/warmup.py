@@ -14,7 +14,16 @@ def warm_up(batch: ContinuousBatch) -> None:
         length = min(size + 1, longest)
         if prefill_chunk([length], most) != size:
             continue  # No prompt is so long.
-        request = Request([0] * length, max_new_tokens=1, temperature=1.0, stop_ids=())
+        request = Request(
+            [0] * length,
+            max_new_tokens=1,
+            temperature=1.0,
+            stop_ids=(),
+            # What is told of likely tokens is read by a program of its own.
+            prompt_log_probs=0 if limits.prompt_log_probs else None,
+            log_probs=limits.log_probs,
+            top_log_probs=min(1, limits.top_log_probs) if limits.log_probs else 0,
+        )
         batch.enqueue(check(request, -1, batch.target, limits))
         while not batch.idle:
             batch.step()

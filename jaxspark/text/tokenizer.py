@@ -111,15 +111,16 @@ class Tokenizer:
         """One more than the largest id, those of added tokens among them."""
         return max(self.core.get_vocab(with_added_tokens=True).values()) + 1
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a plain text, after a beginning-of-text token if the model has one.
+
+        Args:
+          text: to encode.
+          add_special_tokens: False leaves that token out.
 
         Raises:
           ValueError: the text holds half of a surrogate pair, which JSON can.
         """
-        return self._encode(text, add_special_tokens=True)
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -197,7 +198,7 @@ class Tokenizer:
                 f"the chat template fails on these {len(messages)} messages: {error}"
             ) from error
         # The template writes its own beginning-of-text token.
-        return self._encode(text, add_special_tokens=False)
+        return self.encode(text, add_special_tokens=False)
 
     def _prompt(
         self,

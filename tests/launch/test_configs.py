@@ -43,11 +43,37 @@ def test_an_empty_text_is_a_text(given, prompt):
     assert generate.Config(**given).prompt_ids(Spelling()) == prompt
 
 
+def test_flags_of_sampling_reach_the_request():
+    config = generate.Config(
+        prompt="hi",
+        min_tokens=2,
+        repetition_penalty=1.2,
+        logit_bias=("5:-100", "7:2.5"),
+        bad_words=("no", "never"),
+        top_log_probs=3,
+    )
+    params = config.params()
+    assert params.logit_bias == {5: -100.0, 7: 2.5} and params.min_tokens == 2
+    assert params.repetition_penalty == 1.2 and params.bad_words == ("no", "never")
+    assert params.log_probs and params.top_log_probs == 3
+    assert params.max_new_tokens == 256 and params.prompt_log_probs is None
+
+
 @pytest.mark.parametrize(
     ("launcher", "given", "message"),
     [
         (generate, {}, "give either --prompt or --chat"),
         (generate, {"prompt": "hi", "system": "x"}, "--system goes before --chat"),
+        (
+            generate,
+            {"prompt": "hi", "logit_bias": ("5",)},
+            "logit_bias=5: expected token:number, such as 42:2.5",
+        ),
+        (
+            generate,
+            {"prompt": "hi", "presence_penalty": 3.0},
+            "presence_penalty=3.0: expected -2 to 2",
+        ),
         (
             generate,
             {"chat": "hi", "costs": "c.json", "schedule": "threshold:0.5"},

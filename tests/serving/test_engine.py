@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from jaxspark.decoding import DecodeOptions, Fixed, Lagged
+from jaxspark.decoding import AdjustmentLimits, DecodeOptions, Fixed, Lagged
 from jaxspark.generation import ContinuousBatch, Request, generate
 from jaxspark.serving import (
     ApiError,
@@ -14,6 +14,7 @@ from jaxspark.serving import (
     Ended,
     Engine,
     Extras,
+    Grammar,
     Overloaded,
     Pace,
     Prefilled,
@@ -31,6 +32,16 @@ SETTINGS = {
     "together": 2,
     "queue": QueueLimits(requests=40, tokens=2000),
     "pace": Pace(few=1, most=4),
+    # For most tests here there is nothing to compile of it.
+    "adjustments": AdjustmentLimits(),
+    "top_log_probs": 0,
+    "prompt_log_probs": False,
+}
+# What engines have by default.
+EVERYTHING = {
+    "adjustments": AdjustmentLimits.serving(),
+    "top_log_probs": 20,
+    "prompt_log_probs": True,
 }
 
 
@@ -45,7 +56,7 @@ def engine(drafter, **changes):
 @pytest.fixture(scope="module")
 def running():
     """One that runs; nothing is compiled late, and nothing is left in its slots."""
-    with engine("ngram") as made:
+    with engine("ngram", **EVERYTHING) as made:
         yield made
         assert made.wait_idle(10)
         assert made.stats().late_compilations == 0
@@ -65,10 +76,22 @@ def plain():
                 log_probs=True,
                 coupling="gumbel",
                 capacity=128,
+                adjustments=AdjustmentLimits.serving(),
             )
         return known[repr(request)]
 
     return plain
+
+
+WISHES = (
+    {"presence_penalty": 1.0, "frequency_penalty": -0.5},
+    {"repetition_penalty": 1.5, "logit_bias": {3: 5.0}},
+    {"min_tokens": 8, "stop_ids": tuple(range(0, 60, 5))},
+    {"allowed_ids": tuple(range(20, 60)), "bad_words": ((30,), (31, 32))},
+)
+
+
+SIXTY_FIVE = [[1 + i // 60, i % 60] for i in range(65)]
 
 
 def request(i, **changes):
@@ -82,6 +105,34 @@ def request(i, **changes):
         "log_probs": i % 4 == 0,
     }
     return Request(prompt, **(values | changes))
+
+
+# What is told beside tokens, at most.
+TOLD = {"log_probs": True, "top_log_probs": 20, "prompt_log_probs": 3}
+
+
+def assert_likely(seen, expected):
+    """The same tokens, equally likely."""
+    assert [token for token, _ in seen] == [token for token, _ in expected]
+    np.testing.assert_allclose(
+        [each for _, each in seen], [each for _, each in expected], atol=1e-4
+    )
+
+
+def stream_prompt(events):
+    """What was told of the prompt."""
+    [prefilled] = [each for each in events if isinstance(each, Prefilled)]
+    return prefilled.prompt
+
+
+def assert_prompt(told, asked, expected):
+    """What plain decoding tells of a prompt; the first token has nothing before it."""
+    assert [each.token for each in told] == list(asked.prompt)
+    assert told[0].log_prob is None and expected.prompt_log_probs[0] is None
+    for each, other in zip(told[1:], expected.prompt_log_probs[1:], strict=True):
+        np.testing.assert_allclose(each.log_prob, other.log_prob, atol=1e-4)
+        assert each.rank == other.rank
+        assert_likely(each.top, other.top)
 
 
 def demand(asked, choice=0, **values):
@@ -113,16 +164,18 @@ def slowed(engine, monkeypatch, seconds=0.03):
 
 @pytest.mark.parametrize("drafter", [None, "ngram", "dspark-gated"])
 def test_tokens_and_log_probs_are_those_of_plain_decoding(drafter, plain, running):
-    made = running if drafter == "ngram" else engine(drafter)
+    made = running if drafter == "ngram" else engine(drafter, **EVERYTHING)
     if made is not running:
         made.start()
         made.wait_ready()
     asked = [request(i) for i in range(20)]
+    asked += [request(i, max_new_tokens=16, **TOLD, **WISHES[i % 4]) for i in range(8)]
     streams = [
         made.submit(demand(each), client=str(len(each.prompt))) for each in asked
     ]
     for each, stream in zip(asked, streams):
-        told, end = tokens_of(list(stream))
+        events = list(stream)
+        told, end = tokens_of(events)
         expected = plain(each)
         assert [t.token for t in told] == expected.tokens
         assert end.reason == expected.finish_reason
@@ -132,6 +185,11 @@ def test_tokens_and_log_probs_are_those_of_plain_decoding(drafter, plain, runnin
             )
         else:
             assert all(t.log_prob is None for t in told)
+        assert [len(t.top) for t in told] == [each.params.top_log_probs] * len(told)
+        for t, top in zip(told, expected.top_log_probs or ()):
+            assert_likely(t.top, top)
+        if each.params.prompt_log_probs is not None:
+            assert_prompt(stream_prompt(events), each, expected)
     stats = made.stats()
     assert stats.late_compilations == 0 and stats.running == stats.waiting == 0
     if made is not running:
@@ -212,10 +270,15 @@ def test_a_request_that_waits_too_long_fails_and_one_that_runs_too_long_is_cut(
 def test_what_cannot_be_served_is_refused_by_name_and_harms_nobody(running, plain):
     good = request(0)
     for bad, match in (
-        (demand(good, extras=Extras(presence_penalty=1.0)), "presence_penalty"),
-        (demand(good, extras=Extras(logit_bias={1: 2.0})), "logit_bias"),
-        (demand(good, extras=Extras(top_log_probs=2)), "top_logprobs"),
-        (demand(good, extras=Extras(min_tokens=2)), "min_tokens"),
+        (
+            demand(good, extras=Extras(grammar=Grammar(kind="json_object"))),
+            "response_format",
+        ),
+        (demand(request(0, presence_penalty=2.1)), "presence_penalty"),
+        (demand(request(0, bad_words=SIXTY_FIVE)), "65 bad_words"),
+        (demand(request(0, bad_words=["a"])), "no tokenizer"),
+        (demand(request(0, allowed_ids=[3], bad_words=[[3]])), "leave no token"),
+        (demand(request(1, top_log_probs=2)), "log_probs is not set"),
         (demand(Request([0] * 90, max_new_tokens=20)), "positions|context"),
         (demand(Request([0] * 80, max_new_tokens=17)), "context"),
         (demand(Request([zoo.VOCAB], max_new_tokens=4)), "token id"),

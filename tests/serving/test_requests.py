@@ -60,7 +60,7 @@ def test_a_plain_chat_is_one_demand():
 
 
 def test_every_field_reaches_the_engine_or_the_reader():
-    [demand] = chat(
+    prepared = chat(
         max_completion_tokens=7,
         min_tokens=2,
         temperature=0,
@@ -84,27 +84,20 @@ def test_every_field_reaches_the_engine_or_the_reader():
         tools=[WEATHER],
         tool_choice="required",
         parallel_tool_calls=False,
-    ).demands
+    )
+    [demand] = prepared.demands
     params, extras = demand.request.params, demand.extras
     assert params.max_new_tokens == 7 and params.seed == 3 and params.log_probs
     assert (params.temperature, params.top_p, params.top_k) == (0, 0.5, 4)
     assert params.min_p == 0.1 and params.stop_ids == (END, 9)
-    assert extras.logit_bias == {5: -100} and extras.allowed_ids == (5, 6)
+    assert (params.top_log_probs, params.prompt_log_probs) == (2, 1)
+    assert params.presence_penalty == 1 and params.frequency_penalty == -1
+    assert params.repetition_penalty == 1.5 and params.bad_words == ("no",)
+    assert params.logit_bias == {5: -100} and params.allowed_ids == [5, 6]
+    assert params.min_tokens == prepared.reading.min_tokens == 2
     assert extras.tool_use.mode == "required" and not extras.tool_use.parallel
     assert extras.tool_use.tools == (WEATHER,)
-    wanted = [
-        "presence_penalty",
-        "frequency_penalty",
-        "repetition_penalty",
-        "logit_bias",
-        "allowed_ids",
-        "bad_words",
-        "min_tokens",
-        "top_log_probs",
-        "prompt_log_probs",
-        "tool_use",
-    ]
-    assert extras.asked_for() == wanted
+    assert extras.asked_for() == ["tool_use"]
     assert (demand.priority, demand.deadline_s, demand.cache_salt) == (-1, 2.5, "me")
     prepared = chat(
         stop="x",

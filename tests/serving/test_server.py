@@ -119,6 +119,108 @@ def test_completions_seeds_and_several_outputs(server, client):
     assert len(unseeded) > 1
 
 
+def test_what_changes_logits_is_what_generate_does(server, client):
+    wishes = {
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.4,
+        "logit_bias": {"98": 2.0},
+    }
+    extra = {
+        "repetition_penalty": 1.2,
+        "min_tokens": 12,
+        "stop_token_ids": list(range(97, 112)),
+        "bad_words": ["a", "bb"],
+        "allowed_token_ids": list(range(120)),
+    }
+    seen = client.completions.create(
+        model="tiny",
+        prompt="abcabc",
+        max_tokens=20,
+        temperature=0.8,
+        seed=5,
+        logprobs=0,
+        **wishes,
+        extra_body=extra | {"return_token_ids": True},
+    ).choices[0]
+    expected = plain(
+        *(server, "abcabc"),
+        max_new_tokens=20,
+        temperature=0.8,
+        seed=5,
+        stop_ids=(*server.target.stop_ids, *range(97, 112)),
+        **wishes | {"logit_bias": {98: 2.0}},
+        **{name: extra[name] for name in ("repetition_penalty", "min_tokens")},
+        bad_words=extra["bad_words"],
+        allowed_ids=extra["allowed_token_ids"],
+    )
+    assert seen.token_ids == expected.tokens and 12 <= len(expected.tokens)
+    np.testing.assert_allclose(
+        seen.logprobs.token_logprobs, expected.log_probs[: len(seen.token_ids)],
+        atol=1e-4,
+    )  # fmt: skip
+
+
+def test_likely_tokens_are_told_beside_the_output_and_the_prompt(server, client):
+    asked = {"model": "tiny", "messages": HI, "max_tokens": 12, "temperature": 0}
+    asked |= {"logprobs": True, "top_logprobs": 20}
+    asked["extra_body"] = {"prompt_logprobs": 2, "return_token_ids": True}
+    answer = client.chat.completions.create(**asked)
+    expected = plain(
+        *(server, HI), max_new_tokens=12, top_log_probs=20, prompt_log_probs=2
+    )
+    content = answer.choices[0].logprobs.content
+    for told, log_prob, top in zip(
+        content, expected.log_probs, expected.top_log_probs, strict=True
+    ):
+        np.testing.assert_allclose(told.logprob, log_prob, atol=1e-4)
+        assert [each.logprob for each in told.top_logprobs] == pytest.approx(
+            [each for _, each in top], abs=1e-4
+        )
+        # Greedy: the best is what was taken.
+        assert told.top_logprobs[0].token == told.token
+    prompt = answer.prompt_logprobs
+    ids = server.target.tokenizer.chat(HI)
+    assert len(prompt) == len(ids) and prompt[0] is None
+    for told, token, other in zip(prompt[1:], ids[1:], expected.prompt_log_probs[1:]):
+        own = told[str(token)]
+        assert own["logprob"] == pytest.approx(other.log_prob, abs=1e-4)
+        assert own["rank"] == other.rank
+        ranks = sorted(each["rank"] for each in told.values())
+        assert ranks == ([1, 2] if own["rank"] <= 2 else [1, 2, own["rank"]])
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    streamed = [
+        told
+        for chunk in chunks
+        for each in chunk.choices
+        for told in (each.logprobs.content if each.logprobs else ())
+    ]
+    assert [t.token for t in streamed] == [t.token for t in content]
+    assert [len(t.top_logprobs) for t in streamed] == [20] * len(content)
+    [first] = [c.prompt_logprobs for c in chunks if hasattr(c, "prompt_logprobs")]
+    assert first == prompt
+
+
+def test_a_completion_echoes_its_prompt_with_log_probs(server, client):
+    [choice] = client.completions.create(
+        model="tiny", prompt="abcabc", max_tokens=4, temperature=0, logprobs=2,
+        echo=True,
+    ).choices  # fmt: skip
+    expected = plain(
+        *(server, "abcabc"), max_new_tokens=4, top_log_probs=2, prompt_log_probs=2
+    )
+    told = choice.logprobs
+    assert told.tokens[:6] == list("abcabc") and told.token_logprobs[0] is None
+    of_prompt = [each.log_prob for each in expected.prompt_log_probs[1:]]
+    np.testing.assert_allclose(
+        told.token_logprobs[1:], of_prompt + expected.log_probs, atol=1e-4
+    )
+    # Tokens that are no characters by themselves share one text.
+    for token, log_prob, likely in list(
+        zip(told.tokens, told.token_logprobs, told.top_logprobs)
+    )[1:]:
+        assert 1 <= len(likely) <= 3 and likely[token] == log_prob
+
+
 def test_a_stop_string_cuts_everything_and_frees_the_slot(server, client, monkeypatch):
     server.slow(monkeypatch, 0.01)
     asked = {"model": "tiny", "prompt": "abcabc", "max_tokens": 60, "temperature": 0.8}
@@ -160,16 +262,16 @@ BAD = [
         "messages",
         "context_length_exceeded",
     ),
-    ({"presence_penalty": 1}, 400, "presence_penalty", "unsupported_parameter"),
-    ({"logit_bias": {"5": 1}}, 400, "logit_bias", "unsupported_parameter"),
+    ({"presence_penalty": 3}, 400, "presence_penalty", None),
+    ({"repetition_penalty": 0}, 400, "repetition_penalty", None),
+    ({"logit_bias": {"5": 101}}, 400, "logit_bias.5", None),
+    ({"logit_bias": {"512": 1}}, 400, "logit_bias", None),
+    ({"allowed_token_ids": []}, 400, "allowed_token_ids", None),
+    ({"allowed_token_ids": [5], "bad_words": [""]}, 400, "bad_words[0]", None),
     ({"response_format": SCHEMA}, 400, "response_format", "unsupported_parameter"),
-    (
-        {"logprobs": True, "top_logprobs": 2},
-        400,
-        "top_logprobs",
-        "unsupported_parameter",
-    ),
-    ({"min_tokens": 2}, 400, "min_tokens", "unsupported_parameter"),
+    ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", None),
+    ({"top_logprobs": 2}, 400, "logprobs", None),
+    ({"min_tokens": 5}, 400, "min_tokens", None),
 ]
 
 

@@ -85,7 +85,7 @@ def _name(family: Family, mesh: str, cell: ScheduleCell) -> str:
 
 @functools.cache
 def _audit(family: Family) -> ScheduleAudit:
-    return ScheduleAudit(family=family, slots=SLOTS, shards=DEVICES)
+    return ScheduleAudit(family=family, slots=SLOTS, shards=DEVICES, adjusted=True)
 
 
 def _run(family: Family, mesh: str, cell: ScheduleCell) -> dict:

@@ -7,7 +7,7 @@ from jaxspark.exactness.suites.tokens import TokenGrid
 from jaxspark.exactness.tiny_models import Family
 
 SUITES = (
-    *("greedy", "sampling", "gumbel", "schedules", "settings", "mesh"),
+    *("greedy", "sampling", "gumbel", "schedules", "parameters", "settings", "mesh"),
     *("all", "quick", "deepseek_v4"),
 )
 # What these run of the greedy and gumbel suites, unless options say else.
@@ -88,7 +88,7 @@ class AuditOptions(Configuration):
     @property
     def suites(self) -> tuple[str, ...]:
         """The suites that are run."""
-        several = ("schedules", "sampling", "greedy", "gumbel")
+        several = ("schedules", "parameters", "sampling", "greedy", "gumbel")
         return several if self.suite in GRIDS else (self.suite,)
 
     @property

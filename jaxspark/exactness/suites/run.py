@@ -9,7 +9,7 @@ from jaxspark.checkpoints import Target
 from jaxspark.exactness.suites.meshes import audit_meshes
 from jaxspark.exactness.suites.options import AuditOptions
 from jaxspark.exactness.suites.sampling import audit_sampling
-from jaxspark.exactness.suites.schedules import HALF, QUICK, audit_schedules
+from jaxspark.exactness.suites.schedules import FEW, HALF, QUICK, audit_schedules
 from jaxspark.exactness.suites.settings import audit_settings
 from jaxspark.exactness.suites.tokens import audit_tokens
 from jaxspark.generation import Request
@@ -42,10 +42,15 @@ def run_suites(
             found = audit_settings(console)
         elif suite == "mesh":
             found = audit_meshes(console, progress_file=options.progress)
-        elif suite in ("schedules", "quick"):
+        elif suite in ("schedules", "parameters", "quick"):
+            adjusted = suite == "parameters"
+            every = {"quick": QUICK, "all": HALF}.get(options.suite, 1)
+            if adjusted and options.suite != suite:
+                every = FEW
             found = audit_schedules(
                 console,
-                every={"quick": QUICK, "all": HALF}.get(options.suite, 1),
+                every=every,
+                adjusted=adjusted,
                 family=options.family,
                 samples=options.many_samples,
                 progress_file=options.progress,

@@ -1,4 +1,8 @@
-"""`jaxspark audit --suite=schedules`: all guarantees under every schedule."""
+"""`jaxspark audit --suite=schedules`: all guarantees under every schedule.
+
+And `--suite=parameters`: the same, for requests that do to their logits all that a
+request may do, and want to know what is likely.
+"""
 
 import contextlib
 import functools
@@ -12,7 +16,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from jaxspark.exactness import rejection_under_schedules
+from jaxspark.exactness import parameters, rejection_under_schedules
 from jaxspark.exactness.appendix import appendix_checks
 from jaxspark.exactness.audit_schedules import (
     ScheduleAudit,
@@ -23,11 +27,16 @@ from jaxspark.exactness.audit_schedules import (
 from jaxspark.exactness.rejection import Check
 from jaxspark.exactness.suites.report import checked, found, summary, total
 from jaxspark.exactness.tiny_models import DRAFTERS, Family
+from jaxspark.exactness.told import parted
 from jaxspark.exactness.workers import collect, compile_workers
 from jaxspark.progress import CellProgress, bars
 
 # One cell in so many: of --suite=quick, and of --suite=all, which ends in half an hour.
 QUICK, HALF = 14, 2
+# And of --suite=parameters where it is run beside others.
+FEW = 6
+# What log-probabilities may differ by, since products with more rows round otherwise.
+TOLD_ERROR = 1e-4
 # Compiled programs hold memory maps, of which a process may have but so many: cells
 # between two clearings, and those that this process has run.
 AT_ONCE: dict[Family, int] = {"dense": 40, "deepseek_v4": 15}
@@ -41,6 +50,7 @@ def audit_schedules(
     family: Family = "dense",
     samples: int = 200_000,
     progress_file: str | None = None,
+    adjusted: bool = False,
 ) -> dict:
     """All guarantees under every schedule, on tiny models.
 
@@ -53,16 +63,18 @@ def audit_schedules(
       family: of the tiny models.
       samples: of the chi-square tests; a quick audit has fewer.
       progress_file: JSON lines that a stopped audit goes on from; None keeps none.
+      adjusted: audits requests that adjust their logits.
 
     Returns:
       Its figures.
     """
+    suite = "parameters" if adjusted else "schedules"
     finished = CellProgress(
-        progress_file and f"{progress_file}.schedules",
-        {"suite": "schedules", "every": every, "family": family},
+        progress_file and f"{progress_file}.{suite}",
+        {"suite": suite, "every": every, "family": family},
     )
     with few_optimizations():
-        return _audit_schedules(console, every, family, samples, finished)
+        return _audit_schedules(console, every, family, samples, finished, adjusted)
 
 
 @contextlib.contextmanager
@@ -82,6 +94,7 @@ def _audit_schedules(
     family: Family,
     samples: int,
     finished: CellProgress,
+    adjusted: bool,
 ) -> dict:
     grid, quick = grid_of_schedules(every=every, family=family), every == QUICK
     todo = [cell for cell in grid if cell.name not in finished.cells]
@@ -94,12 +107,23 @@ def _audit_schedules(
     with bars(console) as progress, compile_workers() as workers:
         bar = progress.add_task("schedules", total=len(grid))
         progress.advance(bar, len(grid) - len(todo))
-        cells = {workers.submit(_run_cell, family, cell): cell for cell in todo}
-        checking = [workers.submit(_enumerate, family, name) for name in drafters]
-        checking += [
-            workers.submit(_sample, family, name, samples) for name in schedules
+        cells = {
+            workers.submit(_run_cell, family, adjusted, cell): cell for cell in todo
+        }
+        checking = [
+            workers.submit(_enumerate, family, adjusted, name) for name in drafters
         ]
-        checking.append(workers.submit(appendix_checks))
+        if adjusted:
+            checking.append(workers.submit(_by_definition, family))
+            checking += [
+                workers.submit(parameters.frequency_checks, samples, [name], family)
+                for name in DRAFTERS[family]
+            ]
+        else:
+            checking += [
+                workers.submit(_sample, family, name, samples) for name in schedules
+            ]
+            checking.append(workers.submit(appendix_checks))
         for future in as_completed(cells):
             cell, (result, seconds) = cells[future], future.result()
             counts = {
@@ -107,6 +131,7 @@ def _audit_schedules(
                 "drafted": result.drafted,
                 "verified": result.verified,
                 "seconds": round(seconds, 1),
+                "told_error": result.told_error,
             }
             entry = {"cell": cell.name, **asdict(cell), **counts}
             finished.add(entry | found(result.audit))
@@ -115,7 +140,8 @@ def _audit_schedules(
             progress.advance(bar)
         distributions = collect(progress, checking, "distributions")
     entries = [finished.cells[cell.name] for cell in grid]
-    table = Table(title=f"schedules · tiny models · {family}")
+    title = "parameters" if adjusted else "schedules"
+    table = Table(title=f"{title} · tiny models · {family}")
     for column in ("schedule", "coupling", "cells", "outputs", "tokens", "drafted",
                    "verified", "near-ties", "violations"):  # fmt: skip
         table.add_column(column, justify="right")
@@ -140,19 +166,23 @@ def _audit_schedules(
         f"{total(entries, 'violations')} violations"
     )
     checks = [_choice(names, group) for names, group in groups.items()]
+    if adjusted:
+        checks.append(_told(max(entry["told_error"] for entry in entries)))
     checks += [check for each in distributions for check in each]
-    enumerated = checked(console, "schedules with rejection sampling", checks)
+    enumerated = checked(console, f"{title} with rejection sampling", checks)
     return summary(entries, enumerated)
 
 
 @functools.cache
-def _audit(family: Family) -> ScheduleAudit:
+def _audit(family: Family, adjusted: bool) -> ScheduleAudit:
     """Models, requests and their plain outputs: of a worker, for all its cells."""
-    return ScheduleAudit(family=family)
+    return ScheduleAudit(family=family, adjusted=adjusted)
 
 
-def _run_cell(family: Family, cell: ScheduleCell) -> tuple[ScheduleResult, float]:
-    audit = _audit(family)
+def _run_cell(
+    family: Family, adjusted: bool, cell: ScheduleCell
+) -> tuple[ScheduleResult, float]:
+    audit = _audit(family, adjusted)
     begin = time.perf_counter()
     result = audit.run(cell)
     seconds = time.perf_counter() - begin
@@ -161,10 +191,41 @@ def _run_cell(family: Family, cell: ScheduleCell) -> tuple[ScheduleResult, float
     return result, seconds
 
 
-def _enumerate(family: Family, drafter: str) -> list[Check]:
-    checks = rejection_under_schedules.enumeration_checks([drafter], family=family)
+def _enumerate(family: Family, adjusted: bool, drafter: str) -> list[Check]:
+    module = parameters if adjusted else rejection_under_schedules
+    checks = module.enumeration_checks([drafter], family=family)
     jax.clear_caches()
     return checks
+
+
+def _by_definition(family: Family) -> list[Check]:
+    """Whether plain decoding itself does what the definition says."""
+    audit, checks = _audit(family, True), []
+    for (mix, coupling), plain in audit.plain.items():
+        asked = [
+            (request, each.tokens)
+            for request, each in zip(audit.mixes[mix], plain)
+            if coupling == "gumbel" or request.params.temperature == 0
+        ]
+        places = len(list(parted(audit.target, *zip(*asked))))
+        checks.append(
+            Check(
+                name=f"plain decoding by definition, {mix}, {coupling}: tokens",
+                figure=places,
+                bound="= 0",
+                holds=not places,
+            )
+        )
+    return checks
+
+
+def _told(error: float) -> Check:
+    return Check(
+        name="log-probabilities against plain decoding's",
+        figure=error,
+        bound=f"<= {TOLD_ERROR:g}",
+        holds=error <= TOLD_ERROR,
+    )
 
 
 def _sample(family: Family, name: str, samples: int) -> list[Check]:
