@@ -104,15 +104,14 @@ def _tile(x_AC, w_GOI, groups: int, over: int) -> int:
 
 def _width(w_GOI, over: int) -> int | None:
     """Outputs of a step: parts of some megabytes, evenly many if possible."""
-    size, summed = w_GOI.shape[3 - over], w_GOI.shape[over]
-    bits, widths = 8 * jnp.dtype(w_GOI.dtype).itemsize, _WIDTHS
+    size, summed, widths = w_GOI.shape[3 - over], w_GOI.shape[over], _WIDTHS
     if isinstance(w_GOI, Transposed):
         bits = 4 if w_GOI.packed else 8
         if over == 1:  # Scales come in parts of eight rows, or whole.
             widths = (*(w for w in widths if w % (SUBLANES * w_GOI.block) == 0), size)
-    fitting = [
-        w for w in widths if size % w == 0 and summed * w * bits <= 8 * _PIECE
-    ]
+    else:
+        bits = 8 * w_GOI.dtype.itemsize
+    fitting = [w for w in widths if size % w == 0 and summed * w * bits <= 8 * _PIECE]
     return next((w for w in fitting if size // w % 2 == 0), next(iter(fitting), None))
 
 
@@ -127,7 +126,10 @@ def _call(x_PC, w_GOI, groups_V, count, tile, over):
         leaves = [w_GOI.elements, w_GOI.scales]
         kernel = functools.partial(mosaic_tpu_kernel.multiply_blocks, axis=2 - over)
         cut = 2 if over == 2 else 1
-        scratch.append(pltpu.VMEM(_part(w_GOI.scales, cut, size, width), jnp.float32))
+        blocks, columns = _part(w_GOI.scales, cut, size, width)
+        at_once = _at_once(columns, blocks * w_GOI.block)
+        shape = (columns // at_once, blocks, at_once)
+        scratch.append(pltpu.VMEM(shape, jnp.float32))
         if over == 2 and tile == SUBLANES and x_PC.dtype == jnp.bfloat16:
             out_dtype = jnp.float32
             rows = tile * mosaic_tpu_kernel.CHUNK // w_GOI.block
@@ -164,6 +166,13 @@ def _call(x_PC, w_GOI, groups_V, count, tile, over):
         ),
         name="grouped_matmul",
     )(groups_V, x_PC, *leaves)
+
+
+def _at_once(columns: int, rows: int) -> int:
+    """Columns of which weights are made at once."""
+    most = max(LANES, mosaic_tpu_kernel.MOST_AT_ONCE // rows)
+    widths = mosaic_tpu_kernel.AT_ONCE
+    return next(w for w in widths if columns % w == 0 and w <= most)
 
 
 def _part(leaf, cut: int, size: int, width: int) -> tuple[int, int]:

@@ -23,8 +23,9 @@ from pallas_kernels.precision import precision
 from pallas_kernels.transposed import CHUNK, FP8, factors, halves
 
 LANES = 128
-# Columns of which weights are made in straight code: so the matrix units never drain.
-AT_ONCE = 512
+# Columns of which weights are made in straight code, where the matrix units never
+# drain, and how many weights at most.
+AT_ONCE, MOST_AT_ONCE = (1024, 512, 256, 128), 1 << 22
 SUBLANES = 8
 # JAX's simulator of TPU memory knows no strides of 0; tests there go without.
 BROADCAST_LOADS = True
@@ -40,22 +41,25 @@ def multiply_blocks(
 ):
     """A step with weights in blocks, [I, O] of which `axis` is summed over."""
     packed = w_ref.dtype == jnp.uint8
-    I, O = (2 if packed else 1) * w_ref.shape[1], w_ref.shape[2]
+    I = (2 if packed else 1) * w_ref.shape[1]
     block = I // s_ref.shape[1]
     per = CHUNK // block
     dtype = x_ref.dtype
-    factors_ref[...] = factors(s_ref[0], packed)
-    width = next(w for w in (AT_ONCE, 256, LANES) if O % w == 0)
+    parts, _, width = factors_ref.shape
+    for part in range(parts):
+        at = slice(part * width, (part + 1) * width)
+        factors_ref[part] = factors(s_ref[0, :, at], packed)
 
-    def row(index, at, rows):
+    def row(index, part, rows):
         """A row of factors, as many times as asked."""
         if not BROADCAST_LOADS:
-            return jnp.broadcast_to(factors_ref[pl.ds(index, 1), at], (rows, width))
-        eight = factors_ref[pl.ds(index, SUBLANES, stride=0), at]
+            return jnp.broadcast_to(factors_ref[part, pl.ds(index, 1)], (rows, width))
+        eight = factors_ref[part, pl.ds(index, SUBLANES, stride=0)]
         return jnp.concatenate([eight] * (rows // SUBLANES))
 
-    def elements(chunk, at):
+    def elements(chunk, part):
         """128 rows of weights, in float32, in pieces of a block each at most."""
+        at = columns(part)
         if not packed:
             w = w_ref[0, pl.ds(chunk * CHUNK, CHUNK), at]
             return [w.astype(jnp.float32)]
@@ -66,16 +70,16 @@ def multiply_blocks(
         widened = [pltpu.bitcast(x, FP8).astype(jnp.float32) for x in pair]
         return [x[i : i + block] for x in widened for i in range(0, half, block)]
 
-    def scaled(chunk, at):
+    def scaled(chunk, part):
         pieces = [
-            piece * row(chunk * per + n, at, block)
-            for n, piece in enumerate(elements(chunk, at))
+            piece * row(chunk * per + n, part, block)
+            for n, piece in enumerate(elements(chunk, part))
         ]
         w = jnp.concatenate(pieces).astype(jnp.bfloat16)
         return w.astype(dtype)
 
-    def columns(index):
-        return pl.ds(pl.multiple_of(index * width, width), width)
+    def columns(part):
+        return pl.ds(pl.multiple_of(part * width, width), width)
 
     def rows_of(chunk):
         return pl.ds(chunk * CHUNK, CHUNK)
@@ -83,13 +87,9 @@ def multiply_blocks(
     chunks, tile = I // CHUNK, x_ref.shape[0]
     if axis == 1:
         for chunk in range(chunks):
-
-            def add(index, y, chunk=chunk):
-                at = columns(index)
-                return y + product(x_ref[:, at], scaled(chunk, at), 1)
-
             y = jnp.zeros((tile, CHUNK), jnp.float32)
-            y = jax.lax.fori_loop(0, O // width, add, y)
+            for part in range(parts):
+                y += product(x_ref[:, columns(part)], scaled(chunk, part), 1)
             y_ref[:, rows_of(chunk)] = y.astype(y_ref.dtype)
         return
 
@@ -101,22 +101,21 @@ def multiply_blocks(
         copies = jnp.concatenate([jnp.where(each, x, 0) for each in mine])
         blocks_ref[...] = copies.astype(dtype)
 
-    def outputs(index, _):
-        at = columns(index)
+    def outputs(part, _):
         y = jnp.zeros((tile, width), jnp.float32)
         for chunk in range(chunks):
             if not blocks:
-                y += product(x_ref[:, rows_of(chunk)], scaled(chunk, at), 0)
+                y += product(x_ref[:, rows_of(chunk)], scaled(chunk, part), 0)
                 continue
-            w = jnp.concatenate(elements(chunk, at)).astype(dtype)
-            parts = product(blocks_ref[:, rows_of(chunk)], w, 0)
+            w = jnp.concatenate(elements(chunk, part)).astype(dtype)
+            sums = product(blocks_ref[:, rows_of(chunk)], w, 0)
             for n in range(per):
-                part = parts[n * tile : (n + 1) * tile]
-                y += part * row(chunk * per + n, at, tile)
-        y_ref[:, at] = y.astype(y_ref.dtype)
+                of_block = sums[n * tile : (n + 1) * tile]
+                y += of_block * row(chunk * per + n, part, tile)
+        y_ref[:, columns(part)] = y.astype(y_ref.dtype)
         return _
 
-    jax.lax.fori_loop(0, O // width, outputs, 0)
+    jax.lax.fori_loop(0, parts, outputs, 0)
 
 
 def product(x, w, axis):
