@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul import mosaic_tpu_kernel, ref
 from pallas_kernels.grouped_matmul.mosaic_tpu_kernel import LANES, SUBLANES
-from pallas_kernels.grouped_matmul.visits import Visits, most_tiles
+from pallas_kernels.grouped_matmul.visits import Visits
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.transposed import Transposed
 
@@ -89,7 +89,8 @@ def _product(x_AC, w_GOI, group_sizes_E, group_offset, over: int):
         tile = _tile(x_AC, w_GOI, len(sizes_E), over)
         visits = Visits.of(len(x_AC), sizes_E, tile)
         groups_V = visits.groups_V + offset
-        y_PB = _call(visits.tiled(x_AC), w_GOI, groups_V, visits.count, tile, over)
+        x_PC, most = visits.tiled(x_AC), (len(x_AC), len(sizes_E))
+        y_PB = _call(x_PC, w_GOI, groups_V, visits.count, tile, over, *most)
         return visits.flat(y_PB).astype(x_AC.dtype)
 
 
@@ -115,8 +116,13 @@ def _width(w_GOI, over: int) -> int | None:
     return next((w for w in fitting if size // w % 2 == 0), next(iter(fitting), None))
 
 
-def _call(x_PC, w_GOI, groups_V, count, tile, over):
-    """Tiles of rows times the matrices of their groups."""
+def _call(
+    x_PC, w_GOI, groups_V, count, tile: int, over: int, rows: int, groups: int
+):
+    """Tiles of rows times the matrices of their groups.
+
+    Costs are told for `rows` that hit as many of `groups` as they can.
+    """
     size, summed = w_GOI.shape[3 - over], w_GOI.shape[over]
     width = _width(w_GOI, over)
     assert width is not None
@@ -143,8 +149,7 @@ def _call(x_PC, w_GOI, groups_V, count, tile, over):
             return groups_V[v], *((n, 0) if cut == 1 else (0, n))
 
         in_specs.append(pl.BlockSpec((1, *_part(leaf, cut, size, width)), place))
-    groups = min(len(groups_V), len(w_GOI.elements) if leaves[1:] else len(w_GOI))
-    read = sum(leaf[0].size * leaf.dtype.itemsize for leaf in leaves)
+    read = min(rows, groups) * sum(leaf[0].size * leaf.dtype.itemsize for leaf in leaves)
     moved = x_PC.size * (size // width) * x_PC.dtype.itemsize
     return pl.pallas_call(
         kernel,
@@ -160,8 +165,8 @@ def _call(x_PC, w_GOI, groups_V, count, tile, over):
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * len(x_PC) * size * summed,
-            bytes_accessed=groups * read + moved + len(x_PC) * size * 4,
+            flops=2 * rows * size * summed,
+            bytes_accessed=read + moved + len(x_PC) * size * 4,
             transcendentals=0,
         ),
         name="grouped_matmul",

@@ -39,7 +39,8 @@ class Visits:
         tiles_E = jnp.cumsum(-(-group_sizes_E // tile))
         starts_E, before_E = ends_E - group_sizes_E, tiles_E - -(-group_sizes_E // tile)
         last = len(group_sizes_E) - 1
-        most = most_tiles(rows, len(group_sizes_E), tile)
+        hit = min(rows, len(group_sizes_E))
+        most = (rows + hit * (tile - 1)) // tile
 
         def group_of(ends_E, index):
             found = jnp.searchsorted(ends_E, index, side="right", method="compare_all")
@@ -70,8 +71,3 @@ class Visits:
     def flat(self, y_PO: Float[Array, "P O"]) -> Float[Array, "A O"]:
         """Rows as they came; zeros for those of no group."""
         return y_PO.at[self.places_A].get(mode="fill", fill_value=0)
-
-
-def most_tiles(rows: int, groups: int, tile: int) -> int:
-    """Tiles that so many rows of so many groups may need."""
-    return (rows + min(rows, groups) * (tile - 1)) // tile
