@@ -26,8 +26,8 @@ from pallas_kernels.quantized import Quantized
 from pallas_kernels.transposed import Transposed
 
 _VMEM = 48 << 20
-# Of one piece of weights; two are in memory at a time.
-_PIECE = 4 << 20
+# Of one piece of weights, and where no smaller one can be; two are there at a time.
+_PIECE, _LARGEST_PIECE = 4 << 20, 8 << 20
 _WIDTHS = (1024, 512, 256, 128)
 # More rows than this occupy the matrix units longer than memory.
 _MOST_ROWS = 64
@@ -48,7 +48,7 @@ def supports(x_AI, w_GOI, group_sizes_E, group_offset) -> str | None:
             f"and {w_GOI.shape[1:]}"
         )
     if any(_width(w_GOI, axis) is None for axis in (1, 2)):
-        return f"fetches {_PIECE >> 20} MB at a time, too little of {w_GOI.shape[1:]}"
+        return f"fetches {_LARGEST_PIECE >> 20} MB at most, too little of {w_GOI.shape[1:]}"
     return None
 
 
@@ -112,13 +112,16 @@ def _width(w_GOI, over: int) -> int | None:
             widths = (*(w for w in widths if w % (SUBLANES * w_GOI.block) == 0), size)
     else:
         bits = 8 * w_GOI.dtype.itemsize
-    fitting = [w for w in widths if size % w == 0 and summed * w * bits <= 8 * _PIECE]
-    return next((w for w in fitting if size // w % 2 == 0), next(iter(fitting), None))
+    whole = [w for w in widths if size % w == 0]
+    for most in (_PIECE, _LARGEST_PIECE):
+        fitting = [w for w in whole if summed * w * bits <= 8 * most]
+        even = [w for w in fitting if size // w % 2 == 0]
+        if fitting:
+            return (even or fitting)[0]
+    return None
 
 
-def _call(
-    x_PC, w_GOI, groups_V, count, tile: int, over: int, rows: int, groups: int
-):
+def _call(x_PC, w_GOI, groups_V, count, tile: int, over: int, rows: int, groups: int):
     """Tiles of rows times the matrices of their groups.
 
     Costs are told for `rows` that hit as many of `groups` as they can.
@@ -149,7 +152,9 @@ def _call(
             return groups_V[v], *((n, 0) if cut == 1 else (0, n))
 
         in_specs.append(pl.BlockSpec((1, *_part(leaf, cut, size, width)), place))
-    read = min(rows, groups) * sum(leaf[0].size * leaf.dtype.itemsize for leaf in leaves)
+    read = min(rows, groups) * sum(
+        leaf[0].size * leaf.dtype.itemsize for leaf in leaves
+    )
     moved = x_PC.size * (size // width) * x_PC.dtype.itemsize
     return pl.pallas_call(
         kernel,

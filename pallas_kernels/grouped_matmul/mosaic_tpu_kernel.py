@@ -64,9 +64,7 @@ def multiply_blocks(
             w = w_ref[0, pl.ds(chunk * CHUNK, CHUNK), at]
             return [w.astype(jnp.float32)]
         half = CHUNK // 2
-        pair = halves(
-            pltpu.bitcast(w_ref[0, pl.ds(chunk * half, half), at], jnp.int32)
-        )
+        pair = halves(pltpu.bitcast(w_ref[0, pl.ds(chunk * half, half), at], jnp.int32))
         widened = [pltpu.bitcast(x, FP8).astype(jnp.float32) for x in pair]
         return [x[i : i + block] for x in widened for i in range(0, half, block)]
 

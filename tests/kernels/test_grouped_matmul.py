@@ -147,7 +147,9 @@ def test_the_kernel_runs_in_programs_with_64_bits():
 def test_a_layer_is_found_by_its_offset_as_data():
     w_GOI = matrices("plain", (4, 5, 6), "float32")
     x_AI = jnp.ones((3, 6))
-    run = jax.jit(lambda at: grouped_matmul(x_AI, w_GOI, jnp.array([3]), group_offset=at))
+    run = jax.jit(
+        lambda at: grouped_matmul(x_AI, w_GOI, jnp.array([3]), group_offset=at)
+    )
     for at in range(4):
         np.testing.assert_allclose(run(at), x_AI @ w_GOI[at].T, rtol=1e-5)
 
