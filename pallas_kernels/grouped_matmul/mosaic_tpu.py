@@ -48,7 +48,8 @@ def supports(x_AI, w_GOI, group_sizes_E, group_offset) -> str | None:
             f"and {w_GOI.shape[1:]}"
         )
     if any(_width(w_GOI, axis) is None for axis in (1, 2)):
-        return f"fetches {_LARGEST_PIECE >> 20} MB at most, too little of {w_GOI.shape[1:]}"
+        most = _LARGEST_PIECE >> 20
+        return f"fetches {most} MB at a time, too little of {w_GOI.shape[1:]}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""The kernels of `mosaic_tpu`: one step multiplies a tile of rows with part of a matrix.
+"""The kernels of `mosaic_tpu`: a step multiplies a tile of rows with part of a matrix.
 
 Moved: some outputs' weights, whole along what is summed over, as wide as they are
 stored; they stay for all tiles of their group. A tile of rows; what it makes.
@@ -41,8 +41,8 @@ def multiply_blocks(
 ):
     """A step with weights in blocks, [I, O] of which `axis` is summed over."""
     packed = w_ref.dtype == jnp.uint8
-    I = (2 if packed else 1) * w_ref.shape[1]
-    block = I // s_ref.shape[1]
+    inputs = (2 if packed else 1) * w_ref.shape[1]
+    block = inputs // s_ref.shape[1]
     per = CHUNK // block
     dtype = x_ref.dtype
     parts, _, width = factors_ref.shape
@@ -82,7 +82,7 @@ def multiply_blocks(
     def rows_of(chunk):
         return pl.ds(chunk * CHUNK, CHUNK)
 
-    chunks, tile = I // CHUNK, x_ref.shape[0]
+    chunks, tile = inputs // CHUNK, x_ref.shape[0]
     if axis == 1:
         for chunk in range(chunks):
             y = jnp.zeros((tile, CHUNK), jnp.float32)

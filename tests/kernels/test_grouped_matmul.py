@@ -77,9 +77,9 @@ def far(seen, expected):
 
 def check(implementation, kind, dtype, sizes, x64=False):
     """Values and gradients against float64; matrices of two layers, the second's."""
-    O, I = SHAPES[implementation]
-    w_GOI = matrices(kind, (2 * len(sizes), O, I), dtype)
-    x_AI, dy_AO = rows(sizes, I, dtype, 1), rows(sizes, O, dtype, 2)
+    shape = SHAPES[implementation]
+    w_GOI = matrices(kind, (2 * len(sizes), *shape), dtype)
+    dy_AO, x_AI = (rows(sizes, n, dtype, seed) for seed, n in enumerate(shape))
 
     @jax.jit
     def run(x_AI, w_GOI, dy_AO, sizes):
