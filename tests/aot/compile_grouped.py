@@ -4,8 +4,8 @@
 
 The experts of two layers, of which one is multiplied with. More words: "share", an
 eighth of the experts and their tokens of all eight devices; "prefill", 4,096 tokens;
-"gradients"; "sharded", over four devices. Mosaic may end the process where it cannot
-compile.
+"gradients"; "sharded", over four devices; "x64", in a program with 64 bits. Mosaic may
+end the process where it cannot compile.
 """
 
 import json
@@ -81,7 +81,8 @@ def report(chip: str, case: str) -> dict:
         multiply = jax.shard_map(
             multiply, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
         )
-    with use_abstract_mesh(mesh.abstract_mesh):
+    x64 = jax.enable_x64("x64" in rest)
+    with use_abstract_mesh(mesh.abstract_mesh), x64:
         compiled = jax.jit(multiply).lower(*arguments).compile()
     layer = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(w_GOI))
     return {

@@ -8,7 +8,7 @@ from tests.aot.compilers import answers
 
 pytestmark = pytest.mark.aot
 
-CHIPS = {"v5e:2x2": ["flash up fp4", "flash down bfloat16 share"]}
+CHIPS = {"v5e:2x2": ["flash up fp4", "flash down bfloat16 share x64"]}
 if os.environ.get("JAXSPARK_AOT_ALL"):
     every = [
         *(f"flash {matrix} fp4" for matrix in ("up", "down")),
@@ -16,6 +16,7 @@ if os.environ.get("JAXSPARK_AOT_ALL"):
         *(f"{size} up bfloat16 share" for size in ("flash", "pro")),
         *(f"{size} down bfloat16 share" for size in ("flash", "pro")),
         *("flash up fp8 share", "pro down fp8 share", "flash down float32 share"),
+        *("flash up fp4 share x64", "flash down bfloat16 share x64"),
         *("flash up fp4 share prefill", "flash up bfloat16 share prefill"),
         *("flash up fp4 share sharded", "flash down bfloat16 share sharded"),
         *("flash up fp4 share gradients", "pro down fp4 share gradients"),
