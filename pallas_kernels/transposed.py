@@ -123,15 +123,15 @@ def transpose(elements: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, ...
             "dequantize these matrices instead"
         )
     if not packed:
-        byte = np.where(byte == 0x80, 0, byte).astype(np.uint8)
+        positive = np.where(byte == 0x80, 0, byte).astype(np.uint8)
         scale = np.repeat(scale, FP8_BLOCK, 1)[:, :rows]
-        return byte.view(FP8), np.ascontiguousarray(scale)
+        return positive.view(FP8), np.ascontiguousarray(scale)
     nibble = np.stack([byte & 0xF, byte >> 4], 1).reshape(-1, 2, CHUNK // 2, rows)
     nibble = np.where(nibble == 8, 0, nibble)
     first, second = nibble[:, 0], nibble[:, 1]
-    byte = (first & 8) << 4 | (first & 1) << 6 | (first & 6) << 2
-    byte |= (second & 8) << 2 | second & 7
-    return byte.reshape(-1, rows).astype(np.uint8), np.ascontiguousarray(scale)
+    pairs = (first & 8) << 4 | (first & 1) << 6 | (first & 6) << 2
+    pairs = pairs | (second & 8) << 2 | second & 7
+    return pairs.reshape(-1, rows).astype(np.uint8), np.ascontiguousarray(scale)
 
 
 def transposed(w: Quantized) -> Transposed:
@@ -142,10 +142,8 @@ def transposed(w: Quantized) -> Transposed:
         for at in np.ndindex(*lead)
     ]
     elements, scales = (np.stack(parts) for parts in zip(*pairs))
-    return Transposed(
-        *(jnp.asarray(x.reshape(*lead, *x.shape[1:])) for x in (elements, scales)),
-        w.dtype,
-    )
+    elements, scales = (x.reshape(*lead, *x.shape[1:]) for x in (elements, scales))
+    return Transposed(jnp.asarray(elements), jnp.asarray(scales), w.dtype)
 
 
 __all__ = ["LARGEST_SCALE", "Transposed", "fits", "halves", "transpose", "transposed"]
