@@ -15,11 +15,7 @@ ORACLE := tests/parity/requirements.txt
 
 # Compilers for chips this machine need not have. They are never imported by the library.
 AOT := .venv-aot
-# tokamax with what it takes to import it, of its many dependencies.
-AOT_TPU := libtpu==0.0.52 tokamax==0.0.17 annotated-types==0.8.0 einshape==1.0 \
-	fire==0.7.1 gviz-api==1.10.0 immutabledict==4.3.1 pydantic==2.14.3 \
-	pydantic-core==2.50.4 qwix==0.1.8 six==1.17.0 termcolor==3.3.0 \
-	typing-inspection==0.4.5 xprof==2.24.2
+AOT_TPU := libtpu==0.0.52
 AOT_CUDA := jax-cuda13-plugin==0.12.0.1 jax-cuda13-pjrt==0.12.0.1 \
 	nvidia-cuda-nvcc==13.5.37 nvidia-nvvm==13.5.37 nvidia-cuda-crt==13.5.37 \
 	nvidia-nvjitlink==13.5.37 nvidia-cuda-nvrtc==13.5.37 nvidia-cuda-runtime==13.5.37

@@ -25,7 +25,10 @@ from jaxspark.models.deepseek_v4 import DeepSeekV4
 from jaxspark.models.deepseek_v4_config import DeepSeekV4Config
 from jaxspark.parallel.mesh import sharding_for
 from jaxspark.quantization import blocks
+from pallas_kernels import transposed
+from pallas_kernels.dispatch import expected_platform
 from pallas_kernels.quantized import Quantized, dense
+from pallas_kernels.transposed import Transposed
 
 # Names inside a layer: ours, transformers' (None: the same), the released ones.
 _LAYER = (
@@ -290,25 +293,49 @@ def _plain(name, variable, pieces, tensors) -> jax.Array:
 
 
 def _in_blocks(name, variable, pieces, tensors) -> Quantized:
-    """A parameter of its tensors as they are stored."""
+    """A parameter of its tensors as they are stored; experts for TPUs turned over."""
     (height, width), packing, dtype = _blocks_of(pieces[0], tensors)
     *lead, rows, columns = variable.shape
+    if turned := turns_over(name, rows, columns):
+        dtype = transposed.FP8 if packing == 1 else jnp.uint8
+        # Of a scale's blocks one side stays: its rows.
+        shapes = (columns // packing, rows), (columns // width, rows)
+    else:
+        shapes = (rows, columns // packing), (-(-rows // height), -(-columns // width))
 
-    def assembly(leaf, dtype, *matrix):
+    def assembly(leaf, dtype, matrix):
         shape = (*lead, *matrix)
         return Assembly(shape, dtype, sharding_for(f"{name}.{leaf}", shape))
 
-    elements = assembly("elements", dtype, rows, columns // packing)
-    scales = assembly("scales", jnp.uint8, -(-rows // height), -(-columns // width))
+    elements = assembly("elements", dtype, shapes[0])
+    scales = assembly("scales", jnp.uint8, shapes[1])
     for piece in pieces:
         *before, row, column = piece.start
-        start = (*before, row, column // packing)
-        if elements.wants(start, (*piece.shape[:-1], piece.shape[-1] // packing)):
+        size = piece.shape[-2], piece.shape[-1] // packing
+        start, first = (row, column // packing), (row // height, column // width)
+        if turned:
+            start, first, size = start[::-1], (first[1], row), size[::-1]
+        if elements.wants((*before, *start), (*piece.shape[:-2], *size)):
             part, scale = tensors.blocks[piece.name]()
-            elements.add(start, part)
-            first = (*before, row // height, column // width)
-            scales.add(first, scale.view(np.uint8))
-    return Quantized(elements.finish(), scales.finish(), variable.dtype)
+            if turned:
+                part, scale = _transposed(piece.name, part, scale)
+            elements.add((*before, *start), part)
+            scales.add((*before, *first), scale.view(np.uint8))
+    kind = Transposed if turned else Quantized
+    return kind(elements.finish(), scales.finish(), variable.dtype)
+
+
+def turns_over(name: str, rows: int, columns: int) -> bool:
+    """Whether a parameter's blocks are kept turned over, for the kernel of TPUs."""
+    experts = ".experts." in f".{name}" and transposed.fits(rows, columns)
+    return experts and expected_platform() == "tpu"
+
+
+def _transposed(name, elements, scales):
+    try:
+        return transposed.transpose(elements, scales)
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from None
 
 
 def _blocks_of(piece, tensors):

@@ -83,12 +83,13 @@ def main(config: Config) -> int:
     onto = parse_slice(config.topology)
     mesh = onto.mesh(config.mesh)
     architecture = PRESETS[config.config]()
-    target, drafter = abstract_models(
-        architecture,
-        dtype=common.DTYPES[config.dtype],
-        quantized=config.quantized,
-        block_length=config.block_length,
-    )
+    with jax.set_mesh(mesh):
+        target, drafter = abstract_models(
+            architecture,
+            dtype=common.DTYPES[config.dtype],
+            quantized=config.quantized,
+            block_length=config.block_length,
+        )
     size = {"slots": config.slots, "capacity": config.capacity}
     with console.status(f"compiling {config.what} for {config.topology}"):
         with jax.set_mesh(mesh):

@@ -8,13 +8,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxspark.checkpoints.deepseek_v4 import Plan, draft_plan, target_plan
+from jaxspark.checkpoints.deepseek_v4 import (
+    Plan,
+    draft_plan,
+    target_plan,
+    turns_over,
+)
 from jaxspark.checkpoints.deepseek_v4_released import storage
 from jaxspark.configs import drafters as draft_configs
 from jaxspark.drafters import DeepSeekV4DSpark, DSparkDrafter
 from jaxspark.models import DeepSeekV4, DeepSeekV4Config, DenseConfig, DenseDecoder
 from jaxspark.quantization import blocks
 from pallas_kernels.quantized import Quantized
+from pallas_kernels.transposed import FP8, Transposed
 
 
 def abstract_models(
@@ -61,25 +67,29 @@ def _as_stored(
     shapes = {".".join(map(str, path)): tuple(v.shape) for path, v in flat}
     plan, kept = plan_of(shapes), []
     for path, variable in flat:
-        kinds = {storage(piece.name) for piece in plan[".".join(map(str, path))]}
+        name = ".".join(map(str, path))
+        kinds = {storage(piece.name) for piece in plan[name]}
         if kinds <= {"fp4"} or kinds <= {"fp8"}:
-            variable = variable.replace(_blocks(variable, kinds == {"fp4"}))
+            turned = turns_over(name, *variable.shape[-2:])
+            variable = variable.replace(_blocks(variable, kinds == {"fp4"}, turned))
         kept.append((path, variable))
     return nnx.merge(graph, nnx.from_flat_state(kept))
 
 
-def _blocks(variable: Any, fp4: bool) -> Quantized:
+def _blocks(variable: Any, fp4: bool, turned: bool) -> Quantized:
     *lead, rows, columns = variable.shape
     if fp4:
-        elements = (rows, columns // 2), jnp.int8
+        elements, kind = (rows, columns // 2), jnp.int8
         scales = rows, columns // blocks.FP4_BLOCK
     else:
-        elements = (rows, columns), blocks.FP8
+        elements, kind = (rows, columns), blocks.FP8
         scales = blocks.fp8_scale_shape(rows, columns)
-    shape, kind = elements
+    if turned:
+        elements, kind = elements[::-1], jnp.uint8 if fp4 else FP8
+        scales = scales[1], rows
     described: Any = jax.ShapeDtypeStruct
-    return Quantized(
-        described((*lead, *shape), kind),
+    return (Transposed if turned else Quantized)(
+        described((*lead, *elements), kind),
         described((*lead, *scales), jnp.uint8),
         variable.dtype,
     )

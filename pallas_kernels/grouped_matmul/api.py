@@ -38,12 +38,13 @@ def grouped_matmul(
     Args:
       x_AI: rows, sorted by group.
       w_GOI: one output-major matrix per group; of quantized ones only those of groups
-        that have rows are dequantized.
+        that have rows are dequantized. These have no gradients.
       group_sizes_E: rows of each of E groups, from `group_offset` on; their sum is at
         most A.
       group_offset: the group of the first rows.
-      implementation: "xla", or "mosaic_tpu", tokamax's kernel for plain matrices from
-        128 x 128 on; None takes that in programs for TPUs where it can.
+      implementation: "xla", or "mosaic_tpu", a kernel for matrices in multiples of 128
+        that are plain or `Transposed`; None takes that in programs for TPUs where it
+        can.
 
     Returns:
       One row of outputs per row, in the type of `x_AI`; 0 where no group is.

@@ -50,29 +50,39 @@ def _forward(x_AI, w_GOI, group_sizes_E, group_offset):
     return y_AO, (x_AI, w_GOI, group_sizes_E, group_offset)
 
 
-def backward(saved, dy_AO):
-    """Gradients of rows and matrices, of what `_forward` saved."""
-    x_AI, w_GOI, group_sizes_E, group_offset = saved
+def _backward(operands, dy_AO):
+    x_AI, w_GOI, group_sizes_E, group_offset = operands
     dx_AI = _rows(dy_AO, w_GOI, group_sizes_E, group_offset, "OI,tO->tI")
-    if isinstance(w_GOI, Quantized):
-        return dx_AI, None, None, None
+    dw_GOI = None
+    if not isinstance(w_GOI, Quantized):
+        dw_GOI = weight_gradient(*operands, dy_AO)
+    return dx_AI, dw_GOI, None, None
+
+
+def weight_gradient(
+    x_AI, w_GOI, group_sizes_E, group_offset, dy_AO
+) -> Float[Array, "G O I"]:
+    """The gradient of matrices."""
     tile = _tile(x_AI, group_sizes_E)
     x_padded, dy_padded = (jnp.pad(r, ((0, tile), (0, 0))) for r in (x_AI, dy_AO))
 
     def body(index, dw_GOI):
         group, start, end = _find(index, group_sizes_E, tile)
-        x_tI = jax.lax.dynamic_slice_in_dim(x_padded, start, tile)
-        dy_tO = jax.lax.dynamic_slice_in_dim(dy_padded, start, tile)
-        dy_tO = jnp.where((start + jnp.arange(tile) < end)[:, None], dy_tO, 0)
+        there_t1 = (start + jnp.arange(tile) < end)[:, None]
+        # Both: what others' rows hold need not be finite.
+        x_tI, dy_tO = (
+            jnp.where(there_t1, jax.lax.dynamic_slice_in_dim(r, start, tile), 0)
+            for r in (x_padded, dy_padded)
+        )
         return dw_GOI.at[group_offset + group].add(_einsum("tO,tI->OI", dy_tO, x_tI))
 
     # A sum in bfloat16 would stop growing after some hundred tiles.
     dw_GOI = jnp.zeros(w_GOI.shape, accum_dtype(w_GOI.dtype))
     dw_GOI = jax.lax.fori_loop(0, _tiles(group_sizes_E, tile)[-1], body, dw_GOI)
-    return dx_AI, dw_GOI.astype(w_GOI.dtype), None, None
+    return dw_GOI.astype(w_GOI.dtype)
 
 
-grouped_matmul_xla.defvjp(_forward, backward)
+grouped_matmul_xla.defvjp(_forward, _backward)
 
 
 def _pick(group, leaf_GX):

@@ -1,105 +1,99 @@
-"""tokamax's grouped product, simulated and compiled for a TPU; prints figures as JSON.
+"""grouped_matmul, compiled for TPUs at DeepSeek-V4's sizes; prints JSON.
 
-A program of its own, since tokamax comes from another environment (`.venv-aot`).
+    python -m tests.aot.compile_grouped v5e:2x2 "flash up fp4" "pro down bfloat16" ...
+
+The experts of two layers, of which one is multiplied with. More words: "share", an
+eighth of the experts and their tokens of all eight devices; "prefill", 4,096 tokens;
+"gradients"; "sharded", over four devices; "x64", in a program with 64 bits. Mosaic may
+end the process where it cannot compile.
 """
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokamax
-from jax.experimental import topologies
-from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import (
-    AbstractDevice,
-    AbstractMesh,
-    Mesh,
-    NamedSharding,
-    PartitionSpec,
-    use_abstract_mesh,
-)
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
+from jaxspark.simulation.chips import parse_slice
 from pallas_kernels import grouped_matmul
+from pallas_kernels.transposed import FP8, Transposed
 
-V5E = AbstractDevice(device_kind="TPU v5 lite", platform="tpu", num_cores=1)
-# The experts of many layers, of which one has rows.
-LAYERS, EXPERTS, OUT, IN = 8, 16, 512, 256
+LAYERS = 2
+# Experts, hidden size, size of an expert's hidden layer.
+SIZES = {"flash": (256, 4096, 2048), "pro": (384, 7168, 3072)}
+CHOSEN = 6
 
 
-def multiply(x_AI, w_GOI, group_sizes_E, group_offset):
-    return grouped_matmul(
-        x_AI,
+def weights(kind: str, of, groups: int, rows: int, columns: int):
+    """Abstract matrices [groups, rows, columns]."""
+    if kind not in ("fp4", "fp8"):
+        return of((groups, rows, columns), jnp.dtype(kind))
+    packed = kind == "fp4"
+    return Transposed(
+        of(
+            (groups, columns // 2 if packed else columns, rows),
+            jnp.uint8 if packed else FP8,
+        ),
+        of((groups, columns // (32 if packed else 128), rows), jnp.uint8),
+        jnp.dtype(jnp.bfloat16),
+    )
+
+
+def report(chip: str, case: str) -> dict:
+    """What the program holds beside its arguments."""
+    size, matrix, kind, *rest = case.split()
+    experts, hidden, inner = SIZES[size]
+    tokens = 4096 if "prefill" in rest else 192
+    if "share" in rest:
+        experts, tokens = experts // 8, 8 * tokens
+    rows, columns = (2 * inner, hidden) if matrix == "up" else (hidden, inner)
+    devices = parse_slice(chip).devices[: 4 if "sharded" in rest else 1]
+    mesh = Mesh(np.array(devices), ("expert",))
+    spec = PartitionSpec("expert" if "sharded" in rest else None)
+
+    def of(shape, dtype):
+        shape = (len(devices) * shape[0], *shape[1:])
+        place = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    dtype = jnp.dtype(kind if kind == "float32" else jnp.bfloat16)
+    w_GOI = weights(kind, of, LAYERS * experts, rows, columns)
+    arguments = (
+        of((CHOSEN * tokens, columns), dtype),
         w_GOI,
-        group_sizes_E,
-        group_offset=group_offset,
-        implementation="mosaic_tpu",
+        of((experts,), jnp.int32),
+        of((1,), jnp.int32),
     )
 
+    def multiply(x_AI, w_GOI, group_sizes_E, layer):
+        def of_rows(x_AI):
+            offset = layer[0] * experts
+            return grouped_matmul(x_AI, w_GOI, group_sizes_E, group_offset=offset)
 
-def simulated(dtype) -> float:
-    """The largest difference from XLA's loop, in values and gradients, over cases."""
-    random = np.random.default_rng(0)
-    cases = ([3, 0, 130, 1], [0, 0, 0, 0], [40, 40, 40, 40], [0, 300, 0, 0])
-    return max(difference(random, sizes, dtype) for sizes in cases)
+        if "gradients" not in rest:
+            return of_rows(x_AI)
+        y_AO, back = jax.vjp(of_rows, x_AI)
+        return back(y_AO)[0]
 
-
-def difference(random, sizes, dtype) -> float:
-    """The same of one case: groups 4 to 7 of 12."""
-    x_AI = jnp.asarray(random.normal(size=(sum(sizes) + 5, 256)), dtype)
-    w_GOI = jnp.asarray(random.normal(size=(12, 128, 256)) / 16, dtype)
-    dy_AO = jnp.asarray(random.normal(size=(len(x_AI), 128)), dtype)
-
-    def with_gradients(product):
-        def of_groups(x_AI, w_GOI):
-            return product(x_AI, w_GOI, jnp.array(sizes), group_offset=jnp.int32(4))
-
-        y_AO, back = jax.vjp(of_groups, x_AI, w_GOI)
-        return y_AO, *back(dy_AO)
-
-    abstract = AbstractMesh((), (), abstract_device=V5E)
-    with use_abstract_mesh(abstract), pltpu.force_tpu_interpret_mode():
-        seen = with_gradients(multiply)
-    return max(
-        float(jnp.abs(mine.astype("f4") - theirs.astype("f4")).max(initial=0.0))
-        for mine, theirs in zip(seen, with_gradients(grouped_matmul), strict=True)
-    )
-
-
-def compiled(rows: int) -> dict:
-    """What the program for a v5e holds beside its arguments."""
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    mesh = Mesh(np.array(topology.devices[:1]), ("x",))
-    place = NamedSharding(mesh, PartitionSpec())
-
-    def shape(*size, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(size, dtype, sharding=place)
-
-    weights = shape(LAYERS * EXPERTS, OUT, IN)
-    tokamax.config.cross_compile(True)
-    with use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jax.jit(multiply).lower(
-            shape(rows, IN),
-            weights,
-            shape(EXPERTS, dtype=jnp.int32),
-            shape(dtype=jnp.int32),
+    if "sharded" in rest:
+        multiply = jax.shard_map(
+            multiply, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
         )
-    program = lowered.compile()
+    x64 = jax.enable_x64("x64" in rest)
+    with use_abstract_mesh(mesh.abstract_mesh), x64:
+        compiled = jax.jit(multiply).lower(*arguments).compile()
+    layer = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(w_GOI))
     return {
-        "kernels": program.as_text().count('custom_call_target="tpu_custom_call"'),
-        "temp_bytes": program.memory_analysis().temp_size_in_bytes,
-        "weight_bytes": weights.size * 2,
+        "kernels": compiled.as_text().count('custom_call_target="tpu_custom_call"'),
+        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "layer_bytes": layer // LAYERS // len(devices),
+        "bytes": compiled.cost_analysis().get("bytes accessed"),
     }
 
 
 if __name__ == "__main__":
-    print(
-        json.dumps(
-            {
-                "float32": simulated(jnp.float32),
-                "bfloat16": simulated(jnp.bfloat16),
-                "few rows": compiled(48),
-                "many rows": compiled(3000),
-            }
-        )
-    )
+    chip, *cases = sys.argv[1:]
+    for case in cases:
+        print(json.dumps(report(chip, case)), flush=True)

@@ -17,7 +17,7 @@ COMPILERS = Path(os.environ.get("JAXSPARK_AOT", ROOT / ".venv-aot"))
 INSTALL = {"tpu": "make aot-tpu", "h100": "make aot"}
 NEEDS = {
     "cpu": [],
-    "tpu": ["libtpu", "tokamax"],
+    "tpu": ["libtpu"],
     "h100": ["jax_cuda13_plugin", "nvidia/cu13/bin/ptxas", "nvidia/cu13/nvvm"],
 }
 

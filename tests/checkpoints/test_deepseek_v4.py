@@ -3,6 +3,7 @@
 import json
 import shutil
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 
 import jax
@@ -17,6 +18,7 @@ from jaxspark import load_drafter, load_target
 from jaxspark.checkpoints import (
     CheckpointError,
     Target,
+    deepseek_v4,
     save_deepseek_v4,
     save_target,
 )
@@ -30,8 +32,10 @@ from jaxspark.drafters import DeepSeekV4DSpark, MTPDrafter
 from jaxspark.exactness.audit import audit, decode_requests, plain_outputs
 from jaxspark.generation import Request
 from jaxspark.models import DeepSeekV4
+from jaxspark.parallel.mesh import make_mesh
 from jaxspark.quantization import blocks
 from pallas_kernels.quantized import Quantized, dense
+from pallas_kernels.transposed import Transposed
 from tests.driver import Session
 
 VOCAB = 61
@@ -169,6 +173,38 @@ def test_matrices_may_stay_quantized_in_memory(quantized, tmp_path):
     first = dequantized(open_safetensors(quantized))
     for name in again.shapes:
         np.testing.assert_array_equal(again.read(name), first.read(name), name)
+
+
+@pytest.mark.parametrize("mesh", [None, "data:1,expert:8"])
+def test_experts_are_turned_over_for_tpus(tmp_path, monkeypatch, mesh):
+    """They are the same to the bit, and are written as they came."""
+    config = replace(
+        deepseek_v4_tiny(VOCAB),
+        hidden_size=256,
+        moe_intermediate_size=128,
+        compress_ratios=(0, 4),
+    )
+    save_deepseek_v4(tmp_path / "first", DeepSeekV4(config, rngs=nnx.Rngs(0)))
+    plain = load_target(tmp_path / "first", keep_quantized=True).model
+    monkeypatch.setattr(deepseek_v4, "expected_platform", lambda: "tpu")
+    with jax.set_mesh(make_mesh(mesh)) if mesh else nullcontext():
+        seen = load_target(tmp_path / "first", keep_quantized=True).model
+    theirs, turned = named_parameters(plain), set()
+    for name, mine in named_parameters(seen).items():
+        assert mine.shape == theirs[name].shape, name
+        np.testing.assert_array_equal(dense(mine), dense(theirs[name]), name)
+        if isinstance(mine, Transposed):
+            turned.add(name.split(".")[-1])
+            assert mine.packed
+    assert turned == {"gate_up_proj", "down_proj"}
+    if mesh is None:
+        save_deepseek_v4(tmp_path / "again", seen)
+        first, again = (
+            dequantized(open_safetensors(tmp_path / name))
+            for name in ("first", "again")
+        )
+        for name in first.shapes:
+            np.testing.assert_array_equal(again.read(name), first.read(name), name)
 
 
 def test_quantized_speculation_gives_the_tokens_of_quantized_decoding(quantized):

@@ -1,11 +1,23 @@
-"""grouped_matmul: every row meets its group's matrix, in values and gradients."""
+"""grouped_matmul: every row meets its group's matrix, in values and gradients.
+
+One suite for all implementations and kinds of matrices; kernels of TPUs run in
+simulated memory, where what was never written is NaN and two accesses that nothing
+orders are an error. Rows of no group are NaN everywhere.
+"""
+
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
+from jaxspark.quantization import blocks
 from pallas_kernels import grouped_matmul
+from pallas_kernels.grouped_matmul import mosaic_tpu, mosaic_tpu_kernel
+from pallas_kernels.quantized import Quantized, dense
+from pallas_kernels.transposed import transposed
 
 SIZES = {
     "even": [4, 4, 4],
@@ -14,61 +26,155 @@ SIZES = {
     "none": [0, 0],
     "tiles and a bit": [130, 1, 300, 9],
 }
+# Outputs and inputs: of kernels two parts of the one, two chunks of the other.
+SHAPES = {"xla": (5, 6), "mosaic_tpu": (256, 256)}
+KINDS = {"fp4": blocks.quantize_fp4, "fp8": blocks.quantize_fp8}
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
-def case(sizes, seed=0, rows=None):
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    monkeypatch.setattr(mosaic_tpu_kernel, "BROADCAST_LOADS", False)
+    monkeypatch.setattr(mosaic_tpu, "_WIDTHS", (128,))
+
+
+def matrices(kind, shape, dtype, seed=0):
+    """Plain or turned-over matrices, of very different magnitudes."""
     random = np.random.default_rng(seed)
-    rows = sum(sizes) + 3 if rows is None else rows
-    x_AI = random.normal(size=(rows, 6)).astype(np.float32)
-    w_GOI = random.normal(size=(2 * len(sizes), 5, 6)).astype(np.float32)
-    group_A = np.repeat(np.arange(len(sizes)), sizes)
-    return x_AI, w_GOI, np.array(sizes), group_A
+    w_GOI = random.normal(size=shape) * 2.0 ** random.integers(-8, 3, (*shape[:2], 1))
+    if kind == "plain":
+        return jnp.asarray(w_GOI, dtype)
+    pairs = [KINDS[kind](w_OI.astype(np.float32)) for w_OI in w_GOI]
+    elements, scales = (np.stack(parts) for parts in zip(*pairs))
+    return transposed(Quantized(elements, scales.view(np.uint8), jnp.dtype(dtype)))
 
 
-def dense(x_AI, w_GOI, group_A, group_offset=0):
-    used = jnp.einsum("aoi,ai->ao", w_GOI[group_offset + group_A], x_AI[: len(group_A)])
-    return jnp.zeros((len(x_AI), w_GOI.shape[1])).at[: len(group_A)].set(used)
+def rows(sizes, width, dtype, seed):
+    """Rows of all groups, then some of none, which are NaN."""
+    x_AI = np.random.default_rng(seed).normal(size=(sum(sizes) + 3, width))
+    x_AI[sum(sizes) :] = np.nan
+    return jnp.asarray(x_AI, dtype)
+
+
+def plain(x_AI, w_GOI, dy_AO, sizes, group_offset):
+    """Outputs and gradients in float64, group after group."""
+    x_AI, w_GOI, dy_AO = (np.asarray(x, np.float64) for x in (x_AI, w_GOI, dy_AO))
+    y_AO, dx_AI, dw_GOI = (np.zeros(x.shape) for x in (dy_AO, x_AI, w_GOI))
+    start = 0
+    for group, size in enumerate(sizes, group_offset):
+        own, start = slice(start, start + size), start + size
+        y_AO[own], dx_AI[own] = x_AI[own] @ w_GOI[group].T, dy_AO[own] @ w_GOI[group]
+        dw_GOI[group] = dy_AO[own].T @ x_AI[own]
+    return y_AO, dx_AI, dw_GOI
+
+
+def far(seen, expected):
+    """The largest difference, relative to the largest number."""
+    assert np.isfinite(np.asarray(seen, np.float64)).all()
+    largest = np.abs(expected).max(initial=0) or 1.0
+    return np.abs(np.asarray(seen, np.float64) - expected).max(initial=0) / largest
+
+
+def check(implementation, kind, dtype, sizes, x64=False):
+    """Values and gradients against float64; matrices of two layers, the second's."""
+    shape = SHAPES[implementation]
+    w_GOI = matrices(kind, (2 * len(sizes), *shape), dtype)
+    dy_AO, x_AI = (rows(sizes, n, dtype, seed) for seed, n in enumerate(shape))
+
+    @jax.jit
+    def run(x_AI, w_GOI, dy_AO, sizes):
+        def of_rows(*arrays):
+            matrices = arrays[1] if arrays[1:] else w_GOI
+            return grouped_matmul(
+                arrays[0],
+                matrices,
+                sizes,
+                group_offset=len(sizes),
+                implementation=implementation,
+            )
+
+        operands = (x_AI, w_GOI) if kind == "plain" else (x_AI,)
+        y_AO, back = jax.vjp(of_rows, *operands)
+        return y_AO, *back(dy_AO)
+
+    simulated = pltpu.force_tpu_interpret_mode(
+        pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    )
+    with (
+        nullcontext() if implementation == "xla" else simulated,
+        jax.enable_x64(x64),
+    ):
+        seen = jax.block_until_ready(run(x_AI, w_GOI, dy_AO, np.array(sizes)))
+    expected = plain(x_AI, dense(w_GOI), dy_AO, sizes, len(sizes))
+    for mine, theirs in zip(seen, expected):
+        assert mine.dtype == dtype
+        assert far(mine, theirs) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("second", [False, True])
-def test_rows_meet_their_groups_matrix(name, second):
-    x_AI, w_GOI, group_sizes_E, group_A = case(SIZES[name])
-    group_offset = len(group_sizes_E) * second
-    seen = jax.jit(grouped_matmul)(
-        x_AI, w_GOI, group_sizes_E, group_offset=group_offset
-    )
-    np.testing.assert_allclose(
-        seen, dense(x_AI, w_GOI, group_A, group_offset), atol=1e-4
-    )
+def test_xla_multiplies_rows_with_their_groups_matrix(name):
+    check("xla", "plain", "float32", SIZES[name])
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_gradients_are_those_of_the_dense_product(name):
-    x_AI, w_GOI, group_sizes_E, group_A = case(SIZES[name])
-    weight = np.random.default_rng(1).normal(size=(len(x_AI), 5))
-
-    def ours(x, w):
-        return jnp.sum(
-            weight * grouped_matmul(x, w, group_sizes_E, group_offset=1) ** 2
-        )
-
-    def theirs(x, w):
-        return jnp.sum(weight * dense(x, w, group_A, 1) ** 2)
-
-    seen = jax.grad(ours, (0, 1))(x_AI, w_GOI)
-    for mine, expected in zip(seen, jax.grad(theirs, (0, 1))(x_AI, w_GOI)):
-        np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-3)
+@pytest.mark.parametrize(
+    "kind, dtype, name",
+    [
+        ("plain", "float32", "some empty"),
+        ("plain", "bfloat16", "one has all"),
+        # Few rows to a group: scales come after the product.
+        ("fp4", "bfloat16", "even"),
+        ("fp4", "bfloat16", "some empty"),
+        ("fp8", "bfloat16", "some empty"),
+        # Many, or float32: before it.
+        ("fp4", "bfloat16", "tiles and a bit"),
+        ("fp4", "float32", "one has all"),
+        ("fp8", "float32", "even"),
+        ("fp4", "bfloat16", "none"),
+    ],
+)
+def test_the_kernel_multiplies_rows_with_their_groups_matrix(kind, dtype, name):
+    check("mosaic_tpu", kind, dtype, SIZES[name])
 
 
 def test_bfloat16_sums_in_float32():
-    x_AI, w_GOI, group_sizes_E, group_A = case([40, 40])
-    seen = grouped_matmul(
-        jnp.asarray(x_AI, jnp.bfloat16), jnp.asarray(w_GOI, jnp.bfloat16), group_sizes_E
+    check("xla", "plain", "bfloat16", [40, 40])
+
+
+def test_the_kernel_runs_in_programs_with_64_bits():
+    check("mosaic_tpu", "fp4", "bfloat16", [3, 0, 2], x64=True)
+
+
+def test_a_layer_is_found_by_its_offset_as_data():
+    w_GOI = matrices("plain", (4, 5, 6), "float32")
+    x_AI = jnp.ones((3, 6))
+    run = jax.jit(
+        lambda at: grouped_matmul(x_AI, w_GOI, jnp.array([3]), group_offset=at)
     )
-    assert seen.dtype == jnp.bfloat16
-    expected = dense(x_AI, w_GOI, group_A)
-    assert np.abs(np.asarray(seen, np.float32) - expected).max() < 0.1
+    for at in range(4):
+        np.testing.assert_allclose(run(at), x_AI @ w_GOI[at].T, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, shape, match",
+    [
+        ("plain", "float32", (2, 5, 6), "multiples of 128, got 4 rows"),
+        ("plain", "float16", (2, 128, 128), "not float16"),
+        ("released", "float32", (2, 128, 128), "pallas_kernels.transposed"),
+    ],
+)
+def test_what_the_kernel_cannot_take_is_told_and_left_to_xla(kind, dtype, shape, match):
+    if kind == "released":
+        w_GOI = Quantized(
+            jnp.zeros((*shape[:2], shape[2] // 2), jnp.int8),
+            jnp.zeros((*shape[:2], shape[2] // 32), jnp.uint8),
+            jnp.dtype(dtype),
+        )
+    else:
+        w_GOI = jnp.zeros(shape, dtype)
+    operands = jnp.zeros((4, shape[2]), dtype), w_GOI, jnp.array([1, 2])
+    with pytest.raises(ValueError, match=match):
+        grouped_matmul(*operands, implementation="mosaic_tpu")
+    assert grouped_matmul(*operands).shape == (4, shape[1])
 
 
 def test_widths_that_do_not_fit_are_an_error():
@@ -77,6 +183,7 @@ def test_widths_that_do_not_fit_are_an_error():
 
 
 def test_an_unknown_implementation_is_an_error():
-    x_AI, w_GOI, group_sizes_E, _ = case([1])
     with pytest.raises(ValueError, match="xla"):
-        grouped_matmul(x_AI, w_GOI, group_sizes_E, implementation="cuda")
+        grouped_matmul(
+            jnp.ones((1, 6)), jnp.ones((1, 5, 6)), jnp.array([1]), implementation="cuda"
+        )

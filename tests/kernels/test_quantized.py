@@ -7,7 +7,9 @@ import pytest
 
 from jaxspark.quantization import blocks
 from pallas_kernels import grouped_matmul
+from pallas_kernels import transposed as turned
 from pallas_kernels.quantized import LARGEST_SCALE, Quantized, dense
+from pallas_kernels.transposed import transpose, transposed
 
 HOST = {
     "fp4": (blocks.quantize_fp4, blocks.dequantize_fp4),
@@ -59,6 +61,39 @@ def test_every_fp8_pattern():
         scales = np.full((1, 1), scale, np.uint8)
         expected = flushed(blocks.dequantize_fp8(elements, scales))
         np.testing.assert_array_equal(quantized(elements, scales).dense(), expected)
+
+
+@pytest.mark.parametrize("kind", HOST)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_turned_over_they_are_the_same(kind, dtype):
+    w, plain = stack(kind, 3 * [(200, 384)], dtype=dtype)
+    seen = transposed(w)
+    assert seen.shape == w.shape and seen.dtype == dtype
+    assert seen.packed == w.packed
+    # FP8 has a scale for every row of a block.
+    assert seen.elements.nbytes == w.elements.nbytes
+    np.testing.assert_array_equal(np.asarray(jax.jit(dense)(seen), np.float32), plain)
+    np.testing.assert_array_equal(np.asarray(dense(seen[1]), np.float32), plain[1])
+
+
+def test_every_pattern_turned_over():
+    packed = np.arange(256, dtype=np.uint8).view(np.int8).reshape(2, 128)
+    byte = np.arange(256, dtype=np.uint8)
+    finite = np.where(byte & 0x7F == 0x7F, 0, byte).view(blocks.FP8).reshape(2, 128)
+    for scale in (0, 1, 127, 200, turned.LARGEST_SCALE):
+        for elements, shape in ((packed, (2, 8)), (finite, (1, 1))):
+            w = quantized(elements, np.full(shape, scale, np.uint8))
+            np.testing.assert_array_equal(transposed(w).dense(), w.dense())
+
+
+@pytest.mark.parametrize(
+    "width, scale, match",
+    [(48, 127, "96 elements"), (64, 250, r"2\^123 is above 2\^117")],
+)
+def test_what_cannot_be_turned_over_is_told(width, scale, match):
+    elements = np.zeros((4, width), np.int8)
+    with pytest.raises(ValueError, match=match):
+        transpose(elements, np.full((4, width // 16), scale, np.uint8))
 
 
 @pytest.mark.parametrize("kind", HOST)
