@@ -38,6 +38,7 @@ class Admission:
       sampling: parameters of each.
       min_drafts_N: drafts verified in every round that drafts.
       max_drafts_N: most drafts that are.
+      processed_N: first tokens of each whose cache rows are there already.
     """
 
     tokens_NP: Int[Array, "N P"]
@@ -47,6 +48,7 @@ class Admission:
     sampling: Sampling
     min_drafts_N: Int[Array, " N"]
     max_drafts_N: Int[Array, " N"]
+    processed_N: Int[Array, " N"]
 
     @classmethod
     @standard_settings()
@@ -60,6 +62,7 @@ class Admission:
         stop_ids: Sequence[Sequence[int]] | None = None,
         min_drafts: int | Sequence[int] = 0,
         max_drafts: int | Sequence[int] | None = None,
+        processed: Sequence[int] | None = None,
     ) -> "Admission":
         """Requests for slots of `state`, of which only shapes are looked at.
 
@@ -71,6 +74,8 @@ class Admission:
           stop_ids: per request, tokens that end it; None for none.
           min_drafts: drafts verified in every round that drafts, for all or for each.
           max_drafts: most drafts verified in a round; None for all.
+          processed: first tokens of each prompt whose cache rows are there already, all
+            but one at most; None for none.
 
         Raises:
           ValueError: numbers that are not whole, an empty prompt, one that its limit or
@@ -80,10 +85,12 @@ class Admission:
         """
         count = len(prompts)
         stop_ids = [()] * count if stop_ids is None else stop_ids
+        processed = [0] * count if processed is None else processed
         counts = {
             "limits": len(limits),
             "sampling": len(sampling.seed),
             "stop_ids": len(stop_ids),
+            "processed": len(processed),
         }
         for name, given in counts.items():
             if not count or given != count:
@@ -108,6 +115,11 @@ class Admission:
                     f"prompt {row} has {len(prompt)} tokens, more than its limit "
                     f"{limit}"
                 )
+            if not 0 <= processed[row] < len(prompt):
+                raise ValueError(
+                    f"{processed[row]} of the {len(prompt)} tokens of prompt {row} are "
+                    f"said to be processed; expected 0 to {len(prompt) - 1}"
+                )
             if len(stops) > width:
                 raise ValueError(
                     f"{len(stops)} stop ids for prompt {row}, the state has room for "
@@ -125,6 +137,7 @@ class Admission:
             sampling=jax.tree.map(jnp.array, sampling),
             min_drafts_N=jnp.asarray(least_N),
             max_drafts_N=jnp.asarray(most_N),
+            processed_N=jnp.asarray(np.asarray(processed, np.int32)),
         )
 
 
@@ -182,7 +195,9 @@ def admit(
     phase_N = jnp.where(
         complete_N,
         Phase.FINISHED,
-        jnp.where(lengths_N > 1, Phase.PREFILLING, Phase.DECODING),
+        jnp.where(
+            lengths_N - 1 > admission.processed_N, Phase.PREFILLING, Phase.DECODING
+        ),
     )
     before = state.sampling.temperature.at[slots_N].get(mode="clip")
     schedule = state.schedule.admit(
@@ -198,7 +213,7 @@ def admit(
         state,
         tokens_BS=tokens_BS,
         lengths_B=put(state.lengths_B, lengths_N),
-        processed_B=put(state.processed_B, 0),
+        processed_B=put(state.processed_B, admission.processed_N),
         limits_B=put(state.limits_B, admission.limits_N),
         phase_B=put(state.phase_B, phase_N.astype(jnp.int32)),
         stop_ids_BX=put(state.stop_ids_BX, admission.stop_ids_NX),
@@ -258,7 +273,7 @@ def prefill(
       together: slots that are prefilled in one pass, the first that need it; None takes
         all slots. Passes over a few do not pay for those that decode.
     """
-    slots = state.slots
+    slots, paged = state.slots, state.pages_BP is not None
     together = slots if together is None else min(together, slots)
     if together == slots:
         slots_N = jnp.arange(slots)
@@ -267,7 +282,9 @@ def prefill(
         waiting_B = state.phase_B == Phase.PREFILLING
         order_B = jnp.argsort(~waiting_B, stable=True)
         slots_N = jnp.where(waiting_B[order_B], order_B, slots)[:together]
-        caches = at_slots((state.target_cache, state.draft_cache), slots_N)
+        caches = (state.target_cache, state.draft_cache)
+        caches = at_slots(caches, slots_N, paged=paged)
+    pages_NP = at_slots(state.pages_BP, slots_N)
     tokens_NS, ends_N, processed_N, phase_N = (
         each.at[slots_N].get(mode="fill", fill_value=0)
         for each in (
@@ -290,7 +307,9 @@ def prefill(
         place_NQ = processed_N[:, None] + jnp.arange(chunk)
         ids_NQ = jnp.take_along_axis(tokens_NS, place_NQ, axis=1, mode="clip")
         counts_N = jnp.clip(ends_N - processed_N, 0, chunk)
-        tokens = FlatTokens.from_rows(ids_NQ, processed_N, counts_N)
+        tokens = FlatTokens.from_rows(
+            ids_NQ, processed_N, counts_N, pages_BP=pages_NP
+        )
         _, taps_TmD, target_cache = target(tokens, target_cache, taps=drafter.taps)
         draft_cache = drafter.observe(draft_cache, taps_TmD, tokens)
         return count + 1, processed_N + counts_N, (target_cache, draft_cache)
@@ -299,7 +318,8 @@ def prefill(
         unfinished, step, (jnp.int32(0), processed_N, caches)
     )
     if together < slots:
-        caches = with_slots((state.target_cache, state.draft_cache), slots_N, caches)
+        whole = (state.target_cache, state.draft_cache)
+        caches = with_slots(whole, slots_N, caches, paged=paged)
     ready_N = (phase_N == Phase.PREFILLING) & (processed_N >= ends_N)
     phase_N = jnp.where(ready_N, Phase.DECODING, phase_N)
     return replace(

@@ -30,11 +30,13 @@ class DraftContext:
       lengths_B: committed tokens that count; the last of them is the anchor.
       first_round_B: slots whose request has had no round yet, so that nothing
         remembered of earlier rounds is about it.
+      pages_BP: where the slots' cache rows lie, as in `FlatTokens`.
     """
 
     tokens_BS: Int[Array, "B S"]
     lengths_B: Int[Array, " B"]
     first_round_B: Bool[Array, " B"]
+    pages_BP: Int[Array, "B P"] | None = None
 
     @classmethod
     def of(

@@ -164,7 +164,7 @@ class SparseAttention(nnx.Module):
             )
         cache = replace(cache, pending=pending, entries=entries)
         limits_T = compressor.limits(tokens.positions_T)
-        table = entries.table(layer)
+        table = entries.table(layer, tokens.pages_BP)
         if self.indexer is None:
             return cache, Entries(table, limits_T=limits_T), None
         x_TD, latent_TR = jax.lax.stop_gradient((x_TD, latent_TR))
@@ -174,8 +174,9 @@ class SparseAttention(nnx.Module):
                 x_TD, cache.index_pending, cache.index_keys, layer, tokens
             )
             cache = replace(cache, index_pending=pending, index_keys=keys)
+            table_C = keys.table(layer, tokens.pages_BP)
             scores_TC = self.indexer.scores(
-                x_TD, latent_TR, keys.table(layer), tokens, rotation
+                x_TD, latent_TR, table_C, tokens, rotation
             )
             chosen_TX = self.indexer.choose(jax.lax.stop_gradient(scores_TC), limits_T)
         return cache, Entries(table, chosen_TX=chosen_TX), scores_TC
