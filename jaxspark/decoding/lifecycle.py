@@ -307,9 +307,7 @@ def prefill(
         place_NQ = processed_N[:, None] + jnp.arange(chunk)
         ids_NQ = jnp.take_along_axis(tokens_NS, place_NQ, axis=1, mode="clip")
         counts_N = jnp.clip(ends_N - processed_N, 0, chunk)
-        tokens = FlatTokens.from_rows(
-            ids_NQ, processed_N, counts_N, pages_BP=pages_NP
-        )
+        tokens = FlatTokens.from_rows(ids_NQ, processed_N, counts_N, pages_BP=pages_NP)
         _, taps_TmD, target_cache = target(tokens, target_cache, taps=drafter.taps)
         draft_cache = drafter.observe(draft_cache, taps_TmD, tokens)
         return count + 1, processed_N + counts_N, (target_cache, draft_cache)

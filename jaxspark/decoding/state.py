@@ -168,9 +168,7 @@ class DecodeState:
             if pages is None:
                 return owner.init_cache(slots, capacity)
             # Under `jit`, so that the tables that pools replace are never made.
-            return jax.jit(
-                lambda: in_pages(owner.init_cache(slots, capacity), pages)
-            )()
+            return jax.jit(lambda: in_pages(owner.init_cache(slots, capacity), pages))()
 
         def make():
             return cls(

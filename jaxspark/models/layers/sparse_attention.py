@@ -175,9 +175,7 @@ class SparseAttention(nnx.Module):
             )
             cache = replace(cache, index_pending=pending, index_keys=keys)
             table_C = keys.table(layer, tokens.pages_BP)
-            scores_TC = self.indexer.scores(
-                x_TD, latent_TR, table_C, tokens, rotation
-            )
+            scores_TC = self.indexer.scores(x_TD, latent_TR, table_C, tokens, rotation)
             chosen_TX = self.indexer.choose(jax.lax.stop_gradient(scores_TC), limits_T)
         return cache, Entries(table, chosen_TX=chosen_TX), scores_TC
 
