@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.decoding.sampling import Sampling
@@ -21,7 +22,7 @@ from jaxspark.decoding.schedule_state import ScheduleState
 from jaxspark.drafters import Drafter
 from jaxspark.models.base import TargetModel
 from jaxspark.models.pages import in_pages, pages_for
-from jaxspark.parallel.mesh import create, slots_per_shard
+from jaxspark.parallel.mesh import create, place, slots_per_shard
 from jaxspark.parallel.rules import state_specs
 from jaxspark.settings import standard_settings
 
@@ -82,8 +83,8 @@ class DecodeState:
       sampling: per-slot sampling parameters.
       target_cache: the target's position-indexed caches.
       draft_cache: the drafter's.
-      pages_BP: where the slots' cache rows lie, see `jaxspark.models.pages`; made by the
-        host between calls. None for caches in which a slot's rows lie together.
+      pages_BP: where the slots' cache rows lie, see `jaxspark.models.pages`; made by
+        the host between calls. None for caches in which a slot's rows lie together.
       confidence_BG: confidence logits of the last round that drafted.
       certainty_BG: how decided its drafts were, see `Drawn`.
       schedule: what scheduling remembers.
@@ -140,8 +141,8 @@ class DecodeState:
             no slot has one yet. None: every slot has rows of its own.
 
         Raises:
-          ValueError: no slots, pages on a mesh that shares out slots, or more drafts per round than the target's caches can
-            forget.
+          ValueError: no slots, pages on a mesh that shares out slots, or more drafts
+            per round than the target's caches can forget.
         """
         if slots < 1:
             raise ValueError(f"a state needs at least 1 slot, got {slots}")
@@ -225,6 +226,12 @@ class DecodeState:
     def finished_B(self) -> Bool[Array, " B"]:
         """Slots whose output is complete."""
         return self.phase_B == Phase.FINISHED
+
+    def with_pages(self, pages_BP: np.ndarray) -> "DecodeState":
+        """With another page table, of the host's."""
+        table = {"pages_BP": np.array(pages_BP, np.int32)}
+        [pages] = place(table, state_specs).values()
+        return replace(self, pages_BP=jnp.asarray(pages))
 
     def rewind(self, lengths_B: Int[Array, " B"]) -> "DecodeState":
         """Back to earlier lengths, from which slots decode anew.

@@ -132,6 +132,7 @@ class DSparkDrafter(nnx.Module):
     """Parameters of a DSpark or DFlash drafter; paths are DeepSpec's tensor names."""
 
     may_skip: ClassVar[bool] = False
+    lookahead: ClassVar[int] = 0
 
     def __init__(self, config: DSparkConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config

@@ -145,6 +145,7 @@ class Eagle3Drafter(nnx.Module):
     """Parameters of an Eagle3 drafter; paths are DeepSpec's tensor names."""
 
     may_skip: ClassVar[bool] = False
+    lookahead: ClassVar[int] = 1
 
     def __init__(self, config: Eagle3Config, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config

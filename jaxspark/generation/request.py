@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxspark.models.pages import PAGE, pages_for
 from jaxspark.target import Target
 
 UNLIMITED = 2**30
@@ -88,6 +89,7 @@ class Limits:
       min_drafts: most drafts that a round can verify of every slot.
       stop_ids: most tokens that may end a request.
       log_probs: whether they are kept.
+      pages: of the caches, which a slot may have all of.
     """
 
     capacity: int = UNLIMITED
@@ -95,6 +97,7 @@ class Limits:
     min_drafts: int = 0
     stop_ids: int = UNLIMITED
     log_probs: bool = True
+    pages: int = UNLIMITED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +158,12 @@ def _checked(request: Request, index: int, target: Target, limits: Limits):
             f"it needs {needed + limits.block_length} positions ({len(ids)} of its "
             f"prompt, {budget} new, a block of {limits.block_length}), each slot has "
             f"{limits.capacity}"
+        )
+    if pages_for(needed + limits.block_length) > limits.pages:
+        raise ValueError(
+            f"it needs {pages_for(needed + limits.block_length)} pages of {PAGE} "
+            f"positions ({len(ids)} of its prompt, {budget} new, a block of "
+            f"{limits.block_length}), the caches have {limits.pages} in all"
         )
     _number("temperature", params.temperature, 0, float(np.finfo(np.float32).max))
     _whole("top_k", params.top_k, 0, 2**31 - 1)
