@@ -124,27 +124,30 @@ def test_a_shared_page_is_read_and_never_written(pair):
     assert any(rows.any() for rows in before)
     again = admitted(pair, PAGES)
     caches = state.target_cache, state.draft_cache
-    # Another slot takes the first one's place in everything but its first page.
+    # Another slot takes the first one's place in everything but its first page, and a
+    # third goes on from there with another token.
     table = np.zeros_like(shuffled())
-    table[1, :3] = [-7, 5, 6]
+    table[1, :3], table[2, :3] = [-7, 5, 6], [-7, 8, 10]
+    parted = PROMPTS[0].copy()
+    parted[PAGE] = (parted[PAGE] + 1) % zoo.VOCAB
     admission = Admission.of(
         again,
-        [PROMPTS[0]],
-        [len(PROMPTS[0]) + NEW],
-        Sampling.of(1, temperature=0.0, seed=1),
-        processed=[PAGE],
+        [PROMPTS[0], parted],
+        [len(parted) + NEW] * 2,
+        Sampling.of(2, temperature=0.0, seed=1),
+        processed=[PAGE] * 2,
     )
     target_cache, draft_cache = with_rings(
         caches,
         [
-            node.with_slots(jnp.array([1]), rows)
+            node.with_slots(jnp.array([2]), rows).with_slots(jnp.array([1]), rows)
             for node, rows in zip(rings(caches), taken)
         ],
     )
     again = replace(
         with_pages(again, table), target_cache=target_cache, draft_cache=draft_cache
     )
-    again = finished(pair, admit(again, jnp.array([1]), admission))
+    again = finished(pair, admit(again, jnp.array([1, 2]), admission))
     assert outputs(again)[1] == expected
     assert_equal(of_page(again, 7), before)
 

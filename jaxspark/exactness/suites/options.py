@@ -7,7 +7,7 @@ from jaxspark.exactness.suites.tokens import TokenGrid
 from jaxspark.exactness.tiny_models import Family
 
 SUITES = (
-    *("greedy", "sampling", "gumbel", "schedules", "settings", "mesh"),
+    *("greedy", "sampling", "gumbel", "schedules", "settings", "mesh", "prefix"),
     *("all", "quick", "deepseek_v4"),
 )
 # What these run of the greedy and gumbel suites, unless options say else.
