@@ -9,6 +9,8 @@
   jaxspark bench --suite=load --draft=dspark    many requests at once: fixed lengths
                                                 against the schedule
   jaxspark bench --suite=overhead               what scheduling itself costs
+  jaxspark bench --suite=pages                  caches in pages against whole slots,
+                                                and prompts that share a beginning
 
 Compilation is never part of a figure.
 """
@@ -25,6 +27,7 @@ from jaxspark.benchmark.layout import bench_layout
 from jaxspark.benchmark.load import bench_load
 from jaxspark.benchmark.one_sequence import SequenceOptions, bench_decode
 from jaxspark.benchmark.overhead import OverheadOptions, bench_overhead
+from jaxspark.benchmark.pages import bench_pages
 from jaxspark.configuration import option
 from jaxspark.evaluation.plots import plot_load
 from jaxspark.evaluation.prompts import PromptOptions, in_turn
@@ -45,7 +48,7 @@ class Config(
     suite: str = option(
         "What to measure.",
         "decode",
-        choices=("decode", "layout", "draft", "load", "overhead"),
+        choices=("decode", "layout", "draft", "load", "overhead", "pages"),
     )
     draft: str = option("Drafter of --suite=draft, load and overhead.", "dspark")
     prompts_per_domain: int = option("Prompts per domain.", 3, at_least=1)
@@ -62,6 +65,8 @@ def measured(console: Console, config: Config) -> dict:
     target, tokenizer = config.load()
     if config.suite == "decode":
         return bench_decode(console, target, config)
+    if config.suite == "pages":
+        return bench_pages(console, target, config.repeats)
     drafting = config.suite == "draft"
     domains = config.read_prompts(
         tokenizer,
