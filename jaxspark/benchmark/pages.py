@@ -27,7 +27,7 @@ from jaxspark.timing import alternate, medians
 
 SLOTS, CONTEXT, ROUNDS, BLOCK = 8, 1024, 8, 4
 # Of a slot's tokens, as shares of the context.
-FILLED = {"a quarter": 0.25, "nearly all": 0.9}
+FILLED = {"a quarter": 0.25, "half": 0.5, "nine tenths": 0.9}
 # Tokens that prompts share, and their own.
 SHARED, OWN = 1000, 24
 
