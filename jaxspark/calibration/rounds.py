@@ -28,7 +28,7 @@ from jaxspark.decoding.options import check_block_length
 from jaxspark.drafters import Drafter
 from jaxspark.generation.generate import capacity_for
 from jaxspark.generation.request import Limits, Request, check
-from jaxspark.generation.slots import admission_of, prefill_chunk
+from jaxspark.generation.slots import Running, admission_of, prefill_chunk
 from jaxspark.target import Target
 
 _TYPICAL = 16
@@ -164,7 +164,8 @@ def record_rounds(
             block_length=block_length,
             stop_ids=max(1, len(target.stop_ids)),
         )
-        state = admit(state, jnp.arange(len(group)), admission_of(group, state))
+        admission = admission_of([Running(request) for request in group], state)
+        state = admit(state, jnp.arange(len(group)), admission)
         chunk = prefill_chunk(len(request.ids) for request in group)
         state = prefill(model, drafter, state, chunk=chunk)
         while np.any(state.live_B):

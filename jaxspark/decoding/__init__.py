@@ -24,6 +24,7 @@ from jaxspark.decoding.schedule import (
     Threshold,
     parse_schedule,
 )
+from jaxspark.decoding.snapshots import put_rings, take_rings
 from jaxspark.decoding.state import DecodeState, Phase
 
 __all__ = [
@@ -52,5 +53,7 @@ __all__ = [
     "init_state",
     "parse_schedule",
     "prefill",
+    "put_rings",
     "release",
+    "take_rings",
 ]

@@ -45,6 +45,7 @@ class Admission:
       adjustments: what they do to their logits; None where the state has no room.
       top_log_probs_N: most likely tokens told beside each output token.
       prompt_log_probs_N: whether log-probabilities of the prompt are told.
+      processed_N: first tokens of each whose cache rows are there already.
     """
 
     tokens_NP: Int[Array, "N P"]
@@ -57,6 +58,7 @@ class Admission:
     adjustments: Adjustments | None
     top_log_probs_N: Int[Array, " N"]
     prompt_log_probs_N: Bool[Array, " N"]
+    processed_N: Int[Array, " N"]
 
     @classmethod
     @standard_settings()
@@ -74,6 +76,7 @@ class Admission:
         prompt_lengths: Sequence[int] | None = None,
         top_log_probs: Sequence[int] | None = None,
         prompt_log_probs: Sequence[bool] | None = None,
+        processed: Sequence[int] | None = None,
     ) -> "Admission":
         """Requests for slots of `state`, of which only shapes are looked at.
 
@@ -90,6 +93,8 @@ class Admission:
             length takes for output; None for all of them. Fewer for one that goes on.
           top_log_probs: per request, likely tokens told at each place; None for none.
           prompt_log_probs: per request, whether the prompt's are told; None for no.
+          processed: first tokens of each prompt whose cache rows are there already, all
+            but one at most; None for none.
 
         Raises:
           ValueError: numbers that are not whole, an empty prompt, one that its limit or
@@ -104,6 +109,7 @@ class Admission:
             prompt_lengths = [len(prompt) for prompt in prompts]
         top = [0] * count if top_log_probs is None else top_log_probs
         told = [False] * count if prompt_log_probs is None else prompt_log_probs
+        processed = [0] * count if processed is None else processed
         counts = {
             "limits": len(limits),
             "sampling": len(sampling.seed),
@@ -112,6 +118,7 @@ class Admission:
             "prompt_lengths": len(prompt_lengths),
             "top_log_probs": len(top),
             "prompt_log_probs": len(told),
+            "processed": len(processed),
         }
         for name, given in counts.items():
             if not count or given != count:
@@ -136,6 +143,11 @@ class Admission:
                     f"prompt {row} has {len(prompt)} tokens, more than its limit "
                     f"{limit}"
                 )
+            if not 0 <= processed[row] < len(prompt):
+                raise ValueError(
+                    f"{processed[row]} of the {len(prompt)} tokens of prompt {row} are "
+                    f"said to be processed; expected 0 to {len(prompt) - 1}"
+                )
             if len(stops) > width:
                 raise ValueError(
                     f"{len(stops)} stop ids for prompt {row}, the state has room for "
@@ -157,6 +169,7 @@ class Admission:
             adjustments=_adjusting(state.adjustments, adjustments, prompt_lengths),
             top_log_probs_N=jnp.array(top, jnp.int32),
             prompt_log_probs_N=jnp.array(told, bool),
+            processed_N=jnp.asarray(np.asarray(processed, np.int32)),
         )
 
 
@@ -241,7 +254,9 @@ def admit(
     phase_N = jnp.where(
         complete_N,
         Phase.FINISHED,
-        jnp.where(lengths_N > 1, Phase.PREFILLING, Phase.DECODING),
+        jnp.where(
+            lengths_N - 1 > admission.processed_N, Phase.PREFILLING, Phase.DECODING
+        ),
     )
     before = state.sampling.temperature.at[slots_N].get(mode="clip")
     schedule = state.schedule.admit(
@@ -264,7 +279,7 @@ def admit(
         state,
         tokens_BS=tokens_BS,
         lengths_B=put(state.lengths_B, lengths_N),
-        processed_B=put(state.processed_B, 0),
+        processed_B=put(state.processed_B, admission.processed_N),
         limits_B=put(state.limits_B, admission.limits_N),
         phase_B=put(state.phase_B, phase_N.astype(jnp.int32)),
         stop_ids_BX=put(state.stop_ids_BX, admission.stop_ids_NX),
@@ -326,7 +341,7 @@ def prefill(
       together: slots that are prefilled in one pass, the first that need it; None takes
         all slots. Passes over a few do not pay for those that decode.
     """
-    slots = state.slots
+    slots, paged = state.slots, state.pages_BP is not None
     together = slots if together is None else min(together, slots)
     if together == slots:
         slots_N = jnp.arange(slots)
@@ -335,7 +350,9 @@ def prefill(
         waiting_B = state.phase_B == Phase.PREFILLING
         order_B = jnp.argsort(~waiting_B, stable=True)
         slots_N = jnp.where(waiting_B[order_B], order_B, slots)[:together]
-        caches = at_slots((state.target_cache, state.draft_cache), slots_N)
+        caches = (state.target_cache, state.draft_cache)
+        caches = at_slots(caches, slots_N, paged=paged)
+    pages_NP = at_slots(state.pages_BP, slots_N)
     tokens_NS, ends_N, processed_N, phase_N = (
         each.at[slots_N].get(mode="fill", fill_value=0)
         for each in (
@@ -358,7 +375,7 @@ def prefill(
         place_NQ = processed_N[:, None] + jnp.arange(chunk)
         ids_NQ = jnp.take_along_axis(tokens_NS, place_NQ, axis=1, mode="clip")
         counts_N = jnp.clip(ends_N - processed_N, 0, chunk)
-        tokens = FlatTokens.from_rows(ids_NQ, processed_N, counts_N)
+        tokens = FlatTokens.from_rows(ids_NQ, processed_N, counts_N, pages_BP=pages_NP)
         x_TD, taps_TmD, target_cache = target(tokens, target_cache, taps=drafter.taps)
         draft_cache = drafter.observe(draft_cache, taps_TmD, tokens)
         if likeliest is not None and likeliest.keeps_prompts:
@@ -373,7 +390,8 @@ def prefill(
         unfinished, step, (jnp.int32(0), processed_N, caches, state.likeliest)
     )
     if together < slots:
-        caches = with_slots((state.target_cache, state.draft_cache), slots_N, caches)
+        whole = (state.target_cache, state.draft_cache)
+        caches = with_slots(whole, slots_N, caches, paged=paged)
     ready_N = (phase_N == Phase.PREFILLING) & (processed_N >= ends_N)
     phase_N = jnp.where(ready_N, Phase.DECODING, phase_N)
     return replace(

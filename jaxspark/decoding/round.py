@@ -119,6 +119,7 @@ def _propose(target, drafter, state: DecodeState, adjuster, options, length: int
         tokens_BS=state.tokens_BS,
         lengths_B=positions_B + 1,
         first_round_B=state.counters.rounds_B == 0,
+        pages_BP=state.pages_BP,
     )
     return drafter.propose(target, state.draft_cache, context, sampler, length)
 
@@ -163,7 +164,9 @@ def _verified(
 
     def branch(bucket):
         def run(target_cache, draft_cache):
-            tokens = FlatTokens.from_rows(rows_BQ, anchors_B, counts_B, capacity=bucket)
+            tokens = FlatTokens.from_rows(
+                rows_BQ, anchors_B, counts_B, capacity=bucket, pages_BP=state.pages_BP
+            )
             with jax.named_scope("target"):
                 x_TD, taps_TmD, target_cache = target(
                     tokens, target_cache, taps=drafter.taps

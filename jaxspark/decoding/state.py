@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.decoding.adjustment_arrays import Adjustments
@@ -23,7 +24,8 @@ from jaxspark.decoding.sampling import Sampling
 from jaxspark.decoding.schedule_state import ScheduleState
 from jaxspark.drafters import Drafter
 from jaxspark.models.base import TargetModel
-from jaxspark.parallel.mesh import create, slots_per_shard
+from jaxspark.models.pages import in_pages, pages_for
+from jaxspark.parallel.mesh import create, place, slots_per_shard
 from jaxspark.parallel.rules import state_specs
 from jaxspark.settings import standard_settings
 
@@ -84,6 +86,8 @@ class DecodeState:
       sampling: per-slot sampling parameters.
       target_cache: the target's position-indexed caches.
       draft_cache: the drafter's.
+      pages_BP: where the slots' cache rows lie, see `jaxspark.models.pages`; made by
+        the host between calls. None for caches in which a slot's rows lie together.
       confidence_BG: confidence logits of the last round that drafted.
       certainty_BG: how decided its drafts were, see `Drawn`.
       schedule: what scheduling remembers.
@@ -111,6 +115,7 @@ class DecodeState:
     counters: Counters
     adjustments: Adjustments | None = None
     likeliest: Likeliest | None = None
+    pages_BP: Int[Array, "B P"] | None = None
 
     @classmethod
     @standard_settings()
@@ -127,6 +132,7 @@ class DecodeState:
         accepted: bool = False,
         adjustments: AdjustmentLimits = AdjustmentLimits(),
         likeliest: LikeliestLimits = LikeliestLimits(),
+        pages: int | None = None,
     ) -> "DecodeState":
         """A state without requests; pure, so it may be made under a caller's `jit`.
 
@@ -142,14 +148,20 @@ class DecodeState:
           accepted: whether to keep which output tokens are accepted drafts.
           adjustments: what requests may do to their logits.
           likeliest: what to keep of the most likely tokens.
+          pages: pages that caches have in all, page 0 among them, which nobody owns;
+            no slot has one yet. None: every slot has rows of its own.
 
         Raises:
-          ValueError: no slots, or more drafts per round than the target's caches can
-            forget.
+          ValueError: no slots, pages on a mesh that shares out slots, or more drafts
+            per round than the target's caches can forget.
         """
         if slots < 1:
             raise ValueError(f"a state needs at least 1 slot, got {slots}")
-        slots_per_shard(slots)
+        if slots_per_shard(slots) < slots and pages is not None:
+            raise ValueError(
+                "pages belong to the slots of one shard; on a mesh with axes data or "
+                "expert, give every slot rows of its own (pages None)"
+            )
         most = target.max_rewind
         if most is not None and block_length > most:
             raise ValueError(
@@ -164,6 +176,12 @@ class DecodeState:
         def logits_BG():
             return jnp.zeros((slots, block_length), jnp.float32)
 
+        def cache_of(owner):
+            if pages is None:
+                return owner.init_cache(slots, capacity)
+            # Under `jit`, so that the tables that pools replace are never made.
+            return jax.jit(lambda: in_pages(owner.init_cache(slots, capacity), pages))()
+
         def make():
             return cls(
                 tokens_BS=jnp.zeros((slots, capacity), jnp.int32),
@@ -173,8 +191,8 @@ class DecodeState:
                 phase_B=jnp.full((slots,), Phase.EMPTY, jnp.int32),
                 stop_ids_BX=jnp.full((slots, stop_ids), -1, jnp.int32),
                 sampling=Sampling.of(slots),
-                target_cache=target.init_cache(slots, capacity),
-                draft_cache=drafter.init_cache(slots, capacity),
+                target_cache=cache_of(target),
+                draft_cache=cache_of(drafter),
                 confidence_BG=logits_BG(),
                 certainty_BG=logits_BG(),
                 schedule=ScheduleState.empty(slots, block_length),
@@ -187,6 +205,9 @@ class DecodeState:
                     slots, adjustments, target.config.vocab_size
                 ),
                 likeliest=Likeliest.empty(likeliest, slots=slots, capacity=capacity),
+                pages_BP=None
+                if pages is None
+                else jnp.zeros((slots, pages_for(capacity)), jnp.int32),
             )
 
         return create(make, state_specs)
@@ -220,6 +241,12 @@ class DecodeState:
     def finished_B(self) -> Bool[Array, " B"]:
         """Slots whose output is complete."""
         return self.phase_B == Phase.FINISHED
+
+    def with_pages(self, pages_BP: np.ndarray) -> "DecodeState":
+        """With another page table, of the host's."""
+        table = {"pages_BP": np.array(pages_BP, np.int32)}
+        [pages] = place(table, state_specs).values()
+        return replace(self, pages_BP=jnp.asarray(pages))
 
     def rewind(self, lengths_B: Int[Array, " B"]) -> "DecodeState":
         """Back to earlier lengths, from which slots decode anew.

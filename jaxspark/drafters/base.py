@@ -30,11 +30,13 @@ class DraftContext:
       lengths_B: committed tokens that count; the last of them is the anchor.
       first_round_B: slots whose request has had no round yet, so that nothing
         remembered of earlier rounds is about it.
+      pages_BP: where the slots' cache rows lie, as in `FlatTokens`.
     """
 
     tokens_BS: Int[Array, "B S"]
     lengths_B: Int[Array, " B"]
     first_round_B: Bool[Array, " B"]
+    pages_BP: Int[Array, "B P"] | None = None
 
     @classmethod
     def of(
@@ -138,6 +140,13 @@ class Drafter(Protocol):
     def may_skip(self) -> bool:
         """Whether it may propose nothing, so that rounds vary in size."""
 
+    @property
+    def lookahead(self) -> int:
+        """Tokens behind a position that its context rows there depend on.
+
+        Rows of rings do not count: they are never shared.
+        """
+
     def check_target(self, target: Any) -> None:
         """Raises `ValueError` if it cannot draft for a target of this configuration."""
 
@@ -164,6 +173,7 @@ class WithoutContext:
     """Drafters that need neither the target's features nor rows of their own."""
 
     taps: ClassVar[tuple[int, ...]] = ()
+    lookahead: ClassVar[int] = 0
 
     def check_target(self, target: Any) -> None:
         """Any target will do."""

@@ -85,6 +85,7 @@ class DeepSeekV4DSpark(nnx.Module):
     """Parameters of the drafter; inside a stage, the names are the target's."""
 
     may_skip: ClassVar[bool] = False
+    lookahead: ClassVar[int] = 0
 
     def __init__(
         self, config: DeepSeekV4DSparkConfig, *, dtype=jnp.float32, rngs: nnx.Rngs

@@ -132,6 +132,7 @@ class DSparkDrafter(nnx.Module):
     """Parameters of a DSpark or DFlash drafter; paths are DeepSpec's tensor names."""
 
     may_skip: ClassVar[bool] = False
+    lookahead: ClassVar[int] = 0
 
     def __init__(self, config: DSparkConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
@@ -220,6 +221,7 @@ class DSparkDrafter(nnx.Module):
         anchors_B: Int[Array, " B"],
         positions_B: Int[Array, " B"],
         block_length: int,
+        pages_BP: Int[Array, "B P"] | None = None,
     ) -> tuple[Float[Array, "B G D"], tuple[LayerCache, ...]]:
         """Normed hidden states of a block's predicting rows, and the written cache."""
         B = anchors_B.shape[0]
@@ -230,6 +232,7 @@ class DSparkDrafter(nnx.Module):
             positions_B,
             jnp.full((B,), rows),
             limits_B=positions_B + rows,
+            pages_BP=pages_BP,
         )
         rotation = self._rotation(tokens)
         x_TD = target.embed(tokens.ids_T).astype(self.dtype)
@@ -256,7 +259,8 @@ class DSparkDrafter(nnx.Module):
     ) -> tuple[Proposal, tuple[LayerCache, ...]]:
         """Drafts a block: backbone once, then the heads row by row."""
         hidden_BGD, cache = self.backbone(
-            target, cache, context.anchors_B, context.positions_B, block_length
+            *(target, cache, context.anchors_B, context.positions_B, block_length),
+            pages_BP=context.pages_BP,
         )
         base_BGW = self.logits(target, hidden_BGD)
 

@@ -13,7 +13,7 @@ the pair of the position before each token, with the embedding as one more tap (
 the feature kept from the pass that made it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import jax
@@ -47,6 +47,7 @@ from jaxspark.models.layers.linear import Linear, head_logits
 from jaxspark.models.layers.mlp import GatedMLP
 from jaxspark.models.layers.norm import RMSNorm
 from jaxspark.models.layers.rope import Rotation
+from jaxspark.models.rows import LayerRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,17 +134,18 @@ class Eagle3Cache:
 
     Attributes:
       pairs: keys and values of the pairs (f_i, x_{i+1}).
-      features_BSD: f_i of processed positions; rows may be padded as in `LayerCache`.
+      features: f_i of processed positions; they may be padded as in `LayerCache`.
     """
 
     pairs: LayerCache
-    features_BSD: Float[Array, "B S D"]
+    features: LayerRows
 
 
 class Eagle3Drafter(nnx.Module):
     """Parameters of an Eagle3 drafter; paths are DeepSpec's tensor names."""
 
     may_skip: ClassVar[bool] = False
+    lookahead: ClassVar[int] = 1
 
     def __init__(self, config: Eagle3Config, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
@@ -188,8 +190,8 @@ class Eagle3Drafter(nnx.Module):
         size = (slots, c.num_key_value_heads, length, c.head_dim, self.dtype)
         return Eagle3Cache(
             pairs=LayerCache.zeros(*size),
-            features_BSD=jnp.zeros(
-                (slots, length, padded_width(c.hidden_size)), self.dtype
+            features=LayerRows.zeros(
+                1, slots, length, padded_width(c.hidden_size), self.dtype
             ),
         )
 
@@ -217,15 +219,22 @@ class Eagle3Drafter(nnx.Module):
     ) -> Eagle3Cache:
         """Keeps features; writes the pair that each processed token completes."""
         taps_TmD = taps_TmD.astype(self.dtype)
-        B, S, width = cache.features_BSD.shape
-        row_T = tokens.slots_T * S + tokens.positions_T
-        row_T = jnp.where(tokens.slots_T >= 0, row_T, B * S)
-        table = cache.features_BSD.reshape(-1, width)
-        rows_TD = pad_heads(self.features(taps_TmD[:, 1:]), width)
-        table = jax.lax.optimization_barrier(table.at[row_T].set(rows_TD, mode="drop"))
+        own_TD = self.features(taps_TmD[:, 1:])
+        before_BD = self.features_before(cache, tokens.starts_B, tokens.pages_BP)
+        before_BD, features = jax.lax.optimization_barrier((before_BD, cache.features))
+        features = features.put(
+            jnp.int32(0),
+            tokens.slots_T,
+            tokens.positions_T,
+            pad_heads(own_TD, features.rows_LBSH.shape[-1]),
+            tokens.slots_T >= 0,
+            tokens.pages_BP,
+        )
+        around_BQD = jnp.concatenate(
+            [before_BD[:, None], tokens.padded(own_TD, 0)], axis=1
+        )
+        feature_TD = tokens.flat(around_BQD[:, :-1])
         before = pairs_before(tokens)
-        D = taps_TmD.shape[-1]
-        feature_TD = table[jnp.clip(row_T - 1, 0, B * S - 1), :D]
         layer = self.layers[0]
         pairs = layer.self_attn.update_cache(
             layer.pair(taps_TmD[:, 0], feature_TD),
@@ -233,7 +242,18 @@ class Eagle3Drafter(nnx.Module):
             before,
             self.rotation(before.positions_T),
         )
-        return Eagle3Cache(pairs=pairs, features_BSD=table.reshape(B, S, width))
+        return Eagle3Cache(pairs=pairs, features=features)
+
+    def features_before(
+        self,
+        cache: Eagle3Cache,
+        starts_B: Int[Array, " B"],
+        pages_BP: Int[Array, "B P"] | None,
+    ) -> Float[Array, "B D"]:
+        """f of the position before each of `starts_B`; anything before position 0."""
+        table = cache.features.table(jnp.int32(0), pages_BP)
+        newest_B1 = jnp.maximum(starts_B - 1, 0)[:, None]
+        return table.take(newest_B1)[:, 0, : self.config.backbone.hidden_size]
 
     def propose(
         self,
@@ -251,15 +271,17 @@ class Eagle3Drafter(nnx.Module):
         # A slot that holds its anchor alone has no feature yet: its first pair stands
         # at place 0, where the anchor's own will be.
         newest_B = jnp.maximum(positions_B - 1, 0)
-        D = self.config.backbone.hidden_size
-        rows_BD = cache.features_BSD[jnp.arange(B), newest_B, :D]
+        rows_BD = self.features_before(cache, positions_B, context.pages_BP)
         feature_BD = jnp.where((positions_B > 0)[:, None], rows_BD, 0)
 
         def step(carry, previous_B, j, _):
             feature_BD, pairs = carry
             place_B = newest_B + j
             tokens = FlatTokens.from_rows(
-                previous_B[:, None], place_B, jnp.ones((B,), jnp.int32)
+                previous_B[:, None],
+                place_B,
+                jnp.ones((B,), jnp.int32),
+                pages_BP=context.pages_BP,
             )
             embedded_BD = target.embed(previous_B).astype(self.dtype)
             attended_BD, pairs = layer.self_attn(
@@ -282,4 +304,4 @@ class Eagle3Drafter(nnx.Module):
             block_length,
             ids_W=None if self.draft_ids is None else self.draft_ids[...],
         )
-        return proposal, Eagle3Cache(pairs=pairs, features_BSD=cache.features_BSD)
+        return proposal, replace(cache, pairs=pairs)

@@ -130,6 +130,11 @@ class HybridDrafter:
         """Whether the model may."""
         return self.model.may_skip
 
+    @property
+    def lookahead(self) -> int:
+        """The model's."""
+        return self.model.lookahead
+
     def check_target(self, target) -> None:
         """Whether the model fits."""
         self.model.check_target(target)

@@ -61,6 +61,7 @@ class MTPDrafter(nnx.Module):
     """Parameters of the module; names are those of the released `mtp.0.`."""
 
     may_skip: ClassVar[bool] = False
+    lookahead: ClassVar[int] = 0
 
     def __init__(
         self,

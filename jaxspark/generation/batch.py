@@ -32,7 +32,14 @@ from jaxspark.generation.completion import (
     Likely,
     PromptLogProb,
 )
-from jaxspark.generation.request import CheckedRequest, Limits, Request, check
+from jaxspark.generation.request import (
+    UNLIMITED,
+    CheckedRequest,
+    Limits,
+    Request,
+    check,
+)
+from jaxspark.generation.slot_pages import SlotPages
 from jaxspark.generation.slots import (
     Counts,
     Ring,
@@ -64,6 +71,7 @@ class Update:
       top_log_probs: likely tokens beside each, if asked for.
       prompt_log_probs: of the prompt, if asked for, in the first update with tokens.
       counts: what the step's rounds did.
+      cached: tokens of its prompt whose cache rows were there already.
     """
 
     index: int
@@ -74,6 +82,7 @@ class Update:
     top_log_probs: list[Likely] = field(default_factory=list)
     prompt_log_probs: list[PromptLogProb | None] | None = None
     counts: Counts = Counts()
+    cached: int = 0
 
 
 class ContinuousBatch:
@@ -103,6 +112,7 @@ class ContinuousBatch:
         together: int | None = None,
         chunk: int | None = None,
         rounds_per_step: int = 8,
+        pages: SlotPages | None = None,
     ):
         """Makes an empty state.
 
@@ -123,6 +133,9 @@ class ContinuousBatch:
           chunk: most tokens of each prompt that a step reads, so that prompts delay no
             step for longer; None reads them whole.
           rounds_per_step: most rounds between two looks at what has come.
+          pages: hands out pages, of which there may be fewer than all slots could
+            use: then the youngest requests wait for others. None gives every slot rows
+            for its whole capacity.
 
         Raises:
           ValueError: options, drafter and target that do not go together.
@@ -138,6 +151,11 @@ class ContinuousBatch:
                 "has none; give it those of jaxspark.calibration.measure_costs, or add "
                 "them with jaxspark.calibration.with_measured_costs"
             )
+        if pages is not None and chunk != pages.chunk:
+            raise ValueError(
+                f"pages are shared at multiples of {pages.chunk} tokens, prompts are "
+                f"read by {chunk}; give both the same chunk"
+            )
         self.slots = slots
         self.together = max(1, slots // 4) if together is None else min(together, slots)
         self.chunk = chunk
@@ -151,6 +169,7 @@ class ContinuousBatch:
             top_log_probs=top_log_probs,
             prompt_log_probs=prompt_log_probs,
             adjustments=adjustments,
+            pages=UNLIMITED if pages is None else pages.pages - 1,
         )
         # The most that a slot can gain in one step.
         self._window = min(rounds_per_step * (self.options.block + 1), capacity)
@@ -173,9 +192,14 @@ class ContinuousBatch:
                 # A step may end a prompt and go on with its output.
                 positions=self._window + (read if prompt_log_probs else 0),
             ),
+            pages=None if pages is None else pages.pages,
         )
+        self._pages = pages
+        if pages is not None:
+            self._state = pages.attach(self._state)
+        self.preemptions = 0
         self._submitted = 0
-        self._waiting: deque[CheckedRequest] = deque()
+        self._waiting: deque[Running] = deque()
         self._running: dict[int, Running] = {}
         self._cancelled: set[int] = set()
 
@@ -191,7 +215,9 @@ class ContinuousBatch:
 
     @property
     def room(self) -> int:
-        """Requests that the next step would admit."""
+        """Requests that the next step would admit, if there are pages for them."""
+        if self._pages is not None and self._waiting:
+            return 0  # Those that wait here do so for pages.
         lanes = self.slots if self.chunk is None else self.together - self.prefilling
         return max(0, min(self.free, lanes) - self.waiting)
 
@@ -216,9 +242,9 @@ class ContinuousBatch:
         self.enqueue(check(request, index, self.target, self.limits))
         return index
 
-    def enqueue(self, request: CheckedRequest) -> None:
+    def enqueue(self, request: CheckedRequest, salt: str | None = None) -> None:
         """Queues a request that was checked against this batch's limits."""
-        self._waiting.append(request)
+        self._waiting.append(Running(request, salt))
 
     def cancel(self, index: int) -> None:
         """Ends a request at the next step, with what it has; ended ones stay as is."""
@@ -245,11 +271,12 @@ class ContinuousBatch:
             # With others waiting, ended slots are refilled soon.
             max_finished = self.together if self._waiting else self.slots
         rounds = self.rounds_per_step if rounds is None else rounds
+        rounds = self._make_room(min(rounds, self.rounds_per_step))
         self._state = compiled(decode)(
             self.target.model,
             self.drafter,
-            self._state,
-            jnp.int32(min(rounds, self.rounds_per_step)),
+            self._placed(),
+            jnp.int32(rounds),
             jnp.int32(max_finished),
             options=self.options,
         )
@@ -267,51 +294,114 @@ class ContinuousBatch:
                 count = min(count, self.together - self.prefilling)
                 if not count:
                     return
-            arrived = [self._waiting.popleft() for _ in range(count)]
-            taken, free = free[:count], free[count:]
-            newcomers = [Running(request) for request in arrived]
-            self._running |= dict(zip(taken, newcomers))
+            arrived = self._next(free[:count])
+            if not arrived:
+                return  # They need pages that others have.
+            free = free[len(arrived) :]
+            newcomers = list(arrived.values())
+            self._running |= arrived
             # One shape for any number of newcomers: no slot has the last number.
-            missing = self.together - count
-            slots_N = jnp.array(taken + [self.slots] * missing, jnp.int32)
-            padded = arrived + arrived[:1] * missing
+            missing = self.together - len(arrived)
+            slots_N = jnp.array([*arrived, *[self.slots] * missing], jnp.int32)
+            padded = newcomers + newcomers[:1] * missing
             self._state = admit(self._state, slots_N, admission_of(padded, self._state))
             if self.chunk is None:
                 self._state = prefill(
                     self.target.model,
                     self.drafter,
                     self._state,
-                    chunk=prefill_chunk(len(request.ids) for request in arrived),
+                    chunk=prefill_chunk(each.goal for each in newcomers),
                     together=self.together,
                 )
                 for each in newcomers:
                     each.processed += each.unread
+
+    def _next(self, slots: Sequence[int]) -> dict[int, Running]:
+        """Who waits longest, in these slots; fewer where pages are too few."""
+        arrived: dict[int, Running] = {}
+        for slot in slots:
+            each, processed = self._waiting[0], 0
+            if self._pages is not None:
+                there = self._pages.admit(
+                    slot,
+                    each.request.ids + each.tokens,
+                    self._positions(each, rounds=1),
+                    each.salt,
+                    share=not each.wants_prompt,
+                )
+                if there is None:
+                    break
+                processed = there
+            each.begin(processed)
+            arrived[slot] = self._waiting.popleft()
+        return arrived
+
+    def _positions(self, each: Running, rounds: int) -> int:
+        """Positions that a request writes to in so many rounds."""
+        block = self.options.block
+        return min(each.length + rounds * (block + 1), each.request.limit) + block
+
+    def _make_room(self, rounds: int) -> int:
+        """Pages for the next rounds, which are fewer where pages are.
+
+        Where they do not suffice for one, the youngest request gives its own up.
+        """
+        if self._pages is None:
+            return rounds
+        while not self._pages.reserve(
+            {
+                slot: self._positions(each, rounds)
+                for slot, each in self._running.items()
+            }
+        ):
+            if rounds > 1:
+                rounds //= 2
+            else:
+                self._preempt()
+        return rounds
+
+    def _preempt(self) -> None:
+        """The youngest request waits again; it goes on from what it has said."""
+        slot = max(self._running, key=lambda slot: self._running[slot].request.index)
+        each = self._vacate([slot])[slot]
+        self._waiting.appendleft(each)
+        self.preemptions += 1
+
+    def _placed(self) -> DecodeState:
+        """The state, with the pages that were handed out."""
+        if self._pages is not None:
+            self._state = self._pages.placed(self._state)
+        return self._state
 
     def _prefill_some(self, most: int) -> None:
         """Reads on in every prompt, by at most one chunk.
 
         Whatever prompts are beside it, one is cut at multiples of the longest chunk.
         """
-        reading = [each for each in self._running.values() if each.unread > 0]
+        reading = {
+            slot: each for slot, each in self._running.items() if each.unread > 0
+        }
         if not reading:
             return
-        chunk = prefill_chunk((each.unread + 1 for each in reading), most)
+        chunk = prefill_chunk((each.unread + 1 for each in reading.values()), most)
         self._state = prefill(
             self.target.model,
             self.drafter,
-            self._state,
+            self._placed(),
             jnp.int32(1),
             chunk=chunk,
             together=self.together,
         )
-        for each in reading:
+        for slot, each in reading.items():
             each.processed += min(chunk, each.unread)
+            if self._pages is not None:
+                self._pages.progress(self._state, slot, each.processed)
 
     def _collect(self) -> list[Update]:
         """New tokens of every slot; releases those that are finished."""
         since_B = np.zeros((self.slots,), np.int32)
         for slot, each in self._running.items():
-            since_B[slot] = len(each.request.ids) + len(each.tokens)
+            since_B[slot] = each.length
         phase_B, lengths_B, counters, tokens_BW, log_probs_BW, accepted_BW = (
             jax.device_get(newest(self._state, jnp.asarray(since_B), self._window))
         )
@@ -323,7 +413,7 @@ class ContinuousBatch:
         for slot, each in self._running.items():
             first = not each.tokens
             gained = slice(int(lengths_B[slot] - since_B[slot]))
-            counts, before = Counts.of(counters, slot), each.counts
+            counts, before = each.before.plus(Counts.of(counters, slot)), each.counts
             each.counts = counts
             updates[slot] = update = Update(
                 each.request.index,
@@ -331,6 +421,7 @@ class ContinuousBatch:
                 log_probs=log_probs_BW[slot, gained].tolist(),
                 accepted=accepted_BW[slot, gained].tolist(),
                 counts=counts.since(before),
+                cached=each.cached or 0,
             )
             each.tokens += update.tokens
             each.log_probs += update.log_probs
@@ -351,19 +442,20 @@ class ContinuousBatch:
 
     def _drop_cancelled(self) -> list[Update]:
         """Takes cancelled requests out of the queue and out of their slots."""
-        nothing = Completion(tokens=[], text=None, finish_reason="cancelled")
+
+        def unwanted(each: Running) -> bool:
+            return each.request.index in self._cancelled
+
         updates = [
-            Update(request.index, [], nothing)
-            for request in self._waiting
-            if request.index in self._cancelled
+            Update(each.request.index, [], self._completion(each, "cancelled"))
+            for each in self._waiting
+            if unwanted(each)
         ]
-        self._waiting = deque(
-            request for request in self._waiting if request.index not in self._cancelled
-        )
+        self._waiting = deque(each for each in self._waiting if not unwanted(each))
         slots = {
             slot: each.request.index
             for slot, each in self._running.items()
-            if each.request.index in self._cancelled
+            if unwanted(each)
         }
         self._cancelled.clear()
         completions = self._release(list(slots), reason="cancelled")
@@ -376,16 +468,26 @@ class ContinuousBatch:
         self, slots: Sequence[int], reason: FinishReason | None = None
     ) -> dict[int, Completion]:
         """Empties slots; what they hold, which tells its reason where none is given."""
+        left = self._vacate(slots)
+        return {slot: self._completion(each, reason) for slot, each in left.items()}
+
+    def _vacate(self, slots: Sequence[int]) -> dict[int, Running]:
+        """Empties slots; who was there."""
         if not slots:
             return {}
         released_B = np.isin(np.arange(self.slots), slots)
         self._state = release(self._state, jnp.asarray(released_B))
-        return {slot: self._completion(slot, reason) for slot in slots}
+        left = {slot: self._running.pop(slot) for slot in slots}
+        if self._pages is not None:
+            for slot, each in left.items():
+                read = each.processed if each.unread > 0 else each.length - 1
+                self._pages.release(slot, read)
+        return left
 
-    def _completion(self, slot: int, reason: FinishReason | None) -> Completion:
-        """What a slot's request became; it no longer runs."""
-        each, tokenizer = self._running.pop(slot), self.target.tokenizer
-        tokens, counts, params = each.tokens, each.counts, each.request.params
+    def _completion(self, each: Running, reason: FinishReason | None) -> Completion:
+        """What a request became that no longer runs."""
+        tokens, counts, tokenizer = each.tokens, each.counts, self.target.tokenizer
+        params = each.request.params
         stopped = bool(tokens) and tokens[-1] in each.request.stop_ids
         shown = tokens[:-1] if stopped else tokens
         return Completion(

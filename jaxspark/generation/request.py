@@ -10,6 +10,7 @@ from jaxspark.decoding import Adjustment, AdjustmentLimits
 from jaxspark.generation.adjusting import adjustment_of
 from jaxspark.generation.params import SamplingParams
 from jaxspark.generation.values import number, whole
+from jaxspark.models.pages import PAGE, pages_for
 from jaxspark.target import Target
 
 # Likely tokens told at a place, as OpenAI has them.
@@ -65,6 +66,7 @@ class Limits:
       top_log_probs: most likely tokens kept beside each.
       prompt_log_probs: whether those of prompts are kept.
       adjustments: what may be done to logits; None for anything.
+      pages: of the caches, which a slot may have all of.
     """
 
     capacity: int = UNLIMITED
@@ -75,6 +77,7 @@ class Limits:
     top_log_probs: int = MAX_TOP_LOG_PROBS
     prompt_log_probs: bool = True
     adjustments: AdjustmentLimits | None = None
+    pages: int = UNLIMITED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +140,12 @@ def _checked(request: Request, index: int, target: Target, limits: Limits):
             f"it needs {needed + limits.block_length} positions ({len(ids)} of its "
             f"prompt, {budget} new, a block of {limits.block_length}), each slot has "
             f"{limits.capacity}"
+        )
+    if pages_for(needed + limits.block_length) > limits.pages:
+        raise ValueError(
+            f"it needs {pages_for(needed + limits.block_length)} pages of {PAGE} "
+            f"positions ({len(ids)} of its prompt, {budget} new, a block of "
+            f"{limits.block_length}), the caches have {limits.pages} in all"
         )
     number("temperature", params.temperature, 0, float(np.finfo(np.float32).max))
     whole("top_k", params.top_k, 0, 2**31 - 1)

@@ -1,8 +1,10 @@
 """What a host knows of a request in a slot, and how it reads and writes slots."""
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import starmap, zip_longest
 
 import jax
 import jax.numpy as jnp
@@ -46,18 +48,24 @@ class Counts:
             accepted=tuple(counters.accepted_BG[slot].tolist()),
         )
 
+    def plus(self, more: "Counts") -> "Counts":
+        """The sum of both."""
+        return self._with(more, operator.add)
+
     def since(self, before: "Counts") -> "Counts":
         """What was added to earlier counts."""
+        return self._with(before, operator.sub)
 
-        def added(now: tuple[int, ...], then: tuple[int, ...]) -> tuple[int, ...]:
-            return tuple(a - b for a, b in zip(now, then or (0,) * len(now)))
+    def _with(self, other: "Counts", by: Callable[[int, int], int]) -> "Counts":
+        def each(mine: tuple[int, ...], theirs: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(starmap(by, zip_longest(mine, theirs, fillvalue=0)))
 
         return Counts(
-            rounds=self.rounds - before.rounds,
-            drafted=self.drafted - before.drafted,
-            verified=self.verified - before.verified,
-            reached=added(self.reached, before.reached),
-            accepted=added(self.accepted, before.accepted),
+            rounds=by(self.rounds, other.rounds),
+            drafted=by(self.drafted, other.drafted),
+            verified=by(self.verified, other.verified),
+            reached=each(self.reached, other.reached),
+            accepted=each(self.accepted, other.accepted),
         )
 
 
@@ -94,39 +102,65 @@ class Ring:
 
 @dataclass
 class Running:
-    """A request in a slot, and its output so far.
+    """A request that has a slot or waits for one, and its output so far.
 
     Attributes:
       request: what runs.
-      processed: tokens of its prompt that were read.
+      salt: prefixes are shared only with requests that have the same.
+      goal: tokens that it was admitted with, which are read before its rounds: its
+        prompt, and what it had said before it was preempted.
+      processed: how many of them were read.
+      cached: tokens of its prompt whose rows were there when it was first admitted.
       tokens: its output.
       log_probs: of the output, where they are kept.
       top_log_probs: likely tokens beside the output's, where they are asked for.
       prompt_log_probs: of the prompt's tokens that were read, likewise.
       counts: what its rounds did.
+      before: what they had done when it was admitted.
     """
 
     request: CheckedRequest
+    salt: str | None = None
+    goal: int = 0
     processed: int = 0
+    cached: int | None = None
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     top_log_probs: list[Likely] = field(default_factory=list)
     prompt_log_probs: list[PromptLogProb | None] = field(default_factory=list)
     counts: Counts = Counts()
+    before: Counts = Counts()
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of the output so far."""
+        return len(self.request.ids) + len(self.tokens)
 
     @property
     def unread(self) -> int:
-        """Tokens of the prompt that remain to be read; the anchor is a round's."""
-        return len(self.request.ids) - 1 - self.processed
+        """Tokens that remain to be read before its rounds; the anchor is a round's."""
+        return self.goal - 1 - self.processed
+
+    def begin(self, processed: int) -> None:
+        """It gets a slot, in which rows of its first tokens are there already."""
+        self.goal, self.processed, self.before = self.length, processed, self.counts
+        if self.cached is None:
+            self.cached = processed
+
+    @property
+    def wants_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be told.
+
+        They come of reading it, so nothing of it may be taken as read.
+        """
+        told = len(self.prompt_log_probs)
+        asked = self.request.params.prompt_log_probs is not None
+        return asked and told < len(self.request.ids)
 
     @property
     def asks_likeliest(self) -> bool:
         """Whether there is something for it in a state's `likeliest`."""
-        params = self.request.params
-        unread = len(self.prompt_log_probs) < len(self.request.ids)
-        return params.top_log_probs > 0 or (
-            params.prompt_log_probs is not None and unread
-        )
+        return self.request.params.top_log_probs > 0 or self.wants_prompt
 
     def take_likeliest(self, ring: Ring, new_tokens: int) -> list[Likely]:
         """Notes what the ring has of the prompt that was read, and of new tokens.
@@ -144,7 +178,7 @@ class Running:
             told += [None] if not told else []
             told += [
                 ring.of_prompt(place, params.prompt_log_probs)
-                for place in range(len(told), self.processed + 1)
+                for place in range(len(told), min(self.processed + 1, len(ids)))
             ]
         if not params.top_log_probs:
             return []
@@ -155,12 +189,13 @@ class Running:
         return new
 
 
-def admission_of(requests: Sequence[CheckedRequest], state: DecodeState) -> Admission:
+def admission_of(admitted: Sequence[Running], state: DecodeState) -> Admission:
     """Requests in the form in which slots of `state` take them up."""
+    requests = [each.request for each in admitted]
     params = [request.params for request in requests]
     return Admission.of(
         state,
-        [request.ids for request in requests],
+        [each.request.ids + each.tokens for each in admitted],
         [request.limit for request in requests],
         Sampling.of(
             len(requests),
@@ -172,10 +207,12 @@ def admission_of(requests: Sequence[CheckedRequest], state: DecodeState) -> Admi
         ),
         stop_ids=[request.stop_ids for request in requests],
         adjustments=[request.adjustment for request in requests],
+        prompt_lengths=[len(request.ids) for request in requests],
         top_log_probs=[each.top_log_probs for each in params],
         prompt_log_probs=[each.prompt_log_probs is not None for each in params],
         min_drafts=[request.min_drafts for request in requests],
         max_drafts=[request.max_drafts for request in requests],
+        processed=[each.processed for each in admitted],
     )
 
 

@@ -16,6 +16,8 @@
                                         program may have chosen
   jaxspark audit --suite=mesh           the tokens of one device on meshes of eight
                                         (virtual ones on a CPU)
+  jaxspark audit --suite=prefix         guarantee 4: cold starts against cache hits,
+                                        and random sequences of requests
   jaxspark audit --suite=deepseek_v4    everything for DeepSeek-V4 and its drafters,
                                         random weights
 

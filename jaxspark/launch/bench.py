@@ -12,6 +12,8 @@
   jaxspark bench --suite=kernels_static         bytes of an attention layer of
                                                 DeepSeek-V4, compiled for chips that
                                                 need not be here
+  jaxspark bench --suite=pages                  caches in pages against whole slots,
+                                                and prompts that share a beginning
 
 Compilation is never part of a figure.
 """
@@ -29,6 +31,7 @@ from jaxspark.benchmark.layout import bench_layout
 from jaxspark.benchmark.load import bench_load
 from jaxspark.benchmark.one_sequence import SequenceOptions, bench_decode
 from jaxspark.benchmark.overhead import OverheadOptions, bench_overhead
+from jaxspark.benchmark.pages import bench_pages
 from jaxspark.configuration import option
 from jaxspark.evaluation.plots import plot_load
 from jaxspark.evaluation.prompts import PromptOptions, in_turn
@@ -50,7 +53,10 @@ class Config(
     suite: str = option(
         "What to measure.",
         "decode",
-        choices=("decode", "layout", "draft", "load", "overhead", "kernels_static"),
+        choices=(
+            *("decode", "layout", "draft", "load", "overhead", "pages"),
+            "kernels_static",
+        ),
     )
     draft: str = option("Drafter of --suite=draft, load and overhead.", "dspark")
     prompts_per_domain: int = option("Prompts per domain.", 3, at_least=1)
@@ -69,6 +75,8 @@ def measured(console: Console, config: Config) -> dict:
     target, tokenizer = config.load()
     if config.suite == "decode":
         return bench_decode(console, target, config)
+    if config.suite == "pages":
+        return bench_pages(console, target, config.repeats)
     drafting = config.suite == "draft"
     domains = config.read_prompts(
         tokenizer,

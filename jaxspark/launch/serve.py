@@ -75,6 +75,18 @@ class Config(common.TargetOptions, common.DraftOptions, common.ScheduleOptions):
         16,
         at_least=1,
     )
+    prefix_cache: bool | None = option(
+        "Whether prompts that begin alike share what was computed; outputs stay the "
+        "same to the last bit. By default yes, on meshes with axes data or expert no.",
+        None,
+    )
+    cache_pages: int | None = option(
+        "Memory for all outputs and shared prefixes, in pages of 128 tokens; when it "
+        "runs out, the youngest outputs wait and go on later. By default as many as "
+        "all slots can fill.",
+        None,
+        at_least=1,
+    )
     max_queued: int = option(
         "Outputs that may wait for a slot; more are refused with 503.", 256, at_least=1
     )
@@ -190,6 +202,8 @@ def main(config: Config) -> int:
         chunk=config.prefill_chunk,
         together=config.prefill_together,
         max_stop_ids=config.max_stop_ids,
+        prefix_cache=config.prefix_cache,
+        cache_pages=config.cache_pages,
         queue=QueueLimits(requests=config.max_queued, tokens=config.max_queued_tokens),
         pace=Pace(most=config.rounds_per_call, seconds=config.call_seconds),
         observers=[metrics],

@@ -1,7 +1,7 @@
 """What the decode loop asks of a target model and of its caches."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -61,7 +61,13 @@ class TargetModel(Protocol):
 
 @runtime_checkable
 class SlotTable(Protocol):
-    """A table of cache rows that knows where its slots are."""
+    """A table of cache rows that knows where its slots are.
+
+    Attributes:
+      grows: whether it has rows for every position, which then can lie in pages.
+    """
+
+    grows: ClassVar[bool]
 
     def at_slots(self, slots_N: Int[Array, " N"]) -> Self:
         """The rows of N slots; numbers past the last slot read the last."""
@@ -69,33 +75,40 @@ class SlotTable(Protocol):
     def with_slots(self, slots_N: Int[Array, " N"], rows: Self) -> Self:
         """With the rows of N slots replaced; numbers past the last are skipped."""
 
+    def pool(self, pages: int) -> Self:
+        """If it grows, an empty pool of pages for such rows, see `pages`."""
 
-def at_slots[CacheT](cache: CacheT, slots_N: Int[Array, " N"]) -> CacheT:
+
+def at_slots[CacheT](
+    cache: CacheT, slots_N: Int[Array, " N"], *, paged: bool = False
+) -> CacheT:
     """A cache of N slots only; numbers past the last slot read the last.
 
-    Leaves have their slots on the first axis, unless they are a `SlotTable`.
+    Leaves have their slots on the first axis, unless they are a `SlotTable`. Tables in
+    pages stay whole: it is the page table that names slots.
     """
 
     def take(leaf):
-        if isinstance(leaf, SlotTable):
-            return leaf.at_slots(slots_N)
-        return leaf.at[slots_N].get(mode="clip")
+        if not is_table(leaf):
+            return leaf.at[slots_N].get(mode="clip")
+        return leaf if paged and leaf.grows else leaf.at_slots(slots_N)
 
-    return jax.tree.map(take, cache, is_leaf=_is_table)
+    return jax.tree.map(take, cache, is_leaf=is_table)
 
 
 def with_slots[CacheT](
-    cache: CacheT, slots_N: Int[Array, " N"], part: CacheT
+    cache: CacheT, slots_N: Int[Array, " N"], part: CacheT, *, paged: bool = False
 ) -> CacheT:
     """The cache with `part` in N slots; numbers past the last slot are skipped."""
 
     def put(leaf, new):
-        if isinstance(leaf, SlotTable):
-            return leaf.with_slots(slots_N, new)
-        return leaf.at[slots_N].set(new, mode="drop")
+        if not is_table(leaf):
+            return leaf.at[slots_N].set(new, mode="drop")
+        return new if paged and leaf.grows else leaf.with_slots(slots_N, new)
 
-    return jax.tree.map(put, cache, part, is_leaf=_is_table)
+    return jax.tree.map(put, cache, part, is_leaf=is_table)
 
 
-def _is_table(node) -> bool:
+def is_table(node: Any) -> bool:
+    """Whether a node of a cache is a `SlotTable`."""
     return isinstance(node, SlotTable)

@@ -25,11 +25,14 @@ class FlatTokens(Ragged):
       positions_T: absolute position of each token in its slot.
       limits_T: how many cached positions each token sees. `positions_T + 1` is causal
         attention; a draft block sees all of itself with `anchor + block_length`.
+      pages_BP: where the slots' cache rows lie, see `jaxspark.models.pages`; None for
+        caches in which a slot's rows lie together.
     """
 
     ids_T: Int[Array, " T"]
     positions_T: Int[Array, " T"]
     limits_T: Int[Array, " T"]
+    pages_BP: Int[Array, "B P"] | None = None
 
     @classmethod
     @standard_settings()
@@ -41,6 +44,7 @@ class FlatTokens(Ragged):
         *,
         capacity: int | None = None,
         limits_B: Int[Array, " B"] | None = None,
+        pages_BP: Int[Array, "B P"] | None = None,
     ) -> "FlatTokens":
         """Packs the first `counts_B` tokens of each row into `capacity` flat places.
 
@@ -66,5 +70,6 @@ class FlatTokens(Ragged):
             starts_B=starts_B,
             offsets_B=offsets_B,
             counts_B=counts_B,
+            pages_BP=pages_BP,
             rows=rows,
         )

@@ -13,22 +13,28 @@ heads zero-padded to 128 costs the same memory and no copy, hence `lanes`.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxspark.models.batch import FlatTokens
+from jaxspark.models.pages import PAGE, writable
 from pallas_kernels.dispatch import expected_platform
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of one attention layer, [B, K, S, H] each; H may be padded."""
+    """Keys and values of one attention layer, [B, K, S, H] each; H may be padded.
+
+    With pages, B are pages and S positions of a page.
+    """
 
     k_BKSH: Float[Array, "B K S H"]
     v_BKSH: Float[Array, "B K S H"]
+    grows: ClassVar[bool] = True
 
     @classmethod
     def zeros(
@@ -55,9 +61,15 @@ class LayerCache:
         B, K, S, H = self.k_BKSH.shape
         # Rows are addressed in the flat [B*K*S, H] table: a scatter over one leading
         # axis is done in place on every platform (over axes 0 and 2 TPUs copy).
-        heads_TK = tokens.slots_T[:, None] * K + jnp.arange(K)
-        row_TK = heads_TK * S + tokens.positions_T[:, None]
-        keep_T = (tokens.slots_T >= 0) & (tokens.positions_T < S)
+        slots_T, places_T = tokens.slots_T, tokens.positions_T
+        keep_T = slots_T >= 0
+        if tokens.pages_BP is None:
+            keep_T &= places_T < S
+        else:
+            slots_T, may_T = writable(tokens.pages_BP, slots_T, places_T // S)
+            keep_T, places_T = keep_T & may_T, places_T % S
+        heads_TK = slots_T[:, None] * K + jnp.arange(K)
+        row_TK = heads_TK * S + places_T[:, None]
         row_TK = jnp.where(keep_T[:, None], row_TK, B * K * S)
 
         def rows(cache_BKSH, new_TKH):
@@ -68,6 +80,21 @@ class LayerCache:
             return jax.lax.optimization_barrier(table.reshape(B, K, S, H))
 
         return LayerCache(rows(self.k_BKSH, k_TKH), rows(self.v_BKSH, v_TKH))
+
+    def at_slots(self, slots_N: Int[Array, " N"]) -> "LayerCache":
+        """The rows of N slots; numbers past the last slot read the last."""
+        return jax.tree.map(lambda x: x.at[slots_N].get(mode="clip"), self)
+
+    def with_slots(self, slots_N: Int[Array, " N"], rows: "LayerCache") -> "LayerCache":
+        """With the rows of N slots replaced; numbers past the last are skipped."""
+        return jax.tree.map(
+            lambda x, new: x.at[slots_N].set(new, mode="drop"), self, rows
+        )
+
+    def pool(self, pages: int) -> "LayerCache":
+        """Empty pages."""
+        _, K, _, H = self.k_BKSH.shape
+        return LayerCache.zeros(pages, K, PAGE, H, self.k_BKSH.dtype)
 
 
 def lanes() -> int:

@@ -10,8 +10,9 @@ at: positions written past a slot's length and then rejected have overwritten on
 no query looks at any more.
 """
 
-from dataclasses import dataclass, replace
-from typing import Self
+import math
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.models.batch import FlatTokens
+from jaxspark.models.pages import PAGE, readable, writable
 from pallas_kernels import Table
 from pallas_kernels.ragged import LANES, split_lanes
 
@@ -31,10 +33,17 @@ REWIND = 64
 class LayerRows:
     """Rows of width H, S for each of B slots and L layers.
 
-    H is two axes where rows lie by themselves, see `zeros`.
+    With pages, B are pages and S rows of a page. H is two axes where rows lie by
+    themselves, see `zeros`.
+
+    Attributes:
+      rows_LBSH: the rows.
+      positions: positions that a row stands for.
     """
 
     rows_LBSH: Float[Array, "L B S *H"]
+    positions: int = field(default=1, metadata={"static": True})
+    grows: ClassVar[bool] = True
 
     @classmethod
     def zeros(
@@ -46,6 +55,7 @@ class LayerRows:
         dtype,
         *,
         apart: bool = False,
+        positions: int = 1,
     ) -> Self:
         """An empty table.
 
@@ -54,16 +64,41 @@ class LayerRows:
         """
         rows_LBSH = jnp.zeros((layers, slots, length, width), dtype)
         apart = apart and width % (2 * LANES) == 0
-        return cls(split_lanes(rows_LBSH) if apart else rows_LBSH)
+        return cls(split_lanes(rows_LBSH) if apart else rows_LBSH, positions)
 
     @property
     def length(self) -> int:
         """S."""
         return self.rows_LBSH.shape[2]
 
-    def table(self, layer: Int[Array, ""]) -> Table:
-        """One layer's rows, to be read in place."""
-        return Table(self.rows_LBSH, layer)
+    def pool(self, pages: int) -> Self:
+        """Empty pages.
+
+        Raises:
+          ValueError: a row stands for positions of two pages.
+        """
+        if PAGE % self.positions:
+            raise ValueError(
+                f"pages of {PAGE} positions cannot hold rows that stand for "
+                f"{self.positions} each"
+            )
+        layers, _, _, *H = self.rows_LBSH.shape
+        return type(self).zeros(
+            layers,
+            pages,
+            PAGE // self.positions,
+            math.prod(H),
+            self.rows_LBSH.dtype,
+            # A page's only row is read by itself.
+            apart=len(H) > 1 or self.positions == PAGE,
+            positions=self.positions,
+        )
+
+    def table(
+        self, layer: Int[Array, ""], pages_BP: Int[Array, "B P"] | None = None
+    ) -> Table:
+        """One layer's rows, to be read in place; `pages_BP` as in `FlatTokens`."""
+        return Table(self.rows_LBSH, layer, readable(pages_BP))
 
     def put(
         self,
@@ -72,9 +107,19 @@ class LayerRows:
         places_N: Int[Array, " N"],
         new_NH: Float[Array, "N H"],
         keep_N: Bool[Array, " N"],
+        pages_BP: Int[Array, "B P"] | None = None,
     ) -> Self:
-        """With new rows where `keep_N`; no two of them at one place."""
+        """With new rows where `keep_N`; no two of them at one place.
+
+        Those of places past the table's end, and of pages that a slot does not own, are
+        left out; `pages_BP` as in `FlatTokens`.
+        """
         _, B, S, *H = self.rows_LBSH.shape
+        if pages_BP is None:
+            keep_N &= places_N < S
+        else:
+            slots_N, may_N = writable(pages_BP, slots_N, places_N // S)
+            keep_N, places_N = keep_N & may_N, places_N % S
         # All rows on one axis: a scatter over it is done in place everywhere.
         table = self.rows_LBSH.reshape(-1, *H)
         row_N = (layer * B + slots_N) * S + places_N
@@ -104,6 +149,8 @@ class LayerRows:
 @dataclass(frozen=True)
 class Ring(LayerRows):
     """Rows of the newest S positions of each slot."""
+
+    grows: ClassVar[bool] = False
 
     @classmethod
     def empty(

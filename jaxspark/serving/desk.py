@@ -159,7 +159,12 @@ class Desk:
                 self.line.charge(job, count)
                 if job.began is None:
                     job.began = now
-                    events.append(Prefilled(choice=choice, prompt=_told(job, update)))
+                    prompt = _told(job, update)
+                    events.append(
+                        Prefilled(choice=choice, cached=update.cached, prompt=prompt)
+                    )
+                    for each in self._observers:
+                        each.prefilled(job, update.cached)
                 job.latest = now
                 job.tokens += count
                 events.append(Tokens(choice=choice, tokens=sampled(job, update)))

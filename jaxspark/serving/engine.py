@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
 import jax
 
@@ -31,7 +31,9 @@ from jaxspark.generation.request import (
     RequestError,
     check,
 )
-from jaxspark.parallel.mesh import mesh_in_use, slots_per_shard
+from jaxspark.generation.slot_pages import SlotPages
+from jaxspark.models.pages import pages_for
+from jaxspark.parallel.mesh import mesh_in_use, slot_shards, slots_per_shard
 from jaxspark.serving.buckets import with_buckets
 from jaxspark.serving.compilations import Compilations
 from jaxspark.serving.demands import Demand
@@ -72,6 +74,8 @@ class Engine:
         adjustments: AdjustmentLimits = SERVING,
         top_log_probs: int = MAX_TOP_LOG_PROBS,
         prompt_log_probs: bool = True,
+        prefix_cache: bool | None = None,
+        cache_pages: int | None = None,
         queue: QueueLimits = QueueLimits(),
         pace: Pace = Pace(),
         observers: Sequence[Observer] = (),
@@ -92,6 +96,11 @@ class Engine:
           adjustments: what requests may do to logits.
           top_log_probs: most likely tokens that they may ask for beside each.
           prompt_log_probs: whether they may ask for those of prompts.
+          prefix_cache: whether prompts that begin alike share cache rows; None does
+            where one shard has all slots.
+          cache_pages: pages of 128 positions for all outputs and shared prefixes; when
+            they run out, the youngest outputs wait. None has as many as all slots can
+            fill.
           queue: what may wait.
           pace: rounds per call.
           observers: are told of what happens.
@@ -109,11 +118,15 @@ class Engine:
         drafter = PlainDrafter() if drafter is None else drafter
         block = check_block_length(drafter, options.block_length)
         options = with_buckets(options, drafter, slots_per_shard(slots))
+        capacity = round_capacity(context + block)
+        self.pages = _slot_pages(
+            drafter, slots, capacity, chunk, prefix_cache, cache_pages
+        )
         self._batch = ContinuousBatch(
             target,
             drafter,
             slots=slots,
-            capacity=round_capacity(context + block),
+            capacity=capacity,
             options=options,
             max_stop_ids=max_stop_ids,
             log_probs=True,
@@ -124,6 +137,7 @@ class Engine:
             together=together,
             chunk=chunk,
             rounds_per_step=pace.most,
+            pages=self.pages,
         )
         self.options = self._batch.options
         # Draws of requests with one seed are not independent; a schedule that looks at
@@ -224,10 +238,23 @@ class Engine:
             running=len(desk.running),
             waiting=len(desk.line),
             waiting_tokens=desk.line.tokens,
+            preempted=self._batch.preemptions,
+            **self._page_figures(),
             **self._tally.figures(),
             compilations=compilations if before is None else before,
             late_compilations=0 if before is None else compilations - before,
         )
+
+    def _page_figures(self) -> dict[str, Any]:
+        """Of `Stats`; without pages every slot counts as one."""
+        if self.pages is None:
+            pages, used = self._batch.slots, len(self._desk.running)
+            return {"pages": pages, "pages_used": used, "pages_cached": 0}
+        return {
+            "pages": self.pages.pages - 1,
+            "pages_used": self.pages.used,
+            "pages_cached": self.pages.cached,
+        }
 
     def _job(self, demand: Demand, client: str, stream: Stream, now: float) -> Job:
         request, batch = demand.request, self._batch
@@ -261,6 +288,8 @@ class Engine:
         try:
             with self._devices(), self._compilations:
                 warm_up(self._batch)
+                if self.pages is not None:
+                    self.pages.forget()
                 self._compiled = self._compilations.count
                 log.info("compiled %d programs; ready", self._compiled)
                 if self.state == "starting":
@@ -299,13 +328,51 @@ class Engine:
         """Lets newcomers in, reads on in prompts, decodes a few rounds."""
         batch = self._batch
         for job in turn.arriving:
-            batch.enqueue(job.request)
+            batch.enqueue(job.request, job.demand.cache_salt)
         for job in turn.unwanted:
             batch.cancel(job.request.index)
         reading = bool(turn.arriving) or batch.prefilling > 0
         begun = time.monotonic()
+        before = batch.preemptions
         updates = batch.step(self._pacer.rounds(reading=reading), max_finished=1)
+        if batch.preemptions > before:
+            for each in self._observers:
+                each.preempted(batch.preemptions - before)
         if not reading:
             rounds = max((each.counts.rounds for each in updates), default=0)
             self._pacer.note(rounds, time.monotonic() - begun)
         return updates
+
+
+def _slot_pages(
+    drafter: Drafter,
+    slots: int,
+    capacity: int,
+    chunk: int,
+    prefix_cache: bool | None,
+    cache_pages: int | None,
+) -> SlotPages | None:
+    """Who hands out pages; None where every slot has rows of its own.
+
+    Raises:
+      ValueError: pages are asked for on a mesh that shares out slots.
+    """
+    if slot_shards() > 1:
+        if prefix_cache or cache_pages is not None:
+            raise ValueError(
+                "prefix_cache and cache_pages need all slots on one shard; leave them "
+                "out on a mesh with axes data or expert"
+            )
+        return None
+    if prefix_cache is False and cache_pages is None:
+        return None
+    if cache_pages is None:
+        cache_pages = slots * pages_for(capacity)
+    return SlotPages(
+        slots=slots,
+        capacity=capacity,
+        pages=cache_pages + 1,  # page 0 is nobody's
+        chunk=chunk,
+        lookahead=drafter.lookahead,
+        prefix_cache=prefix_cache is not False,
+    )

@@ -12,6 +12,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from jaxspark.generation.completion import FinishReason
 from jaxspark.generation.slots import Counts
+from jaxspark.models.pages import PAGE
 from jaxspark.serving.engine import Engine
 from jaxspark.serving.jobs import Job
 from jaxspark.serving.observing import Observer
@@ -68,10 +69,18 @@ class Metrics(Observer):
             (*_LABELS, "reason"),
             registry=self.registry,
         )
-        for name in ("num_preemptions", "prompt_tokens_cached", "prefix_cache_queries",
-                     "prefix_cache_hits"):  # fmt: skip
-            # Dashboards read these; nothing is preempted or cached yet.
-            self._counter(f"vllm:{name}", "Not there yet: always 0.")
+        self._preempted = self._counter(
+            "vllm:num_preemptions", "Times that an output gave its pages up."
+        )
+        self._cached = self._counter(
+            "vllm:prompt_tokens_cached", "Tokens of prompts that were cached."
+        )
+        self._queried = self._counter(
+            "vllm:prefix_cache_queries", "Tokens of prompts that were looked up."
+        )
+        self._hits = self._counter(
+            "vllm:prefix_cache_hits", "Those of them that were there."
+        )
         self._first = self._histogram(
             "vllm:time_to_first_token_seconds", "From arrival to first token.", _FIRST
         )
@@ -110,14 +119,16 @@ class Metrics(Observer):
 
     def watch(self, engine: Engine) -> None:
         """Shows an engine's state whenever somebody looks."""
-        slots = engine.stats().slots
+        pages, size = engine.stats().pages, PAGE if engine.pages else engine.context
         for name, help, value in (
             ("vllm:num_requests_running", "Outputs with slots.",
              lambda: engine.stats().running),
             ("vllm:num_requests_waiting", "Outputs without slots.",
              lambda: engine.stats().waiting),
-            ("vllm:kv_cache_usage_perc", "Slots that are taken, from 0 to 1.",
-             lambda: engine.stats().running / slots),
+            ("vllm:kv_cache_usage_perc", "Pages that outputs have, from 0 to 1.",
+             lambda: engine.stats().pages_used / pages),
+            ("jaxspark:pages_cached", "Pages that the prefix cache keeps.",
+             lambda: engine.stats().pages_cached),
             ("jaxspark:waiting_tokens", "Tokens of prompts that wait.",
              lambda: engine.stats().waiting_tokens),
             ("jaxspark:accepted_length", "Tokens per round in the last seconds.",
@@ -137,10 +148,10 @@ class Metrics(Observer):
         )
         waiting = by_reason.labels(**self._labels, reason="capacity")
         waiting.set_function(lambda: engine.stats().waiting)
-        info = {"block_size": str(engine.context), "num_gpu_blocks": str(slots)}
+        info = {"block_size": str(size), "num_gpu_blocks": str(pages)}
         config = Gauge(
             "vllm:cache_config_info",
-            "Slots, and positions of each.",
+            "Pages, and positions of each.",
             (*_LABELS, *info),
             registry=self.registry,
         )
@@ -160,6 +171,16 @@ class Metrics(Observer):
         self._prompts.observe(job.prompt)
         self._budgets.observe(job.request.params.max_new_tokens)
         self._queued.observe((job.admitted or job.arrived) - job.arrived)
+
+    def prefilled(self, job: Job, cached: int) -> None:
+        """Counts what was cached."""
+        self._queried.inc(job.prompt)
+        self._hits.inc(cached)
+        self._cached.inc(cached)
+
+    def preempted(self, count: int) -> None:
+        """Counts them."""
+        self._preempted.inc(count)
 
     def progressed(self, job: Job, tokens: int, seconds: float, counts: Counts) -> None:
         """Counts tokens, and times them; those of one call came together."""

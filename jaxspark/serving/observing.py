@@ -27,6 +27,12 @@ class Observer:
     def admitted(self, job: Job) -> None:
         """A job got a slot."""
 
+    def prefilled(self, job: Job, cached: int) -> None:
+        """A job's prompt was read, but for so many tokens that were cached."""
+
+    def preempted(self, count: int) -> None:
+        """So many jobs gave their pages up, and wait again."""
+
     def progressed(self, job: Job, tokens: int, seconds: float, counts: Counts) -> None:
         """A job has new tokens.
 
@@ -61,6 +67,11 @@ class Stats:
       accepted_length: tokens per round of the last seconds; 0 without rounds.
       compilations: programs compiled before it was ready.
       late_compilations: and since; anything but 0 is a fault.
+      pages: of the caches; where slots have rows of their own, slots.
+      pages_used: those that running outputs have.
+      pages_cached: those that the prefix cache keeps; outputs may use them too.
+      cached_tokens: of prompts, which were cached.
+      preempted: times that an output gave its pages up.
     """
 
     state: State
@@ -78,19 +89,25 @@ class Stats:
     accepted_length: float
     compilations: int
     late_compilations: int
+    pages: int
+    pages_used: int
+    pages_cached: int
+    cached_tokens: int
+    preempted: int
 
 
 class Tally(Observer):
     """Adds up what an engine does.
 
     Attributes:
-      prompt_tokens, output_tokens, rounds, drafted, verified: as in `Stats`.
+      prompt_tokens, cached_tokens, output_tokens, rounds, drafted, verified: as in
+        `Stats`.
       accepted_G: drafts accepted, by position.
       job_seconds: of recent jobs in their slots, on average.
     """
 
     def __init__(self, block_length: int):
-        self.prompt_tokens = self.output_tokens = 0
+        self.prompt_tokens = self.cached_tokens = self.output_tokens = 0
         self.rounds = self.drafted = self.verified = 0
         self.accepted_G = np.zeros((block_length,), np.int64)
         self.job_seconds = 1.0
@@ -99,6 +116,10 @@ class Tally(Observer):
     def admitted(self, job: Job) -> None:
         """Counts its prompt."""
         self.prompt_tokens += job.prompt
+
+    def prefilled(self, job: Job, cached: int) -> None:
+        """Counts what was cached."""
+        self.cached_tokens += cached
 
     def progressed(self, job: Job, tokens: int, seconds: float, counts: Counts) -> None:
         """Counts its tokens and rounds."""
@@ -121,6 +142,7 @@ class Tally(Observer):
         speed, length = self.recent()
         return {
             "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
             "output_tokens": self.output_tokens,
             "rounds": self.rounds,
             "drafted": self.drafted,

@@ -3,13 +3,15 @@
 from jaxspark.generation import ContinuousBatch, Request
 from jaxspark.generation.request import check
 from jaxspark.generation.slots import prefill_chunk
+from jaxspark.models.pages import PAGE
 
 
 def warm_up(batch: ContinuousBatch) -> None:
     """Runs one prompt for every size of pass over prompts; the batch is idle again."""
     limits, most = batch.limits, batch.chunk or 128
     # Prompts that leave room for a new token and a block.
-    longest = limits.capacity - limits.block_length - 1
+    room = min(limits.capacity, limits.pages * PAGE)
+    longest = room - limits.block_length - 1
     for size in chunk_sizes(most):
         length = min(size + 1, longest)
         if prefill_chunk([length], most) != size:

@@ -104,7 +104,7 @@ def _attend(scale, q_TNH, k_BKSH, v_BKSH, ragged, limits_T, pages_BP):
     limits_GM1 = jnp.pad(limits_GM, missing[1:3])[..., None]
     chunks_G = -(-limits_GQ.max(1) // chunk)
     chunks_G = jnp.pad(chunks_G, (0, groups - groups_real))
-    table = jnp.arange(B) if pages_BP is None else jnp.maximum(pages_BP, 0)
+    table = jnp.arange(B) if pages_BP is None else pages_BP
     whole = pl.BlockSpec(memory_space=pl.ANY)
 
     def of_group(shape, most=groups_real):

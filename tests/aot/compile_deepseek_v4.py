@@ -1,6 +1,7 @@
 """Compiles the decode loop of a DeepSeek-V4 with its own stages; prints JSON.
 
     python -m tests.aot.compile_deepseek_v4 cpu flash
+    python -m tests.aot.compile_deepseek_v4 tpu mini pages
 
 Weights and caches are shapes only: nothing is run, no array is ever allocated.
 """
@@ -22,10 +23,11 @@ from jaxspark.configs.targets import (
     deepseek_v4_mini,
     deepseek_v4_pro,
 )
-from jaxspark.decoding import DecodeOptions, Sampling, decode, init_state
+from jaxspark.decoding import DecodeOptions, DecodeState, decode
 from jaxspark.decoding.compiling import compiler_options
 from jaxspark.drafters import DeepSeekV4DSpark
 from jaxspark.models import DeepSeekV4
+from jaxspark.models.pages import pages_for
 from tests.aot.chips import device_of, on, tracing_for
 from tests.aot.hlo import KERNELS, new_arrays
 
@@ -42,7 +44,7 @@ CONFIGS = {
 }
 
 
-def report(platform: str, preset: str) -> dict:
+def report(platform: str, preset: str, layout: str = "rows") -> dict:
     """Seconds, and what the compiled loop does with the caches."""
     config = CONFIGS[preset]()
 
@@ -54,14 +56,13 @@ def report(platform: str, preset: str) -> dict:
     target = made(DeepSeekV4, config)
     drafter = made(DeepSeekV4DSpark, deepseek_v4_dspark(config))
     state = jax.eval_shape(
-        lambda: init_state(
+        lambda: DecodeState.empty(
             target,
             drafter,
-            [[0]] * SLOTS,
-            [POSITIONS - BLOCK] * SLOTS,
-            Sampling.of(SLOTS, temperature=1.0),
-            block_length=BLOCK,
+            slots=SLOTS,
             capacity=POSITIONS,
+            block_length=BLOCK,
+            pages=SLOTS * pages_for(POSITIONS) if layout == "pages" else None,
         )
     )
     count = jax.ShapeDtypeStruct((), jnp.int32)

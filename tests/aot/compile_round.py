@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxspark.decoding import DecodeOptions, init_state
+from jaxspark.decoding import DecodeOptions, DecodeState
 from jaxspark.decoding.compiling import compiler_options
 from jaxspark.decoding.round import decode
-from jaxspark.decoding.sampling import Sampling
 from jaxspark.drafters import (
     DSparkConfig,
     DSparkDrafter,
@@ -30,6 +29,7 @@ from jaxspark.drafters import (
 )
 from jaxspark.exactness.audit_schedules import scheduler, synthetic_costs
 from jaxspark.models import DenseConfig, DenseDecoder, RopeConfig
+from jaxspark.models.pages import pages_for
 from tests.aot.chips import device_of, on, tracing_for
 from tests.aot.hlo import new_arrays
 
@@ -50,6 +50,7 @@ class Case:
       coupling: how drafts are verified.
       schedule: what is verified, and whether a round drafts.
       layers: depth of the target, which is otherwise SmolLM2-135M.
+      pages: whether caches lie in pages, as many as slots can have.
       mistake: "" compiles the decode loop as it is; "not donated" without giving it the
         state; "transposed" compiles a loop that stores caches as [B, S, K, H].
     """
@@ -59,6 +60,7 @@ class Case:
     coupling: str = "rejection"
     schedule: str = "fixed"
     layers: int = 2
+    pages: bool = False
     mistake: str = ""
 
 
@@ -107,17 +109,16 @@ def models(case: Case):
     return target, drafter
 
 
-def abstract_state(target, drafter):
+def abstract_state(target, drafter, pages: bool):
     """A `DecodeState` without arrays."""
     return jax.eval_shape(
-        lambda: init_state(
+        lambda: DecodeState.empty(
             target,
             drafter,
-            [[1]] * SLOTS,
-            [POSITIONS - BLOCK] * SLOTS,
-            Sampling.of(SLOTS, temperature=1.0, top_p=0.9),
-            block_length=BLOCK,
+            slots=SLOTS,
             capacity=POSITIONS,
+            block_length=BLOCK,
+            pages=SLOTS * pages_for(POSITIONS) if pages else None,
         )
     )
 
@@ -125,7 +126,7 @@ def abstract_state(target, drafter):
 def compile_decode(case: Case, device):
     """The compiled loop on `device`, and the abstract caches it works on."""
     target, drafter = models(case)
-    state = abstract_state(target, drafter)
+    state = abstract_state(target, drafter, case.pages)
     full = SLOTS * (BLOCK + 1)
     # As `generate` chooses them for a drafter that may propose nothing.
     sizes = (SLOTS if case.drafter == "ngram" else full // 2, full)

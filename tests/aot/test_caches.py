@@ -25,6 +25,7 @@ LOOPS = {
         {"drafter": "hybrid", "dtype": "float32"},
         {"drafter": "eagle3", "dtype": "float32"},
         {"drafter": "hybrid", "dtype": "float32", "schedule": "lagged"},
+        {"drafter": "eagle3", "dtype": "float32", "pages": True},
     ],
     "tpu": [
         {"drafter": "ngram", "dtype": "float32"},
@@ -32,15 +33,18 @@ LOOPS = {
         {"drafter": "hybrid", "dtype": "bfloat16"},
         {"drafter": "eagle3", "dtype": "float32"},
         {"drafter": "dspark", "dtype": "bfloat16", "schedule": "lagged"},
+        {"drafter": "dspark", "dtype": "bfloat16", "pages": True},
+        {"drafter": "eagle3", "dtype": "float32", "pages": True},
     ],
     "h100": [
         {"drafter": "ngram", "dtype": "float32", "coupling": "gumbel"},
+        {"drafter": "ngram", "dtype": "bfloat16", "pages": True},
         {"drafter": "dspark pruned", "dtype": "bfloat16", "schedule": "causal"},
     ],
 }
 if not os.environ.get("JAXSPARK_AOT_ALL"):
-    LOOPS["tpu"], LOOPS["h100"] = LOOPS["tpu"][1:2], []
-    LOOPS["cpu"] = LOOPS["cpu"][-1:]
+    LOOPS["tpu"], LOOPS["h100"] = [LOOPS["tpu"][1], LOOPS["tpu"][5]], []
+    LOOPS["cpu"] = LOOPS["cpu"][-2:]
 MISTAKES = {
     "cpu": [{"mistake": "transposed"}, {"mistake": "not donated"}],
     "tpu": [{"mistake": "transposed"}],

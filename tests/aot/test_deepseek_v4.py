@@ -16,12 +16,12 @@ pytestmark = pytest.mark.aot
 
 PROGRAMS = [("cpu", "flash")]
 if os.environ.get("JAXSPARK_AOT_ALL"):  # the GPU's takes ten minutes
-    PROGRAMS += [("tpu", "mini"), ("h100", "mini")]
+    PROGRAMS += [("tpu", "mini"), ("tpu", "mini pages"), ("h100", "mini")]
 
 
 @pytest.mark.parametrize("platform, preset", PROGRAMS)
 def test_no_cache_is_copied(platform, preset, record_property):
-    [report] = answers(platform, "compile_deepseek_v4", platform, preset)
+    [report] = answers(platform, "compile_deepseek_v4", platform, *preset.split())
     record_property("compile_seconds", report["seconds"])
     print(f"{preset} for {platform}: compiled in {report['seconds']} s")
     assert report["tables"] > 5

@@ -124,7 +124,7 @@ def test_padding_writes_nothing(case):
     empty = drafter.init_cache(SLOTS, LENGTH)
     cache = observe(empty, taps_of(drafter, 0), each(3, 5, 0), each(0, 2, 0))
     if isinstance(cache, Eagle3Cache):
-        features_BS = np.abs(np.asarray(cache.features_BSD)).sum(axis=2) > 0
+        features_BS = np.abs(np.asarray(cache.features.rows_LBSH[0])).sum(axis=2) > 0
         assert np.argwhere(features_BS).tolist() == [[1, 5], [1, 6]]
         # A token completes the pair of the place before it.
         cache, places = [cache.pairs], [[1, 4], [1, 5]]

@@ -8,7 +8,7 @@ from jaxspark.exactness.tiny_models import Family
 
 SUITES = (
     *("greedy", "sampling", "gumbel", "schedules", "parameters", "settings", "mesh"),
-    *("all", "quick", "deepseek_v4"),
+    *("prefix", "all", "quick", "deepseek_v4"),
 )
 # What these run of the greedy and gumbel suites, unless options say else.
 GRIDS = {

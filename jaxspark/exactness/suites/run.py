@@ -8,6 +8,7 @@ from rich.console import Console
 from jaxspark.checkpoints import Target
 from jaxspark.exactness.suites.meshes import audit_meshes
 from jaxspark.exactness.suites.options import AuditOptions
+from jaxspark.exactness.suites.prefix import audit_prefix
 from jaxspark.exactness.suites.sampling import audit_sampling
 from jaxspark.exactness.suites.schedules import FEW, HALF, QUICK, audit_schedules
 from jaxspark.exactness.suites.settings import audit_settings
@@ -42,6 +43,8 @@ def run_suites(
             found = audit_settings(console)
         elif suite == "mesh":
             found = audit_meshes(console, progress_file=options.progress)
+        elif suite == "prefix":
+            found = audit_prefix(console, progress_file=options.progress)
         elif suite in ("schedules", "parameters", "quick"):
             adjusted = suite == "parameters"
             every = {"quick": QUICK, "all": HALF}.get(options.suite, 1)

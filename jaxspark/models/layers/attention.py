@@ -13,6 +13,7 @@ from jaxspark.models.cache import LayerCache, pad_heads
 from jaxspark.models.layers.linear import Linear
 from jaxspark.models.layers.norm import RMSNorm
 from jaxspark.models.layers.rope import Rotation
+from jaxspark.models.pages import readable
 from pallas_kernels import cached_attention
 
 
@@ -85,6 +86,7 @@ class Attention(nnx.Module):
                 tokens,
                 tokens.limits_T,
                 scale=self.head_dim**-0.5,
+                pages_BP=readable(tokens.pages_BP),
             )
         o_TNH = o_TNH[..., : self.head_dim]
         return self.o_proj.summed(o_TNH.reshape(len(o_TNH), -1)), cache

@@ -63,7 +63,11 @@ class Compressor(nnx.Module):
             # Read from the first on, by TPUs in tiles: of sixteen, or better of many.
             step = 16 if count <= LANES else LANES
             count = -(-count // step) * step
-        return LayerRows.zeros(layers, slots, count, self.width, dtype, apart=apart)
+        return LayerRows.zeros(
+            *(layers, slots, count, self.width, dtype),
+            apart=apart,
+            positions=self.ratio,
+        )
 
     def limits(self, positions: Int[Array, "..."]) -> Int[Array, "..."]:
         """How many entries a query at a position sees: those complete by then."""
@@ -89,7 +93,8 @@ class Compressor(nnx.Module):
             slot_BC.ravel(),
             entry_BC.ravel(),
             new_BCH.reshape(-1, self.width),
-            (complete_BC & (entry_BC < entries.length)).ravel(),
+            complete_BC.ravel(),
+            tokens.pages_BP,
         )
         return pending, entries
 

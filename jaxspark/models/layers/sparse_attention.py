@@ -162,7 +162,7 @@ class SparseAttention(nnx.Module):
             )
         cache = replace(cache, pending=pending, entries=entries)
         limits_T = compressor.limits(tokens.positions_T)
-        table = entries.table(layer)
+        table = entries.table(layer, tokens.pages_BP)
         if self.indexer is None:
             return cache, Entries(table, limits_T=limits_T)
         x_TD, latent_TR = jax.lax.stop_gradient((x_TD, latent_TR))
@@ -172,7 +172,8 @@ class SparseAttention(nnx.Module):
                 x_TD, cache.index_pending, cache.index_keys, layer, tokens
             )
             cache = replace(cache, index_pending=pending, index_keys=keys)
-            index = self.indexer(x_TD, latent_TR, keys.table(layer), rotation)
+            table_C = keys.table(layer, tokens.pages_BP)
+            index = self.indexer(x_TD, latent_TR, table_C, rotation)
         return cache, Entries(table, limits_T=limits_T, index=index)
 
     def queries(

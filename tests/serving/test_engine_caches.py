@@ -1,0 +1,166 @@
+"""The engine's caches: prefixes are shared, pages run out, and nobody is told wrong."""
+
+import jax
+import pytest
+
+from jaxspark.decoding import DecodeOptions
+from jaxspark.exactness.tiny_models import tiny_models
+from jaxspark.generation import Request, generate
+from jaxspark.parallel.mesh import make_mesh
+from jaxspark.serving import ApiError, Demand, Ended, Engine, Pace, Prefilled, Tokens
+from jaxspark.serving.metrics import Metrics
+from jaxspark.target import Target
+from tests import zoo
+
+CONTEXT, NEW = 420, 24
+[BEGIN] = zoo.prompts(300, seed=9)
+
+
+def engine(drafter="eagle3", model=None, **changes):
+    model = zoo.target() if model is None else model
+    drafter = zoo.drafter(drafter, model) if isinstance(drafter, str) else drafter
+    values = {
+        "slots": 3,
+        "context": CONTEXT,
+        "chunk": 32,
+        "together": 2,
+        "options": DecodeOptions(coupling="gumbel", block_length=3),
+        "pace": Pace(few=2, most=4),
+    }
+    return Engine(Target(model=model), drafter, **(values | changes))
+
+
+def request(i, shared=270):
+    prompt = BEGIN[:shared] + [i % zoo.VOCAB, 1, 2]
+    return Request(
+        prompt,
+        max_new_tokens=NEW,
+        temperature=float(i % 2),
+        seed=i,
+        stop_ids=(),
+        log_probs=True,
+    )
+
+
+def told(made, asked, **values):
+    """Cached tokens, tokens and log-probabilities of an output."""
+    return read(made.submit(Demand(group="g", choice=0, request=asked, **values)))
+
+
+def read(stream):
+    events = list(stream)
+    [begun] = [each for each in events if isinstance(each, Prefilled)]
+    tokens = [t for each in events if isinstance(each, Tokens) for t in each.tokens]
+    assert isinstance(events[-1], Ended) and events[-1].reason == "length"
+    return begun.cached, [t.token for t in tokens], [t.log_prob for t in tokens]
+
+
+def plain(asked):
+    [completion] = generate(
+        *(zoo.target(), [asked.prompt]),
+        params=asked.params,
+        coupling="gumbel",
+        capacity=512,
+    )
+    return completion.tokens
+
+
+@pytest.fixture(scope="module")
+def running():
+    metrics = Metrics("m")
+    with engine(observers=[metrics]) as made:
+        metrics.watch(made)
+        made.metrics = metrics
+        yield made
+        assert made.wait_idle(10)
+        assert made.stats().late_compilations == 0
+        assert made.stats().pages_used == 0 and not made.pages.leaks()
+
+
+def scraped(made, name):
+    lines = made.metrics.text().decode().split("\n")
+    [line] = [line for line in lines if line.startswith(name + "{")]
+    return float(line.rpartition(" ")[2])
+
+
+def test_a_prefix_is_cached_and_the_answer_stays_to_the_last_bit(running):
+    cold = told(running, request(1))
+    queries = scraped(running, "vllm:prefix_cache_queries_total")
+    hit = told(running, request(1))
+    assert (cold[0], hit[0]) == (0, 256)
+    assert hit[1:] == cold[1:]
+    assert cold[1] == plain(request(1))
+    other = told(running, request(2))
+    assert other[0] == 256 and other[1] == plain(request(2))
+    assert running.stats().cached_tokens == 512
+    assert scraped(running, "vllm:prefix_cache_hits_total") == 512
+    assert scraped(running, "vllm:prompt_tokens_cached_total") == 512
+    assert scraped(running, "vllm:prefix_cache_queries_total") == queries + 2 * 273
+
+
+def test_a_salt_keeps_prefixes_apart(running):
+    cached = [told(running, request(3), cache_salt=salt)[0] for salt in ("a", "b", "a")]
+    assert cached == [0, 0, 256]
+
+
+def test_usage_of_pages_is_told(running):
+    stats = running.stats()
+    assert stats.pages == 3 * 4 and stats.pages_cached >= 2
+    assert scraped(running, "vllm:kv_cache_usage_perc") == 0
+    text = running.metrics.text().decode()
+    assert 'block_size="128",engine="0",model_name="m",num_gpu_blocks="12"' in text
+
+
+def test_pages_that_run_out_change_no_token():
+    with engine("ngram", cache_pages=5) as made:
+        asked = [request(i, shared=228 + i % 4) for i in range(10)]
+        streams = [made.submit(Demand(group="g", choice=0, request=r)) for r in asked]
+        cancelled = made.submit(Demand(group="g", choice=0, request=request(99)))
+        cancelled.cancel()
+        for one, stream in zip(asked, streams):
+            assert read(stream)[1] == plain(one)
+        assert list(cancelled)[-1].reason == "cancelled"
+        assert made.wait_idle(10)
+        assert made.stats().preempted > 0
+        assert made.stats().late_compilations == 0
+        assert not made.pages.leaks()
+
+
+def test_snapshots_of_rings_are_compiled_before_anybody_comes():
+    """The second prompt finds out where prompts part; the third begins there."""
+    model, drafters = tiny_models(
+        "deepseek_v4", zoo.VOCAB, drafters=["mtp"], block_length=3
+    )
+    with engine(drafters["mtp"], model=model) as made:
+        cold = told(made, request(1), cache_salt="another")
+        cached = [told(made, request(i, shared=200))[0] for i in (2, 3)]
+        hit = told(made, request(1))
+        assert (cold[0], cached, hit[0]) == (0, [0, 128], 128)
+        assert hit[1:] == cold[1:]
+        assert told(made, request(1))[0] == 256
+        assert made.stats().late_compilations == 0
+
+
+def test_a_request_that_no_cache_could_hold_is_refused_when_it_comes():
+    made = engine(cache_pages=2)
+    with pytest.raises(
+        ApiError, match="needs 3 pages of 128.*the caches have 2 in all"
+    ):
+        made.submit(Demand(group="g", choice=0, request=request(1)))
+
+
+def test_without_a_prefix_cache_slots_have_rows_of_their_own():
+    made = engine(prefix_cache=False)
+    assert made.pages is None and made._batch._state.pages_BP is None
+    assert made.stats().pages == 3
+    limited = engine(prefix_cache=False, cache_pages=8)
+    assert limited._batch._state.pages_BP is not None
+
+
+def test_pages_need_all_slots_on_one_shard():
+
+    with jax.set_mesh(make_mesh("data:2", jax.devices()[:2])):
+        assert engine("ngram", slots=4).pages is None
+        for asked in ({"prefix_cache": True}, {"cache_pages": 9}):
+            with pytest.raises(ValueError, match="all slots on one shard"):
+                engine("ngram", slots=4, **asked)
