@@ -6,6 +6,7 @@ The grids are those of `jaxspark audit --suite=prefix`, on the smallest models.
 import numpy as np
 import pytest
 
+from jaxspark.decoding import AdjustmentLimits, DecodeOptions
 from jaxspark.exactness.prefix import (
     BLOCK,
     FEW_PAGES,
@@ -112,6 +113,65 @@ def test_a_preempted_request_goes_on_with_the_same_tokens(coupling):
         assert one.tokens == other.tokens
         np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-4)
         assert one.rounds == other.rounds and one.accepted == other.accepted
+
+
+def test_a_preempted_request_is_penalized_for_its_own_output_alone():
+    """What it said before it waited is output still; its prompt is told once."""
+    model, drafter = audited_pair("dense", "ngram")
+    prompts = np.random.default_rng(3).integers(0, VOCAB, (2, 240)).tolist()
+    outputs = {}
+    for count in (5, 6):
+        pages = SlotPages(slots=2, capacity=512, pages=count + 1, chunk=32)
+        batch = ContinuousBatch(
+            model, drafter, slots=2, capacity=512, chunk=32, pages=pages,
+            options=DecodeOptions(block_length=BLOCK, coupling="gumbel"),
+            log_probs=True, top_log_probs=2, prompt_log_probs=True,
+            adjustments=AdjustmentLimits(penalties=True, min_tokens=True),
+        )  # fmt: skip
+        for seed, prompt in enumerate(prompts):
+            batch.submit(
+                Request(prompt, max_new_tokens=60, temperature=1.0, seed=seed,
+                        stop_ids=(0,), min_tokens=55, presence_penalty=1.5,
+                        frequency_penalty=0.5, log_probs=True, top_log_probs=2,
+                        prompt_log_probs=1)
+            )  # fmt: skip
+        ended = {}
+        while not batch.idle:
+            for update in batch.step():
+                if update.completion:
+                    ended[update.index] = update.completion
+        assert (batch.preemptions > 0) == (count < 6)
+        outputs[count] = [ended[index] for index in sorted(ended)]
+        assert not pages.leaks()
+    for one, other in zip(outputs[5], outputs[6]):
+        assert one.tokens == other.tokens and len(one.tokens) >= 55
+        for mine, theirs in zip(one.top_log_probs, other.top_log_probs, strict=True):
+            assert [token for token, _ in mine] == [token for token, _ in theirs]
+        assert len(one.prompt_log_probs) == len(other.prompt_log_probs) == 240
+        for mine, theirs in zip(one.prompt_log_probs[1:], other.prompt_log_probs[1:]):
+            assert mine.rank == theirs.rank
+            np.testing.assert_allclose(mine.log_prob, theirs.log_prob, atol=1e-4)
+
+
+def test_log_probabilities_of_a_prompt_are_those_of_all_of_it():
+    """Another request has read it, but only reading tells them."""
+    model, drafter = audited_pair("dense", "ngram")
+    prompt = np.random.default_rng(4).integers(0, VOCAB, 300).tolist()
+    pages = SlotPages(slots=2, capacity=512, pages=9, chunk=32)
+    batch = ContinuousBatch(
+        model, drafter, slots=2, capacity=512, chunk=32, pages=pages,
+        options=DecodeOptions(block_length=BLOCK), prompt_log_probs=True,
+    )  # fmt: skip
+    told = []
+    for _ in range(2):
+        batch.submit(Request(prompt, max_new_tokens=2, prompt_log_probs=0))
+        updates = [update for _ in range(40) for update in batch.step()]
+        told.append(updates[-1].completion.prompt_log_probs)
+        assert updates[-1].cached == 0
+    batch.submit(Request(prompt, max_new_tokens=2))
+    assert [update for _ in range(40) for update in batch.step()][-1].cached == 256
+    assert [each.rank for each in told[0][1:]] == [each.rank for each in told[1][1:]]
+    assert len(told[0]) == 300
 
 
 def test_what_can_never_fit_is_refused_with_the_numbers():
