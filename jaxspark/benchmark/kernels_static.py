@@ -156,11 +156,8 @@ def minimum(config, layer, cache, slots, rows, context, ratio) -> int:
 
 def _print(console: Console, rows: Sequence[dict]) -> None:
     table = Table(title="One attention layer of DeepSeek-V4-Flash, bfloat16")
-    for name in ("chip", "layer", "context", "MB", "minimum MB", "ratio"):
-        table.add_column(name, justify="right")
-    table.add_column("temporary MB", justify="right")
-    table.add_column("cache read, of dense attention's", justify="right")
-    table.add_column("compiled in s", justify="right")
+    for name in ("chip", "layer", "context", "MB", "least", "ratio", "temp", "cache"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["topology"],
@@ -171,6 +168,9 @@ def _print(console: Console, rows: Sequence[dict]) -> None:
             f"{row['bytes'] / row['minimum']:.2f}",
             f"{row['temporary'] / 1e6:,.0f}",
             f"{row['cache_read_of_dense']:.1%}",
-            f"{row['seconds']:.0f}",
         )
     console.print(table)
+    console.print(
+        "MB: moved by the program; least: that it must; temp: temporary memory, MB; "
+        "cache: read of it at least, in parts of what dense attention reads"
+    )
