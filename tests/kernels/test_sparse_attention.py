@@ -257,6 +257,20 @@ def test_entries_below_a_limit(attend, rows):
         agrees(tokens, attend(q, keys, before, sinks, tokens, which), expected)
 
 
+def test_pages_of_one_entry_are_read_below_a_limit(monkeypatch):
+    """As the entries of 128 positions lie in pages of 128 positions."""
+    attend = Attend("mosaic_tpu")
+    monkeypatch.setattr(attend, "sizes", (*attend.sizes[:4], 1))
+    tokens, q, keys, before, sinks, entries, _, limits = attend.made(3, 1, seed=6)
+    C = entries.shape[1]
+    limits = limits.at[0].set(C).at[1].set(129)
+    seen = np.arange(C) < np.asarray(limits)[:, None]
+    expected = plain(tokens, q, keys, before, sinks, entries, seen)
+    *_, table = attend.tables(entries, apart=True)
+    which = Entries(table, limits_T=limits)
+    agrees(tokens, attend(q, keys, before, sinks, tokens, which), expected)
+
+
 @pytest.mark.parametrize("rows", [1, 5, 11])
 def test_a_block_sees_all_of_itself(attend, rows):
     if attend.is_kernel and rows < 11:
