@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -41,7 +42,34 @@ class LeakySchedule(Free):
     couplings: ClassVar = COUPLINGS
 
 
-@dataclass(frozen=True)
+@jax.tree_util.register_static
+@dataclass(frozen=True, eq=False)
+class ConstantTarget:
+    """A target that always says p."""
+
+    p: Sequence[float]
+    max_rewind: ClassVar = None
+
+    @property
+    def config(self) -> SimpleNamespace:
+        """Says how many tokens there are."""
+        return SimpleNamespace(vocab_size=len(self.p))
+
+    def init_cache(self, slots: int, length: int) -> tuple[()]:
+        """It remembers nothing."""
+        return ()
+
+    def __call__(self, tokens, cache, *, taps=()):
+        """Nothing to say of tokens but that they are there."""
+        return jnp.zeros((len(tokens.ids_T), 1)), None, cache
+
+    def logits(self, x_TD):
+        """log p for each token."""
+        return jnp.broadcast_to(jnp.log(jnp.array(self.p)), (len(x_TD), len(self.p)))
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True, eq=False)
 class TableDrafter(WithoutContext):
     """Draws every draft from q; confidences are a table by the drafts before.
 
@@ -111,11 +139,7 @@ def distribution(
         for prefix in itertools.product(range(len(p)), repeat=n)
     )
     table = {prefix: np.log(p) for prefix in prefixes}
-    target = SimpleNamespace(
-        config=SimpleNamespace(vocab_size=len(p)),
-        max_rewind=None,
-        init_cache=lambda slots, length: (),
-    )
+    target = ConstantTarget(p)
     drafter = TableDrafter(q, confidence, length, telling)
     sampling = Sampling.of(1, temperature=1.0)
     round_ = EnumeratedRound(target, drafter, [[0]], table, sampling)
