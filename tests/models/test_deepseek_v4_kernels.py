@@ -10,6 +10,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxspark.configs.targets import deepseek_v4_tiny
 from jaxspark.models import DeepSeekV4
+from pallas_kernels.grouped_matmul import api as experts
+from pallas_kernels.grouped_matmul import mosaic_tpu_kernel
 from pallas_kernels.indexer_topk.api import IMPLEMENTATIONS as INDEXERS
 from pallas_kernels.sparse_attention import api, mosaic_tpu_chunks
 from tests.driver import Session, forward
@@ -19,9 +21,11 @@ VOCAB, STEPS = 53, 3
 
 @pytest.fixture
 def model():
-    """Heads that the kernel takes; windows and entries end within short texts."""
+    """Sizes that the kernels take; windows and entries end within short texts."""
     config = replace(
         deepseek_v4_tiny(VOCAB),
+        hidden_size=128,
+        moe_intermediate_size=128,
         head_dim=256,
         num_attention_heads=8,
         sliding_window=6,
@@ -66,15 +70,25 @@ def test_kernels_change_no_token(model, monkeypatch, random):
             assert INDEXERS["mosaic_tpu"].supports(*choice) is None
         return kernel.run(*operands, **static)
 
+    multiply = experts.IMPLEMENTATIONS["mosaic_tpu"]
+    products = []
+
+    def multiplied(*operands, **static):
+        assert multiply.supports(*operands, **static) is None
+        products.append(operands)
+        return multiply.run(*operands, **static)
+
     # The platform is a CPU: what its programs call is replaced.
-    replaced = {"xla": replace(kernel, run=run, platforms=())}
-    monkeypatch.setattr(api, "IMPLEMENTATIONS", replaced)
+    for op, each, instead in ((api, kernel, run), (experts, multiply, multiplied)):
+        replaced = {"xla": replace(each, run=instead, platforms=())}
+        monkeypatch.setattr(op, "IMPLEMENTATIONS", replaced)
     monkeypatch.setattr(mosaic_tpu_chunks, "TOGETHER", 1)
+    monkeypatch.setattr(mosaic_tpu_kernel, "BROADCAST_LOADS", False)
     forward.clear_cache()
     simulated = pltpu.InterpretParams(uninitialized_memory="nan")
     with pltpu.force_tpu_interpret_mode(simulated):
         seen, mine = jax.block_until_ready(decoded(model, prompts))
     forward.clear_cache()
-    assert len(ran) == len(model.config.compress_ratios)
+    assert len(ran) == len(model.config.compress_ratios) and products
     assert seen == expected
     np.testing.assert_allclose(mine, logits, atol=1e-3)
