@@ -9,6 +9,8 @@ from jaxspark.checkpoints.deepseek_v4_config import v4_config_from_hf
 from jaxspark.checkpoints.tree import Tensors
 from jaxspark.models import DeepSeekV4, FlatTokens
 from jaxspark.models.deepseek_v4 import ForwardContext, from_the_start
+from jaxspark.training.deepseek_v4 import scores_of
+from pallas_kernels.indexer_topk.ref import choices
 from tests.parity.v4_weights import random_weights
 
 
@@ -45,7 +47,9 @@ def chosen_entries(model: DeepSeekV4, row) -> dict[int, np.ndarray]:
 
     def keep(layer, internals, tokens):
         entries = internals.attention.entries
-        return None if entries is None else entries.chosen_TX
+        if entries is None or entries.index is None:
+            return None
+        return choices(entries.index, entries.limits_T, tokens)
 
     period = model.config.layer_pattern[1]
     chosen = through(model, row, keep)
@@ -74,12 +78,12 @@ def closest_choice(model: DeepSeekV4, row) -> float:
             bias_E = layer.mlp.gate.e_score_correction_bias[...]
             scores_TE = internals.routing.scores_TE + bias_E
             least = margin(scores_TE, layer.mlp.gate.top_k)
-        if internals.attention.scores_TC is not None:
-            limits_T = layer.self_attn.compressor.limits(tokens.positions_T)
-            scores_TC = internals.attention.scores_TC
-            open_TC = jnp.arange(scores_TC.shape[1]) < limits_T[:, None]
+        entries = internals.attention.entries
+        if entries is not None and entries.index is not None:
+            scores_TC = scores_of(entries.index, tokens)
+            open_TC = jnp.arange(scores_TC.shape[1]) < entries.limits_T[:, None]
             scores_TC = jnp.where(open_TC, scores_TC, -1e30)
-            least = jnp.minimum(least, margin(scores_TC, layer.self_attn.indexer.top_k))
+            least = jnp.minimum(least, margin(scores_TC, entries.index.picks))
         return least
 
     return min(float(jnp.min(each)) for each in through(model, row, keep))
