@@ -26,6 +26,12 @@ _ERROR = {
     },
 }
 _FAILED = {"content": {"application/json": {"schema": _ERROR}}}
+# Of a stream; its data is a chunk of the answer, an error, or [DONE].
+_EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}},
+}
 # Every route answers errors alike.
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"description": "The request cannot be served.", **_FAILED},
@@ -41,9 +47,8 @@ def body(schema: type[Wire]) -> dict[str, Any]:
 
 def answer(schema: type[Sent]) -> dict[int | str, dict[str, Any]]:
     """What a route says of its answer, whole or as a stream of events."""
-    text = {"schema": {"type": "string"}}
     whole = {"schema": _reference(schema)}
-    content = {"application/json": whole, "text/event-stream": text}
+    content = {"application/json": whole, "text/event-stream": {"schema": _EVENT}}
     return {200: {"description": "The answer.", "content": content}}
 
 
