@@ -8,6 +8,7 @@ has more to do between rounds than a loop that nobody watches.
 import time
 from collections.abc import Callable, Sequence
 from itertools import cycle, islice
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +27,7 @@ def bench_engine(
     drafter: Drafter,
     prompts: Sequence[Sequence[int]],
     options: ServingOptions,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Tokens per second of both, with the drafter and without.
 
     Args:
@@ -61,7 +62,7 @@ def bench_engine(
         middle = medians(seconds)
         ratio = middle["generate_stream"] / middle["engine"]
         speeds = {kind: tokens / spent for kind, spent in middle.items()}
-        figures[name] = speeds | {"ratio": ratio}
+        figures[name] = {**speeds, "ratio": ratio, "seconds": seconds}
         table.add_row(name, *(f"{v:.1f}" for v in speeds.values()), f"{ratio:.2f}")
     console.print(table)
     return figures

@@ -21,7 +21,9 @@
 Compilation is never part of a figure.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
@@ -29,7 +31,6 @@ from rich.console import Console
 
 from jaxspark import load_drafter
 from jaxspark.benchmark.drafts import DraftsOptions, bench_drafts
-from jaxspark.benchmark.engine import bench_engine
 from jaxspark.benchmark.kernels_static import StaticOptions, bench_kernels_static
 from jaxspark.benchmark.layout import bench_layout
 from jaxspark.benchmark.load import bench_load
@@ -103,6 +104,8 @@ def measured(console: Console, config: Config) -> dict:
         drafter = load_drafter(config.draft, target)
         return bench_overhead(console, target, drafter, prompts, config)
     if config.suite == "engine":
+        with needing_servers():
+            from jaxspark.benchmark.engine import bench_engine
         drafter = load_drafter(config.draft, target)
         return bench_engine(console, target, drafter, prompts, config)
     names = ("draft", "target", "dtype", "repeats", "capacity", "fixed_lengths",
@@ -128,14 +131,21 @@ def measured(console: Console, config: Config) -> dict:
     return figures
 
 
-def _serving(console: Console, tokenizer, config: Config) -> dict:
-    """The figures of --suite=serving."""
+@contextlib.contextmanager
+def needing_servers() -> Iterator[None]:
+    """Within it what a server needs is imported; says what is missing."""
     try:
-        from jaxspark.benchmark.serving.suite import bench_serving
+        yield
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"clients need more packages: pip install 'jaxspark[serve]' ({error})"
+            f"this suite needs more packages: pip install 'jaxspark[serve]' ({error})"
         ) from error
+
+
+def _serving(console: Console, tokenizer, config: Config) -> dict:
+    """The figures of --suite=serving."""
+    with needing_servers():
+        from jaxspark.benchmark.serving.suite import bench_serving
     names = ("target", "dtype", "prompts_dir", "url", "url_model", "servers",
              "serving_slots", "serving_requests", "repeats", "capacity", "length_scale",
              "load_temperature", "long_prompt", "long_seconds")  # fmt: skip
