@@ -25,7 +25,7 @@ TYPECHECKED := tests/test_annotations.py tests/models/test_cache_contract.py \
 	tests/drafters/test_contract.py tests/decoding/test_lifecycle.py \
 	tests/training/test_forward.py
 
-.PHONY: help demo test typecheck docs oracle aot aot-tpu lint format clean
+.PHONY: help demo test soak typecheck docs oracle aot aot-tpu lint format clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -36,6 +36,10 @@ demo: $(VENV)/.demo ## Make .venv, install, and run the demo: plain against spec
 test: $(VENV)/.test oracle aot-tpu lint ## The same environment plus what tests need; lint and run the tests
 	@echo "==> tests"
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal -q -rs --durations=10 $(ARGS)
+
+soak: $(VENV)/.test ## Torment the server for a while: leaks, disconnects, fuzzing, a browser (not in make test)
+	@echo "==> soak"
+	@$(BIN)/python -m pytest tests/soak -o python_files='soak_*.py' -q -rs -s $(ARGS)
 
 typecheck: $(VENV)/.test ## Tests of small models with annotations of shapes checked at every call
 	@echo "==> annotations"

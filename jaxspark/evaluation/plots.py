@@ -146,6 +146,42 @@ def plot_load(path: str | Path, figures: Mapping[str, Mapping], *, title="") -> 
     _save(figure, path)
 
 
+def plot_serving(path: str | Path, figures: Mapping[str, Mapping]) -> None:
+    """Speed, and what people wait for, by load and server.
+
+    Args:
+      path: PNG file.
+      figures: by load and server what `jaxspark bench --suite=serving` found.
+    """
+    figure, _ = _figure()
+    figure.clear()
+    figure.set_size_inches(2.4 * _SIZE[0], _SIZE[1])
+    panels = figure.subplots(1, 3)
+    loads = range(len(figures))
+    for number, name in enumerate(next(iter(figures.values()))):
+        found = [each[name] for each in figures.values()]
+        speeds = [each["tokens_per_second"] for each in found]
+        panels[0].plot(loads, speeds, marker="o", ms=4, label=name)
+        for axes, key in ((panels[1], "first_seconds"), (panels[2], "between_seconds")):
+            for percentile, style in (("50", "-"), ("99", ":")):
+                waits = [each[key][percentile] for each in found]
+                label = f"{name}, {percentile} %"
+                axes.plot(
+                    *(loads, waits),
+                    **{"ls": style, "color": f"C{number}", "marker": "o", "ms": 4},
+                    label=label,
+                )
+    titles = ("tokens/s", "seconds to the first text", "seconds between texts")
+    for axes, title in zip(panels, titles):
+        axes.set_xticks(loads, figures, rotation=30, ha="right", fontsize="small")
+        axes.set_title(title, fontsize="medium")
+        axes.set_yscale("linear" if axes is panels[0] else "log")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize="small")
+    _save(figure, path)
+
+
 def plot_frontier(path: str | Path, found: Mapping[str, Mapping]) -> None:
     """Throughput of all users against the speed of one, a panel per machine.
 

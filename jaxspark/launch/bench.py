@@ -9,6 +9,11 @@
   jaxspark bench --suite=load --draft=dspark    many requests at once: fixed lengths
                                                 against the schedule
   jaxspark bench --suite=overhead               what scheduling itself costs
+  jaxspark bench --suite=engine                 the serving engine against
+                                                generate_stream
+  jaxspark bench --suite=serving                servers under load, over HTTP: with
+                                                drafts and without
+  jaxspark bench --suite=serving --url=URL      ... or any of OpenAI's protocol
   jaxspark bench --suite=kernels_static         bytes of an attention layer of
                                                 DeepSeek-V4, compiled for chips that
                                                 need not be here
@@ -18,7 +23,9 @@
 Compilation is never part of a figure.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
@@ -32,8 +39,9 @@ from jaxspark.benchmark.load import bench_load
 from jaxspark.benchmark.one_sequence import SequenceOptions, bench_decode
 from jaxspark.benchmark.overhead import OverheadOptions, bench_overhead
 from jaxspark.benchmark.pages import bench_pages
+from jaxspark.benchmark.serving.options import ServingOptions
 from jaxspark.configuration import option
-from jaxspark.evaluation.plots import plot_load
+from jaxspark.evaluation.plots import plot_load, plot_serving
 from jaxspark.evaluation.prompts import PromptOptions, in_turn
 from jaxspark.figures import write_figures
 from jaxspark.launch import common, program
@@ -46,6 +54,7 @@ class Config(
     SequenceOptions,
     DraftsOptions,
     OverheadOptions,
+    ServingOptions,
     StaticOptions,
 ):
     """What to measure."""
@@ -54,14 +63,23 @@ class Config(
         "What to measure.",
         "decode",
         choices=(
-            *("decode", "layout", "draft", "load", "overhead", "pages"),
+            "decode",
+            "layout",
+            "draft",
+            "load",
+            "overhead",
+            "pages",
+            "engine",
+            "serving",
             "kernels_static",
-        ),
+        ),  # fmt: skip
     )
-    draft: str = option("Drafter of --suite=draft, load and overhead.", "dspark")
+    draft: str = option(
+        "Drafter of --suite=draft, load, overhead and engine.", "dspark"
+    )
     prompts_per_domain: int = option("Prompts per domain.", 3, at_least=1)
     progress: str | None = option(
-        "JSON-lines file that a stopped --suite=load goes on from.", None
+        "JSON-lines file that a stopped --suite=load or serving goes on from.", None
     )
     json_out: str | None = common.json_option()
 
@@ -73,6 +91,8 @@ def measured(console: Console, config: Config) -> dict:
     if config.suite == "kernels_static":
         return {"layers": bench_kernels_static(console, config)}
     target, tokenizer = config.load()
+    if config.suite == "serving":
+        return _serving(console, tokenizer, config)
     if config.suite == "decode":
         return bench_decode(console, target, config)
     if config.suite == "pages":
@@ -89,6 +109,11 @@ def measured(console: Console, config: Config) -> dict:
     if config.suite == "overhead":
         drafter = load_drafter(config.draft, target)
         return bench_overhead(console, target, drafter, prompts, config)
+    if config.suite == "engine":
+        with needing_servers():
+            from jaxspark.benchmark.engine import bench_engine
+        drafter = load_drafter(config.draft, target)
+        return bench_engine(console, target, drafter, prompts, config)
     names = ("draft", "target", "dtype", "repeats", "capacity", "fixed_lengths",
              "prompts_dir", "prompts_per_domain", "load_prompts", "load_block",
              "load_rounds", "load_temperature")  # fmt: skip
@@ -109,6 +134,44 @@ def measured(console: Console, config: Config) -> dict:
     )
     if config.json_out:
         plot_load(config.json_out.removesuffix(".json") + ".png", figures)
+    return figures
+
+
+@contextlib.contextmanager
+def needing_servers() -> Iterator[None]:
+    """Within it what a server needs is imported; says what is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"this suite needs more packages: pip install 'jaxspark[serve]' ({error})"
+        ) from error
+
+
+def _serving(console: Console, tokenizer, config: Config) -> dict:
+    """The figures of --suite=serving."""
+    with needing_servers():
+        from jaxspark.benchmark.serving.suite import bench_serving
+    names = ("target", "dtype", "prompts_dir", "url", "url_model", "servers",
+             "serving_slots", "serving_requests", "repeats", "capacity", "length_scale",
+             "load_temperature", "long_prompt", "long_seconds")  # fmt: skip
+
+    def write(figures):
+        if config.json_out:
+            write_figures(config.json_out, {"figures": figures})
+
+    figures = bench_serving(
+        console,
+        tokenizer,
+        config,
+        flags=(f"--target={config.target}", f"--dtype={config.dtype}"),
+        prompts_dir=config.prompts_dir,
+        progress_file=config.progress,
+        settings=config.recorded(names),
+        on_figures=write,
+    )
+    if config.json_out:
+        plot_serving(config.json_out.removesuffix(".json") + ".png", figures)
     return figures
 
 

@@ -108,7 +108,9 @@ class Config(common.TargetOptions, common.DraftOptions, common.ScheduleOptions):
         "Most bytes of a request's body.", 4 * 2**20, at_least=1
     )
     body_seconds: float = option(
-        "Seconds in which a body must have come.", 30.0, at_least=0.001
+        "Seconds in which a header must have come, and then a body.",
+        30.0,
+        at_least=0.001,
     )
     cors_origins: tuple[str, ...] = option(
         "Origins whose pages may ask, such as https://example.com; * for all.", ()
@@ -215,6 +217,7 @@ def main(config: Config) -> int:
         engine,
         listener=listener,
         drain_seconds=config.drain_seconds,
+        header_seconds=config.body_seconds,
         on_started=lambda: print(
             f"{served.name} at {server.address} (compiling; /ready tells when)",
             flush=True,

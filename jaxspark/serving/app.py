@@ -13,7 +13,12 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+)
 
 import jaxspark
 from jaxspark.serving import openapi
@@ -39,6 +44,7 @@ from jaxspark.serving.other_requests import (
     TokenizeRequest,
 )
 from jaxspark.serving.prepared import prepare_chat, prepare_completion
+from jaxspark.serving.responses import ChatAnswer, CompletionAnswer
 from jaxspark.serving.served import Served
 from jaxspark.serving.tokens import detokenize, models, tokenize
 
@@ -76,7 +82,11 @@ def make_app(
     _add_model_routes(app, engine, served, options)
     _add_operators_routes(app, engine, metrics)
     openapi.describe(
-        app, [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest]
+        app,
+        [
+            *(ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest),
+            *(ChatAnswer, CompletionAnswer),
+        ],
     )
     if options.cors_origins:
         app.add_middleware(
@@ -122,12 +132,20 @@ def _add_model_routes(
             await asyncio.to_thread(lambda: tell(schema.read(body), served))
         )
 
-    @app.post("/v1/chat/completions", openapi_extra=openapi.body(ChatRequest))
+    @app.post(
+        "/v1/chat/completions",
+        openapi_extra=openapi.body(ChatRequest),
+        responses=openapi.answer(ChatAnswer),
+    )
     async def chat(request: Request) -> Response:
         """Answers a conversation."""
         return await output(request, ChatRequest, prepare_chat, ChatAssembler)
 
-    @app.post("/v1/completions", openapi_extra=openapi.body(CompletionRequest))
+    @app.post(
+        "/v1/completions",
+        openapi_extra=openapi.body(CompletionRequest),
+        responses=openapi.answer(CompletionAnswer),
+    )
     async def completion(request: Request) -> Response:
         """Continues prompts."""
         return await output(
@@ -193,7 +211,7 @@ def _add_operators_routes(
 
     if metrics is not None:
 
-        @app.get("/metrics")
+        @app.get("/metrics", response_class=PlainTextResponse)
         async def scraped() -> Response:
             """Metrics in Prometheus' format."""
             return Response(metrics.text(), media_type=CONTENT_TYPE)

@@ -1,11 +1,13 @@
 """`/openapi.json`: what routes that read bodies by themselves take and answer."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 
 from jaxspark.serving.fields import Wire
+from jaxspark.serving.responses import Sent
 
 _ERROR = {
     "type": "object",
@@ -24,6 +26,12 @@ _ERROR = {
     },
 }
 _FAILED = {"content": {"application/json": {"schema": _ERROR}}}
+# Of a stream; its data is a chunk of the answer, an error, or [DONE].
+_EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}},
+}
 # Every route answers errors alike.
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"description": "The request cannot be served.", **_FAILED},
@@ -33,13 +41,23 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 def body(schema: type[Wire]) -> dict[str, Any]:
     """What a route says of its body."""
-    reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
-    content = {"application/json": {"schema": reference}}
+    content = {"application/json": {"schema": _reference(schema)}}
     return {"requestBody": {"content": content, "required": True}}
 
 
-def describe(app: FastAPI, schemas: list[type[Wire]]) -> None:
-    """Adds the schemas of bodies to what the application says of itself."""
+def answer(schema: type[Sent]) -> dict[int | str, dict[str, Any]]:
+    """What a route says of its answer, whole or as a stream of events."""
+    whole = {"schema": _reference(schema)}
+    content = {"application/json": whole, "text/event-stream": {"schema": _EVENT}}
+    return {200: {"description": "The answer.", "content": content}}
+
+
+def _reference(schema: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{schema.__name__}"}
+
+
+def describe(app: FastAPI, schemas: list[type[Wire] | type[Sent]]) -> None:
+    """Adds schemas of bodies and answers to what the application says of itself."""
     described: Callable[[], dict[str, Any]] = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -47,7 +65,10 @@ def describe(app: FastAPI, schemas: list[type[Wire]]) -> None:
         known = document.setdefault("components", {}).setdefault("schemas", {})
         for schema in schemas:
             template = "#/components/schemas/{model}"
-            found = schema.model_json_schema(ref_template=template)
+            mode: Literal["serialization", "validation"] = (
+                "serialization" if issubclass(schema, Sent) else "validation"
+            )
+            found = schema.model_json_schema(ref_template=template, mode=mode)
             known |= found.pop("$defs", {})
             known[schema.__name__] = found
         return document

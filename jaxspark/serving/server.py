@@ -5,15 +5,19 @@ finished, within a time; then the process ends with 0. If the device fails, ever
 request gets an error, and the process ends with 1, so that it is started anew.
 """
 
+import asyncio
+import contextlib
 import signal
 import socket
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
+from jaxspark.serving.connections import Connection
 from jaxspark.serving.engine import Engine
 
 # After the engine's own patience, for answers that are on their way.
@@ -30,6 +34,7 @@ class Server(uvicorn.Server):
         *,
         listener: socket.socket,
         drain_seconds: float = 60.0,
+        header_seconds: float = 30.0,
         on_started: Callable[[], None] = lambda: None,
     ):
         """Makes a server that does not run yet.
@@ -39,11 +44,18 @@ class Server(uvicorn.Server):
           engine: not started yet, or ready; it is stopped in the end.
           listener: see `bound`.
           drain_seconds: most seconds for requests that are here when it is to end.
+          header_seconds: in which the header of a request must have come.
           on_started: called once it listens.
         """
         super().__init__(
             uvicorn.Config(
                 app,
+                http=partial(  # type: ignore[arg-type]
+                    Connection,
+                    header_seconds=header_seconds,
+                    is_ending=lambda: self.should_exit,
+                ),
+                ws="none",
                 log_level="warning",
                 access_log=False,
                 lifespan="off",
@@ -59,6 +71,26 @@ class Server(uvicorn.Server):
         """Begins to listen."""
         await super().startup([self._listener])
         self._on_started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stops to listen, and answers those who had connected before."""
+        connected = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                connected.append(self._listener.accept()[0])
+        for server in self.servers:
+            server.close()
+        loop = asyncio.get_running_loop()
+        for each in connected:
+            await loop.connect_accepted_socket(self._connection, each)
+        await super().shutdown(sockets)
+
+    def _connection(self) -> asyncio.Protocol:
+        return self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drains at the first signal, and ends at once at a second SIGINT."""

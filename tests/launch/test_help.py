@@ -52,7 +52,7 @@ def test_no_option_is_shown_and_not_obeyed(name):
     """It is read where the launcher is, or in a module that the launcher imports."""
     launcher = load(name)
     source = Path(launcher.__file__).read_text("utf-8")
-    names = re.findall(r"^from (jaxspark\.[\w.]+) import", source, re.M)
+    names = re.findall(r"^ *from (jaxspark\.[\w.]+) import", source, re.M)
     modules = [launcher, common, devices, *map(importlib.import_module, names)]
     read = set().union(*map(options_read, modules))
     assert {each.name for each in fields(launcher.Config)} <= read

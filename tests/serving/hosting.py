@@ -58,6 +58,7 @@ class Hosted:
             self.engine,
             listener=bound("127.0.0.1", 0),
             drain_seconds=20,
+            header_seconds=1.0,
             on_started=listening.set,
         )
         self.thread = threading.Thread(target=self._run)

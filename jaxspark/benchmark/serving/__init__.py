@@ -1,0 +1,1 @@
+"""`jaxspark bench --suite=serving`: servers under load, as their clients see them."""
