@@ -14,6 +14,7 @@ from jaxspark.decoding.likeliest import Likeliest
 from jaxspark.decoding.state import Counters
 from jaxspark.generation.completion import Likely, PromptLogProb
 from jaxspark.generation.request import CheckedRequest
+from jaxspark.grammars import Matcher
 from jaxspark.parallel.mesh import replicated
 
 
@@ -104,6 +105,8 @@ class Running:
       top_log_probs: likely tokens beside the output's, where they are asked for.
       prompt_log_probs: of the prompt's tokens that were read, likewise.
       counts: what its rounds did.
+      matcher: its grammar behind the output so far; None if it has none.
+      failure: why its grammar cannot go on; None while it can.
     """
 
     request: CheckedRequest
@@ -113,6 +116,12 @@ class Running:
     top_log_probs: list[Likely] = field(default_factory=list)
     prompt_log_probs: list[PromptLogProb | None] = field(default_factory=list)
     counts: Counts = Counts()
+    matcher: Matcher | None = None
+    failure: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.request.matcher is not None:
+            self.matcher = self.request.matcher.fork()
 
     @property
     def unread(self) -> int:
