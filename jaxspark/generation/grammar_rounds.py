@@ -105,7 +105,10 @@ def _advance(state: DecodeState, masked: Mapping[int, Running]) -> np.ndarray:
     )
     for slot, each in masked.items():
         assert each.matcher is not None
-        if each.failure is None:
-            gained = lengths_B[slot] - since_B[slot]
-            each.matcher.advance(tokens_BW[slot, :gained].tolist())
+        gained = lengths_B[slot] - since_B[slot]
+        try:
+            if each.failure is None:
+                each.matcher.advance(tokens_BW[slot, :gained].tolist())
+        except GrammarError as error:
+            each.failure = str(error)
     return phase_B

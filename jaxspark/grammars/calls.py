@@ -63,7 +63,13 @@ def _either(functions: Sequence[Any], name: str) -> str:
 
 
 def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": "object", **(function.get("parameters") or {})}
+    found = {"type": "object", **(function.get("parameters") or {})}
+    for key, kind in (("properties", Mapping), ("required", list)):
+        if key in found and not isinstance(found[key], kind):
+            raise GrammarError(
+                f"parameters of the tool {function['name']!r}: {key} is {found[key]!r}"
+            )
+    return found
 
 
 def _dsml(
@@ -119,7 +125,7 @@ def _parameter(
     texts = None
     if isinstance(value, Mapping):
         texts = [value["const"]] if "const" in value else value.get("enum")
-    if texts and all(isinstance(each, str) for each in texts):
+    if isinstance(texts, list) and all(isinstance(each, str) for each in texts):
         either = " | ".join(quoted(each) for each in texts)
         return f'{tag(head + 'true">')} ({either}) {tag(end)}'
     if isinstance(value, Mapping) and value.get("type") == "string":

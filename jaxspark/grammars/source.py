@@ -14,6 +14,8 @@ from jaxspark.text import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+# Characters of what is wrong with a grammar: they may repeat all of it.
+_TOLD = 400
 # White space between parts of a JSON text has an end, or some models find none.
 _JSON = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
 
@@ -57,7 +59,9 @@ def _parser(source: str, tokens: "LLTokenizer") -> "LLMatcher":
     limits = llguidance.LLParserLimits(verbose_errors=False)
     parser = llguidance.LLMatcher(tokens, source, log_level=0, limits=limits)
     if parser.is_error():
-        raise GrammarError(f"the grammar is not valid: {parser.get_error().strip()}")
+        told = parser.get_error().strip()
+        told = told if len(told) <= _TOLD else f"{told[:_TOLD]} ..."
+        raise GrammarError(f"the grammar is not valid: {told}")
     return parser
 
 
@@ -98,7 +102,9 @@ def _answer(grammar: Grammar, tokens: "LLTokenizer") -> dict[str, Any]:
             if not value or isinstance(value, str):
                 raise GrammarError(f"choice must be a list of texts, got {value!r}")
             choices = (quoted(_text("choice", each)) for each in value)
-            return {"lark_grammar": f"start: {' | '.join(dict.fromkeys(choices))}"}
+            # One lexeme, however many there are: rules may not begin in so many ways.
+            either = " | ".join(dict.fromkeys(choices))
+            return {"lark_grammar": f"start: CHOICE\nCHOICE: {either}"}
         case "grammar":
             return {"lark_grammar": _text("grammar", value)}
         case "calls":
@@ -129,4 +135,7 @@ def schema(value: Any) -> dict[str, Any]:
         value = {}
     if not isinstance(value, Mapping):
         raise GrammarError(f"a JSON schema is an object, got {value!r}")
-    return {**value, "x-guidance": _JSON | dict(value.get("x-guidance") or {})}
+    own = value.get("x-guidance", {})
+    if not isinstance(own, Mapping):
+        raise GrammarError(f"x-guidance of a JSON schema is an object, got {own!r}")
+    return {**value, "x-guidance": {**_JSON, **own}}

@@ -75,6 +75,11 @@ class Config(common.TargetOptions, common.DraftOptions, common.ScheduleOptions):
         16,
         at_least=1,
     )
+    grammars: bool = option(
+        "Whether answers may have to obey grammars (response_format, structured_outputs, "
+        "a tool_choice that forces calls). Without, fewer programs are compiled.",
+        True,
+    )
     max_queued: int = option(
         "Outputs that may wait for a slot; more are refused with 503.", 256, at_least=1
     )
@@ -190,6 +195,7 @@ def main(config: Config) -> int:
         chunk=config.prefill_chunk,
         together=config.prefill_together,
         max_stop_ids=config.max_stop_ids,
+        grammars=config.grammars,
         queue=QueueLimits(requests=config.max_queued, tokens=config.max_queued_tokens),
         pace=Pace(most=config.rounds_per_call, seconds=config.call_seconds),
         observers=[metrics],

@@ -40,7 +40,6 @@ from jaxspark.serving.errors import ApiError
 from jaxspark.serving.jobs import Job
 from jaxspark.serving.observing import Observer, State, Stats, Tally
 from jaxspark.serving.pace import Pace, Pacer
-from jaxspark.serving.refusals import check_supported
 from jaxspark.serving.stream import Stream
 from jaxspark.serving.waiting import Overloaded, QueueLimits
 from jaxspark.serving.warmup import warm_up
@@ -72,6 +71,7 @@ class Engine:
         adjustments: AdjustmentLimits = SERVING,
         top_log_probs: int = MAX_TOP_LOG_PROBS,
         prompt_log_probs: bool = True,
+        grammars: bool = True,
         queue: QueueLimits = QueueLimits(),
         pace: Pace = Pace(),
         observers: Sequence[Observer] = (),
@@ -92,6 +92,7 @@ class Engine:
           adjustments: what requests may do to logits.
           top_log_probs: most likely tokens that they may ask for beside each.
           prompt_log_probs: whether they may ask for those of prompts.
+          grammars: whether they may have grammars; costs programs to compile.
           queue: what may wait.
           pace: rounds per call.
           observers: are told of what happens.
@@ -121,6 +122,7 @@ class Engine:
             adjustments=adjustments,
             top_log_probs=top_log_probs,
             prompt_log_probs=prompt_log_probs,
+            grammars=grammars,
             together=together,
             chunk=chunk,
             rounds_per_step=pace.most,
@@ -189,7 +191,6 @@ class Engine:
         )
         now = time.monotonic()
         for demand in demands:
-            check_supported(demand)
             jobs.append(self._job(demand, client, stream, now))
         ahead = (len(self._desk.line) + len(jobs)) / self._batch.slots
         try:

@@ -247,7 +247,7 @@ def test_tokens_and_models(client, http):
 
 
 CHAT = {"model": "tiny", "messages": HI, "max_tokens": 4}
-SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "x"}}}
 BAD = [
     ({"model": "other"}, 404, "model", "model_not_found"),
     ({"messages": []}, 400, "messages", None),
@@ -268,7 +268,10 @@ BAD = [
     ({"logit_bias": {"512": 1}}, 400, "logit_bias", None),
     ({"allowed_token_ids": []}, 400, "allowed_token_ids", None),
     ({"allowed_token_ids": [5], "bad_words": [""]}, 400, "bad_words[0]", None),
-    ({"response_format": SCHEMA}, 400, "response_format", "unsupported_parameter"),
+    ({"response_format": SCHEMA}, 400, "response_format", None),
+    ({"response_format": {"type": "xml"}}, 400, "response_format", None),
+    ({"structured_outputs": {"regex": "(a"}}, 400, "structured_outputs", None),
+    ({"guided_regex": "a"}, 400, "guided_regex", "unsupported_parameter"),
     ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", None),
     ({"top_logprobs": 2}, 400, "logprobs", None),
     ({"min_tokens": 5}, 400, "min_tokens", None),
