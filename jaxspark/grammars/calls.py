@@ -51,7 +51,7 @@ def calls_lark(calls: Calls, tokens: "LLTokenizer", prepare: Prepare) -> str:
     lines = [f"start: {start if calls.parallel else one}", "NEWLINE: /\\n?/"]
     lines.append(f"any: {_either(functions, 'call')}")
     for place, function in enumerate(functions):
-        head = f'{{"name": {json.dumps(function["name"])}, "{key}": '
+        head = f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "{key}": '
         lines.append(f'call{place}: {quoted(head)} arguments{place} "}}"')
         arguments = prepare(_parameters(function))
         lines.append(f"arguments{place}: %json {json.dumps(arguments)}")

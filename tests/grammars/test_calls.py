@@ -46,12 +46,12 @@ def block(*calls):
 
 
 def hermes(name, arguments):
-    body = json.dumps({"name": name, "arguments": arguments})
+    body = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
     return f"<tool_call>\n{body}\n</tool_call>"
 
 
 def llama3(name, arguments):
-    return json.dumps({"name": name, "parameters": arguments})
+    return json.dumps({"name": name, "parameters": arguments}, ensure_ascii=False)
 
 
 def dsml(name, arguments):

@@ -271,7 +271,7 @@ BAD = [
     ({"response_format": SCHEMA}, 400, "response_format", None),
     ({"response_format": {"type": "xml"}}, 400, "response_format", None),
     ({"structured_outputs": {"regex": "(a"}}, 400, "structured_outputs", None),
-    ({"guided_regex": "a"}, 400, "guided_regex", "unsupported_parameter"),
+    ({"guided_regex": "a"}, 400, "guided_regex", "unknown_parameter"),
     ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", None),
     ({"top_logprobs": 2}, 400, "logprobs", None),
     ({"min_tokens": 5}, 400, "min_tokens", None),
