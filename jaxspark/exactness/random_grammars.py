@@ -89,7 +89,7 @@ def random_regex(random: np.random.Generator, depth: int = 3) -> str:
 def obeys(grammar: Grammar, text: str) -> bool:
     """Whether a whole output is what a random grammar wants; not by llguidance."""
     if grammar.kind == "regex":
-        return re.fullmatch(grammar.value, text, re.DOTALL | re.ASCII) is not None
+        return re.fullmatch(grammar.value, text, re.DOTALL) is not None
     try:
         value = json.loads(text, object_pairs_hook=_members)
     except ValueError:

@@ -56,7 +56,9 @@ def grammar_rounds(
         phase_B = _advance(state, masked)
         if any(each.failure for each in masked.values()):
             return state, 0
-        masked = {slot: masked[slot] for slot in masked if phase_B[slot] == Phase.DECODING}
+        masked = {
+            slot: masked[slot] for slot in masked if phase_B[slot] == Phase.DECODING
+        }
         if np.sum(phase_B == Phase.FINISHED) >= max_finished:
             return state, 0
     return state, rounds

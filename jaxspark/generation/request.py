@@ -10,7 +10,7 @@ from jaxspark.decoding import Adjustment, AdjustmentLimits
 from jaxspark.generation.adjusting import adjustment_of
 from jaxspark.generation.params import SamplingParams
 from jaxspark.generation.values import number, whole
-from jaxspark.grammars import Matcher, begin
+from jaxspark.grammars import Matcher, matcher_of
 from jaxspark.target import Target
 
 # Likely tokens told at a place, as OpenAI has them.
@@ -172,7 +172,7 @@ def _checked(request: Request, index: int, target: Target, limits: Limits):
                 "a grammar is asked for; this batch was made without, or for slots on "
                 "several devices, where there are none yet"
             )
-        matcher = begin(
+        matcher = matcher_of(
             params.grammar,
             target.tokenizer,
             vocab=config.vocab_size,

@@ -39,9 +39,10 @@ def calls_lark(calls: Calls, tokens: "LLTokenizer", prepare: Prepare) -> str:
         return _dsml(functions, calls.parallel, tokens, prepare)
     if calls.form == "hermes":
         frame = [
-            control(tokens, tag) or quoted(tag) for tag in ("<tool_call>", "</tool_call>")
+            control(tokens, tag) or quoted(tag)
+            for tag in ("<tool_call>", "</tool_call>")
         ]
-        one = f'{frame[0]} NEWLINE any NEWLINE {frame[1]}'
+        one = f"{frame[0]} NEWLINE any NEWLINE {frame[1]}"
         start, key = f"{one} (NEWLINE {one})*", "arguments"
     elif calls.form == "llama3":
         one, key = "any", "parameters"
@@ -51,7 +52,9 @@ def calls_lark(calls: Calls, tokens: "LLTokenizer", prepare: Prepare) -> str:
     lines = [f"start: {start if calls.parallel else one}", "NEWLINE: /\\n?/"]
     lines.append(f"any: {_either(functions, 'call')}")
     for place, function in enumerate(functions):
-        head = f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "{key}": '
+        head = (
+            f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "{key}": '
+        )
         lines.append(f'call{place}: {quoted(head)} arguments{place} "}}"')
         arguments = prepare(_parameters(function))
         lines.append(f"arguments{place}: %json {json.dumps(arguments)}")
@@ -127,9 +130,9 @@ def _parameter(
         texts = [value["const"]] if "const" in value else value.get("enum")
     if isinstance(texts, list) and all(isinstance(each, str) for each in texts):
         either = " | ".join(quoted(each) for each in texts)
-        return f'{tag(head + 'true">')} ({either}) {tag(end)}'
+        return f"{tag(head + 'true">')} ({either}) {tag(end)}"
     if isinstance(value, Mapping) and value.get("type") == "string":
-        return f'{tag(head + 'true">')} text'
+        return f"{tag(head + 'true">')} text"
     shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
     own = {**shared, **value} if isinstance(value, Mapping) else value
-    return f'{tag(head + 'false">')} %json {json.dumps(prepare(own))} {tag(end)}'
+    return f"{tag(head + 'false">')} %json {json.dumps(prepare(own))} {tag(end)}"

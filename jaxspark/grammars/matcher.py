@@ -147,3 +147,9 @@ def words(vocab: int) -> int:
 def allows(mask_U: UInt[np.ndarray, " U"], token: int) -> bool:
     """Whether a token is in a mask."""
     return bool(mask_U[token // _BITS] >> np.uint32(token % _BITS) & 1)
+
+
+def listed(mask_U: UInt[np.ndarray, " U"]) -> list[int]:
+    """The tokens of a mask."""
+    bits = np.unpackbits(mask_U.astype("<u4").view(np.uint8), bitorder="little")
+    return np.flatnonzero(bits).tolist()

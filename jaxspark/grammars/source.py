@@ -20,7 +20,7 @@ _TOLD = 400
 _JSON = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
 
 
-def begin(
+def matcher_of(
     grammar: Grammar,
     tokenizer: Tokenizer | None,
     *,
@@ -42,7 +42,9 @@ def begin(
     if tokenizer is None:
         raise GrammarError("a grammar is of text, and the target has no tokenizer")
     if not stop_ids:
-        raise GrammarError("a grammar needs a stop token to end with; stop_ids is empty")
+        raise GrammarError(
+            "a grammar needs a stop token to end with; stop_ids is empty"
+        )
     try:
         tokens = vocabulary(tokenizer, vocab)
     except ValueError as error:
@@ -83,7 +85,9 @@ def source(grammar: Grammar, tokens: "LLTokenizer") -> str:
         thought = f"thought[suffix={quoted(grammar.thinking.end)}]: /(?s:.*)/"
     block = "thought" if grammar.opened else f"({opening} thought)?"
     lark = f"start: {block} SPACE @answer\nSPACE: /\\s{{0,8}}/\n{thought}\n"
-    return json.dumps({"grammars": [{"lark_grammar": lark}, answer | {"name": "answer"}]})
+    return json.dumps(
+        {"grammars": [{"lark_grammar": lark}, answer | {"name": "answer"}]}
+    )
 
 
 def _answer(grammar: Grammar, tokens: "LLTokenizer") -> dict[str, Any]:

@@ -76,8 +76,9 @@ class Config(common.TargetOptions, common.DraftOptions, common.ScheduleOptions):
         at_least=1,
     )
     grammars: bool = option(
-        "Whether answers may have to obey grammars (response_format, structured_outputs, "
-        "a tool_choice that forces calls). Without, fewer programs are compiled.",
+        "Whether answers may have to obey grammars (response_format, "
+        "structured_outputs, a tool_choice that forces calls). Without, fewer programs "
+        "are compiled.",
         True,
     )
     max_queued: int = option(

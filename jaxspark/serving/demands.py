@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from jaxspark.generation import Request
 
+
 @dataclass(frozen=True, kw_only=True)
 class Demand:
     """One output that the engine is asked for.

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from jaxspark.grammars import Calls, Grammar, begin
+from jaxspark.grammars import Calls, Grammar, matcher_of
 from jaxspark.serving.conversation import ToolUse
 from jaxspark.serving.errors import ApiError
 from jaxspark.serving.fields import AnyJson, JsonOfSchema, SamplingFields
@@ -51,7 +51,7 @@ def grammar_of(
         grammar = replace(grammar, thinking=served.thinking, opened=opened)
     ends = stop_ids(fields, served)
     try:
-        begin(grammar, served.tokenizer, vocab=served.vocab_size, stop_ids=ends)
+        matcher_of(grammar, served.tokenizer, vocab=served.vocab_size, stop_ids=ends)
     except ValueError as error:
         raise ApiError(f"{param}: {error}", param=param) from error
     return grammar

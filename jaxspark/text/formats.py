@@ -40,9 +40,7 @@ CALLS: Mapping[str, CallFormat] = MappingProxyType(
         "hermes": CallFormat(
             name="hermes", program=hermes, tokens=("<tool_call>", "</tool_call>")
         ),
-        "llama3": CallFormat(
-            name="llama3", program=llama3, tokens=("<|python_tag|>",)
-        ),
+        "llama3": CallFormat(name="llama3", program=llama3, tokens=("<|python_tag|>",)),
     }
 )
 

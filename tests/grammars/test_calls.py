@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxspark.grammars import Calls, Grammar, GrammarError, begin
+from jaxspark.grammars import Calls, Grammar, GrammarError, matcher_of
 from jaxspark.grammars.matcher import allows
 from jaxspark.text.dsml import MARK
 from jaxspark.text.events import Arguments, CallBegins, CallEnds, Content
@@ -78,7 +78,7 @@ def obeys(text, form, tools=TOOLS, parallel=True, tokenizer=None, **thinking):
     grammar = Grammar(
         kind="calls", value=Calls(form=form, tools=tools, parallel=parallel), **thinking
     )
-    matcher = begin(grammar, tokenizer, vocab=300, stop_ids=(END,))
+    matcher = matcher_of(grammar, tokenizer, vocab=300, stop_ids=(END,))
     try:
         matcher.advance(tokenizer.encode(text, add_special_tokens=False))
     except GrammarError:
@@ -150,11 +150,13 @@ def test_marks_are_control_tokens_where_there_are_such():
         thinking = {"thinking": ThinkFormat(), "opened": True}
         assert obeys(f"hm</think>\n\n{text}", form, tokenizer=made, **thinking)
     grammar = Grammar(kind="calls", value=Calls(form="deepseek_v4", tools=TOOLS))
-    matcher = begin(grammar, made, vocab=300, stop_ids=(END,))
+    matcher = matcher_of(grammar, made, vocab=300, stop_ids=(END,))
     matcher.advance(made.encode("<", add_special_tokens=False))
     [mark] = made.encode(MARK, add_special_tokens=False)
     assert allows(matcher.mask(), mark)
-    text_of_mark = made.core.token_to_id(made.core.pre_tokenizer.pre_tokenize_str("｜")[0][0][0])
+    text_of_mark = made.core.token_to_id(
+        made.core.pre_tokenizer.pre_tokenize_str("｜")[0][0][0]
+    )
     assert not allows(matcher.mask(), text_of_mark)
 
 
