@@ -142,4 +142,5 @@ def schema(value: Any) -> dict[str, Any]:
     own = value.get("x-guidance", {})
     if not isinstance(own, Mapping):
         raise GrammarError(f"x-guidance of a JSON schema is an object, got {own!r}")
-    return {**value, "x-guidance": {**_JSON, **own}}
+    space = {} if "whitespace_flexible" in own else _JSON
+    return {**value, "x-guidance": {**space, **own}}

@@ -1,4 +1,4 @@
-"""Masks: those along drafts are those behind committed tokens, and stops have a rule."""
+"""Masks along drafts are those behind committed tokens, and stops have a rule."""
 
 import json
 

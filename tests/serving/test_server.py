@@ -20,30 +20,6 @@ HI = [{"role": "user", "content": "Hi there, hi there."}]
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 
-@pytest.fixture(scope="module")
-def server():
-    with hosted() as here:
-        yield here
-        assert here.engine.wait_idle(10)
-        assert here.engine._batch.idle and here.engine._batch.free == 3
-        assert here.engine.stats().late_compilations == 0
-    assert here.status == 0
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(
-        base_url=f"{server.url}/v1", api_key=KEY, max_retries=0
-    ) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def http(server):
-    with httpx.Client(base_url=server.url, headers=HEADERS, timeout=30) as http:
-        yield http
-
-
 def plain(server, prompt, **params):
     """What `generate` gives without drafts."""
     if not isinstance(prompt, str):

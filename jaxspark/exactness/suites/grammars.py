@@ -50,7 +50,8 @@ def audit_random_grammars(
         f"{count} random grammars, {seen.audit.tokens} tokens in {seen.audit.rounds} "
         f"rounds: {seen.ended} outputs ended by themselves, {len(seen.disobeyed)} of "
         f"them do not obey; {len(seen.failed)} failed; "
-        f"{len(seen.audit.violations)} violations, {len(seen.audit.near_ties)} near-ties"
+        f"{len(seen.audit.violations)} violations, "
+        f"{len(seen.audit.near_ties)} near-ties"
     )
     wrong = len(seen.audit.violations) + len(seen.disobeyed) + len(seen.failed)
     entry = found(seen.audit) | {
