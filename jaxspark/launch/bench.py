@@ -9,6 +9,8 @@
   jaxspark bench --suite=load --draft=dspark    many requests at once: fixed lengths
                                                 against the schedule
   jaxspark bench --suite=overhead               what scheduling itself costs
+  jaxspark bench --suite=grammar --draft=ngram  what one output under a grammar costs
+                                                those beside it
 
 Compilation is never part of a figure.
 """
@@ -20,6 +22,7 @@ import jax
 from rich.console import Console
 
 from jaxspark import load_drafter
+from jaxspark.benchmark.beside_grammar import bench_beside_grammar
 from jaxspark.benchmark.drafts import DraftsOptions, bench_drafts
 from jaxspark.benchmark.layout import bench_layout
 from jaxspark.benchmark.load import bench_load
@@ -45,9 +48,11 @@ class Config(
     suite: str = option(
         "What to measure.",
         "decode",
-        choices=("decode", "layout", "draft", "load", "overhead"),
+        choices=("decode", "layout", "draft", "load", "overhead", "grammar"),
     )
-    draft: str = option("Drafter of --suite=draft, load and overhead.", "dspark")
+    draft: str = option(
+        "Drafter of --suite=draft, load, overhead and grammar.", "dspark"
+    )
     prompts_per_domain: int = option("Prompts per domain.", 3, at_least=1)
     progress: str | None = option(
         "JSON-lines file that a stopped --suite=load goes on from.", None
@@ -74,6 +79,9 @@ def measured(console: Console, config: Config) -> dict:
     if config.suite == "overhead":
         drafter = load_drafter(config.draft, target)
         return bench_overhead(console, target, drafter, prompts, config)
+    if config.suite == "grammar":
+        drafter = load_drafter(config.draft, target)
+        return bench_beside_grammar(console, target, drafter, prompts, config.repeats)
     names = ("draft", "target", "dtype", "repeats", "capacity", "fixed_lengths",
              "prompts_dir", "prompts_per_domain", "load_prompts", "load_block",
              "load_rounds", "load_temperature")  # fmt: skip

@@ -10,6 +10,7 @@ from rich.console import Console
 from jaxspark.drafters import NgramDrafter
 from jaxspark.exactness import grammars
 from jaxspark.exactness.suites.report import checked, found
+from jaxspark.exactness.suites.schedules import few_optimizations
 from jaxspark.exactness.tiny_models import Family
 from jaxspark.target import Target
 
@@ -35,8 +36,10 @@ def audit_random_grammars(
       samples: of the chi-square tests.
       family: of the tiny models.
     """
-    checks = grammars.enumeration_checks(family=family)
-    checks += grammars.frequency_checks(samples // 10, family=family)
+    # Compiling takes most of the time of tiny models.
+    with few_optimizations():
+        checks = grammars.enumeration_checks(family=family)
+        checks += grammars.frequency_checks(samples // 10, family=family)
     figures = checked(console, f"rounds under grammars · {family}", checks)
     requests = grammars.random_requests(
         target, count, seed=0, max_new_tokens=max_new_tokens
