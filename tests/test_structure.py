@@ -20,6 +20,7 @@ ROOMS = (
     "generation",
     "checkpoints",
     "target",
+    "grammars",
     "text",
     "quantization",
     "decoding",

@@ -13,7 +13,7 @@ from jaxspark.decoding.lifecycle import (
 )
 from jaxspark.decoding.likeliest import LikeliestLimits
 from jaxspark.decoding.options import DecodeOptions
-from jaxspark.decoding.round import decode, decode_round
+from jaxspark.decoding.round import decode, decode_round, draft, verify
 from jaxspark.decoding.sampling import Sampling
 from jaxspark.decoding.schedule import (
     Causal,
@@ -50,10 +50,12 @@ __all__ = [
     "admit",
     "decode",
     "decode_round",
+    "draft",
     "init_state",
     "parse_schedule",
     "prefill",
     "put_rings",
     "release",
     "take_rings",
+    "verify",
 ]

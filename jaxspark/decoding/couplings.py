@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.decoding.adjusted_logits import Adjuster
+from jaxspark.decoding.grammar_masks import MaskedAdjuster
 from jaxspark.decoding.likeliest import Likeliest
 from jaxspark.decoding.sampling import (
     Sampling,
@@ -69,7 +70,7 @@ class CoupledSampler:
     sampling: Sampling
     positions_B: Int[Array, " B"]  # of the anchors
     vocab: int  # of the target
-    adjuster: Adjuster | None = None
+    adjuster: Adjuster | MaskedAdjuster | None = None
 
     def adjusted(
         self,
@@ -156,7 +157,7 @@ def verify(
     lengths_B: Int[Array, " B"],
     sampling: Sampling,
     *,
-    adjuster: Adjuster | None = None,
+    adjuster: Adjuster | MaskedAdjuster | None = None,
     log_probs: bool = False,
     likeliest: Likeliest | None = None,
 ) -> Verdict:

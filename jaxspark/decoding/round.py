@@ -4,18 +4,24 @@
 
 `decode_round(state) -> state` is pure; `decode` is `lax.while_loop` over it. There is
 no other decode path: plain decoding is a round whose drafter proposes nothing.
+
+A round has two halves, up to the proposal and from it on. Between them a host can say
+which tokens may come along the drafts, which takes `draft` and `verify`: the same
+halves as programs of their own.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt
 
 from jaxspark.decoding.adjusted_logits import Adjuster
-from jaxspark.decoding.couplings import CoupledSampler, Verdict, emitted, verify
+from jaxspark.decoding.couplings import CoupledSampler, Verdict, emitted
+from jaxspark.decoding.couplings import verify as verdict_of
 from jaxspark.decoding.forecast import Forecast, Verification, smallest_bucket
+from jaxspark.decoding.grammar_masks import MaskedAdjuster
 from jaxspark.decoding.options import DecodeOptions
 from jaxspark.decoding.schedule_state import ScheduleState
 from jaxspark.decoding.state import Counters, DecodeState, Phase
@@ -51,10 +57,34 @@ def decode_round(
     return jax.lax.switch(max_of(index), rounds, state, lagged)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Drafted:
+    """What the first half of a round leaves to the second.
+
+    Attributes:
+      proposal: the drafts.
+      verification: what is verified of them.
+    """
+
+    proposal: Proposal
+    verification: Verification
+
+
 def _round(target, drafter, options, draft_length: int, state, lagged) -> DecodeState:
     """A round that drafts so many tokens for every slot."""
     with jax.named_scope("adjust"):
         adjuster = adjuster_for(state)
+    state, drafted = _drafted(
+        target, drafter, options, draft_length, state, lagged, adjuster
+    )
+    return _verified(target, drafter, options, state, drafted, adjuster)
+
+
+def _drafted(
+    target, drafter, options, draft_length: int, state, lagged, adjuster
+) -> tuple[DecodeState, Drafted]:
+    """The first half of a round: drafts, and decides how many are verified."""
     if draft_length:
         with jax.named_scope("propose"):
             proposal, draft_cache = _propose(
@@ -73,17 +103,29 @@ def _round(target, drafter, options, draft_length: int, state, lagged) -> Decode
         ),
         certainty_BG=state.certainty_BG.at[:, :draft_length].set(proposal.certainty_BG),
     )
-    return _verified(target, drafter, state, adjuster, proposal, verification, options)
+    return state, Drafted(proposal, verification)
 
 
-def adjuster_for(state: DecodeState) -> Adjuster | None:
-    """Adjusts logits of the state's next round; None where nothing is compiled."""
-    return Adjuster.of(
+def adjuster_for(
+    state: DecodeState, masks_BQU: UInt[Array, "B Q U"] | None = None
+) -> Adjuster | MaskedAdjuster | None:
+    """Adjusts logits of the state's next round; None where nothing is compiled.
+
+    Args:
+      state: the slots.
+      masks_BQU: see `MaskedAdjuster`; None masks nothing.
+    """
+    adjuster = Adjuster.of(
         state.adjustments,
         tokens_BS=state.tokens_BS,
         anchors_B=state.processed_B,
         stop_ids_BX=state.stop_ids_BX,
         live_B=state.live_B,
+    )
+    if masks_BQU is None:
+        return adjuster
+    return MaskedAdjuster(
+        adjuster=adjuster, masks_BQU=masks_BQU, anchors_B=state.processed_B
     )
 
 
@@ -153,10 +195,9 @@ def schedule_round(
     return verification, memory
 
 
-def _verified(
-    target, drafter, state, adjuster, proposal, verification, options
-) -> DecodeState:
-    """Packs anchors and drafts into their token bucket, verifies and commits."""
+def _verified(target, drafter, options, state, drafted, adjuster) -> DecodeState:
+    """The second half: packs anchors and drafts, verifies and commits."""
+    proposal, verification = drafted.proposal, drafted.verification
     anchors_B, lengths_B = state.processed_B, verification.lengths_B
     anchor_B1 = jnp.take_along_axis(state.tokens_BS, anchors_B[:, None], axis=1)
     rows_BQ = jnp.concatenate([anchor_B1, proposal.tokens_BG], axis=1)
@@ -174,7 +215,7 @@ def _verified(
             with jax.named_scope("observe"):
                 draft_cache = drafter.observe(draft_cache, taps_TmD, tokens)
             with jax.named_scope("verify"):
-                verdict = verify(
+                verdict = verdict_of(
                     options.coupling,
                     target.norm(x_TD),
                     target.head_VD,
@@ -306,3 +347,56 @@ def decode(
         return count + 1, decode_round(target, drafter, state, options)
 
     return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+
+
+@partial(jax.jit, static_argnames=("options",), donate_argnames=("state",))
+@standard_settings()
+def draft(
+    target: TargetModel,
+    drafter: Drafter,
+    state: DecodeState,
+    masks_BU: UInt[Array, "B U"],
+    *,
+    options: DecodeOptions,
+) -> tuple[DecodeState, Drafted]:
+    """The first half of a round by itself, a whole block; donates `state`.
+
+    Args:
+      target: the model.
+      drafter: what proposes.
+      state: the slots.
+      masks_BU: bits of the tokens that may come next, for the first drafts.
+      options: resolved, see `DecodeOptions.resolve`.
+    """
+    lagged = lagged_forecast(state, options)
+    with jax.named_scope("adjust"):
+        adjuster = adjuster_for(state, masks_BU[:, None])
+    length = max(options.draft_lengths)
+    return _drafted(target, drafter, options, length, state, lagged, adjuster)
+
+
+@partial(jax.jit, static_argnames=("options",), donate_argnames=("state",))
+@standard_settings()
+def verify(
+    target: TargetModel,
+    drafter: Drafter,
+    state: DecodeState,
+    drafted: Drafted,
+    masks_BQU: UInt[Array, "B Q U"],
+    *,
+    options: DecodeOptions,
+) -> DecodeState:
+    """The second half by itself; donates `state`.
+
+    Args:
+      target: the model.
+      drafter: what proposed.
+      state: the slots as `draft` left them.
+      drafted: what it proposed.
+      masks_BQU: bits of the tokens that may come behind each anchor and each draft;
+        only these are put out.
+      options: those of `draft`.
+    """
+    with jax.named_scope("adjust"):
+        adjuster = adjuster_for(state, masks_BQU)
+    return _verified(target, drafter, options, state, drafted, adjuster)

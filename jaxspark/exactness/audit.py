@@ -19,10 +19,15 @@ import numpy as np
 from jaxspark.decoding import AdjustmentLimits, DecodeOptions, Sampling
 from jaxspark.decoding.sampling import position_noise, warp
 from jaxspark.drafters import Drafter
-from jaxspark.exactness.by_definition import adjusted_by_definition
+from jaxspark.exactness.by_definition import (
+    adjusted_by_definition,
+    masked_by_definition,
+)
 from jaxspark.generation import Completion, Request, generate
 from jaxspark.generation.adjusting import adjustment_of
 from jaxspark.generation.request import token_ids
+from jaxspark.grammars import GrammarError, matcher_of
+from jaxspark.grammars.matcher import listed
 from jaxspark.models import FlatTokens
 from jaxspark.settings import standard_settings
 from jaxspark.target import Target
@@ -201,12 +206,27 @@ def choices(
     count = 1 if len(lengths) == 1 else -(-len(lengths) // 32) * 32
     logits_QV = _logits(target.model, jnp.asarray(ids_1T), begin - 1, count)
     found, prompt = [], token_ids(target, request.prompt)
+    matcher = None
+    if params.grammar is not None:
+        vocab = target.model.config.vocab_size
+        matcher = matcher_of(
+            params.grammar, target.tokenizer, vocab=vocab, stop_ids=stop_ids
+        )
     for length, logits_V in zip(lengths, np.asarray(logits_QV)):
         output = list(tokens[len(prompt) : length])
+        own_V = logits_V
         if adjustment.asks:
             logits_V = adjusted_by_definition(
                 logits_V, prompt, output, adjustment, stop_ids
             )
+        if matcher is not None and not set(output) & set(stop_ids):
+            try:
+                matcher.advance(output[matcher.taken :])
+                allowed = listed(matcher.mask())
+            except GrammarError:
+                matcher = None  # What follows comes behind a difference.
+            else:
+                logits_V = masked_by_definition(logits_V, own_V, allowed)
         (first, second), (a, b) = jax.device_get(
             _two_best(jnp.array(logits_V[None], jnp.float32), length, sampling)
         )

@@ -4,7 +4,7 @@ What the compiled round's `adjusted_logits` is audited against. The two share no
 here is a list of tokens and a loop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -37,4 +37,20 @@ def adjusted_by_definition(
         z_V[token] -= adjustment.frequency_penalty
     for token in set(output):
         z_V[token] -= adjustment.presence_penalty
+    return z_V
+
+
+def masked_by_definition(
+    adjusted_V: np.ndarray, logits_V: np.ndarray, allowed: Collection[int]
+) -> np.ndarray:
+    """Logits of the tokens that a grammar allows; see `decoding.grammar_masks`.
+
+    Where everything else that was done to them leaves none, they are the model's own.
+    """
+    z_V = np.full(len(logits_V), -np.inf)
+    for token in allowed:
+        z_V[token] = adjusted_V[token]
+    if np.all(z_V == -np.inf):
+        for token in allowed:
+            z_V[token] = logits_V[token]
     return z_V

@@ -11,7 +11,7 @@ time, with logits adjusted `by_definition`.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
@@ -19,7 +19,7 @@ from operator import itemgetter
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 
 from jaxspark.decoding import (
     Adjustment,
@@ -39,7 +39,10 @@ from jaxspark.decoding.sampling import Sampling, warp
 from jaxspark.decoding.schedule import Fixed, Scheduler
 from jaxspark.decoding.state import DecodeState
 from jaxspark.drafters import DraftContext, DraftDistribution, Drawn, Proposal
-from jaxspark.exactness.by_definition import adjusted_by_definition
+from jaxspark.exactness.by_definition import (
+    adjusted_by_definition,
+    masked_by_definition,
+)
 from jaxspark.models import FlatTokens
 from jaxspark.settings import standard_settings
 
@@ -55,18 +58,34 @@ class Wanted:
       output: committed tokens that are output, the newest; the prompt is before them.
       stop_ids: of the requests, for least lengths; nothing ends there.
       limits: what is compiled; one value for many lets them share programs.
+      grammar: tells which tokens may come behind an output; None masks nothing.
     """
 
     adjustment: Adjustment = Adjustment()
     output: int = 0
     stop_ids: tuple[int, ...] = ()
     limits: AdjustmentLimits = AdjustmentLimits()
+    grammar: Callable[[Sequence[int]], Collection[int]] | None = None
 
     def adjusted(self, logits_V: np.ndarray, tokens: Sequence[int], prompt: int):
         """Logits after `tokens`, the first `prompt` of which are no output."""
-        return adjusted_by_definition(
-            logits_V, tokens[:prompt], tokens[prompt:], self.adjustment, self.stop_ids
+        output = tokens[prompt:]
+        z_V = adjusted_by_definition(
+            logits_V, tokens[:prompt], output, self.adjustment, self.stop_ids
         )
+        if self.grammar is None:
+            return z_V
+        return masked_by_definition(z_V, logits_V, self.grammar(output))
+
+    def masks_along(
+        self, tokens: Sequence[int], drafts: Sequence[int]
+    ) -> UInt[np.ndarray, "1 Q U"]:
+        """Bits of the tokens that may come behind `tokens` and each of the drafts."""
+        assert self.grammar is not None
+        text = [*tokens[len(tokens) - self.output :], *drafts]
+        ends = range(len(text) - len(drafts), len(text) + 1)
+        rows = [sum(1 << each for each in self.grammar(text[:end])) for end in ends]
+        return np.array(rows, np.uint32)[None, :, None]
 
     def of(self, tokens: Sequence[int], vocab: int) -> Adjustments | None:
         """For one slot with these committed tokens."""
@@ -293,15 +312,20 @@ def draft_blocks(
             jnp.array([len(prompt) - 1]),
         )
         state = _observed(target, drafter, tokens, state)
-    seen = set()
+    seen, masked = set(), wanted.grammar is not None
+    masks_1QU = wanted.masks_along(prompt, ()) if masked else None
     for drafts in itertools.product(range(vocab), repeat=block_length):
-        proposal = _proposed(target, drafter, state, jnp.array(drafts, jnp.int32))
+        forced_G = jnp.array(drafts, jnp.int32)
+        proposal = _proposed(target, drafter, state, forced_G, masks_1QU)
         drafts = tuple(np.asarray(proposal.tokens_BG)[0].tolist())
         # A drafter that does not sample proposes the same block whatever is forced.
         if drafts not in seen and _draft_probability(proposal) > 0:
             seen.add(drafts)
             log_p_QV = _verified_rows(
-                target, replace(state, draft_cache=()), proposal.tokens_BG
+                target,
+                replace(state, draft_cache=()),
+                proposal.tokens_BG,
+                wanted.masks_along(prompt, drafts) if masked else None,
             )
             yield Block(drafts, proposal, np.asarray(log_p_QV, np.float64))
 
@@ -315,7 +339,9 @@ def _observed(target, drafter, tokens: FlatTokens, state: DecodeState) -> Decode
 
 
 @jax.jit
-def _proposed(target, drafter, state: DecodeState, forced_G) -> Proposal:
+def _proposed(
+    target, drafter, state: DecodeState, forced_G, masks_BQU=None
+) -> Proposal:
     """The proposal if these drafts are drawn."""
     context = DraftContext.of(state.tokens_BS, state.lengths_B)
     decoder = CoupledSampler(
@@ -323,7 +349,7 @@ def _proposed(target, drafter, state: DecodeState, forced_G) -> Proposal:
         state.sampling,
         context.positions_B,
         target.config.vocab_size,
-        adjuster_for(state),
+        adjuster_for(state, masks_BQU),
     )
     sampler = ForcedSampler(decoder, forced_G)
     return drafter.propose(target, state.draft_cache, context, sampler, len(forced_G))[
@@ -332,7 +358,9 @@ def _proposed(target, drafter, state: DecodeState, forced_G) -> Proposal:
 
 
 @jax.jit
-def _verified_rows(target, state: DecodeState, drafts_BG) -> Float[Array, "Q V"]:
+def _verified_rows(
+    target, state: DecodeState, drafts_BG, masks_BQU=None
+) -> Float[Array, "Q V"]:
     """log p behind the anchor and each draft, as a round verifies them."""
     anchors_B = state.processed_B
     anchor_B1 = jnp.take_along_axis(state.tokens_BS, anchors_B[:, None], axis=1)
@@ -340,7 +368,7 @@ def _verified_rows(target, state: DecodeState, drafts_BG) -> Float[Array, "Q V"]
     counts_B = jnp.full_like(anchors_B, rows_BQ.shape[1])
     tokens = FlatTokens.from_rows(rows_BQ, anchors_B, counts_B)
     x_TD, _, _ = target(tokens, state.target_cache)
-    logits_TV, adjuster = target.logits(x_TD), adjuster_for(state)
+    logits_TV, adjuster = target.logits(x_TD), adjuster_for(state, masks_BQU)
     if adjuster is not None:
         logits_TV = adjuster.rows(logits_TV, tokens, drafts_BG)
     return warp(logits_TV, state.sampling.at(tokens.slots_T))

@@ -15,7 +15,7 @@ from scipy.special import chdtrc
 
 from jaxspark.decoding import DecodeOptions, init_state, prefill
 from jaxspark.decoding.couplings import Coupling
-from jaxspark.decoding.round import decode
+from jaxspark.decoding.round import decode, draft, verify
 from jaxspark.decoding.sampling import Sampling
 from jaxspark.exactness.enumeration import Wanted, draft_blocks
 from jaxspark.settings import standard_settings
@@ -69,7 +69,11 @@ def sample_first_tokens(
             prompt_lengths=[len(prompt) - wanted.output] * slots,
         )
         state = prefill(target, drafter, state, chunk=16)
-        state = decode(target, drafter, state, jnp.int32(2), options=options)
+        if wanted.grammar is None:
+            state = decode(target, drafter, state, jnp.int32(2), options=options)
+        else:
+            for _ in range(2):
+                state = _masked_round(target, drafter, state, wanted, options)
         tokens_BS, counters = jax.device_get((state.tokens_BS, state.counters))
         first_B, second_B = tokens_BS[:, len(prompt) : limit].T
         np.add.at(counts, (first_B, second_B), 1)
@@ -77,6 +81,23 @@ def sample_first_tokens(
         accepted += int(counters.accepted_BG[:, 0].sum())
     total = samples // slots * slots
     return FirstTokens(counts=counts, acceptance=accepted / total, samples=total)
+
+
+def _masked_round(target, drafter, state, wanted: Wanted, options):
+    """A round in halves, all slots under the grammar."""
+    tokens_BS, lengths_B = jax.device_get((state.tokens_BS, state.lengths_B))
+    texts = [row[:end].tolist() for row, end in zip(tokens_BS, lengths_B)]
+    first_BQU = np.concatenate([wanted.masks_along(each, ()) for each in texts])
+    state, drafted = draft(
+        target, drafter, state, jnp.asarray(first_BQU[:, 0]), options=options
+    )
+    drafts_BG = np.asarray(drafted.proposal.tokens_BG).tolist()
+    masks_BQU = np.concatenate(
+        [wanted.masks_along(*each) for each in zip(texts, drafts_BG)]
+    )
+    return verify(
+        target, drafter, state, drafted, jnp.asarray(masks_BQU), options=options
+    )
 
 
 @standard_settings()

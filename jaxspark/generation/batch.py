@@ -32,6 +32,7 @@ from jaxspark.generation.completion import (
     Likely,
     PromptLogProb,
 )
+from jaxspark.generation.grammar_rounds import grammar_rounds
 from jaxspark.generation.request import (
     UNLIMITED,
     CheckedRequest,
@@ -50,7 +51,7 @@ from jaxspark.generation.slots import (
     prefill_chunk,
 )
 from jaxspark.models import TargetModel
-from jaxspark.parallel.mesh import shard, slots_per_shard
+from jaxspark.parallel.mesh import mesh_in_use, shard, slots_per_shard
 from jaxspark.settings import standard_settings
 from jaxspark.target import Target
 
@@ -109,6 +110,7 @@ class ContinuousBatch:
         adjustments: AdjustmentLimits = AdjustmentLimits(),
         top_log_probs: int = 0,
         prompt_log_probs: bool = False,
+        grammars: bool = True,
         together: int | None = None,
         chunk: int | None = None,
         rounds_per_step: int = 8,
@@ -129,6 +131,7 @@ class ContinuousBatch:
           adjustments: what requests may do to logits.
           top_log_probs: most likely tokens that they may ask for beside each.
           prompt_log_probs: whether they may ask for those of prompts.
+          grammars: whether outputs may be under grammars; on several devices none are.
           together: requests prefilled together; None takes a quarter of the slots.
           chunk: most tokens of each prompt that a step reads, so that prompts delay no
             step for longer; None reads them whole.
@@ -170,6 +173,7 @@ class ContinuousBatch:
             prompt_log_probs=prompt_log_probs,
             adjustments=adjustments,
             pages=UNLIMITED if pages is None else pages.pages - 1,
+            grammars=grammars and mesh_in_use() is None,
         )
         # The most that a slot can gain in one step.
         self._window = min(rounds_per_step * (self.options.block + 1), capacity)
@@ -272,14 +276,24 @@ class ContinuousBatch:
             max_finished = self.together if self._waiting else self.slots
         rounds = self.rounds_per_step if rounds is None else rounds
         rounds = self._make_room(min(rounds, self.rounds_per_step))
-        self._state = compiled(decode)(
+        self._state, rounds = grammar_rounds(
             self.target.model,
             self.drafter,
             self._placed(),
-            jnp.int32(rounds),
-            jnp.int32(max_finished),
+            self._running,
+            rounds=rounds,
+            max_finished=max_finished,
             options=self.options,
         )
+        if rounds:
+            self._state = compiled(decode)(
+                self.target.model,
+                self.drafter,
+                self._state,
+                jnp.int32(rounds),
+                jnp.int32(max_finished),
+                options=self.options,
+            )
         return updates + self._collect()
 
     def _admit(self) -> None:
@@ -413,6 +427,8 @@ class ContinuousBatch:
         for slot, each in self._running.items():
             first = not each.tokens
             gained = slice(int(lengths_B[slot] - since_B[slot]))
+            if each.failure is not None:
+                gained = slice(0)
             counts, before = each.before.plus(Counts.of(counters, slot)), each.counts
             each.counts = counts
             updates[slot] = update = Update(
@@ -432,8 +448,10 @@ class ContinuousBatch:
             if each.request.params.prompt_log_probs is not None and first:
                 told = each.prompt_log_probs
                 updates[slot] = replace(update, prompt_log_probs=told)
+        failed = [slot for slot in updates if self._running[slot].failure]
         ended = [slot for slot in updates if phase_B[slot] == Phase.FINISHED]
-        completions = self._release(ended)
+        completions = self._release(failed, reason="error")
+        completions |= self._release([slot for slot in ended if slot not in failed])
         return [
             replace(update, completion=completions.get(slot))
             for slot, update in updates.items()
@@ -494,6 +512,7 @@ class ContinuousBatch:
             tokens=tokens,
             text=tokenizer.decode(shown) if tokenizer else None,
             finish_reason=reason or ("stop" if stopped else "length"),
+            error=each.failure,
             log_probs=each.log_probs if params.log_probs else None,
             top_log_probs=each.top_log_probs if params.top_log_probs else None,
             prompt_log_probs=None

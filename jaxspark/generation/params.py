@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from jaxspark.grammars import Grammar
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -44,6 +46,9 @@ class SamplingParams:
         others were just put out. A text's tokens are those that it has at the beginning
         of a text and those that it has behind a space.
       min_tokens: output tokens before which none of `stop_ids` is sampled.
+      grammar: what the output obeys, if it ends with a stop token; None is nothing. It
+        is the stronger where it and allowed_ids, bad_words or min_tokens together leave
+        no token.
     """
 
     max_new_tokens: int = 128
@@ -65,3 +70,4 @@ class SamplingParams:
     allowed_ids: Sequence[int] | None = None
     bad_words: Sequence[str | Sequence[int]] = ()
     min_tokens: int = 0
+    grammar: Grammar | None = None

@@ -10,6 +10,7 @@ from jaxspark.decoding import Adjustment, AdjustmentLimits
 from jaxspark.generation.adjusting import adjustment_of
 from jaxspark.generation.params import SamplingParams
 from jaxspark.generation.values import number, whole
+from jaxspark.grammars import Matcher, matcher_of
 from jaxspark.models.pages import PAGE, pages_for
 from jaxspark.target import Target
 
@@ -67,6 +68,7 @@ class Limits:
       prompt_log_probs: whether those of prompts are kept.
       adjustments: what may be done to logits; None for anything.
       pages: of the caches, which a slot may have all of.
+      grammars: whether there may be any.
     """
 
     capacity: int = UNLIMITED
@@ -78,6 +80,7 @@ class Limits:
     prompt_log_probs: bool = True
     adjustments: AdjustmentLimits | None = None
     pages: int = UNLIMITED
+    grammars: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +95,7 @@ class CheckedRequest:
       min_drafts: drafts verified in every round that drafts.
       max_drafts: most drafts that are.
       adjustment: what is done to its logits.
+      matcher: its grammar at the beginning of the output; None if it has none.
       params: everything else.
     """
 
@@ -102,6 +106,7 @@ class CheckedRequest:
     min_drafts: int
     max_drafts: int
     adjustment: Adjustment = Adjustment()
+    matcher: Matcher | None = None
     params: SamplingParams
 
     @property
@@ -169,6 +174,19 @@ def _checked(request: Request, index: int, target: Target, limits: Limits):
     if limits.adjustments is not None:
         limits.adjustments.check(adjustment)
     _check_told(params, limits)
+    matcher = None
+    if params.grammar is not None:
+        if not limits.grammars:
+            raise ValueError(
+                "a grammar is asked for; this batch was made without, or for slots on "
+                "several devices, where there are none yet"
+            )
+        matcher = matcher_of(
+            params.grammar,
+            target.tokenizer,
+            vocab=config.vocab_size,
+            stop_ids=stop_ids,
+        )
     return CheckedRequest(
         index=index,
         ids=ids,
@@ -177,6 +195,7 @@ def _checked(request: Request, index: int, target: Target, limits: Limits):
         min_drafts=min(least, most),
         max_drafts=most,
         adjustment=adjustment,
+        matcher=matcher,
         params=params,
     )
 

@@ -16,6 +16,7 @@ from jaxspark.decoding.likeliest import Likeliest
 from jaxspark.decoding.state import Counters
 from jaxspark.generation.completion import Likely, PromptLogProb
 from jaxspark.generation.request import CheckedRequest
+from jaxspark.grammars import Matcher
 from jaxspark.parallel.mesh import replicated
 
 
@@ -117,6 +118,8 @@ class Running:
       prompt_log_probs: of the prompt's tokens that were read, likewise.
       counts: what its rounds did.
       before: what they had done when it was admitted.
+      matcher: its grammar behind the output so far; None if it has none.
+      failure: why its grammar cannot go on; None while it can.
     """
 
     request: CheckedRequest
@@ -130,6 +133,12 @@ class Running:
     prompt_log_probs: list[PromptLogProb | None] = field(default_factory=list)
     counts: Counts = Counts()
     before: Counts = Counts()
+    matcher: Matcher | None = None
+    failure: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.request.matcher is not None:
+            self.matcher = self.request.matcher.fork()
 
     @property
     def length(self) -> int:

@@ -8,6 +8,9 @@
   jaxspark audit --suite=parameters     the same for requests with penalties, biases,
                                         bans and least lengths, and their
                                         log-probabilities; plain decoding by definition
+  jaxspark audit --suite=grammar        outputs under grammars: the law of rounds, and
+                                        random schemas and expressions under a real
+                                        model's tokens, which what ends must obey
   jaxspark audit --suite=all            half of schedules, sampling, and parts of
                                         parameters, and of greedy and gumbel with
                                         schedules
@@ -62,6 +65,8 @@ def main(config: Config) -> int:
         )
         requests = audited_requests(prompts, grid.max_new_tokens)
         grid.check(target)
+    elif "grammar" in config.suites:
+        target, _ = config.load()
     begin = time.perf_counter()
     prompts_dir = config.prompts_dir
     figures = run_suites(console, config, target, requests, prompts_dir=prompts_dir)

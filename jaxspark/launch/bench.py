@@ -19,6 +19,8 @@
                                                 need not be here
   jaxspark bench --suite=pages                  caches in pages against whole slots,
                                                 and prompts that share a beginning
+  jaxspark bench --suite=grammar --draft=ngram  what one output under a grammar costs
+                                                those beside it
 
 Compilation is never part of a figure.
 """
@@ -32,6 +34,7 @@ import jax
 from rich.console import Console
 
 from jaxspark import load_drafter
+from jaxspark.benchmark.beside_grammar import bench_beside_grammar
 from jaxspark.benchmark.drafts import DraftsOptions, bench_drafts
 from jaxspark.benchmark.kernels_static import StaticOptions, bench_kernels_static
 from jaxspark.benchmark.layout import bench_layout
@@ -70,12 +73,13 @@ class Config(
             "overhead",
             "pages",
             "engine",
+            "grammar",
             "serving",
             "kernels_static",
         ),  # fmt: skip
     )
     draft: str = option(
-        "Drafter of --suite=draft, load, overhead and engine.", "dspark"
+        "Drafter of --suite=draft, load, overhead, engine and grammar.", "dspark"
     )
     prompts_per_domain: int = option("Prompts per domain.", 3, at_least=1)
     progress: str | None = option(
@@ -114,6 +118,9 @@ def measured(console: Console, config: Config) -> dict:
             from jaxspark.benchmark.engine import bench_engine
         drafter = load_drafter(config.draft, target)
         return bench_engine(console, target, drafter, prompts, config)
+    if config.suite == "grammar":
+        drafter = load_drafter(config.draft, target)
+        return bench_beside_grammar(console, target, drafter, prompts, config.repeats)
     names = ("draft", "target", "dtype", "repeats", "capacity", "fixed_lengths",
              "prompts_dir", "prompts_per_domain", "load_prompts", "load_block",
              "load_rounds", "load_temperature")  # fmt: skip

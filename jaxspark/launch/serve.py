@@ -87,6 +87,12 @@ class Config(common.TargetOptions, common.DraftOptions, common.ScheduleOptions):
         None,
         at_least=1,
     )
+    grammars: bool = option(
+        "Whether answers may have to obey grammars (response_format, "
+        "structured_outputs, a tool_choice that forces calls). Without, fewer programs "
+        "are compiled.",
+        True,
+    )
     max_queued: int = option(
         "Outputs that may wait for a slot; more are refused with 503.", 256, at_least=1
     )
@@ -206,6 +212,7 @@ def main(config: Config) -> int:
         max_stop_ids=config.max_stop_ids,
         prefix_cache=config.prefix_cache,
         cache_pages=config.cache_pages,
+        grammars=config.grammars,
         queue=QueueLimits(requests=config.max_queued, tokens=config.max_queued_tokens),
         pace=Pace(most=config.rounds_per_call, seconds=config.call_seconds),
         observers=[metrics],

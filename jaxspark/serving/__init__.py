@@ -15,7 +15,8 @@ except ModuleNotFoundError as error:
 from jaxspark.serving.chat_answer import ChatAssembler
 from jaxspark.serving.chat_request import ChatRequest
 from jaxspark.serving.completion_answer import CompletionAssembler
-from jaxspark.serving.demands import Demand, Extras, Grammar, ToolUse
+from jaxspark.serving.conversation import ToolUse
+from jaxspark.serving.demands import Demand
 from jaxspark.serving.engine import Engine
 from jaxspark.serving.engine_events import (
     Ended,
@@ -50,8 +51,6 @@ __all__ = [
     "Ended",
     "Engine",
     "EngineEvent",
-    "Extras",
-    "Grammar",
     "Observer",
     "Overloaded",
     "Pace",

@@ -1,14 +1,33 @@
 """Conversations: from messages to tokens, and which tools may be called."""
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from jaxspark.errors import CheckpointError
 from jaxspark.serving.chat_request import ChatMessage, ChatRequest, Tool
-from jaxspark.serving.demands import ToolUse
 from jaxspark.serving.errors import ApiError, wrong
 from jaxspark.serving.other_requests import TokenizeRequest
 from jaxspark.serving.served import Served
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolUse:
+    """Which tools may, or must, be called.
+
+    Attributes:
+      mode: "auto" leaves it to the model; "required" wants some call, "named" that of
+        `name`.
+      name: the one tool that must be called.
+      tools: schemas in OpenAI's form.
+      parallel: whether several may be called in one answer.
+    """
+
+    mode: Literal["auto", "required", "named"]
+    name: str | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    parallel: bool = True
 
 
 def tool_use(request: ChatRequest, served: Served) -> ToolUse | None:

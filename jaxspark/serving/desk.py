@@ -172,7 +172,8 @@ class Desk:
             if update.completion is not None:
                 del self.running[update.index]
                 self.line.leave(job)
-                self._end(job, job.because or update.completion.finish_reason)
+                reason = job.because or update.completion.finish_reason
+                self._end(job, reason, error=update.completion.error)
 
     def end_all(self, error: str, *, status: int) -> None:
         """Ends whatever is left with an error."""

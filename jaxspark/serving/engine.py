@@ -42,7 +42,6 @@ from jaxspark.serving.errors import ApiError
 from jaxspark.serving.jobs import Job
 from jaxspark.serving.observing import Observer, State, Stats, Tally
 from jaxspark.serving.pace import Pace, Pacer
-from jaxspark.serving.refusals import check_supported
 from jaxspark.serving.stream import Stream
 from jaxspark.serving.waiting import Overloaded, QueueLimits
 from jaxspark.serving.warmup import warm_up
@@ -76,6 +75,7 @@ class Engine:
         prompt_log_probs: bool = True,
         prefix_cache: bool | None = None,
         cache_pages: int | None = None,
+        grammars: bool = True,
         queue: QueueLimits = QueueLimits(),
         pace: Pace = Pace(),
         observers: Sequence[Observer] = (),
@@ -101,6 +101,7 @@ class Engine:
           cache_pages: pages of 128 positions for all outputs and shared prefixes; when
             they run out, the youngest outputs wait. None has as many as all slots can
             fill.
+          grammars: whether they may have grammars; costs programs to compile.
           queue: what may wait.
           pace: rounds per call.
           observers: are told of what happens.
@@ -134,6 +135,7 @@ class Engine:
             adjustments=adjustments,
             top_log_probs=top_log_probs,
             prompt_log_probs=prompt_log_probs,
+            grammars=grammars,
             together=together,
             chunk=chunk,
             rounds_per_step=pace.most,
@@ -203,7 +205,6 @@ class Engine:
         )
         now = time.monotonic()
         for demand in demands:
-            check_supported(demand)
             jobs.append(self._job(demand, client, stream, now))
         ahead = (len(self._desk.line) + len(jobs)) / self._batch.slots
         try:

@@ -15,6 +15,10 @@ from pydantic import BaseModel, ValidationError
 REFUSED = {
     "functions": "use tools",
     "function_call": "use tool_choice",
+    "guided_json": "use structured_outputs with json",
+    "guided_regex": "use structured_outputs with regex",
+    "guided_choice": "use structured_outputs with choice",
+    "guided_grammar": "use structured_outputs with grammar",
     "audio": "only text can be generated",
     "modalities": "only text can be generated",
     "prediction": "drafts are the server's own",

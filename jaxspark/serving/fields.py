@@ -100,24 +100,14 @@ class JsonOfSchema(Wire):
     json_schema: NamedSchema
 
 
-class StructuralTag(Wire):
-    """Formats between tags, in llguidance's and xgrammar's form."""
-
-    model_config = ConfigDict(extra="allow")
-
-    type: Literal["structural_tag"]
-
-
 type ResponseFormat = Annotated[
     Annotated[Plain, Tag("@text")]
     | Annotated[AnyJson, Tag("@json_object")]
-    | Annotated[JsonOfSchema, Tag("@json_schema")]
-    | Annotated[StructuralTag, Tag("@structural_tag")],
+    | Annotated[JsonOfSchema, Tag("@json_schema")],
     Discriminator(
         _type_of,
         custom_error_type="response_format",
-        custom_error_message="type should be 'text', 'json_object', 'json_schema' or "
-        "'structural_tag'",
+        custom_error_message="type should be 'text', 'json_object' or 'json_schema'",
     ),
 ]
 

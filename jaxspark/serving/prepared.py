@@ -16,6 +16,7 @@ from jaxspark.serving.fields import SamplingFields
 from jaxspark.serving.other_requests import CompletionRequest
 from jaxspark.serving.sampling import check_stream, demands, stop_ids
 from jaxspark.serving.served import Served
+from jaxspark.serving.structured import grammar_of
 from jaxspark.text import ReadOptions
 
 # Tokens at a prompt's end that tell whether it opened a think block.
@@ -95,6 +96,9 @@ def prepare_chat(
     ids = chat_ids(request, served)
     log_probs = (request.top_logprobs or 0) if request.logprobs else None
     id = f"chatcmpl-{request.request_id or id}"
+    thinking = served.thinking
+    tail = served.tokenizer.decode(ids[-_TAIL:], skip_special=False)
+    opened = thinking is not None and thinking.opened_by(tail)
     asked = demands(
         request,
         served,
@@ -104,10 +108,8 @@ def prepare_chat(
         max_tokens=most,
         log_probs=log_probs,
         prompt_log_probs=request.prompt_logprobs,
-        tool_use=use,
+        grammar=grammar_of(request, served, tool_use=use, opened=opened),
     )
-    thinking = served.thinking
-    tail = served.tokenizer.decode(ids[-_TAIL:], skip_special=False)
     return _prepared(
         request,
         served,
@@ -117,7 +119,7 @@ def prepare_chat(
         log_probs=log_probs,
         prompt_log_probs=request.prompt_logprobs,
         thinking=thinking,
-        opened=thinking is not None and thinking.opened_by(tail),
+        opened=opened,
         calls=None if use is None else served.calls,
         one_call=use is not None and not use.parallel,
     )
@@ -154,6 +156,7 @@ def prepare_completion(
         max_tokens=request.max_tokens,
         log_probs=request.logprobs,
         prompt_log_probs=prompt_log_probs,
+        grammar=grammar_of(request, served),
     )
     return _prepared(
         request,

@@ -4,18 +4,13 @@ What is checked here takes more than one field, or the model, to see.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from jaxspark.generation import Request, SamplingParams
 from jaxspark.generation.request import spread_seed
-from jaxspark.serving.demands import Demand, Extras, Grammar, ToolUse
+from jaxspark.grammars import Grammar
+from jaxspark.serving.demands import Demand
 from jaxspark.serving.errors import ApiError, wrong
-from jaxspark.serving.fields import (
-    AnyJson,
-    JsonOfSchema,
-    SamplingFields,
-    StructuralTag,
-)
+from jaxspark.serving.fields import SamplingFields
 from jaxspark.serving.served import Served
 
 # Outputs of one request.
@@ -33,7 +28,7 @@ def demands(
     max_tokens: int | None,
     log_probs: int | None,
     prompt_log_probs: int | None,
-    tool_use: ToolUse | None = None,
+    grammar: Grammar | None = None,
 ) -> list[Demand]:
     """One demand for each of the `n` outputs of each prompt, in this order.
 
@@ -47,12 +42,11 @@ def demands(
       log_probs: the number of most likely tokens beside each; None for no
         log-probabilities.
       prompt_log_probs: the same for the prompt.
-      tool_use: which tools may be called.
+      grammar: what the answers obey.
 
     Raises:
       ApiError: what does not fit the model, or each other.
     """
-    extras = _extras(fields, tool_use)
     allowed, bias = fields.allowed_token_ids, _bias(fields.logit_bias or {}, served)
     served.check_tokens("allowed_token_ids", allowed or [])
     min_tokens = _or(fields.min_tokens, 0)
@@ -83,13 +77,13 @@ def demands(
                 allowed_ids=allowed,
                 bad_words=tuple(fields.bad_words or ()),
                 min_tokens=min_tokens,
+                grammar=grammar,
             )
             found.append(
                 Demand(
                     group=group,
                     choice=number,
                     request=Request(ids, params, name=f"{group}/{number}"),
-                    extras=extras,
                     priority=_or(fields.priority, 0),
                     deadline_s=fields.timeout,
                     cache_salt=fields.cache_salt,
@@ -162,17 +156,6 @@ def _budget(prompt: int, served: Served, param: str, max_tokens: int | None) -> 
     return room if max_tokens is None else max_tokens
 
 
-def _extras(fields: SamplingFields, tool_use: ToolUse | None) -> Extras:
-    grammar = grammar_of(fields)
-    if grammar and tool_use and tool_use.mode != "auto":
-        raise ApiError(
-            "response_format or structured_outputs, and a tool_choice that forces a "
-            "call, are both given; an answer obeys one of them",
-            param="tool_choice",
-        )
-    return Extras(grammar=grammar, tool_use=tool_use)
-
-
 def _bias(bias: Mapping[str, float], served: Served) -> dict[int, float]:
     found = {}
     for text, value in bias.items():
@@ -181,44 +164,3 @@ def _bias(bias: Mapping[str, float], served: Served) -> dict[int, float]:
         served.check_tokens("logit_bias", [int(text)])
         found[int(text)] = value
     return found
-
-
-def grammar_of(fields: SamplingFields) -> Grammar | None:
-    """What the answer must obey, in whichever form it is said.
-
-    Raises:
-      ApiError: it is said more than once, or not at all.
-    """
-    formats: list[Grammar] = []
-    match fields.response_format:
-        case AnyJson():
-            formats.append(Grammar(kind="json_object"))
-        case JsonOfSchema(json_schema=named):
-            formats.append(Grammar(kind="json_schema", value=named.schema_))
-        case StructuralTag() as tag:
-            formats.append(Grammar(kind="structural_tag", value=tag.model_dump()))
-    said: Any = fields.structured_outputs
-    if said is not None:
-        given = []
-        if said.json_ is not None:
-            given.append(Grammar(kind="json_schema", value=said.json_))
-        if said.regex is not None:
-            given.append(Grammar(kind="regex", value=said.regex))
-        if said.choice is not None:
-            given.append(Grammar(kind="choice", value=tuple(said.choice)))
-        if said.grammar is not None:
-            given.append(Grammar(kind="grammar", value=said.grammar))
-        if len(given) != 1:
-            kinds = ", ".join(each.kind for each in given) or "none"
-            raise ApiError(
-                f"structured_outputs has {kinds}; expected one of json, regex, choice "
-                "and grammar",
-                param="structured_outputs",
-            )
-        formats += given
-    if len(formats) > 1:
-        raise ApiError(
-            "response_format and structured_outputs are both given; leave one out",
-            param="structured_outputs",
-        )
-    return formats[0] if formats else None

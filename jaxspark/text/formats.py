@@ -17,10 +17,12 @@ class CallFormat:
     """How a model calls tools.
 
     Attributes:
+      name: of the form.
       program: reads an answer with calls.
       tokens: control tokens that it looks for.
     """
 
+    name: str
     program: Program
     tokens: tuple[str, ...] = ()
 
@@ -34,9 +36,11 @@ THINKING: Mapping[str, ThinkFormat] = MappingProxyType(
 )
 CALLS: Mapping[str, CallFormat] = MappingProxyType(
     {
-        "deepseek_v4": CallFormat(program=dsml, tokens=(MARK,)),
-        "hermes": CallFormat(program=hermes, tokens=("<tool_call>", "</tool_call>")),
-        "llama3": CallFormat(program=llama3, tokens=("<|python_tag|>",)),
+        "deepseek_v4": CallFormat(name="deepseek_v4", program=dsml, tokens=(MARK,)),
+        "hermes": CallFormat(
+            name="hermes", program=hermes, tokens=("<tool_call>", "</tool_call>")
+        ),
+        "llama3": CallFormat(name="llama3", program=llama3, tokens=("<|python_tag|>",)),
     }
 )
 

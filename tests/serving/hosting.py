@@ -11,6 +11,7 @@ from jaxspark.serving.app import make_app
 from jaxspark.serving.app_options import AppOptions
 from jaxspark.serving.metrics import Metrics
 from jaxspark.serving.server import Server, bound, serve
+from jaxspark.text.formats import CALLS
 from tests.checkpoints import tiny
 
 KEY = "a-key"
@@ -36,7 +37,9 @@ class Hosted:
 
     def __init__(self, **options):
         self.target, self.status = target(), None
-        served = Served.of(self.target, context=CONTEXT, most_output=60)
+        served = Served.of(
+            self.target, context=CONTEXT, most_output=60, calls=CALLS["llama3"]
+        )
         metrics = Metrics(served.name)
         self.engine = Engine(
             self.target,

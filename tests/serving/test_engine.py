@@ -8,13 +8,12 @@ import pytest
 
 from jaxspark.decoding import AdjustmentLimits, DecodeOptions, Fixed, Lagged
 from jaxspark.generation import ContinuousBatch, Request, generate
+from jaxspark.grammars import Grammar
 from jaxspark.serving import (
     ApiError,
     Demand,
     Ended,
     Engine,
-    Extras,
-    Grammar,
     Overloaded,
     Pace,
     Prefilled,
@@ -271,8 +270,8 @@ def test_what_cannot_be_served_is_refused_by_name_and_harms_nobody(running, plai
     good = request(0)
     for bad, match in (
         (
-            demand(good, extras=Extras(grammar=Grammar(kind="json_object"))),
-            "response_format",
+            demand(request(0, grammar=Grammar(kind="json_object"), stop_ids=(1,))),
+            "no tokenizer",
         ),
         (demand(request(0, presence_penalty=2.1)), "presence_penalty"),
         (demand(request(0, bad_words=SIXTY_FIVE)), "65 bad_words"),

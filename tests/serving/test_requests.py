@@ -5,13 +5,12 @@ from dataclasses import replace
 import pytest
 
 from jaxspark.checkpoints import Tokenizer
+from jaxspark.grammars import Calls, Grammar
 from jaxspark.serving import (
     ApiError,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Extras,
-    Grammar,
     Served,
     TokenizeRequest,
     prepare_chat,
@@ -54,7 +53,7 @@ def test_a_plain_chat_is_one_demand():
     assert params.max_new_tokens == 1000 - len(ids)
     assert (params.temperature, params.top_p, params.seed) == (1.0, 1.0, None)
     assert params.stop_ids == (END,) and not params.log_probs
-    assert demand.extras == Extras() and demand.extras.asked_for() == []
+    assert demand.request.params.grammar is None
     assert (prepared.id, demand.group) == ("chatcmpl-x", "chatcmpl-x")
     assert not prepared.stream and prepared.reading.calls is None
 
@@ -86,7 +85,7 @@ def test_every_field_reaches_the_engine_or_the_reader():
         parallel_tool_calls=False,
     )
     [demand] = prepared.demands
-    params, extras = demand.request.params, demand.extras
+    params = demand.request.params
     assert params.max_new_tokens == 7 and params.seed == 3 and params.log_probs
     assert (params.temperature, params.top_p, params.top_k) == (0, 0.5, 4)
     assert params.min_p == 0.1 and params.stop_ids == (END, 9)
@@ -95,9 +94,9 @@ def test_every_field_reaches_the_engine_or_the_reader():
     assert params.repetition_penalty == 1.5 and params.bad_words == ("no",)
     assert params.logit_bias == {5: -100} and params.allowed_ids == [5, 6]
     assert params.min_tokens == prepared.reading.min_tokens == 2
-    assert extras.tool_use.mode == "required" and not extras.tool_use.parallel
-    assert extras.tool_use.tools == (WEATHER,)
-    assert extras.asked_for() == ["tool_use"]
+    assert params.grammar == Grammar(
+        kind="calls", value=Calls(form="hermes", tools=[WEATHER], parallel=False)
+    )
     assert (demand.priority, demand.deadline_s, demand.cache_salt) == (-1, 2.5, "me")
     prepared = chat(
         stop="x",
@@ -146,12 +145,6 @@ def test_several_outputs_have_seeds_of_their_own():
             },
             Grammar(kind="json_schema", value={"type": "object"}),
         ),
-        (
-            {"response_format": {"type": "structural_tag", "format": {}}},
-            Grammar(
-                kind="structural_tag", value={"type": "structural_tag", "format": {}}
-            ),
-        ),
         ({"structured_outputs": {"regex": "a+"}}, Grammar(kind="regex", value="a+")),
         (
             {"structured_outputs": {"choice": ["a", "b"]}},
@@ -162,13 +155,13 @@ def test_several_outputs_have_seeds_of_their_own():
             Grammar(kind="json_schema", value={}),
         ),
         (
-            {"structured_outputs": {"grammar": "start: x"}},
-            Grammar(kind="grammar", value="start: x"),
+            {"structured_outputs": {"grammar": "start: /x/"}},
+            Grammar(kind="grammar", value="start: /x/"),
         ),
     ],
 )
 def test_formats_are_grammars(fields, grammar):
-    assert chat(**fields).demands[0].extras.grammar == grammar
+    assert chat(**fields).demands[0].request.params.grammar == grammar
 
 
 @pytest.mark.parametrize(
@@ -240,9 +233,31 @@ def test_formats_are_grammars(fields, grammar):
                 "response_format": {"type": "json_object"},
             },
             "tool_choice",
-            "an answer obeys one of them",
+            "leave one out",
         ),
         ({"response_format": {"type": "xml"}}, "response_format", "should be 'text'"),
+        (
+            {"response_format": {"type": "structural_tag", "format": {}}},
+            "response_format",
+            "should be 'text', 'json_object' or 'json_schema'",
+        ),
+        ({"structured_outputs": {"regex": "(a"}}, "structured_outputs", "unclosed"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs", "no JSON"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "s", "schema": {"type": "objectt"}},
+                }
+            },
+            "response_format",
+            "Invalid type: objectt",
+        ),
+        (
+            {"response_format": {"type": "json_object"}, "ignore_eos": True},
+            "response_format",
+            "needs a stop token",
+        ),
         (
             {"structured_outputs": {"regex": "a", "choice": ["b"]}},
             "structured_outputs",

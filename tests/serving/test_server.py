@@ -20,30 +20,6 @@ HI = [{"role": "user", "content": "Hi there, hi there."}]
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 
-@pytest.fixture(scope="module")
-def server():
-    with hosted() as here:
-        yield here
-        assert here.engine.wait_idle(10)
-        assert here.engine._batch.idle and here.engine._batch.free == 3
-        assert here.engine.stats().late_compilations == 0
-    assert here.status == 0
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(
-        base_url=f"{server.url}/v1", api_key=KEY, max_retries=0
-    ) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def http(server):
-    with httpx.Client(base_url=server.url, headers=HEADERS, timeout=30) as http:
-        yield http
-
-
 def plain(server, prompt, **params):
     """What `generate` gives without drafts."""
     if not isinstance(prompt, str):
@@ -247,7 +223,7 @@ def test_tokens_and_models(client, http):
 
 
 CHAT = {"model": "tiny", "messages": HI, "max_tokens": 4}
-SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "x"}}}
 BAD = [
     ({"model": "other"}, 404, "model", "model_not_found"),
     ({"messages": []}, 400, "messages", None),
@@ -268,7 +244,10 @@ BAD = [
     ({"logit_bias": {"512": 1}}, 400, "logit_bias", None),
     ({"allowed_token_ids": []}, 400, "allowed_token_ids", None),
     ({"allowed_token_ids": [5], "bad_words": [""]}, 400, "bad_words[0]", None),
-    ({"response_format": SCHEMA}, 400, "response_format", "unsupported_parameter"),
+    ({"response_format": SCHEMA}, 400, "response_format", None),
+    ({"response_format": {"type": "xml"}}, 400, "response_format", None),
+    ({"structured_outputs": {"regex": "(a"}}, 400, "structured_outputs", None),
+    ({"guided_regex": "a"}, 400, "guided_regex", "unknown_parameter"),
     ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", None),
     ({"top_logprobs": 2}, 400, "logprobs", None),
     ({"min_tokens": 5}, 400, "min_tokens", None),

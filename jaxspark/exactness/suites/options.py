@@ -8,7 +8,7 @@ from jaxspark.exactness.tiny_models import Family
 
 SUITES = (
     *("greedy", "sampling", "gumbel", "schedules", "parameters", "settings", "mesh"),
-    *("prefix", "all", "quick", "deepseek_v4"),
+    *("prefix", "grammar", "all", "quick", "deepseek_v4"),
 )
 # What these run of the greedy and gumbel suites, unless options say else.
 GRIDS = {
@@ -75,6 +75,7 @@ class AuditOptions(Configuration):
         None,
         at_least=2000,
     )
+    grammars: int = option("Random grammars of the grammar suite.", 500, at_least=1)
     progress: str | None = option(
         "JSON-lines file to keep progress in, resumable.", None
     )

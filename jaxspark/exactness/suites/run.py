@@ -6,6 +6,7 @@ import jax
 from rich.console import Console
 
 from jaxspark.checkpoints import Target
+from jaxspark.exactness.suites.grammars import audit_random_grammars
 from jaxspark.exactness.suites.meshes import audit_meshes
 from jaxspark.exactness.suites.options import AuditOptions
 from jaxspark.exactness.suites.prefix import audit_prefix
@@ -45,6 +46,16 @@ def run_suites(
             found = audit_meshes(console, progress_file=options.progress)
         elif suite == "prefix":
             found = audit_prefix(console, progress_file=options.progress)
+        elif suite == "grammar":
+            assert target is not None
+            found = audit_random_grammars(
+                console,
+                target,
+                count=options.grammars,
+                max_new_tokens=options.max_new_tokens or 48,
+                samples=options.many_samples,
+                family=options.family,
+            )
         elif suite in ("schedules", "parameters", "quick"):
             adjusted = suite == "parameters"
             every = {"quick": QUICK, "all": HALF}.get(options.suite, 1)

@@ -1,0 +1,88 @@
+"""What an answer must obey, in whichever of a client's fields it is said."""
+
+from dataclasses import replace
+from typing import Any
+
+from jaxspark.grammars import Calls, Grammar, matcher_of
+from jaxspark.serving.conversation import ToolUse
+from jaxspark.serving.errors import ApiError
+from jaxspark.serving.fields import AnyJson, JsonOfSchema, SamplingFields
+from jaxspark.serving.sampling import stop_ids
+from jaxspark.serving.served import Served
+
+
+def grammar_of(
+    fields: SamplingFields,
+    served: Served,
+    *,
+    tool_use: ToolUse | None = None,
+    opened: bool | None = None,
+) -> Grammar | None:
+    """What the answer must obey; None for nothing.
+
+    Args:
+      fields: what the client said.
+      served: of which model.
+      tool_use: which tools may, or must, be called.
+      opened: whether the prompt ended inside a think block; None where the answer is
+        not to think.
+
+    Raises:
+      ApiError: it is said more than once, or llguidance cannot do it; says why.
+    """
+    said = _formats(fields)
+    if tool_use is not None and tool_use.mode != "auto" and served.calls is not None:
+        tools = [
+            each
+            for each in tool_use.tools
+            if tool_use.name in (None, each["function"]["name"])
+        ]
+        calls = Calls(form=served.calls.name, tools=tools, parallel=tool_use.parallel)
+        said.append(("tool_choice", Grammar(kind="calls", value=calls)))
+    if not said:
+        return None
+    param, grammar = said[-1]
+    if len(said) > 1:
+        raise ApiError(
+            f"{said[0][0]} and {param} both say what an answer obeys; leave one out",
+            param=param,
+        )
+    if opened is not None:
+        grammar = replace(grammar, thinking=served.thinking, opened=opened)
+    ends = stop_ids(fields, served)
+    try:
+        matcher_of(grammar, served.tokenizer, vocab=served.vocab_size, stop_ids=ends)
+    except ValueError as error:
+        raise ApiError(f"{param}: {error}", param=param) from error
+    return grammar
+
+
+def _formats(fields: SamplingFields) -> list[tuple[str, Grammar]]:
+    """What is said of formats, and where."""
+    formats: list[tuple[str, Grammar]] = []
+    match fields.response_format:
+        case AnyJson():
+            formats.append(("response_format", Grammar(kind="json_object")))
+        case JsonOfSchema(json_schema=named):
+            grammar = Grammar(kind="json_schema", value=named.schema_)
+            formats.append(("response_format", grammar))
+    said: Any = fields.structured_outputs
+    if said is None:
+        return formats
+    given = []
+    if said.json_ is not None:
+        given.append(Grammar(kind="json_schema", value=said.json_))
+    if said.regex is not None:
+        given.append(Grammar(kind="regex", value=said.regex))
+    if said.choice is not None:
+        given.append(Grammar(kind="choice", value=tuple(said.choice)))
+    if said.grammar is not None:
+        given.append(Grammar(kind="grammar", value=said.grammar))
+    if len(given) != 1:
+        kinds = ", ".join(each.kind for each in given) or "none"
+        raise ApiError(
+            f"structured_outputs has {kinds}; expected one of json, regex, choice "
+            "and grammar",
+            param="structured_outputs",
+        )
+    return [*formats, ("structured_outputs", given[0])]
