@@ -27,6 +27,6 @@ def test_the_cache_is_read_once_and_no_scores_are_written(chip):
         mine, reference = report["mosaic_tpu"], report["xla"]
         assert mine["kernels"] == 1, case
         if reference["temp_bytes"] > 1e8:
-            assert mine["temp_bytes"] < 0.1 * reference["temp_bytes"], case
+            assert mine["temp_bytes"] < 0.2 * reference["temp_bytes"], case
     for report in reports[:2]:
         assert report["mosaic_tpu"]["bytes"] < 1.1 * report["cache_bytes"]
