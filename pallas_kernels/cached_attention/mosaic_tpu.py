@@ -21,7 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.cached_attention.ref import cached_attention_xla
-from pallas_kernels.precision import narrow, precision
+from pallas_kernels.gradients import with_gradients_of
+from pallas_kernels.precision import precision
 from pallas_kernels.ragged import LANES, Ragged
 
 _CORES = 2
@@ -50,7 +51,7 @@ def supports(
     return None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnames=("scale",))
+@with_gradients_of(cached_attention_xla)
 def cached_attention_mosaic_tpu(
     q_TNH: Float[Array, "T N H"],
     k_BKSH: Float[Array, "B K S H"],
@@ -61,29 +62,6 @@ def cached_attention_mosaic_tpu(
     scale: float,
 ) -> Float[Array, "T N H"]:
     """See `api.cached_attention`; gradients are the reference's."""
-    operands = (q_TNH, k_BKSH, v_BKSH, ragged, limits_T, pages_BP)
-    with jax.enable_x64(False):
-        return _attend(scale, *narrow(operands))
-
-
-def _saving(*operands):
-    return cached_attention_mosaic_tpu(*operands), operands[:-1]
-
-
-def _backward(scale, operands, do_TNH):
-    reference = functools.partial(_reference, operands[3:], scale)
-    _, back = jax.vjp(reference, *operands[:3])
-    return *back(do_TNH), None, None, None
-
-
-def _reference(rest, scale, *arrays):
-    return cached_attention_xla(*arrays, *rest, scale)
-
-
-cached_attention_mosaic_tpu.defvjp(_saving, _backward)
-
-
-def _attend(scale, q_TNH, k_BKSH, v_BKSH, ragged, limits_T, pages_BP):
     T, N, H = q_TNH.shape
     _, K, S, _ = k_BKSH.shape
     B, shared, dtype = ragged.slots, N // K, q_TNH.dtype

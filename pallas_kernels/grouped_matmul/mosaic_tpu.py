@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.grouped_matmul import mosaic_tpu_kernel, ref
 from pallas_kernels.grouped_matmul.mosaic_tpu_kernel import LANES, SUBLANES
 from pallas_kernels.grouped_matmul.visits import Visits
+from pallas_kernels.precision import narrow
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.transposed import Transposed
 
@@ -82,11 +83,8 @@ grouped_matmul_mosaic_tpu.defvjp(_saving, _backward)
 
 def _product(x_AC, w_GOI, group_sizes_E, group_offset, over: int):
     """Rows times their matrices, summed over axis 1 (O) or 2 (I) of these."""
-    # Kernels know integers of 32 bits alone, whatever the program's setting.
     with jax.enable_x64(False):
-        sizes_E, offset = (
-            x.astype(jnp.int32) for x in (group_sizes_E, jnp.asarray(group_offset))
-        )
+        sizes_E, offset = narrow((group_sizes_E, group_offset))
         tile = _tile(x_AC, w_GOI, len(sizes_E), over)
         visits = Visits.of(len(x_AC), sizes_E, tile)
         groups_V = visits.groups_V + offset

@@ -11,7 +11,6 @@ XLA writes the scores of all heads before it adds them up, 64 times as much.
 """
 
 import functools
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import no_hopper
+from pallas_kernels.gradients import with_gradients_of
 from pallas_kernels.index_scores.ref import index_scores_xla
-from pallas_kernels.precision import narrow
 from pallas_kernels.ragged import Ragged, Table
 from pallas_kernels.sparse_attention.entries import Entries
 from pallas_kernels.sparse_attention.plan import Plan
@@ -55,7 +54,15 @@ def supports(q_TNH, keys: Table, weights_TN, ragged: Ragged, limits_T) -> str | 
     return None
 
 
-@jax.custom_vjp
+def _counted(q_TNH, keys, weights_TN, ragged, limits_T):
+    """The reference, of which scores at or past the limits do not count."""
+    scores_TC = index_scores_xla(q_TNH, keys, weights_TN, ragged, None)
+    if limits_T is None:
+        return scores_TC
+    return jnp.where(jnp.arange(keys.length) < limits_T[:, None], scores_TC, 0)
+
+
+@with_gradients_of(_counted)
 def index_scores_mosaic_gpu(
     q_TNH: Float[Array, "T N H"],
     keys: Table,
@@ -66,33 +73,6 @@ def index_scores_mosaic_gpu(
     """See `api.index_scores`; gradients are the reference's."""
     if limits_T is None:
         limits_T = jnp.full(len(q_TNH), keys.length)
-    with jax.enable_x64(False):
-        return _scores(*narrow((q_TNH, keys, weights_TN, ragged, limits_T)))
-
-
-def _saving(*operands):
-    return index_scores_mosaic_gpu(*operands), operands
-
-
-def _backward(operands, dscores_TC):
-    q_TNH, keys, weights_TN, ragged, limits_T = operands
-    seen_TC = jnp.arange(keys.length) < (
-        keys.length if limits_T is None else limits_T[:, None]
-    )
-
-    def reference(q_TNH, rows_LBCH, weights_TN):
-        table = replace(keys, rows_LBCH=rows_LBCH)
-        return index_scores_xla(q_TNH, table, weights_TN, ragged, None)
-
-    _, back = jax.vjp(reference, q_TNH, keys.rows_LBCH, weights_TN)
-    dq_TNH, drows_LBCH, dweights_TN = back(jnp.where(seen_TC, dscores_TC, 0))
-    return dq_TNH, Table(drows_LBCH, None, None), dweights_TN, None, None
-
-
-index_scores_mosaic_gpu.defvjp(_saving, _backward)
-
-
-def _scores(q_TNH, keys, weights_TN, ragged, limits_T):
     entries = Entries(keys, limits_T=limits_T)
     plan = Plan.of(ragged, entries, 0, True, 1, tiles=(_CHUNK, _CHUNK))
     T, N, H = q_TNH.shape

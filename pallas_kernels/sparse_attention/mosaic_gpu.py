@@ -13,7 +13,6 @@ and puts recent rows in order.
 """
 
 import functools
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +20,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import no_hopper
+from pallas_kernels.gradients import with_gradients_of
 from pallas_kernels.indexer_topk.ref import choices_of
 from pallas_kernels.indexer_topk.union import alone
-from pallas_kernels.precision import narrow
 from pallas_kernels.ragged import LANES, Ragged
 from pallas_kernels.sparse_attention import mosaic_gpu_kernel
 from pallas_kernels.sparse_attention.entries import Entries
@@ -79,7 +78,7 @@ def supports(
     return None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnames=("scale", "causal"))
+@with_gradients_of(sparse_attention_xla)
 def sparse_attention_mosaic_gpu(
     q_TNH: Float[Array, "T N H"],
     keys_TH: Float[Array, "T H"],
@@ -91,48 +90,6 @@ def sparse_attention_mosaic_gpu(
     causal: bool,
 ) -> Float[Array, "T N H"]:
     """See `api.sparse_attention`; gradients are those of the reference."""
-    operands = (q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries)
-    return _saving(*operands, scale, causal)[0]
-
-
-def _saving(q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, scale, causal):
-    operands = (q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries)
-    with jax.enable_x64(False):
-        return forward(*narrow(operands), scale, causal), operands
-
-
-def _backward(scale, causal, operands, do_TNH):
-    *arrays, ragged, entries = operands
-    rows = None if entries is None else entries.table.rows_LBCH
-
-    def of(q_TNH, keys_TH, before_BWH, sinks_N, rows):
-        given = entries
-        if given is not None:
-            given = replace(given, table=replace(given.table, rows_LBCH=rows))
-        operands = (q_TNH, keys_TH, before_BWH, sinks_N, ragged, given)
-        return sparse_attention_xla(*operands, scale, causal)
-
-    *grads, drows = jax.vjp(of, *arrays, rows)[1](do_TNH)
-    if drows is None:
-        return *grads, None, None
-    table = replace(entries.table, rows_LBCH=drows, layer=None, pages_BP=None)
-    return *grads, None, Entries(table)
-
-
-sparse_attention_mosaic_gpu.defvjp(_saving, _backward)
-
-
-def forward(
-    q_TNH: Float[Array, "T N H"],
-    keys_TH: Float[Array, "T H"],
-    before_BWH: Float[Array, "B W H"],
-    sinks_N: Float[Array, " N"],
-    ragged: Ragged,
-    entries: Entries | None,
-    scale: float,
-    causal: bool,
-) -> Float[Array, "T N H"]:
-    """See `api.sparse_attention`."""
     lookback, union = before_BWH.shape[1], None
     if entries is not None and entries.some:
         union = alone(ragged.grouped(choices_of(entries, ragged), -1, 1)[:, 0])
