@@ -9,30 +9,22 @@ expressions.
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxspark.decoding import Adjustment, DecodeOptions, Sampling, Scheduler
 from jaxspark.decoding.couplings import COUPLINGS, Coupling
 from jaxspark.drafters import Drafter
 from jaxspark.exactness.audit import AuditResult, audit
-from jaxspark.exactness.audit_schedules import spread_confidences
 from jaxspark.exactness.enumeration import (
-    EnumeratedRound,
     Wanted,
     sequence_log_probs,
     target_distribution,
 )
-from jaxspark.exactness.parameters import LENGTHS, LIMITS, PROMPT, VOCAB
+from jaxspark.exactness.parameters import LIMITS, PROMPT, VOCAB, enumerated
 from jaxspark.exactness.random_grammars import obeys, random_grammars
 from jaxspark.exactness.rejection import Check
-from jaxspark.exactness.rejection_under_schedules import (
-    LEAKY,
-    leaky_drafter,
-    schedules_for_rejection,
-)
 from jaxspark.exactness.statistics import chi_square, sample_first_tokens
-from jaxspark.exactness.tiny_models import BLOCK_LENGTH, DRAFTERS, Family, tiny_models
+from jaxspark.exactness.tiny_models import Family, tiny_models
 from jaxspark.generation import Completion, Request, generate_stream
 from jaxspark.settings import standard_settings
 from jaxspark.target import Target
@@ -69,34 +61,12 @@ def enumeration_checks(
     family: Family = "dense",
 ) -> list[Check]:
     """A round's distribution under each grammar and schedule, to 1e-6."""
-    names = (LEAKY, *DRAFTERS[family]) if drafters is None else drafters
-    own = [name for name in names if name != LEAKY]
-    target, tried = tiny_models(family, VOCAB, drafters=own)
-    chosen = schedules_for_rejection() if schedules is None else schedules
-    sampling = Sampling.of(1, temperature=0.8)
-    checks = []
+    asked = {}
     for label in CASES if cases is None else cases:
         grammar, adjustment = CASES[label]
         wanted = Wanted(adjustment=adjustment, output=1, limits=LIMITS, grammar=grammar)
-        table = sequence_log_probs(target, PROMPT, BLOCK_LENGTH + 1, sampling, wanted)
-        expected = target_distribution(table)
-        for name in names:
-            drafter = (
-                leaky_drafter() if name == LEAKY else spread_confidences(tried[name])
-            )
-            prompts = [PROMPT, PROMPT[1:]]
-            round_ = EnumeratedRound(
-                target, drafter, prompts, table, sampling, wanted=wanted
-            )
-            seen = [round_.distribution(each) for each in LENGTHS]
-            earlier_G = jnp.array([0.9, 0.8])
-            seen += [
-                round_.distribution(each, earlier_G=earlier_G)
-                for each in chosen.values()
-            ]
-            error = max(np.abs(each - expected).max() for each in seen)
-            checks.append(Check.distance(f"enumeration, {name}, {label}", error))
-    return checks
+        asked[label] = wanted, Sampling.of(1, temperature=0.8)
+    return enumerated(asked, drafters, schedules, family, ((0.9, 0.8),))
 
 
 @standard_settings()

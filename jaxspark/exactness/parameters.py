@@ -104,17 +104,38 @@ def enumeration_checks(
     Two requests want the same and compete for what is verified, after rounds that
     promised little and after such that promised much.
     """
-    names = (LEAKY, *DRAFTERS[family]) if drafters is None else drafters
-    own = [name for name in names if name != LEAKY]
-    target, tried = tiny_models(family, VOCAB, drafters=own)
-    chosen = schedules_for_rejection() if schedules is None else schedules
-    checks = []
+    asked = {}
     for label in CASES if cases is None else cases:
         case = CASES[label]
         wanted = Wanted(
             adjustment=case.adjustment, output=1, stop_ids=case.stop_ids, limits=LIMITS
         )
-        sampling = Sampling.of(1, temperature=0.8, **case.sampling)
+        asked[label] = wanted, Sampling.of(1, temperature=0.8, **case.sampling)
+    return enumerated(asked, drafters, schedules, family, ((0.5, 0.1), (0.9, 0.8)))
+
+
+def enumerated(
+    asked: Mapping[str, tuple[Wanted, Sampling]],
+    drafters: Sequence[str] | None,
+    schedules: Mapping[str, Scheduler] | None,
+    family: Family,
+    remembered: Sequence[tuple[float, float]],
+) -> list[Check]:
+    """Rounds of what two requests ask for against the target's distribution.
+
+    Args:
+      asked: of both, by name.
+      drafters: None for all of the family, and one whose confidences tell its drafts.
+      schedules: beside those of fixed lengths; None for all that are lawful.
+      family: of the models.
+      remembered: survival in earlier rounds, for each of which schedules are tried.
+    """
+    names = (LEAKY, *DRAFTERS[family]) if drafters is None else drafters
+    own = [name for name in names if name != LEAKY]
+    target, tried = tiny_models(family, VOCAB, drafters=own)
+    chosen = schedules_for_rejection() if schedules is None else schedules
+    checks = []
+    for label, (wanted, sampling) in asked.items():
         table = sequence_log_probs(target, PROMPT, BLOCK_LENGTH + 1, sampling, wanted)
         expected = target_distribution(table)
         for name in names:
@@ -126,9 +147,9 @@ def enumeration_checks(
                 target, drafter, prompts, table, sampling, wanted=wanted
             )
             seen = [round_.distribution(each) for each in LENGTHS]
-            for earlier_G in (jnp.array([0.5, 0.1]), jnp.array([0.9, 0.8])):
+            for earlier in remembered:
                 seen += [
-                    round_.distribution(each, earlier_G=earlier_G)
+                    round_.distribution(each, earlier_G=jnp.array(earlier))
                     for each in chosen.values()
                 ]
             error = max(np.abs(each - expected).max() for each in seen)

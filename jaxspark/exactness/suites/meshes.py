@@ -1,7 +1,6 @@
 """`jaxspark audit --suite=mesh`: the tokens of one device on meshes of eight."""
 
 import functools
-from concurrent.futures import as_completed
 
 import jax
 from rich.console import Console
@@ -13,12 +12,11 @@ from jaxspark.exactness.audit_schedules import (
     ScheduleCell,
     grid_of_schedules,
 )
+from jaxspark.exactness.suites.cells import run_cells
 from jaxspark.exactness.suites.report import found, summary, total
-from jaxspark.exactness.suites.schedules import few_optimizations
 from jaxspark.exactness.tiny_models import DRAFTERS, FAMILIES, Family
-from jaxspark.exactness.workers import compile_workers
 from jaxspark.parallel.mesh import make_mesh
-from jaxspark.progress import CellProgress, bars
+from jaxspark.progress import CellProgress
 
 DEVICES = 8
 MESHES = ("data:8", "expert:8", "data:2,expert:4", "data:2,expert:2,model:2")
@@ -52,21 +50,8 @@ def audit_meshes(console: Console, *, progress_file: str | None = None) -> dict:
     finished = CellProgress(
         progress_file and f"{progress_file}.mesh", {"suite": "mesh", "meshes": MESHES}
     )
-    todo = [cell for cell in grid if _name(*cell) not in finished.cells]
-    with (
-        few_optimizations(),
-        bars(console) as progress,
-        compile_workers(DEVICES) as workers,
-    ):
-        bar = progress.add_task("meshes", total=len(grid))
-        progress.advance(bar, len(grid) - len(todo))
-        for future in as_completed([workers.submit(_run, *cell) for cell in todo]):
-            entry = future.result()
-            finished.add(entry)
-            for difference in entry["violations"] + entry["near_ties"]:
-                progress.console.print(f"{entry['cell']}: {difference}")
-            progress.advance(bar)
-    entries = [finished.cells[_name(*cell)] for cell in grid]
+    cells = {_name(*cell): cell for cell in grid}
+    entries = run_cells(console, "meshes", cells, _run, finished, devices=DEVICES)
     table = Table(title=f"meshes of {DEVICES} devices · tiny models")
     for column in ("target", "mesh", "cells", "tokens", "near-ties", "violations"):
         table.add_column(column, justify="right")

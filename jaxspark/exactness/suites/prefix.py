@@ -1,6 +1,5 @@
 """`jaxspark audit --suite=prefix`: guarantee 4, a cache hit changes nothing."""
 
-from concurrent.futures import as_completed
 from typing import Any
 
 import jax
@@ -18,11 +17,10 @@ from jaxspark.exactness.prefix import (
     alignments,
     audited_pair,
 )
+from jaxspark.exactness.suites.cells import run_cells
 from jaxspark.exactness.suites.report import found, summary, total
-from jaxspark.exactness.suites.schedules import few_optimizations
 from jaxspark.exactness.tiny_models import Family
-from jaxspark.exactness.workers import compile_workers
-from jaxspark.progress import CellProgress, bars
+from jaxspark.progress import CellProgress
 
 SEQUENCES = 300
 # Chunks that divide a page, are one, and hold several.
@@ -56,22 +54,12 @@ def audit_prefix(console: Console, *, progress_file: str | None = None) -> dict:
     Returns:
       Its figures.
     """
-    cells = prefix_cells()
     finished = CellProgress(
         progress_file and f"{progress_file}.prefix",
         {"suite": "prefix", "sequences": SEQUENCES, "chunks": CHUNKS},
     )
-    todo = [cell for cell in cells if _name(*cell) not in finished.cells]
-    with few_optimizations(), bars(console) as progress, compile_workers() as workers:
-        bar = progress.add_task("prefix", total=len(cells))
-        progress.advance(bar, len(cells) - len(todo))
-        for future in as_completed([workers.submit(_run, *cell) for cell in todo]):
-            entry = future.result()
-            finished.add(entry)
-            for difference in entry["violations"] + entry["near_ties"]:
-                progress.console.print(f"{entry['cell']}: {difference}")
-            progress.advance(bar)
-    entries = [finished.cells[_name(*cell)] for cell in cells]
+    cells = {_name(*cell): cell for cell in prefix_cells()}
+    entries = run_cells(console, "prefix", cells, _run, finished)
     table = Table(title="prefix cache · cold against hits, random sequences")
     for column in ("target", "drafter", "what", "outputs", "of them cached", "rounds",
                    "preempted", "tokens", "near-ties", "violations"):  # fmt: skip
