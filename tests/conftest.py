@@ -84,3 +84,12 @@ def smollm2(smollm2_path):
     """SmolLM2-135M-Instruct in float32."""
     assert smollm2_path.exists()
     return load_target("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="module")
+def compiled_soon():
+    """Programs of a module, which run once, are compiled with few optimizations."""
+    from jaxspark.exactness.suites.schedules import few_optimizations
+
+    with few_optimizations():
+        yield

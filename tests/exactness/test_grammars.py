@@ -11,7 +11,6 @@ from jaxspark.decoding.grammar_masks import MaskedAdjuster
 from jaxspark.drafters import NgramDrafter
 from jaxspark.exactness import grammars
 from jaxspark.exactness.rejection_under_schedules import LEAKY, schedules_for_rejection
-from jaxspark.exactness.suites.schedules import few_optimizations
 from jaxspark.exactness.told import parted
 from jaxspark.generation import Request, generate, generate_stream
 from jaxspark.grammars import Grammar, GrammarError, Matcher
@@ -21,10 +20,7 @@ from tests.serving.hosting import target as repeating
 LAGGED = {"lagged": schedules_for_rejection()["lagged"]}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled_soon():
-    with few_optimizations():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_soon")
 
 
 @pytest.mark.parametrize("drafter", ["dspark-pruned", "ngram"])

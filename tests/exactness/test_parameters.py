@@ -11,16 +11,13 @@ from jaxspark.decoding.adjusted_logits import Adjuster
 from jaxspark.exactness import parameters
 from jaxspark.exactness.audit_schedules import WISHES, ScheduleAudit, ScheduleCell
 from jaxspark.exactness.rejection_under_schedules import LEAKY, schedules_for_rejection
-from jaxspark.exactness.suites.schedules import TOLD_ERROR, few_optimizations
+from jaxspark.exactness.suites.schedules import TOLD_ERROR
 from jaxspark.exactness.told import parted, told_error
 
 LAGGED = {"lagged": schedules_for_rejection()["lagged"]}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled_soon():
-    with few_optimizations():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_soon")
 
 
 @pytest.mark.parametrize("drafter", ["dspark-pruned", "ngram"])

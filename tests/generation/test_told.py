@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from jaxspark.decoding import AdjustmentLimits, DecodeOptions, likeliest
-from jaxspark.exactness.suites.schedules import few_optimizations
 from jaxspark.generation import ContinuousBatch, Request, SamplingParams, generate
 from jaxspark.generation.adjusting import adjustment_of
 from jaxspark.generation.generate import as_requests
@@ -26,10 +25,7 @@ WISHES = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled_soon():
-    with few_optimizations():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_soon")
 
 
 @jax.jit
