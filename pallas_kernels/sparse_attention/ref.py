@@ -68,7 +68,9 @@ def sparse_attention_xla(
         )
         return attend(recent_BrH, q_BqNH, spans_Bq2 - start, *seen)
 
-    o_nBqNH = jax.lax.map(block, (jnp.arange(blocks), *map(blocked, per_query)))
+    # For gradients a block is computed again: its scores would be kept for all blocks.
+    inputs = (jnp.arange(blocks), *map(blocked, per_query))
+    o_nBqNH = jax.lax.map(jax.checkpoint(block), inputs)
     o_BQNH = jnp.moveaxis(o_nBqNH, 0, 1)
     o_BQNH = o_BQNH.reshape(ragged.slots, -1, *q_TNH.shape[1:])
     return ragged.flat(o_BQNH[:, :rows])
