@@ -26,13 +26,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.compress.mosaic_tpu_kernel import DEPTH, TILE, Sizes, kernel
+from pallas_kernels.compress.mosaic_tpu_kernel import (
+    DEPTH,
+    ENTRIES,
+    TILE,
+    Sizes,
+    kernel,
+)
 from pallas_kernels.compress.ref import angles, compress_xla, kept_whole, windows
 from pallas_kernels.gradients import with_gradients_of
 from pallas_kernels.ragged import LANES, Ragged, Table
 
 _CORES = 2
-_VMEM = 64 << 20
+_VMEM = 16 << 20
 # Windows of a pass: some words of each lie in scalar memory, their angles in VMEM.
 _MOST_WINDOWS = 1 << 12
 _MOST_COPIES = 64
@@ -124,9 +130,9 @@ def compress_mosaic_tpu(
             out_specs=[there, there],
             scratch_shapes=[
                 pltpu.VMEM((DEPTH, 2, span, H), jnp.float32),
-                pltpu.VMEM((DEPTH + 1, *block), table.dtype),
-                pltpu.SMEM((per * count,), jnp.int32),
-                pltpu.SemaphoreType.DMA((DEPTH + 2,)),
+                pltpu.VMEM((ENTRIES, *block), table.dtype),
+                *[pltpu.SMEM((per * count + 1,), jnp.int32)] * 4,
+                pltpu.SemaphoreType.DMA((1 + DEPTH + ENTRIES,)),
             ],
         ),
         input_output_aliases={9: 0, 10: 1},

@@ -9,8 +9,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged import LANES
 
-# Windows on their way and in work; rows around an entry that are written together.
-DEPTH, TILE = 4, 16
+# Windows on their way and in work, of which some are computed together; entries, those
+# that are being written included.
+DEPTH, TOGETHER, ENTRIES = 8, 4, 16
+# Rows around an entry that are written together.
+TILE = 16
 _UNSEEN = -1e30
 
 
@@ -57,6 +60,9 @@ def kernel(
     window_buf,
     entry_buf,
     list_ref,
+    slot_ref,
+    first_ref,
+    earlier_ref,
     sems,
     *,
     sizes: Sizes,
@@ -66,60 +72,63 @@ def kernel(
     Scalars are the ring's layer, [B] first position, tokens and first flat place of
     each slot, and [B windows] where an entry goes, -1 if nowhere.
     """
-    m, H = sizes.ratio, sizes.width
+    m, S, H = sizes.ratio, sizes.length, sizes.width
     first = pl.program_id(0) * sizes.slots_per_core
+    slots = (first, first + sizes.slots_per_core)
 
-    def ring_row(slot, position):
-        row = jax.lax.rem(position, sizes.length)
-        return (layer_ref[0] * sizes.slots + slot) * sizes.length + row
+    def ring_row(slot, place):
+        """Where a place lies that may be past one end of the slot's ring."""
+        place = place + jnp.where(place < 0, S, 0) - jnp.where(place >= S, S, 0)
+        return (layer_ref[0] * sizes.slots + slot) * S + place
 
     def append(act):
-        @pl.loop(first, first + sizes.slots_per_core)
+        @pl.loop(*slots)
         def _(slot):
+            place = jax.lax.rem(starts_ref[slot], S)
+
             @pl.loop(0, tokens_of(counts_ref, slot))
             def _(token):
                 new = rows_any.at[pl.ds(offsets_ref[slot] + token, 1)]
-                place = ring_row(slot, starts_ref[slot] + token)
-                act(
-                    pltpu.make_async_copy(new, ring_any.at[pl.ds(place, 1)], sems.at[0])
-                )
+                here = ring_any.at[pl.ds(ring_row(slot, place + token), 1)]
+                act(pltpu.make_async_copy(new, here, sems.at[0]))
 
-    def add(i, count):
-        window = first * sizes.windows + i
-        list_ref[count] = window
-        return count + jnp.where(ends(place_ref, window), 1, 0)
-
-    def entry_of(window):
-        return starts_ref[window // sizes.windows] // m + window % sizes.windows
+    def list_windows(slot, count):
+        for i in range(sizes.windows):
+            window, entry = slot * sizes.windows + i, starts_ref[slot] // m + i
+            list_ref[count] = window
+            slot_ref[count], first_ref[count] = slot, jax.lax.rem(m * entry, S)
+            earlier_ref[count] = jnp.where(entry > 0, 1, 0)
+            count += jnp.where(ends(place_ref, window), 1, 0)
+        return count
 
     def read(j, act):
-        window, side = list_ref[j], jax.lax.rem(j, DEPTH)
-        entry = entry_of(window)
+        side = jax.lax.rem(j, DEPTH)
 
         def series(s):
             for begin in range(0, m, sizes.piece):
-                position = m * (entry + 1 - sizes.series + s) + begin
-                place = ring_row(window // sizes.windows, position)
-                there = pl.ds(pl.multiple_of(place, sizes.piece), sizes.piece)
+                place = first_ref[j] + m * (s + 1 - sizes.series) + begin
+                row = pl.multiple_of(ring_row(slot_ref[j], place), sizes.piece)
                 here = pl.ds(s * m + begin, sizes.piece)
                 for part in range(2):
                     channels = pl.ds((part * sizes.series + s) * H, H)
                     target = window_buf.at[side, part, here]
-                    source = ring_any.at[there, channels]
+                    source = ring_any.at[pl.ds(row, sizes.piece), channels]
                     act(pltpu.make_async_copy(source, target, sems.at[1 + side]))
 
         # Entry 0 has no window before it.
         for s in range(sizes.series - 1):
-            pl.when(entry > 0)(lambda s=s: series(s))
+            pl.when(earlier_ref[j] > 0)(lambda s=s: series(s))
         series(sizes.series - 1)
         if sizes.shared:
-            around = jnp.logical_not(beside_last(j))
-            pl.when(around)(lambda: act(entry_copy(j, sems.at[1 + side], out=False)))
+            copy = entry_copy(j, sems.at[1 + side], out=False)
+            pl.when(jnp.logical_not(beside_last(j)))(lambda: act(copy))
 
     def beside_last(j):
         """Whether the entry before this one lies among the same rows."""
-        last = place_ref[list_ref[jnp.maximum(j - 1, 0)]] // TILE
-        return (j > 0) & (last == place_ref[list_ref[j]] // TILE)
+        last, this = (
+            place_ref[list_ref[i]] // TILE for i in (jnp.maximum(j - 1, 0), j)
+        )
+        return (j > 0) & (last == this)
 
     def entry_copy(j, sem, *, out):
         place, buffer = place_ref[list_ref[j]], entry_buf.at[entry_side(j)]
@@ -132,54 +141,73 @@ def kernel(
         ends_ = (buffer, there) if out else (there, buffer)
         return pltpu.make_async_copy(*ends_, sem)
 
-    def write(j):
-        return entry_copy(j, sems.at[1 + DEPTH], out=True)
+    def write(j, act):
+        copy = entry_copy(j, sems.at[1 + DEPTH + entry_side(j)], out=True)
+        if not sizes.shared:
+            return act(copy)
+        # Rows that the next entry is written among are written with it.
+        following = jnp.minimum(j + 1, count - 1)
+        last = jnp.logical_not((following > j) & beside_last(following))
+        pl.when(last)(lambda: act(copy))
 
     append(lambda copy: copy.start())
-    count = jax.lax.fori_loop(
-        0, sizes.slots_per_core * sizes.windows, add, jnp.int32(0)
-    )
+    count = jax.lax.fori_loop(*slots, list_windows, jnp.int32(0))
     append(lambda copy: copy.wait())
+    turns = (count + TOGETHER - 1) // TOGETHER
+
+    def entry(j):
+        side = jax.lax.rem(j, DEPTH)
+        return entry_lanes(
+            window_buf.at[side, 0],
+            window_buf.at[side, 1],
+            earlier_ref[j] > 0,
+            weight_ref,
+            cos_ref[pl.ds(list_ref[j], 1)],
+            sin_ref[pl.ds(list_ref[j], 1)],
+            sizes,
+        )
 
     def start(j):
         pl.when(j < count)(lambda: read(j, lambda copy: copy.start()))
 
-    for j in range(DEPTH - 1):
-        start(jnp.int32(j))
+    def await_write(j):
+        pl.when((j >= 0) & (j < count))(lambda: write(j, lambda copy: copy.wait()))
 
-    @pl.loop(0, count)
-    def _(j):
-        start(j + DEPTH - 1)
-        read(j, lambda copy: copy.wait())
-        window = list_ref[j]
-        side = jax.lax.rem(j, DEPTH)
-        lanes = entry_lanes(
-            window_buf.at[side, 0],
-            window_buf.at[side, 1],
-            entry_of(window) > 0,
-            weight_ref,
-            cos_ref[pl.ds(window, 1)],
-            sin_ref[pl.ds(window, 1)],
-            sizes,
-        )
+    def store(j, lanes):
         buffer = entry_buf.at[entry_side(j)]
         if not sizes.shared:
             axis = 0 if len(table_any.shape) == 3 else 1
             buffer[...] = jnp.concatenate(lanes, axis).astype(buffer.dtype)
-        else:
+            return
 
-            @pl.when(beside_last(j))
-            def _():
-                buffer[...] = entry_buf[entry_side(j - 1)]
+        @pl.when(beside_last(j))
+        def _():
+            buffer[...] = entry_buf[entry_side(j - 1)]
 
-            new_1H, rows = jnp.concatenate(lanes, 1), buffer[...].astype(jnp.float32)
-            mine = place_ref[window] % TILE
-            row_R1 = jax.lax.broadcasted_iota(jnp.int32, (TILE, 1), 0)
-            buffer[...] = jnp.where(row_R1 == mine, new_1H, rows).astype(buffer.dtype)
-        pl.when(j > 0)(lambda: write(j - 1).wait())
-        write(j).start()
+        new_1H, rows = jnp.concatenate(lanes, 1), buffer[...].astype(jnp.float32)
+        mine = place_ref[list_ref[j]] % TILE
+        row_R1 = jax.lax.broadcasted_iota(jnp.int32, (TILE, 1), 0)
+        buffer[...] = jnp.where(row_R1 == mine, new_1H, rows).astype(buffer.dtype)
 
-    pl.when(count > 0)(lambda: write(count - 1).wait())
+    pl.loop(0, DEPTH - TOGETHER)(start)
+
+    @pl.loop(0, turns)
+    def _(turn):
+        windows = [TOGETHER * turn + i for i in range(TOGETHER)]
+        for j in windows:
+            await_write(j - DEPTH - TOGETHER)
+            start(j + DEPTH - TOGETHER)
+        for j in windows:
+            pl.when(j < count)(lambda j=j: read(j, lambda copy: copy.wait()))
+        entries = [entry(jnp.minimum(j, count - 1)) for j in windows]
+        for j, lanes in zip(windows, entries):
+
+            @pl.when(j < count)
+            def _(j=j, lanes=lanes):
+                store(j, lanes)
+                write(j, lambda copy: copy.start())
+
+    pl.loop(TOGETHER * (turns - 1) - DEPTH, count)(await_write)
 
 
 def entry_lanes(values_ref, logits_ref, earlier, weight_ref, cos_1R, sin_1R, sizes):
@@ -220,8 +248,8 @@ def swapped(x_1l):
 
 
 def entry_side(j):
-    """Which buffer an entry is made in: its last copy ended two entries ago."""
-    return jax.lax.rem(j, DEPTH + 1)
+    """Which buffer an entry is made in."""
+    return jax.lax.rem(j, ENTRIES)
 
 
 def tokens_of(counts_ref, slot):
