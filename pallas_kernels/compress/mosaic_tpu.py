@@ -40,8 +40,9 @@ from pallas_kernels.ragged import LANES, Ragged, Table
 _CORES = 2
 _VMEM = 16 << 20
 # Windows of a pass: some words of each lie in scalar memory, their angles in VMEM.
-_MOST_WINDOWS = 1 << 12
-_MOST_COPIES = 64
+_MOST_WINDOWS = 1 << 11
+# Of a window in VMEM, and copies of its parts.
+_MOST_BYTES, _MOST_COPIES = 1 << 20, 64
 
 
 def supports(
@@ -53,7 +54,7 @@ def supports(
         return f"remembers rows in float32, not {rows_TX.dtype} in {ring.dtype}"
     if table.dtype not in (jnp.float32, jnp.bfloat16):
         return f"writes entries in float32 or bfloat16, not {table.dtype}"
-    if H % LANES or ring.ndim > 4:
+    if H % LANES:
         return f"needs entries that are a multiple of {LANES} wide, got {H}"
     if table.ndim == 4 and table.dtype != jnp.float32 and table.shape[2] % TILE:
         return f"writes entries by {TILE}, got {table.shape[2]} of a slot or page"
@@ -63,6 +64,8 @@ def supports(
             f"reads windows of {series * ratio} positions out of a ring, and "
             f"{ragged.rows} tokens do not fit beside one in {pending.length} rows"
         )
+    if (size := 8 * series * ratio * H) > _MOST_BYTES:
+        return f"holds windows of up to {_MOST_BYTES:,} bytes, got {size:,}"
     if series * ratio // math.gcd(ratio, pending.length) > _MOST_COPIES:
         return f"cannot read windows of {ratio} out of {pending.length} rows in pieces"
     if (count := ragged.slots * -(-ragged.rows // ratio)) > _MOST_WINDOWS:
