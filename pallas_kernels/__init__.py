@@ -5,6 +5,7 @@ flat tokens and caches as they lie (`ragged`).
 """
 
 from pallas_kernels.cached_attention.api import cached_attention
+from pallas_kernels.compress.api import compress
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.index_scores.api import index_scores
 from pallas_kernels.indexer_topk.api import indexer_topk
@@ -20,6 +21,7 @@ __all__ = [
     "Ragged",
     "Table",
     "cached_attention",
+    "compress",
     "grouped_matmul",
     "index_scores",
     "indexer_topk",

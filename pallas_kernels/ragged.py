@@ -4,11 +4,12 @@ Models run on T flat tokens; only attention looks at slots. Padding to [B, Q] is
 references do with them, a kernel need not.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 LANES = 128
 # Kernels serve up to so many consecutive queries of a slot at once.
@@ -130,6 +131,60 @@ class Table:
         if self.pages_BP is not None:
             block_BX, rows_BX = self.pages_BP[slot_B, rows_BX // size], rows_BX % size
         return (self.layer * blocks + block_BX) * size + rows_BX
+
+    def having(self, rows_LBCH: Float[Array, "L B C *H"]) -> "Table":
+        """With other rows in place of its own."""
+        return replace(self, rows_LBCH=rows_LBCH)
+
+    def written(
+        self,
+        slots_N: Int[Array, " N"],
+        rows_N: Int[Array, " N"],
+        keep_N: Bool[Array, " N"],
+    ) -> tuple[Int[Array, " N"], Bool[Array, " N"]]:
+        """Where rows that are written lie among all rows, and which may be.
+
+        None may past the table's end, nor in pages that a slot does not own: `pages_BP`
+        holds p > 0 for a page of its own, p <= 0 for others.
+        """
+        blocks, size = self.rows_LBCH.shape[1:3]
+        if self.pages_BP is None:
+            keep_N &= rows_N < size
+        else:
+            slots_N, may_N = writable(self.pages_BP, slots_N, rows_N // size)
+            keep_N, rows_N = keep_N & may_N, rows_N % size
+        return (self.layer * blocks + slots_N) * size + rows_N, keep_N
+
+    def put(
+        self,
+        slots_N: Int[Array, " N"],
+        rows_N: Int[Array, " N"],
+        new_NH: Float[Array, "N H"],
+        keep_N: Bool[Array, " N"],
+    ) -> "Table":
+        """With new rows where `keep_N` and `written` says; no two at one place."""
+        width = self.rows_LBCH.shape[3:]
+        # All rows on one axis: a scatter over it is done in place everywhere.
+        table = self.rows_LBCH.reshape(-1, *width)
+        place_N, keep_N = self.written(slots_N, rows_N, keep_N)
+        place_N = jnp.where(keep_N, place_N, len(table))
+        new_NH = new_NH.astype(table.dtype).reshape(-1, *width)
+        table = table.at[place_N].set(new_NH, mode="drop")
+        # Without the barrier XLA may fuse the write into readers and copy the table.
+        table = jax.lax.optimization_barrier(table)
+        # Nor may it lie as a GPU's readers like it, to be turned for each write.
+        table = with_layout_constraint(
+            table, Layout(major_to_minor=tuple(range(table.ndim)))
+        )
+        return self.having(table.reshape(self.rows_LBCH.shape))
+
+
+def writable(
+    pages_BP: Int[Array, "B P"], slots_N: Int[Array, " N"], index_N: Int[Array, " N"]
+) -> tuple[Int[Array, " N"], Bool[Array, " N"]]:
+    """Pages to write to, by slot and place in the table, and whether one may."""
+    page_N = pages_BP.at[slots_N, index_N].get(mode="fill", fill_value=0)
+    return page_N, page_N > 0
 
 
 def split_lanes(x: Shaped[Array, "*X H"]) -> Shaped[Array, "*X h l"]:

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxspark.models.batch import FlatTokens
-from jaxspark.models.pages import PAGE, writable
+from jaxspark.models.pages import PAGE
 from pallas_kernels.dispatch import expected_platform
+from pallas_kernels.ragged import writable
 
 
 @jax.tree_util.register_dataclass

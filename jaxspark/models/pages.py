@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from jaxspark.models.base import is_table
 
@@ -57,11 +57,3 @@ def with_rings[CacheT](cache: CacheT, new: list[Any]) -> CacheT:
 def readable(pages_BP: Int[Array, "B P"] | None) -> Int[Array, "B P"] | None:
     """Numbers of pages to read from; any page where there is none."""
     return None if pages_BP is None else jnp.abs(pages_BP)
-
-
-def writable(
-    pages_BP: Int[Array, "B P"], slots_N: Int[Array, " N"], index_N: Int[Array, " N"]
-) -> tuple[Int[Array, " N"], Bool[Array, " N"]]:
-    """Pages to write to, by slot and place in the table, and whether one may."""
-    page_N = pages_BP.at[slots_N, index_N].get(mode="fill", fill_value=0)
-    return page_N, page_N > 0

@@ -16,12 +16,11 @@ from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.models.batch import FlatTokens
-from jaxspark.models.pages import PAGE, readable, writable
-from pallas_kernels import Table
+from jaxspark.models.pages import PAGE, readable
+from pallas_kernels import Table, rings
 from pallas_kernels.ragged import LANES, split_lanes
 
 # Most positions by which a slot may be set back: drafts of a round.
@@ -114,25 +113,9 @@ class LayerRows:
         Those of places past the table's end, and of pages that a slot does not own, are
         left out; `pages_BP` as in `FlatTokens`.
         """
-        _, B, S, *H = self.rows_LBSH.shape
-        if pages_BP is None:
-            keep_N &= places_N < S
-        else:
-            slots_N, may_N = writable(pages_BP, slots_N, places_N // S)
-            keep_N, places_N = keep_N & may_N, places_N % S
-        # All rows on one axis: a scatter over it is done in place everywhere.
-        table = self.rows_LBSH.reshape(-1, *H)
-        row_N = (layer * B + slots_N) * S + places_N
-        row_N = jnp.where(keep_N, row_N, len(table))
-        new_NH = new_NH.astype(table.dtype).reshape(-1, *H)
-        table = table.at[row_N].set(new_NH, mode="drop")
-        # Without the barrier XLA may fuse the write into readers and copy the table.
-        table = jax.lax.optimization_barrier(table)
-        # Nor may it lie as a GPU's readers like it, to be turned for each write.
-        table = with_layout_constraint(
-            table, Layout(major_to_minor=tuple(range(table.ndim)))
-        )
-        return replace(self, rows_LBSH=table.reshape(self.rows_LBSH.shape))
+        table = Table(self.rows_LBSH, layer, pages_BP)
+        table = table.put(slots_N, places_N, new_NH, keep_N)
+        return replace(self, rows_LBSH=table.rows_LBCH)
 
     def at_slots(self, slots_N: Int[Array, " N"]) -> Self:
         """The rows of N slots; numbers past the last slot read the last."""
@@ -171,20 +154,15 @@ class Ring(LayerRows):
 
         Those of positions below 0 are anything.
         """
-        positions_BX = starts_B[:, None] + jnp.arange(-count, 0)
-        return self.table(layer).take(positions_BX % self.length)
+        return rings.before(self.table(layer), starts_B, count)
 
     def append(
         self, layer: Int[Array, ""], new_TH: Float[Array, "T H"], tokens: FlatTokens
     ) -> Self:
         """With the rows of this pass's tokens; padding writes nothing."""
-        keep_T = tokens.slots_T >= 0
-        if tokens.rows > self.length:
-            # The older rows of a long pass would only be overwritten by its newer ones.
-            counts_T = tokens.counts_B[tokens.slots_T]
-            keep_T &= tokens.rows_T >= counts_T - self.length
-        places_T = tokens.positions_T % self.length
-        return self.put(layer, tokens.slots_T, places_T, new_TH, keep_T)
+        ring = self.table(layer)
+        ring = rings.append(ring, tokens.positions_T, new_TH, tokens)
+        return replace(self, rows_LBSH=ring.rows_LBCH)
 
     def advance(
         self,
@@ -193,11 +171,7 @@ class Ring(LayerRows):
         new_TH: Float[Array, "T H"],
         tokens: FlatTokens,
     ) -> tuple[Float[Array, "B count H"], Self]:
-        """The rows before this pass, and the ring with the pass's own.
-
-        The barrier has them read before anything is written: else XLA copies the table.
-        """
-        before_BKH = self.before(layer, tokens.starts_B, count)
-        before_BKH, rows = jax.lax.optimization_barrier((before_BKH, self.rows_LBSH))
-        ring = replace(self, rows_LBSH=rows)
-        return before_BKH, ring.append(layer, new_TH, tokens)
+        """The rows before this pass, and the ring with the pass's own."""
+        ring, positions_T = self.table(layer), tokens.positions_T
+        before_BKH, ring = rings.advance(ring, count, positions_T, new_TH, tokens)
+        return before_BKH, replace(self, rows_LBSH=ring.rows_LBCH)

@@ -61,6 +61,8 @@ def new_arrays(text: str, size: int) -> list[str]:
             return any(ends_new(each, inner) for each in inner.values() if each.root)
         if "ConcatBitcast" in line.attributes:  # pieces that already lie in a row
             return False
+        if "output_to_operand_aliasing" in line.attributes:  # kernels write in place
+            return False
         return line.opcode not in PASSES_ON
 
     def ends_new(line, body):

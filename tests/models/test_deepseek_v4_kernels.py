@@ -10,6 +10,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxspark.configs.targets import deepseek_v4_tiny
 from jaxspark.models import DeepSeekV4
+from pallas_kernels.compress import api as compression
+from pallas_kernels.compress import mosaic_tpu_kernel as compression_kernel
 from pallas_kernels.grouped_matmul import api as experts
 from pallas_kernels.grouped_matmul import mosaic_tpu_kernel
 from pallas_kernels.indexer_topk.api import IMPLEMENTATIONS as INDEXERS
@@ -78,11 +80,24 @@ def test_kernels_change_no_token(model, monkeypatch, random):
         products.append(operands)
         return multiply.run(*operands, **static)
 
+    pool = compression.IMPLEMENTATIONS["mosaic_tpu"]
+    pooled = []
+
+    def pools(*operands, **static):
+        assert pool.supports(*operands, **static) is None
+        pooled.append(operands)
+        return pool.run(*operands, **static)
+
     # The platform is a CPU: what its programs call is replaced.
-    for op, each, instead in ((api, kernel, run), (experts, multiply, multiplied)):
+    for op, each, instead in (
+        (api, kernel, run),
+        (experts, multiply, multiplied),
+        (compression, pool, pools),
+    ):
         replaced = {"xla": replace(each, run=instead, platforms=())}
         monkeypatch.setattr(op, "IMPLEMENTATIONS", replaced)
     monkeypatch.setattr(mosaic_tpu_chunks, "TOGETHER", 1)
+    monkeypatch.setattr(compression_kernel, "TOGETHER", 1)
     monkeypatch.setattr(mosaic_tpu_kernel, "BROADCAST_LOADS", False)
     forward.clear_cache()
     simulated = pltpu.InterpretParams(uninitialized_memory="nan")
@@ -90,5 +105,7 @@ def test_kernels_change_no_token(model, monkeypatch, random):
         seen, mine = jax.block_until_ready(decoded(model, prompts))
     forward.clear_cache()
     assert len(ran) == len(model.config.compress_ratios) and products
+    # Entries of both kinds, and index keys.
+    assert len(pooled) == 3
     assert seen == expected
     np.testing.assert_allclose(mine, logits, atol=1e-3)

@@ -13,7 +13,8 @@ entry is computed when its window's last position is processed; if that was a dr
 is rejected, it is computed again later and overwritten. All in float32.
 """
 
-import jax
+from dataclasses import replace
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -21,8 +22,8 @@ from jaxtyping import Array, Float, Int
 from jaxspark.models.batch import FlatTokens
 from jaxspark.models.layers.linear import Linear, matmul
 from jaxspark.models.layers.norm import Float32RMSNorm
-from jaxspark.models.layers.rope import PartialRotation
 from jaxspark.models.rows import LayerRows, Ring
+from pallas_kernels import Table, compress
 from pallas_kernels.precision import upcast
 from pallas_kernels.ragged import LANES
 
@@ -82,21 +83,22 @@ class Compressor(nnx.Module):
         tokens: FlatTokens,
     ) -> tuple[Ring, LayerRows]:
         """Remembers the tokens' rows and writes the entries that they complete."""
-        rows_TX = self.rows(x_TD, tokens.positions_T)
-        before_BKX, pending = pending.advance(layer, self.lookback, rows_TX, tokens)
-        entry_BC, new_BCH = self.pool(before_BKX, rows_TX, tokens)
-        ends_B = tokens.starts_B + tokens.counts_B
-        complete_BC = self.ratio * (entry_BC + 1) <= ends_B[:, None]
-        slot_BC = jnp.broadcast_to(jnp.arange(len(ends_B))[:, None], entry_BC.shape)
-        entries = entries.put(
-            layer,
-            slot_BC.ravel(),
-            entry_BC.ravel(),
-            new_BCH.reshape(-1, self.width),
-            complete_BC.ravel(),
-            tokens.pages_BP,
+        frequencies_h, amplitude = self.rope.frequencies(self.rope_dim)
+        pending_LBSX, entries_LBCH = compress(
+            self.rows(x_TD, tokens.positions_T),
+            pending.table(layer),
+            Table(entries.rows_LBSH, layer, tokens.pages_BP),
+            self.kv_norm.weight[...],
+            jnp.asarray(frequencies_h),
+            tokens,
+            ratio=self.ratio,
+            eps=self.kv_norm.eps,
+            amplitude=float(amplitude),
         )
-        return pending, entries
+        return (
+            replace(pending, rows_LBSH=pending_LBSX),
+            replace(entries, rows_LBSH=entries_LBCH),
+        )
 
     def rows(
         self, x_TD: Float[Array, "T D"], positions_T: Int[Array, " T"]
@@ -107,44 +109,3 @@ class Compressor(nnx.Module):
         logit_TX = matmul(x_TD, upcast(self.gate_proj.matrix))
         bias_TX = self.position_bias[...][positions_T % self.ratio]
         return jnp.concatenate([value_TX, logit_TX + bias_TX], axis=1)
-
-    def pool(
-        self,
-        before_BKX: Float[Array, "B K X"],
-        rows_TX: Float[Array, "T X"],
-        tokens: FlatTokens,
-    ) -> tuple[Int[Array, "B C"], Float[Array, "B C H"]]:
-        """The entries that may end in this pass, from its rows and those before it.
-
-        A pass of Q positions ends at most ceil(Q / m) windows. Whether it does end them
-        is the caller's question.
-        """
-        m, H = self.ratio, self.width
-        around_BRX = jnp.concatenate([before_BKX, tokens.padded(rows_TX, 0)], axis=1)
-        count = -(-tokens.rows // m)
-        entry_BC = (tokens.starts_B // m)[:, None] + jnp.arange(count)
-        first_BC = m * (entry_BC + 1 - self.series)
-        offset_BC = first_BC - tokens.starts_B[:, None] + self.lookback
-        offset_BCp = offset_BC[..., None] + jnp.arange(self.series * m)
-        # Rows past the pass belong to windows that are not complete.
-        row_BCp = jnp.minimum(offset_BCp, around_BRX.shape[1] - 1)
-        rows_BCpX = jax.vmap(lambda around_RX, row: around_RX[row])(around_BRX, row_BCp)
-        values, logits = jnp.split(rows_BCpX, 2, axis=-1)
-        if self.series == 2:
-            values, logits = map(self._overlapping, (values, logits))
-            # Entry 0 has no window before it.
-            missing_BCp = (entry_BC == 0)[..., None] & (jnp.arange(2 * m) < m)
-            logits = jnp.where(missing_BCp[..., None], -jnp.inf, logits)
-            values = jnp.where(missing_BCp[..., None], 0.0, values)
-        weights_BCpH = jax.nn.softmax(logits, axis=2)
-        pooled_CH = jnp.sum(weights_BCpH * values, axis=2).reshape(-1, H)
-        rotation = PartialRotation.at(self.rope, self.rope_dim, m * entry_BC.ravel())
-        new_CH = rotation(self.kv_norm(pooled_CH)[:, None])[:, 0]
-        return entry_BC, new_CH.reshape(*entry_BC.shape, H)
-
-    def _overlapping(self, rows_BCpX):
-        """The first series of the earlier window, the second of the later one."""
-        earlier, later = jnp.split(rows_BCpX, 2, axis=2)
-        return jnp.concatenate(
-            [earlier[..., : self.width], later[..., self.width :]], axis=2
-        )

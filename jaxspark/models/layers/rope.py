@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.channels import turn_neighbours
 from pallas_kernels.precision import upcast
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -144,13 +145,4 @@ class PartialRotation:
 
     def __call__(self, x_TNH: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
         """Turns each head's last pairs."""
-        T, N, H = x_TNH.shape
-        rope_dim = 2 * self.cos_Th.shape[1]
-        pairs_TNh2 = upcast(x_TNH[..., H - rope_dim :]).reshape(T, N, -1, 2)
-        x_TNh, y_TNh = pairs_TNh2[..., 0], pairs_TNh2[..., 1]
-        cos, sin = self.cos_Th[:, None], self.sin_Th[:, None]
-        turned_TNh2 = jnp.stack(
-            [x_TNh * cos - y_TNh * sin, y_TNh * cos + x_TNh * sin], axis=-1
-        )
-        turned_TNr = turned_TNh2.reshape(T, N, rope_dim).astype(x_TNH.dtype)
-        return jnp.concatenate([x_TNH[..., : H - rope_dim], turned_TNr], axis=-1)
+        return turn_neighbours(x_TNH, self.cos_Th[:, None], self.sin_Th[:, None])

@@ -1,0 +1,1 @@
+"""See `api.compress`; `ref` states the maths."""
