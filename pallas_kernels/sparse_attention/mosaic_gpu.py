@@ -24,6 +24,7 @@ from pallas_kernels.gradients import with_gradients_of
 from pallas_kernels.indexer_topk.ref import choices_of
 from pallas_kernels.indexer_topk.union import alone
 from pallas_kernels.ragged import LANES, Ragged
+from pallas_kernels.rotary import Rotary
 from pallas_kernels.sparse_attention import mosaic_gpu_kernel
 from pallas_kernels.sparse_attention.entries import Entries
 from pallas_kernels.sparse_attention.mosaic_gpu_kernel import (
@@ -40,7 +41,11 @@ from pallas_kernels.sparse_attention.mosaic_gpu_lists import (
     per_token,
 )
 from pallas_kernels.sparse_attention.plan import Plan
-from pallas_kernels.sparse_attention.ref import recent_rows, sparse_attention_xla
+from pallas_kernels.sparse_attention.ref import (
+    recent_rows,
+    sparse_attention_xla,
+    turned_queries,
+)
 
 # Rows of a chunk: chosen ones, which pass through registers, and others.
 TILES = 32, 64
@@ -49,7 +54,17 @@ _MOST_CHOSEN = 8192
 
 
 def supports(
-    q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, *, scale, causal
+    q_TNH,
+    keys_TH,
+    before_BWH,
+    sinks_N,
+    ragged,
+    entries,
+    rotary,
+    *,
+    scale,
+    causal,
+    query_norm,
 ) -> str | None:
     """Why the kernel cannot attend over these; None if it can."""
     _, heads, width = q_TNH.shape
@@ -86,10 +101,20 @@ def sparse_attention_mosaic_gpu(
     sinks_N: Float[Array, " N"],
     ragged: Ragged,
     entries: Entries | None,
+    rotary: Rotary | None,
     scale: float,
     causal: bool,
+    query_norm: float | None,
 ) -> Float[Array, "T N H"]:
     """See `api.sparse_attention`; gradients are those of the reference."""
+    q_TNH = turned_queries(q_TNH, rotary, query_norm)
+    operands = (keys_TH, before_BWH, sinks_N, ragged, entries)
+    o_TNH = _attend(q_TNH, *operands, scale, causal)
+    return (o_TNH if rotary is None else rotary.inverse(o_TNH)).astype(q_TNH.dtype)
+
+
+def _attend(q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, scale, causal):
+    """The attention itself, of as many bits as it comes in."""
     lookback, union = before_BWH.shape[1], None
     if entries is not None and entries.some:
         union = alone(ragged.grouped(choices_of(entries, ragged), -1, 1)[:, 0])
@@ -164,4 +189,4 @@ def sparse_attention_mosaic_gpu(
     share_PTN = jax.nn.softmax(lse_PTN / mosaic_gpu_kernel.LOG2E, axis=0)
     return jnp.einsum(
         "PTN,PTNH->TNH", share_PTN, o_PTNH, preferred_element_type=jnp.float32
-    ).astype(dtype)
+    )

@@ -20,20 +20,22 @@ def entry_operands(plan: Plan) -> list[Array]:
 
 def entry_specs(plan: Plan, cores: int) -> list[pl.BlockSpec]:
     """The table whole, and a step's blocks of the lists."""
-    per, n = plan.groups // cores, plan.pieces.shape[-1]
-
-    def of_group(shape, divisor=1, **options):
-        last = plan.groups_real // divisor - 1
-        zeros = (0,) * (len(shape) - 1)
-
-        def index(core, i, *_):
-            return (jnp.minimum((core * per + i) // divisor, last), *zeros)
-
-        return pl.BlockSpec(shape, index, **options)
-
-    divisor = plan.groups_real // len(plan.pieces)
-    specs = [pl.BlockSpec(memory_space=pl.ANY)]
-    specs += [of_group((1, 1, n), divisor, memory_space=pltpu.SMEM)]
+    n, together = plan.pieces.shape[-1], plan.groups_real // len(plan.pieces)
+    pieces = of_group(plan, cores, (1, 1, n), together, memory_space=pltpu.SMEM)
+    specs = [pl.BlockSpec(memory_space=pl.ANY), pieces]
     if plan.members is not None:
-        specs += [of_group((1, 1, n))]
+        specs += [of_group(plan, cores, (1, 1, n))]
     return specs
+
+
+def of_group(
+    plan: Plan, cores: int, shape: tuple[int, ...], together: int = 1, **options
+) -> pl.BlockSpec:
+    """A step's block of what groups have, or some groups together, one after another."""
+    per, last = plan.groups // cores, plan.groups_real // together - 1
+    zeros = (0,) * (len(shape) - 1)
+
+    def index(core, i, *_):
+        return (jnp.minimum((core * per + i) // together, last), *zeros)
+
+    return pl.BlockSpec(shape, index, **options)

@@ -21,32 +21,38 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.precision import precision
 from pallas_kernels.ragged import LANES
 from pallas_kernels.sparse_attention import mosaic_tpu_chunks as chunks
+from pallas_kernels.sparse_attention.mosaic_tpu_queries import (
+    clear_padding,
+    give_out,
+    take_in,
+)
 from pallas_kernels.sparse_attention.plan import ROWS
 
 LOG2E = math.log2(math.e)
 UNSEEN = -1e30
 # Rows (queries x heads) of which scores are made at once.
 BLOCK_ROWS = 192
-# JAX's simulator of TPU memory cannot read a buffer as words; tests there go without.
-AS_WORDS = True
 
 
-def attend(*refs, plan, scale, per):
+def attend(*refs, plan, scale, per, norm, turns):
     """One step: a group of queries over all that they see."""
     scalars, (sinks_ref, q_any, recent_any, *refs) = refs[:8], refs[8:]
-    table_any, pieces_ref, members_ref = None, None, None
+    turns_ref, table_any, pieces_ref, members_ref = None, None, None, None
+    if turns:
+        turns_ref, *refs = refs
     if plan.piece:
         table_any, pieces_ref, *refs = refs
     if plan.chosen:
         members_ref, *refs = refs
-    o_any, q_buf, r_buf, e_buf, o_buf, m_ref, l_ref, acc_ref, sems = refs
+    o_any, q_buf, q_ref, r_buf, e_buf, o_buf, m_ref, l_ref, acc_ref, sems = refs
     first_ref, count_ref, before_ref, own_ref, chunks_ref, limit_ref, _, slot_ref = (
         scalars
     )
     i = pl.program_id(1)
     g = pl.program_id(0) * per + i
     side = jax.lax.rem(i, 2)
-    Q, N, H = q_buf.shape[1:]
+    Q, (M, H) = q_buf.shape[1], q_ref.shape
+    N = M // Q
 
     def each_query(group, act):
         count = tokens_of(count_ref, group)
@@ -109,7 +115,7 @@ def attend(*refs, plan, scale, per):
             acc_ref[rows] = o_MH if first else keep_M1 * acc_ref[rows] + o_MH
 
     def scores(queries, k_SH, seen):
-        q_MH = q_buf[side, pl.ds(queries[0], len(queries))].reshape(-1, H)
+        q_MH = q_ref[pl.ds(queries[0] * N, len(queries) * N)]
         s_MS = product(q_MH, k_SH, 1) * (scale * LOG2E)
         parts = [s_MS[k * N : (k + 1) * N] for k in range(len(queries))]
         return jnp.concatenate(
@@ -146,6 +152,7 @@ def attend(*refs, plan, scale, per):
 
     @pl.when(tokens_of(count_ref, g) > 0)
     def _():
+        take_in(q_buf.at[side], q_ref, turns_ref, norm=norm)
         k_RH = r_buf[side].reshape(-1, H)
         col_1R = columns(k_RH)
 
@@ -162,7 +169,7 @@ def attend(*refs, plan, scale, per):
             side_ = jax.lax.rem(j, 2)
             pl.when(j + 1 < there)(lambda: start_chunk(j + 1, 1 - side_))
             chunks.wait(e_buf.at[side_], sems.at[2, side_])
-            k_SH = rows_of(e_buf, side_)
+            k_SH = chunks.rows_of(e_buf, side_)
             col_1S = columns(k_SH) + j * plan.tile
 
             def seen(query):
@@ -183,8 +190,7 @@ def attend(*refs, plan, scale, per):
 
     @pl.when(tokens_of(count_ref, g) > 0)
     def _():
-        o_MH = (acc_ref[...] * (1 / l_ref[...])).astype(o_buf.dtype)
-        o_buf[side] = o_MH.reshape(Q, N, H)
+        give_out(acc_ref, l_ref, o_buf.at[side], turns_ref)
 
     outputs(g, side, lambda copy: copy.start())
 
@@ -193,48 +199,6 @@ def attend(*refs, plan, scale, per):
         if per > 1:
             outputs(g - 1, 1 - side, lambda copy: copy.wait())
         outputs(g, side, lambda copy: copy.wait())
-
-
-def rows_of(buffer, side):
-    """A chunk [tile, H]; rows that came one by one lie as [tile, H / 128, 128]."""
-    if len(buffer.shape) == 3:
-        return buffer[side]
-    _, tile, pieces, lanes = buffer.shape
-    if buffer.dtype != jnp.bfloat16 or pieces % 2 or not AS_WORDS:
-        return buffer[side].reshape(tile, pieces * lanes)
-    return rows_of_words(buffer.bitcast(jnp.uint32), side)
-
-
-def rows_of_words(words, side):
-    """The same of rows in bfloat16, as words [tile, H / 256, 128].
-
-    A word holds two of a row's pieces, where the matrix units want two rows' of a
-    piece. Words of even and of odd rows, loaded apart, are recombined in registers,
-    which takes half the time that a reshape does.
-    """
-    _, tile, pairs, _ = words.shape
-    low, columns = jnp.uint32(0xFFFF), []
-    for pair in range(pairs):
-        even = words[side, pl.ds(0, tile // 2, stride=2), pair]
-        odd = words[side, pl.ds(1, tile // 2, stride=2), pair]
-        columns += [even & low | odd << 16, even >> 16 | odd & ~low]
-    return jnp.concatenate([pltpu.bitcast(c, jnp.bfloat16) for c in columns], axis=1)
-
-
-def clear_padding(slot_ref, out_any, row_ref, sem):
-    """Zeros to where no slot's tokens lie; each core does its share, through a row."""
-    T, core = len(slot_ref), pl.program_id(0)
-    share = -(-T // pl.num_programs(0))
-    row_ref[...] = jnp.zeros(row_ref.shape, row_ref.dtype)
-
-    def each(act):
-        @pl.loop(core * share, jnp.minimum((core + 1) * share, T))
-        def _(t):
-            copy = pltpu.make_async_copy(row_ref, out_any.at[t], sem)
-            pl.when(slot_ref[t] < 0)(lambda: act(copy))
-
-    each(lambda copy: copy.start())
-    each(lambda copy: copy.wait())
 
 
 def tokens_of(count_ref, group):

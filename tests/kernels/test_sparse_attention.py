@@ -20,6 +20,7 @@ from jaxspark.models import FlatTokens
 from pallas_kernels import (
     Entries,
     Index,
+    Rotary,
     Table,
     index_scores,
     sparse_attention,
@@ -59,7 +60,7 @@ SIMULATED = {
 def small_steps(monkeypatch):
     """Kernels of which little is unrolled, with chunks that few entries fill."""
     monkeypatch.setattr(mosaic_tpu_chunks, "TOGETHER", 1)
-    monkeypatch.setattr(mosaic_tpu_kernel, "AS_WORDS", False)
+    monkeypatch.setattr(mosaic_tpu_chunks, "AS_WORDS", False)
     monkeypatch.setattr(plan, "TILE", 128)
     monkeypatch.setattr(mosaic_gpu, "TILES", (32, 32))
     monkeypatch.setattr(mosaic_gpu_kernel, "accumulate", accumulate)
@@ -95,12 +96,12 @@ class Attend:
         self.is_kernel = implementation != "xla"
         self.dtype = jnp.bfloat16 if implementation == "mosaic_gpu" else jnp.float32
 
-        def run(*operands, scale=0.3, causal=True):
+        def run(*operands, scale=0.3, **options):
             return sparse_attention(
-                *operands, scale=scale, causal=causal, implementation=implementation
+                *operands, scale=scale, **options, implementation=implementation
             )
 
-        self.run = jax.jit(run, static_argnames=("scale", "causal"))
+        self.run = jax.jit(run, static_argnames=("scale", "causal", "query_norm"))
 
     def __call__(self, *operands, **options):
         with SIMULATED[self.implementation]():
@@ -172,6 +173,15 @@ def plain(
         weights = np.exp(scale * rows.astype(np.float64) @ q[t, n])
         out[t, n] = weights @ rows / (weights.sum() + np.exp(sinks[n]))
     return out
+
+
+def turned(x, angles, sign=1):
+    """The last channels as complex numbers, in float64."""
+    x, width = np.array(x, np.float64), 2 * angles.shape[1]
+    pairs = x[..., -width::2] + 1j * x[..., 1 - width :: 2]
+    pairs *= np.exp(sign * 1j * angles)[:, None]
+    x[..., -width::2], x[..., 1 - width :: 2] = pairs.real, pairs.imag
+    return x
 
 
 def agrees(tokens, mine, expected):
@@ -278,6 +288,39 @@ def test_a_block_sees_all_of_itself(attend, rows):
     tokens, q, keys, before, sinks, *_ = attend.made(rows, 1)
     seen = attend(q, keys, before, sinks, tokens, causal=False)
     agrees(tokens, seen, plain(tokens, q, keys, before, sinks, causal=False))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("norm", [None, 0.1])
+def test_queries_are_normed_and_turned_and_outputs_turned_back(attend, norm, dtype):
+    """By heads' own norms and tokens' own angles; 11 rows are two groups."""
+    if attend.is_kernel and dtype != (dtype if norm else attend.dtype.dtype.name):
+        pytest.skip("another type runs the same program")
+    if attend.dtype == jnp.bfloat16 and dtype == "float32":
+        pytest.skip("the kernel is for bfloat16")
+    tokens, *arrays, _, limits = attend.made(11, 1, seed=3)
+    q, keys, before, sinks, entries = (x.astype(dtype) for x in arrays)
+    q *= jnp.arange(1.0, 1 + q.shape[1], dtype=dtype)[:, None]
+    angles = np.random.default_rng(1).normal(size=(len(q), 3))
+    rotary = Rotary(*(jnp.asarray(f(angles), "float32") for f in (np.cos, np.sin)))
+    expected = np.asarray(q, np.float64)
+    if norm is not None:
+        expected /= np.sqrt((expected**2).mean(-1, keepdims=True) + norm)
+    expected = turned(expected, angles)
+    seen = np.arange(entries.shape[1]) < np.asarray(limits)[:, None]
+    scale = 0.3 if norm is None else q.shape[2] ** -0.5
+    expected = plain(
+        tokens, expected, keys, before, sinks, entries, seen, scale=scale
+    )
+    expected = turned(expected, angles, -1)
+    which = Entries(next(attend.tables(entries, apart=False)), limits_T=limits)
+    mine = attend(
+        *(q, keys, before, sinks, tokens, which),
+        scale=scale,
+        rotary=rotary,
+        query_norm=norm,
+    )
+    agrees(tokens, mine, expected)
 
 
 def test_lengths_around_the_windows_edge(attend):
@@ -403,7 +446,7 @@ def test_rows_read_as_words_are_the_rows():
     words = jnp.asarray(halves[:, :, ::2] | halves[:, :, 1::2] << 16)
 
     def kernel(words_ref, o_ref):
-        o_ref[...] = mosaic_tpu_kernel.rows_of_words(words_ref, 1)
+        o_ref[...] = mosaic_tpu_chunks.rows_of_words(words_ref, 1)
 
     shape = jax.ShapeDtypeStruct((32, 512), rows.dtype)
     interpret = pltpu.InterpretParams()
