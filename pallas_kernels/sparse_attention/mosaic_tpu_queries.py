@@ -8,9 +8,7 @@ which begin and end with tiles, change places and nothing else.
 On the way in queries are normed and turned, on the way out outputs are turned back, in
 float32. Pairs of channels are lanes side by side, of the last 128 of a head. The matrix
 units give every pair turned by a right angle, exactly and sooner than lanes can change
-places:
-
-    turn(x) = x cos + (x P) sin        P_2i+1,2i = -1, P_2i,2i+1 = 1
+places (see `Rotary.lanes`).
 """
 
 import jax
@@ -21,7 +19,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.precision import precision
 from pallas_kernels.ragged import LANES, Ragged
-from pallas_kernels.rotary import Rotary
+from pallas_kernels.rotary import Rotary, right_angles
 
 _TILE = 8  # rows of a tile
 
@@ -39,12 +37,7 @@ def by_piece(x_N: Float[Array, " N"]) -> Float[Array, " N"]:
 
 def turns_of(rotary: Rotary, ragged: Ragged) -> Float[Array, "G 2 Q L"]:
     """cos and sin of each group's queries, for the last lanes of a head."""
-    both_T2h = jnp.stack([rotary.cos_Th, rotary.sin_Th], axis=1)
-    both_T2r = jnp.repeat(both_T2h.astype(jnp.float32), 2, axis=2)
-    rest_T2R = jnp.zeros((*both_T2r.shape[:2], LANES - both_T2r.shape[2]))
-    rest_T2R = rest_T2R.at[:, 0].set(1)
-    turns_GQ2L = ragged.grouped(jnp.concatenate([rest_T2R, both_T2r], axis=2), 0)
-    return turns_GQ2L.swapaxes(1, 2)
+    return ragged.grouped(rotary.lanes(LANES), 0).swapaxes(1, 2)
 
 
 def take_in(q_ref, rows_ref, turns_ref, *, norm):
@@ -108,14 +101,9 @@ def give_out(sums_ref, weights_ref, o_ref, turns_ref):
 
 def _across(x_NL):
     """Every pair of lanes turned by a right angle."""
-    row_LL, column_LL = (
-        jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in range(2)
-    )
-    sign_LL = jnp.where(row_LL % 2 == 0, 1.0, -1.0)
-    turn_LL = jnp.where(column_LL == row_LL ^ 1, sign_LL, 0.0).astype(x_NL.dtype)
     return jax.lax.dot(
         x_NL,
-        turn_LL,
+        right_angles(LANES).astype(x_NL.dtype),
         precision=precision(x_NL.dtype),
         preferred_element_type=jnp.float32,
     )
