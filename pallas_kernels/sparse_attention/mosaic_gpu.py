@@ -24,7 +24,7 @@ from pallas_kernels.gradients import with_gradients_of
 from pallas_kernels.indexer_topk.ref import choices_of
 from pallas_kernels.indexer_topk.union import alone
 from pallas_kernels.ragged import LANES, Ragged
-from pallas_kernels.rotary import Rotary
+from pallas_kernels.rotary import Rotary, right_angles
 from pallas_kernels.sparse_attention import mosaic_gpu_kernel
 from pallas_kernels.sparse_attention.entries import Entries
 from pallas_kernels.sparse_attention.mosaic_gpu_kernel import (
@@ -40,12 +40,9 @@ from pallas_kernels.sparse_attention.mosaic_gpu_lists import (
     parts_of,
     per_token,
 )
+from pallas_kernels.sparse_attention.mosaic_gpu_queries import TURNING
 from pallas_kernels.sparse_attention.plan import Plan
-from pallas_kernels.sparse_attention.ref import (
-    recent_rows,
-    sparse_attention_xla,
-    turned_queries,
-)
+from pallas_kernels.sparse_attention.ref import recent_rows, sparse_attention_xla
 
 # Rows of a chunk: chosen ones, which pass through registers, and others.
 TILES = 32, 64
@@ -90,6 +87,8 @@ def supports(
             f"needs heads in multiples of {HEADS} that are a multiple of {LANES} wide "
             f"and {_WIDEST} at most, got {heads} x {width}"
         )
+    if rotary is not None and 2 * rotary.cos_Th.shape[1] > TURNING:
+        return f"turns {TURNING} channels at most, got {2 * rotary.cos_Th.shape[1]}"
     return None
 
 
@@ -107,14 +106,6 @@ def sparse_attention_mosaic_gpu(
     query_norm: float | None,
 ) -> Float[Array, "T N H"]:
     """See `api.sparse_attention`; gradients are those of the reference."""
-    q_TNH = turned_queries(q_TNH, rotary, query_norm)
-    operands = (keys_TH, before_BWH, sinks_N, ragged, entries)
-    o_TNH = _attend(q_TNH, *operands, scale, causal)
-    return (o_TNH if rotary is None else rotary.inverse(o_TNH)).astype(q_TNH.dtype)
-
-
-def _attend(q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, scale, causal):
-    """The attention itself, of as many bits as it comes in."""
     lookback, union = before_BWH.shape[1], None
     if entries is not None and entries.some:
         union = alone(ragged.grouped(choices_of(entries, ragged), -1, 1)[:, 0])
@@ -136,7 +127,9 @@ def _attend(q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, scale, causal)
         jnp.pad(recent_BRH, ((0, 0), (0, missing), (0, 0))),
         mosaic_gpu_kernel.LOG2E * sinks_N.astype(jnp.float32),
     ]
-    buffers = []
+    buffers, turning = [], []
+    if rotary is not None:
+        operands += [rotary.lanes(TURNING), right_angles(TURNING).astype(dtype)]
     if plan.piece:
         pieces = plan.pieces[:, 0]
         if chosen:
@@ -154,10 +147,13 @@ def _attend(q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, scale, causal)
         )
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
+    if rotary is not None:
+        turning = [tiled(min(tile, SWIZZLED), TURNING, TURNING)]
     copies = tile // plan.piece if plan.piece > 1 else 1
     blocks = T * N // HEADS
     parts = parts_of(blocks, most_chunks(plan, tile), tile)
     static = {"plan": plan.static(), "scale": scale, "parts": parts}
+    static |= {"norm": query_norm, "turns": rotary is not None}
     o_PTNH, lse_PTN = plgpu.kernel(
         functools.partial(mosaic_gpu_kernel.attend, **static),
         out_type=[
@@ -170,7 +166,8 @@ def _attend(q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, scale, causal)
             tiled(tile // HALVES, HALVES, HEADS, tile // HALVES),
             plgpu.SMEM((HALVES, HEADS), jnp.float32),
             *buffers,
-            plgpu.Barrier(num_arrivals=HALVES + chosen),
+            *turning,
+            plgpu.Barrier(num_arrivals=HALVES + chosen + len(turning)),
             plgpu.Barrier(num_arrivals=HALVES * copies, num_barriers=SIDES),
             plgpu.Barrier(num_arrivals=HALVES, num_barriers=SIDES),
             plgpu.Barrier(num_arrivals=HALVES),
@@ -189,4 +186,4 @@ def _attend(q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, scale, causal)
     share_PTN = jax.nn.softmax(lse_PTN / mosaic_gpu_kernel.LOG2E, axis=0)
     return jnp.einsum(
         "PTN,PTNH->TNH", share_PTN, o_PTNH, preferred_element_type=jnp.float32
-    )
+    ).astype(dtype)
