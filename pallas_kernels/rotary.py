@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.precision import upcast
+from pallas_kernels.channels import turn_neighbours
 
 
 @jax.tree_util.register_dataclass
@@ -39,16 +39,7 @@ class Rotary:
 
     def __call__(self, x_TNH: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
         """Turns each head's last pairs."""
-        T, N, H = x_TNH.shape
-        rope_dim = 2 * self.cos_Th.shape[1]
-        pairs_TNh2 = upcast(x_TNH[..., H - rope_dim :]).reshape(T, N, -1, 2)
-        x_TNh, y_TNh = pairs_TNh2[..., 0], pairs_TNh2[..., 1]
-        cos, sin = self.cos_Th[:, None], self.sin_Th[:, None]
-        turned_TNh2 = jnp.stack(
-            [x_TNh * cos - y_TNh * sin, y_TNh * cos + x_TNh * sin], axis=-1
-        )
-        turned_TNr = turned_TNh2.reshape(T, N, rope_dim).astype(x_TNH.dtype)
-        return jnp.concatenate([x_TNH[..., : H - rope_dim], turned_TNr], axis=-1)
+        return turn_neighbours(x_TNH, self.cos_Th[:, None], self.sin_Th[:, None])
 
 
 def right_angles(width: int) -> Float[Array, "L L"]:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels.norm import normalize
+from pallas_kernels.channels import normalize
 from pallas_kernels.precision import upcast
 
 
