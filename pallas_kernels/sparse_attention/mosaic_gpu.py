@@ -65,23 +65,16 @@ def supports(
 ) -> str | None:
     """Why the kernel cannot attend over these; None if it can."""
     _, heads, width = q_TNH.shape
-    if reason := no_hopper():
+    tables = [] if entries is None else [entries.table.rows_LBCH]
+    if reason := no_hopper(q_TNH, keys_TH, before_BWH, *tables):
         return reason
-    given = {q_TNH.dtype, keys_TH.dtype, before_BWH.dtype}
-    if entries is not None:
-        rows = entries.table.rows_LBCH
-        given.add(rows.dtype)
+    for rows in tables:
         if not entries.some and rows.shape[2] % TILE_ROWS:
             return (
                 f"reads entries by {TILE_ROWS}, got {rows.shape[2]} to a slot or page"
             )
         if entries.picks > _MOST_CHOSEN:
             return f"takes {_MOST_CHOSEN} chosen entries at most, got {entries.picks}"
-    if given != {jnp.dtype(jnp.bfloat16)}:
-        return (
-            "computes in bfloat16, Hopper's matrix units having no float32, got "
-            f"{sorted(map(str, given))}"
-        )
     if heads % HEADS or width % LANES or width > _WIDEST:
         return (
             f"needs heads in multiples of {HEADS} that are a multiple of {LANES} wide "

@@ -72,7 +72,7 @@ def give_out(o_buf, turn):
 
 
 def turning(turns_ref, angles_buf):
-    """How the last channels turn, by a token's cos and sin [2, 64] and `right_angles`."""
+    """How last channels turn: by a token's cos and sin [2, 64], and `right_angles`."""
 
     def turn(ref, direction):
         """x cos +- (x P) sin in float32, of [64 heads, 64]."""

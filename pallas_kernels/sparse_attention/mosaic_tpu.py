@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import best_for
+from pallas_kernels.groups import group_block
 from pallas_kernels.indexer_topk import api as indexers
 from pallas_kernels.indexer_topk.ref import choices_of
 from pallas_kernels.indexer_topk.union import MOST_ENTRIES, Union, union
@@ -36,7 +37,6 @@ from pallas_kernels.sparse_attention.mosaic_tpu_backward import backward
 from pallas_kernels.sparse_attention.mosaic_tpu_entries import (
     entry_operands,
     entry_specs,
-    of_group,
 )
 from pallas_kernels.sparse_attention.mosaic_tpu_queries import (
     by_piece,
@@ -189,25 +189,23 @@ def forward(
     q_TSX = q_TNH.reshape(T, head_grid(N)[0], -1)
     sinks_N = by_piece(mosaic_tpu_kernel.LOG2E * sinks_N.astype(jnp.float32))
     sinks_M1 = jnp.tile(sinks_N, plan.queries)[:, None]
-    whole = pl.BlockSpec(memory_space=pl.ANY)
+    per, whole = plan.groups // _CORES, pl.BlockSpec(memory_space=pl.ANY)
     operands = [sinks_M1, q_TSX, recent_BRH]
     in_specs = [pl.BlockSpec((M, 1), lambda c, i, *_: (0, 0)), whole, whole]
     if rotary is not None:
         turns_G2QL = turns_of(rotary, ragged)
         operands += [turns_G2QL]
-        in_specs += [of_group(plan, _CORES, (1, *turns_G2QL.shape[1:]))]
+        block = (1, *turns_G2QL.shape[1:])
+        in_specs += [group_block(block, per=per, groups=plan.groups_real)]
     chunk_shape = (2, 8, H)
     if plan.table is not None:
         operands += entry_operands(plan)
         in_specs += entry_specs(plan, _CORES)
         chunk_shape = (2, plan.tile, *plan.table.shape[1:])
     recent = (2, plan.recent_columns, *recent_BRH.shape[2:])
-    per = plan.groups // _CORES
     static = {"plan": plan.static(), "scale": scale, "per": per, "norm": query_norm}
     o_TSX = pl.pallas_call(
-        functools.partial(
-            mosaic_tpu_kernel.attend, **static, turns=rotary is not None
-        ),
+        functools.partial(mosaic_tpu_kernel.attend, **static, turns=rotary is not None),
         out_shape=jax.ShapeDtypeStruct(q_TSX.shape, dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(plan.scalars),

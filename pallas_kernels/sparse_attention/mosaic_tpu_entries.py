@@ -1,10 +1,10 @@
 """A plan's entries as operands of a TPU kernel whose grid is cores x groups."""
 
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from pallas_kernels.groups import group_block
 from pallas_kernels.sparse_attention.plan import Plan
 
 
@@ -21,21 +21,11 @@ def entry_operands(plan: Plan) -> list[Array]:
 def entry_specs(plan: Plan, cores: int) -> list[pl.BlockSpec]:
     """The table whole, and a step's blocks of the lists."""
     n, together = plan.pieces.shape[-1], plan.groups_real // len(plan.pieces)
-    pieces = of_group(plan, cores, (1, 1, n), together, memory_space=pltpu.SMEM)
-    specs = [pl.BlockSpec(memory_space=pl.ANY), pieces]
+    groups = {"per": plan.groups // cores, "groups": plan.groups_real}
+    specs = [
+        pl.BlockSpec(memory_space=pl.ANY),
+        group_block((1, 1, n), **groups, together=together, memory_space=pltpu.SMEM),
+    ]
     if plan.members is not None:
-        specs += [of_group(plan, cores, (1, 1, n))]
+        specs += [group_block((1, 1, n), **groups)]
     return specs
-
-
-def of_group(
-    plan: Plan, cores: int, shape: tuple[int, ...], together: int = 1, **options
-) -> pl.BlockSpec:
-    """A step's block of what groups have, or some groups together, one after another."""
-    per, last = plan.groups // cores, plan.groups_real // together - 1
-    zeros = (0,) * (len(shape) - 1)
-
-    def index(core, i, *_):
-        return (jnp.minimum((core * per + i) // together, last), *zeros)
-
-    return pl.BlockSpec(shape, index, **options)

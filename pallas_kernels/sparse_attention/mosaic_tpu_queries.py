@@ -41,7 +41,7 @@ def turns_of(rotary: Rotary, ragged: Ragged) -> Float[Array, "G 2 Q L"]:
 
 
 def take_in(q_ref, rows_ref, turns_ref, *, norm):
-    """Queries [Q, S, K H] to rows [Q K S, H], normed and turned where that is asked for.
+    """Queries [Q, S, K H] to rows [Q K S, H], normed and turned where that is asked.
 
     Args:
       q_ref: as they came from memory.
@@ -77,7 +77,7 @@ def take_in(q_ref, rows_ref, turns_ref, *, norm):
 
 
 def give_out(sums_ref, weights_ref, o_ref, turns_ref):
-    """Rows to outputs [Q, S, K H], turned back where that is asked for.
+    """Rows to outputs [Q, S, K H], turned back where that is asked.
 
     Args:
       sums_ref: [Q K S, H], of weighted values.

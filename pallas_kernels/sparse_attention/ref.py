@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.indexer_topk.ref import choices_of
 from pallas_kernels.channels import normalize
+from pallas_kernels.indexer_topk.ref import choices_of
 from pallas_kernels.precision import accum_dtype, precision, upcast
 from pallas_kernels.ragged import Ragged, Table
 from pallas_kernels.rotary import Rotary

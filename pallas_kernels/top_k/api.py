@@ -38,8 +38,8 @@ def top_k(
       limits_T: places a row may choose, from the first on.
       k: places to choose.
       implementation: "xla", which sorts on TPUs and GPUs, or "two_stage" or
-        "bisection", which do not. None takes what suits the platform. (Where scores need not be written
-        either, `indexer_topk` has a kernel.)
+        "bisection", which do not. None takes what suits the platform. (Where scores
+        need not be written either, `indexer_topk` has a kernel.)
 
     Raises:
       ValueError: unknown implementation, or one that does not support the operands.

@@ -66,5 +66,7 @@ def best(x_TC: Shaped[Array, "T C"], k: int, keys=lambda x_T, place_T: x_T):
     left_TXb = keys(left_TXb, block_TX1 * size + jnp.arange(size))
     left_TXb = jax.lax.optimization_barrier(jnp.where(block_TX1 < 0, 0, left_TXb))
     left_TX = best(left_TXb.reshape(len(x_TC), -1), k)
-    own_TX = jnp.take_along_axis(block_TX1[..., 0], left_TX // size, axis=1, mode="clip")
+    own_TX = jnp.take_along_axis(
+        block_TX1[..., 0], left_TX // size, axis=1, mode="clip"
+    )
     return jnp.where(left_TX < 0, -1, own_TX * size + left_TX % size)

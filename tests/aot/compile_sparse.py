@@ -3,7 +3,8 @@
     python -m tests.aot.compile_sparse v5e:2x2 "flash chosen" "pro limits" ...
     python -m tests.aot.compile_sparse h100:4 "flash limits paged"
 
-One of two layers, read in place; queries are normed and turned, outputs turned back. Mosaic may end the process where it cannot compile.
+One of two layers, read in place; queries are normed and turned, outputs turned back.
+Mosaic may end the process where it cannot compile.
 """
 
 import json

@@ -290,14 +290,14 @@ def test_a_block_sees_all_of_itself(attend, rows):
     agrees(tokens, seen, plain(tokens, q, keys, before, sinks, causal=False))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("norm", [None, 0.1])
+@pytest.mark.parametrize(
+    ("norm", "dtype"), [(None, None), (0.1, None), (0.1, "bfloat16")]
+)
 def test_queries_are_normed_and_turned_and_outputs_turned_back(attend, norm, dtype):
     """By heads' own norms and tokens' own angles; 11 rows are two groups."""
-    if attend.is_kernel and dtype != (dtype if norm else attend.dtype.dtype.name):
-        pytest.skip("another type runs the same program")
-    if attend.dtype == jnp.bfloat16 and dtype == "float32":
-        pytest.skip("the kernel is for bfloat16")
+    if dtype == jnp.dtype(attend.dtype):
+        pytest.skip("all tests of this kernel are in bfloat16")
+    dtype = dtype or attend.dtype
     tokens, *arrays, _, limits = attend.made(11, 1, seed=3)
     q, keys, before, sinks, entries = (x.astype(dtype) for x in arrays)
     q *= jnp.arange(1.0, 1 + q.shape[1], dtype=dtype)[:, None]
@@ -309,9 +309,7 @@ def test_queries_are_normed_and_turned_and_outputs_turned_back(attend, norm, dty
     expected = turned(expected, angles)
     seen = np.arange(entries.shape[1]) < np.asarray(limits)[:, None]
     scale = 0.3 if norm is None else q.shape[2] ** -0.5
-    expected = plain(
-        tokens, expected, keys, before, sinks, entries, seen, scale=scale
-    )
+    expected = plain(tokens, expected, keys, before, sinks, entries, seen, scale=scale)
     expected = turned(expected, angles, -1)
     which = Entries(next(attend.tables(entries, apart=False)), limits_T=limits)
     mine = attend(
@@ -423,11 +421,15 @@ def test_gradients_are_those_of_the_reference(by, kernel):
     named = {"chosen_TX": chosen} if by == "chosen" else {"limits_T": limits}
     do = np.random.default_rng(0).normal(size=q.shape).astype(q.dtype)
     do[np.asarray(tokens.slots_T) < 0] = 0
+    around = {}
+    if by == "limits":  # Queries are normed and turned, outputs turned back.
+        angles = jnp.linspace(0.0, 3.0, 2 * len(q)).reshape(-1, 2)
+        around = {"rotary": Rotary(jnp.cos(angles), jnp.sin(angles)), "query_norm": 0.1}
 
     def gradients(attend):
         def of(q, keys, before, sinks, rows):
             which = Entries(Table(rows, table.layer), **named)
-            return attend.run(q, keys, before, sinks, tokens, which)
+            return attend.run(q, keys, before, sinks, tokens, which, **around)
 
         with SIMULATED[kernel]():
             _, back = jax.vjp(of, q, keys, before, sinks, table.rows_LBCH)
