@@ -41,6 +41,7 @@ from pallas_kernels.sparse_attention.mosaic_tpu_entries import (
 from pallas_kernels.sparse_attention.mosaic_tpu_queries import (
     by_piece,
     head_grid,
+    in_tiles,
     turns_of,
 )
 from pallas_kernels.sparse_attention.plan import ROWS, Plan
@@ -186,11 +187,12 @@ def forward(
     recent_BRH = plan.recent_rows(before_BWH, keys_TH, ragged)
     T, N, H = q_TNH.shape
     M, dtype = plan.queries * N, q_TNH.dtype
-    q_TSX = q_TNH.reshape(T, head_grid(N)[0], -1)
+    o_SX = (rows := head_grid(N)[0], N * H // rows)
+    q_txL = in_tiles(q_TNH)
     sinks_N = by_piece(mosaic_tpu_kernel.LOG2E * sinks_N.astype(jnp.float32))
     sinks_M1 = jnp.tile(sinks_N, plan.queries)[:, None]
     per, whole = plan.groups // _CORES, pl.BlockSpec(memory_space=pl.ANY)
-    operands = [sinks_M1, q_TSX, recent_BRH]
+    operands = [sinks_M1, q_txL, recent_BRH]
     in_specs = [pl.BlockSpec((M, 1), lambda c, i, *_: (0, 0)), whole, whole]
     if rotary is not None:
         turns_G2QL = turns_of(rotary, ragged)
@@ -206,22 +208,24 @@ def forward(
     static = {"plan": plan.static(), "scale": scale, "per": per, "norm": query_norm}
     o_TSX = pl.pallas_call(
         functools.partial(mosaic_tpu_kernel.attend, **static, turns=rotary is not None),
-        out_shape=jax.ShapeDtypeStruct(q_TSX.shape, dtype),
+        out_shape=jax.ShapeDtypeStruct((T, *o_SX), dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(plan.scalars),
             grid=(_CORES, per),
             in_specs=in_specs,
             out_specs=whole,
             scratch_shapes=[
-                pltpu.VMEM((2, plan.queries, *q_TSX.shape[1:]), dtype),
+                pltpu.VMEM((2, *q_txL.shape[1:]), dtype),
+                pltpu.VMEM((2, 8, N, H), dtype),
+                pltpu.SMEM((2, 2), jnp.int32),
                 pltpu.VMEM((M, H), dtype),
                 pltpu.VMEM(recent, dtype),
                 pltpu.VMEM(chunk_shape, dtype),
-                pltpu.VMEM((2, plan.queries, *q_TSX.shape[1:]), dtype),
+                pltpu.VMEM((2, plan.queries, *o_SX), dtype),
                 pltpu.VMEM((M, 1), jnp.float32),
                 pltpu.VMEM((M, 1), jnp.float32),
                 pltpu.VMEM((M, H), jnp.float32),
-                pltpu.SemaphoreType.DMA((3, 2)),
+                pltpu.SemaphoreType.DMA((4, 2)),
             ],
         ),
         compiler_params=pltpu.CompilerParams(

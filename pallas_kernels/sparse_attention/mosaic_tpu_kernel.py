@@ -21,11 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.precision import precision
 from pallas_kernels.ragged import LANES
 from pallas_kernels.sparse_attention import mosaic_tpu_chunks as chunks
-from pallas_kernels.sparse_attention.mosaic_tpu_queries import (
-    clear_padding,
-    give_out,
-    take_in,
-)
+from pallas_kernels.sparse_attention import mosaic_tpu_queries as queries
 from pallas_kernels.sparse_attention.plan import ROWS
 
 LOG2E = math.log2(math.e)
@@ -44,14 +40,15 @@ def attend(*refs, plan, scale, per, norm, turns):
         table_any, pieces_ref, *refs = refs
     if plan.chosen:
         members_ref, *refs = refs
-    o_any, q_buf, q_ref, r_buf, e_buf, o_buf, m_ref, l_ref, acc_ref, sems = refs
+    o_any, q_tiles, q_tokens, q_there, q_ref, r_buf, e_buf, o_buf, *refs = refs
+    m_ref, l_ref, acc_ref, sems = refs
     first_ref, count_ref, before_ref, own_ref, chunks_ref, limit_ref, _, slot_ref = (
         scalars
     )
     i = pl.program_id(1)
     g = pl.program_id(0) * per + i
     side = jax.lax.rem(i, 2)
-    Q, (M, H) = q_buf.shape[1], q_ref.shape
+    Q, (M, H) = o_buf.shape[1], q_ref.shape
     N = M // Q
 
     def each_query(group, act):
@@ -59,25 +56,20 @@ def attend(*refs, plan, scale, per, norm, turns):
         for query in range(Q):
             pl.when(query < count)(functools.partial(act, query))
 
-    def inputs(group, side, act):
-        """Copies of a group's queries and recent rows, of none if it is empty."""
-        pl.when(tokens_of(count_ref, group) > 0)(lambda: recent_rows(group, side, act))
-
-        def one(query):
-            source = q_any.at[first_ref[group] + query]
-            target = q_buf.at[side, query]
-            act(pltpu.make_async_copy(source, target, sems.at[0, side]))
-
-        each_query(group, one)
+    def fetch_queries(group):
+        tokens = first_ref[group], tokens_of(count_ref, group)
+        queries.fetch(*tokens, q_any, q_tiles, q_there, sems.at[3])
 
     def recent_rows(group, side, act):
+        """Copies of a group's recent rows, of none if it is empty."""
         slot = jnp.minimum(group // plan.blocks, plan.slots - 1)
         row = 0
         if plan.causal and plan.blocks > 1:
             row = pl.multiple_of(jax.lax.rem(group, plan.blocks) * Q, ROWS)
         source = recent_any.at[slot, pl.ds(row, plan.recent)]
         target = r_buf.at[side, pl.ds(0, plan.recent)]
-        act(pltpu.make_async_copy(source, target, sems.at[0, side]))
+        copy = pltpu.make_async_copy(source, target, sems.at[0, side])
+        pl.when(tokens_of(count_ref, group) > 0)(lambda: act(copy))
 
     def outputs(group, side, act):
         def one(query):
@@ -100,11 +92,11 @@ def attend(*refs, plan, scale, per, norm, turns):
         size = min(max(1, BLOCK_ROWS // N), -(-Q // 2))
         blocks = [range(q, min(q + size, Q)) for q in range(0, Q, size)]
         ahead = scores(blocks[0], k_SH, seen)
-        for queries, following in zip(blocks, [*blocks[1:], None]):
+        for block, following in zip(blocks, [*blocks[1:], None]):
             s_MS = ahead
             if following is not None:
                 ahead = scores(following, k_SH, seen)
-            rows = pl.ds(queries[0] * N, len(queries) * N)
+            rows = pl.ds(block[0] * N, len(block) * N)
             old_M1 = sinks_ref[rows] if first else m_ref[rows]
             m_M1 = jnp.maximum(old_M1, s_MS.max(-1, keepdims=True))
             p_MS, keep_M1 = jnp.exp2(s_MS - m_M1), jnp.exp2(old_M1 - m_M1)
@@ -114,12 +106,12 @@ def attend(*refs, plan, scale, per, norm, turns):
             o_MH = product(p_MS.astype(k_SH.dtype), k_SH, 0)
             acc_ref[rows] = o_MH if first else keep_M1 * acc_ref[rows] + o_MH
 
-    def scores(queries, k_SH, seen):
-        q_MH = q_ref[pl.ds(queries[0] * N, len(queries) * N)]
+    def scores(block, k_SH, seen):
+        q_MH = q_ref[pl.ds(block[0] * N, len(block) * N)]
         s_MS = product(q_MH, k_SH, 1) * (scale * LOG2E)
-        parts = [s_MS[k * N : (k + 1) * N] for k in range(len(queries))]
+        parts = [s_MS[k * N : (k + 1) * N] for k in range(len(block))]
         return jnp.concatenate(
-            [jnp.where(seen(q), part, UNSEEN) for q, part in zip(queries, parts)]
+            [jnp.where(seen(q), part, UNSEEN) for q, part in zip(block, parts)]
         )
 
     def product(x, k_SH, contracted):
@@ -141,18 +133,23 @@ def attend(*refs, plan, scale, per, norm, turns):
             for side_ in range(2):
                 rest = r_buf.at[side_, tail]
                 rest[...] = jnp.zeros(rest.shape, rest.dtype)
-        inputs(g, side, lambda copy: copy.start())
-        clear_padding(slot_ref, o_any, o_buf.at[0, 0], sems.at[1, 0])
+        for tile in range(2):
+            q_there[0, tile], q_there[1, tile] = -1, 0
+        fetch_queries(g)
+        recent_rows(g, side, lambda copy: copy.start())
+        queries.clear_padding(slot_ref, o_any, o_buf.at[0, 0], sems.at[1, 0])
 
     there = chunks_of(chunks_ref, g)
     if plan.piece:
         pl.when(there > 0)(lambda: start_chunk(0, 0))
-    inputs(g, side, lambda copy: copy.wait())
-    pl.when(i + 1 < per)(lambda: inputs(g + 1, 1 - side, lambda copy: copy.start()))
+    queries.arrive(q_tiles, q_tokens, q_there, sems.at[3])
+    recent_rows(g, side, lambda copy: copy.wait())
+    more = i + 1 < per
+    pl.when(more)(lambda: recent_rows(g + 1, 1 - side, lambda copy: copy.start()))
 
     @pl.when(tokens_of(count_ref, g) > 0)
     def _():
-        take_in(q_buf.at[side], q_ref, turns_ref, norm=norm)
+        queries.take_in(first_ref[g], q_tokens, q_ref, turns_ref, norm=norm)
         k_RH = r_buf[side].reshape(-1, H)
         col_1R = columns(k_RH)
 
@@ -165,24 +162,26 @@ def attend(*refs, plan, scale, per, norm, turns):
 
         accumulate(k_RH, recent, first=True)
 
-        def chunk(j, _):
-            side_ = jax.lax.rem(j, 2)
-            pl.when(j + 1 < there)(lambda: start_chunk(j + 1, 1 - side_))
-            chunks.wait(e_buf.at[side_], sems.at[2, side_])
-            k_SH = chunks.rows_of(e_buf, side_)
-            col_1S = columns(k_SH) + j * plan.tile
+    pl.when(more)(lambda: fetch_queries(g + 1))
 
-            def seen(query):
-                if not plan.chosen:
-                    return col_1S < limit_ref[g * Q + query]
-                here = pl.ds(pl.multiple_of(j * plan.tile, LANES), plan.tile)
-                return (members_ref[0, :, here] & (1 << query)) != 0
+    def chunk(j, _):
+        side_ = jax.lax.rem(j, 2)
+        pl.when(j + 1 < there)(lambda: start_chunk(j + 1, 1 - side_))
+        chunks.wait(e_buf.at[side_], sems.at[2, side_])
+        k_SH = chunks.rows_of(e_buf, side_)
+        col_1S = columns(k_SH) + j * plan.tile
 
-            accumulate(k_SH, seen)
-            return _
+        def seen(query):
+            if not plan.chosen:
+                return col_1S < limit_ref[g * Q + query]
+            here = pl.ds(pl.multiple_of(j * plan.tile, LANES), plan.tile)
+            return (members_ref[0, :, here] & (1 << query)) != 0
 
-        if plan.piece:
-            jax.lax.fori_loop(0, there, chunk, 0)
+        accumulate(k_SH, seen)
+        return _
+
+    if plan.piece:
+        jax.lax.fori_loop(0, there, chunk, 0)
 
     @pl.when(i >= 2)
     def _():
@@ -190,7 +189,7 @@ def attend(*refs, plan, scale, per, norm, turns):
 
     @pl.when(tokens_of(count_ref, g) > 0)
     def _():
-        give_out(acc_ref, l_ref, o_buf.at[side], turns_ref)
+        queries.give_out(acc_ref, l_ref, o_buf.at[side], turns_ref)
 
     outputs(g, side, lambda copy: copy.start())
 

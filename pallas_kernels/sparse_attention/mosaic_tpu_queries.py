@@ -1,9 +1,10 @@
 """Queries on their way into a TPU's kernel, and outputs on theirs out of it.
 
-In memory both lie as [T, S, K H]: head s K + k is at row s, from lane k H on. So XLA
-lays out projections whose S groups of K heads have weights of their own, and no copy is
-needed behind the kernel. In it, rows are [query, k, s]: pieces of S rows and H lanes,
-which begin and end with tiles, change places and nothing else.
+Queries come as a projection leaves them, in tiles of 8 tokens and 128 lanes: a group
+asks for the tiles of its tokens, of which it may have one in common with the group
+before it. Outputs leave as [T, S, K H]: head s K + k is at row s, from lane k H on. So
+XLA lays out projections whose S groups of K heads have weights of their own, and
+nothing is copied before or behind the kernel. In it, rows are [query, k, s].
 
 On the way in queries are normed and turned, on the way out outputs are turned back, in
 float32. Pairs of channels are lanes side by side, of the last 128 of a head. The matrix
@@ -22,6 +23,8 @@ from pallas_kernels.ragged import LANES, Ragged
 from pallas_kernels.rotary import Rotary, right_angles
 
 _TILE = 8  # rows of a tile
+# JAX's simulator of TPU memory cannot read a buffer as words; tests there go without.
+AS_WORDS = True
 
 
 def head_grid(heads: int) -> tuple[int, int]:
@@ -40,29 +43,85 @@ def turns_of(rotary: Rotary, ragged: Ragged) -> Float[Array, "G 2 Q L"]:
     return ragged.grouped(rotary.lanes(LANES), 0).swapaxes(1, 2)
 
 
-def take_in(q_ref, rows_ref, turns_ref, *, norm):
-    """Queries [Q, S, K H] to rows [Q K S, H], normed and turned where that is asked.
+def in_tiles(q_TNH: Float[Array, "T N H"]) -> Float[Array, "t x L"]:
+    """Queries as they lie behind a projection, row 8 x + r of lanes x, token r."""
+    q_TX = q_TNH.reshape(len(q_TNH), -1)
+    q_TX = jnp.pad(q_TX, ((0, -len(q_TX) % _TILE), (0, 0)))
+    q_t8xL = q_TX.reshape(-1, _TILE, q_TX.shape[1] // LANES, LANES)
+    return q_t8xL.swapaxes(1, 2).reshape(len(q_t8xL), -1, LANES)
+
+
+def fetch(first, count, q_any, tiles_ref, there_ref, sems):
+    """Asks for the tiles of some tokens that are not there yet.
 
     Args:
-      q_ref: as they came from memory.
+      first: of the tokens.
+      count: of them, 8 at most.
+      q_any: see `in_tiles`.
+      tiles_ref: [2, 8 x, 128], even tiles and odd ones.
+      there_ref: [2, 2] in scalar memory: which tiles are there or on their way, and
+        whether they are on their way.
+      sems: of both.
+    """
+    for k in range(2):
+        tile = first // _TILE + k
+        side = tile % 2
+        wanted = (count > 0) & (tile * _TILE < first + count)
+
+        @pl.when(wanted & (there_ref[0, side] != tile))
+        def _(tile=tile, side=side):
+            ends = q_any.at[tile], tiles_ref.at[side]
+            pltpu.make_async_copy(*ends, sems.at[side]).start()
+            there_ref[0, side], there_ref[1, side] = tile, 1
+
+
+def arrive(tiles_ref, tokens_ref, there_ref, sems):
+    """Waits for tiles that are on their way, and takes their tokens apart.
+
+    Args:
+      tiles_ref: see `fetch`.
+      tokens_ref: [2, 8, K S, H], where those of even tiles and odd ones go.
+      there_ref: see `fetch`.
+      sems: of both tiles.
+    """
+
+    @pl.loop(0, 2)
+    def _(side):
+        @pl.when(there_ref[1, side] == 1)
+        def _():
+            tile = tiles_ref.at[side]
+            pltpu.make_async_copy(tile, tile, sems.at[side]).wait()
+            there_ref[1, side] = 0
+            for row in range(_TILE):
+                tokens_ref[side, row] = _heads(
+                    tiles_ref, side, row, *tokens_ref.shape[2:]
+                )
+
+
+def take_in(first, tokens_ref, rows_ref, turns_ref, *, norm):
+    """Queries of a group to rows [Q K S, H], normed and turned where that is asked.
+
+    Args:
+      first: the first query's token.
+      tokens_ref: see `arrive`.
       rows_ref: where they go.
       turns_ref: [1, 2, Q, 128], or None.
       norm: epsilon of their norm, or None.
     """
-    Q, _, X = q_ref.shape
-    M, H = rows_ref.shape
-    N, dtype = M // Q, rows_ref.dtype
+    (M, H), dtype = rows_ref.shape, rows_ref.dtype
+    N = tokens_ref.shape[2]
+    Q = M // N
 
-    def raw(query, first, width):
-        lanes = [pl.ds(each + first, width) for each in range(0, X, H)]
-        pieces = [q_ref[query, :, each].astype(jnp.float32) for each in lanes]
-        return jnp.concatenate(pieces)
+    def raw(query, lanes):
+        token = first + query
+        x_NH = tokens_ref[token // _TILE % 2, token % _TILE, :, lanes]
+        return x_NH.astype(jnp.float32)
 
     if turns_ref is not None:
-        last = [raw(query, H - LANES, LANES) for query in range(Q)]
+        last = [raw(query, pl.ds(H - LANES, LANES)) for query in range(Q)]
         across = [_across(each_NL.astype(dtype)) for each_NL in last]
     for query in range(Q):
-        x_NH = raw(query, 0, H)
+        x_NH = raw(query, pl.ds(0, H))
         if turns_ref is not None:
             across_NL = across[query]
         if norm is not None:
@@ -74,6 +133,28 @@ def take_in(q_ref, rows_ref, turns_ref, *, norm):
         if turns_ref is not None:
             x_NH = _turned(x_NH, across_NL, turns_ref, query)
         rows_ref[pl.ds(query * N, N)] = x_NH.astype(dtype)
+
+
+def _heads(tiles_ref, side, row, heads, width):
+    """A token's heads [K S, H] out of a tile."""
+    S, K = head_grid(heads)
+    columns = width // LANES
+    stride = K * columns * _TILE
+
+    def piece(column):
+        """128 lanes of S heads."""
+        if tiles_ref.dtype != jnp.bfloat16 or not AS_WORDS:
+            rows = pl.ds(column * _TILE + row, S, stride=stride)
+            return tiles_ref[side, rows].astype(jnp.float32)
+        # A word holds a lane of two tokens, of the first in its lower half.
+        rows = pl.ds((column * _TILE + row) // 2, S, stride=stride // 2)
+        words = tiles_ref.bitcast(jnp.uint32)[side, rows]
+        upper = words & jnp.uint32(0xFFFF0000) if row % 2 else words << 16
+        return pltpu.bitcast(upper, jnp.float32)
+
+    pieces = [[piece(k * columns + c) for c in range(columns)] for k in range(K)]
+    x_NH = jnp.concatenate([jnp.concatenate(each, axis=1) for each in pieces])
+    return x_NH.astype(tiles_ref.dtype)
 
 
 def give_out(sums_ref, weights_ref, o_ref, turns_ref):

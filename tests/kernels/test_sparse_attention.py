@@ -34,6 +34,7 @@ from pallas_kernels.sparse_attention import (
     mosaic_gpu_lists,
     mosaic_tpu_chunks,
     mosaic_tpu_kernel,
+    mosaic_tpu_queries,
     plan,
 )
 
@@ -61,6 +62,7 @@ def small_steps(monkeypatch):
     """Kernels of which little is unrolled, with chunks that few entries fill."""
     monkeypatch.setattr(mosaic_tpu_chunks, "TOGETHER", 1)
     monkeypatch.setattr(mosaic_tpu_chunks, "AS_WORDS", False)
+    monkeypatch.setattr(mosaic_tpu_queries, "AS_WORDS", False)
     monkeypatch.setattr(plan, "TILE", 128)
     monkeypatch.setattr(mosaic_gpu, "TILES", (32, 32))
     monkeypatch.setattr(mosaic_gpu_kernel, "accumulate", accumulate)
