@@ -11,6 +11,7 @@ from pallas_kernels.index_scores.api import index_scores
 from pallas_kernels.indexer_topk.api import indexer_topk
 from pallas_kernels.indexer_topk.index import Index
 from pallas_kernels.ragged import Ragged, Table
+from pallas_kernels.rotary import Rotary
 from pallas_kernels.sparse_attention.api import sparse_attention
 from pallas_kernels.sparse_attention.entries import Entries
 from pallas_kernels.top_k.api import top_k
@@ -19,6 +20,7 @@ __all__ = [
     "Entries",
     "Index",
     "Ragged",
+    "Rotary",
     "Table",
     "cached_attention",
     "compress",

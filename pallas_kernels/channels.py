@@ -22,8 +22,10 @@ def turn_neighbours(
     `cos` and `sin` have as many axes as `x`.
     """
     plain, turning = jnp.split(x, [x.shape[-1] - 2 * cos.shape[-1]], axis=-1)
-    pairs = upcast(turning).reshape(*turning.shape[:-1], -1, 2)
-    a, b = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    turned = turned.reshape(turning.shape).astype(x.dtype)
+    a = upcast(turning)
+    # Neighbours by shifts: pairs on an axis of their own would lie elsewhere.
+    right, left = (jnp.roll(a, shift, axis=-1) for shift in (-1, 1))
+    b = jnp.where(jnp.arange(a.shape[-1]) % 2 == 0, -right, left)
+    cos, sin = (jnp.repeat(each, 2, axis=-1) for each in (cos, sin))
+    turned = (a * cos + b * sin).astype(x.dtype)
     return jnp.concatenate([plain, turned], axis=-1)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 _LOG = logging.getLogger(__name__)
 _HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
@@ -56,12 +57,17 @@ def expected_kind() -> str:
     return device if isinstance(device, str) else device.device_kind
 
 
-def no_hopper() -> str | None:
-    """Why programs cannot have Hopper's instructions; None if they can, or may."""
+def no_hopper(*operands) -> str | None:
+    """Why Hopper's matrix units cannot take operands; None if they can, or may."""
     kind = expected_kind()
-    if expected_platform() != "gpu" or _HOPPER.search(kind):
-        return None
-    return f"is made of Hopper's instructions, not for {kind}"
+    if expected_platform() == "gpu" and not _HOPPER.search(kind):
+        return f"is made of Hopper's instructions, not for {kind}"
+    if (given := {each.dtype for each in operands}) != {jnp.dtype(jnp.bfloat16)}:
+        return (
+            "computes in bfloat16, Hopper's matrix units having no float32, got "
+            f"{sorted(map(str, given))}"
+        )
+    return None
 
 
 def _expected_device():

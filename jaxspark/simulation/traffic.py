@@ -190,14 +190,20 @@ def _moved(line: Instruction, body: Computation, program: Program) -> float:
         return 2 * _size(line.arrays, anywhere=True)
     if line.opcode in _WRITTEN:
         return 2 * _size(operands[_WRITTEN[line.opcode]].arrays, anywhere=True)
+    if "cross_program_prefetch" in line.attributes:
+        return 0.0  # made at the end of the run before, where it counts
     if line.opcode == "copy-start":
         return _size(operands[0].arrays) or _size(line.arrays[:1])
     if line.opcode == "slice-start":
         return _size(line.arrays[1:2], anywhere=True)
-    # A kernel may read pieces of its operands: of one layer, what is chosen.
+    # A kernel may read pieces of its operands: of one layer, what is chosen. It does
+    # not know what of them the compiler keeps in vector memory.
     estimate = _estimate(line, "bytes_accessed")
     if estimate is not None and not _is_grouped(line):
-        return estimate
+        aside = _size(line.arrays, anywhere=True) - _size(line.arrays)
+        for operand in operands:
+            aside += _size(operand.arrays, anywhere=True) - _size(operand.arrays)
+        return max(estimate - aside, 0.0)
     read = sum(_size(operand.arrays) for operand in operands)
     return read + _size(line.arrays)
 

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.cached_attention.ref import cached_attention_xla
 from pallas_kernels.gradients import with_gradients_of
+from pallas_kernels.groups import group_block
 from pallas_kernels.precision import precision
 from pallas_kernels.ragged import LANES, Ragged
 
@@ -85,12 +86,7 @@ def cached_attention_mosaic_tpu(
     table = jnp.arange(B) if pages_BP is None else pages_BP
     whole = pl.BlockSpec(memory_space=pl.ANY)
 
-    def of_group(shape, most=groups_real):
-        def at(core, i, *_):
-            return (jnp.minimum(core * per + i, most - 1), *(0,) * (len(shape) - 1))
-
-        return pl.BlockSpec(shape, at)
-
+    of_group = functools.partial(group_block, per=per, groups=groups_real)
     static = {
         "per": per,
         "blocks": blocks,
@@ -113,7 +109,7 @@ def cached_attention_mosaic_tpu(
                 whole,
                 whole,
             ],
-            out_specs=of_group((1, K, rows, H), groups),
+            out_specs=of_group((1, K, rows, H), groups=groups),
             scratch_shapes=[
                 pltpu.VMEM((2, K, chunk, H), dtype),
                 pltpu.VMEM((2, K, chunk, H), dtype),

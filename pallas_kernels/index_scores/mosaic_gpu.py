@@ -35,15 +35,10 @@ _ROW_OF_HEADS = plgpu.Layout.WGMMA.reduce(0)
 
 def supports(q_TNH, keys: Table, weights_TN, ragged: Ragged, limits_T) -> str | None:
     """Why the kernel cannot score these; None if it can."""
-    if reason := no_hopper():
-        return reason
     _, heads, width = q_TNH.shape
     rows = keys.rows_LBCH
-    if {q_TNH.dtype, rows.dtype} != {jnp.dtype(jnp.bfloat16)}:
-        return (
-            "computes in bfloat16, Hopper's matrix units having no float32, got "
-            f"queries in {q_TNH.dtype} and keys in {rows.dtype}"
-        )
+    if reason := no_hopper(q_TNH, rows):
+        return reason
     if heads % 8 or heads > _MOST_HEADS or width % _SWIZZLED or width > _WIDEST:
         return (
             f"needs heads in multiples of 8, {_MOST_HEADS} at most, that are a "

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
+from pallas_kernels.groups import group_block
 from pallas_kernels.indexer_topk import selection
 from pallas_kernels.indexer_topk.index import Index
 from pallas_kernels.indexer_topk.union import Union
@@ -79,16 +80,11 @@ def _choose(index: Index, limits_T: Int[Array, " T"], ragged: Ragged) -> Union:
     registers = -(-registers // size) * size
     n = -(-Q * min(index.picks, index.keys.length) // LANES) * LANES
 
-    def of_group(shape, divisor=1, ahead=0, groups=G, **options):
-        last, zeros = groups // divisor - 1, (0,) * (len(shape) - 1)
-
-        def at(core, i, *_):
-            return (jnp.minimum((core * per + i + ahead) // divisor, last), *zeros)
-
-        return pl.BlockSpec(shape, at, **options)
-
+    of_group = functools.partial(group_block, per=per, groups=G)
     blocks = G // len(plan.pieces)
-    names = functools.partial(of_group, (1, 1, places), blocks, memory_space=pltpu.SMEM)
+    names = functools.partial(
+        of_group, (1, 1, places), together=blocks, memory_space=pltpu.SMEM
+    )
     _, _, _, _, chunks_G, limits_GQ, *_ = plan.scalars
     # Those that make up full cores write nothing that matters.
     written = functools.partial(of_group, groups=plan.groups)

@@ -1,9 +1,11 @@
 """Attention over recent rows and some compressed entries, one softmax for both."""
 
+import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.ragged import Ragged
+from pallas_kernels.rotary import Rotary
 from pallas_kernels.sparse_attention import mosaic_gpu, mosaic_tpu
 from pallas_kernels.sparse_attention.entries import Entries
 from pallas_kernels.sparse_attention.ref import sparse_attention_xla
@@ -33,6 +35,8 @@ def sparse_attention(
     *,
     scale: float,
     causal: bool = True,
+    rotary: Rotary | None = None,
+    query_norm: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T N H"]:
     """Attention of N heads over keys that are values too (DeepSeek-V4, section 2.3).
@@ -51,6 +55,10 @@ def sparse_attention(
       scale: of the scores.
       causal: a token sees itself and the W rows before it; otherwise, as in a draft
         block, all rows of its slot and the W before them.
+      rotary: turns queries to their positions, and outputs back from them, as values
+        that are keys carry their own; angles have no gradients.
+      query_norm: epsilon of an RMS norm, without weights, of each head's query before
+        it turns; None: no norm.
       implementation: "xla", or a kernel for heads that are multiples of 128 wide:
         "mosaic_tpu", or "mosaic_gpu" for 64 or 128 of them in bfloat16; None takes
         those in programs for TPUs and Hopper GPUs where they can.
@@ -68,11 +76,13 @@ def sparse_attention(
             raise ValueError("compressed entries need either limits_T or chosen_TX")
         if entries.index is not None and entries.limits_T is None:
             raise ValueError("an index chooses below limits, and there is no limits_T")
+    rotary = jax.lax.stop_gradient(rotary)
     return call(
         "sparse_attention",
         IMPLEMENTATIONS,
         implementation,
-        *(q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries),
+        *(q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, rotary),
         scale=scale,
         causal=causal,
+        query_norm=query_norm,
     )

@@ -24,6 +24,7 @@ from pallas_kernels.gradients import with_gradients_of
 from pallas_kernels.indexer_topk.ref import choices_of
 from pallas_kernels.indexer_topk.union import alone
 from pallas_kernels.ragged import LANES, Ragged
+from pallas_kernels.rotary import Rotary, right_angles
 from pallas_kernels.sparse_attention import mosaic_gpu_kernel
 from pallas_kernels.sparse_attention.entries import Entries
 from pallas_kernels.sparse_attention.mosaic_gpu_kernel import (
@@ -39,6 +40,7 @@ from pallas_kernels.sparse_attention.mosaic_gpu_lists import (
     parts_of,
     per_token,
 )
+from pallas_kernels.sparse_attention.mosaic_gpu_queries import TURNING
 from pallas_kernels.sparse_attention.plan import Plan
 from pallas_kernels.sparse_attention.ref import recent_rows, sparse_attention_xla
 
@@ -49,32 +51,37 @@ _MOST_CHOSEN = 8192
 
 
 def supports(
-    q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, *, scale, causal
+    q_TNH,
+    keys_TH,
+    before_BWH,
+    sinks_N,
+    ragged,
+    entries,
+    rotary,
+    *,
+    scale,
+    causal,
+    query_norm,
 ) -> str | None:
     """Why the kernel cannot attend over these; None if it can."""
     _, heads, width = q_TNH.shape
-    if reason := no_hopper():
+    tables = [] if entries is None else [entries.table.rows_LBCH]
+    if reason := no_hopper(q_TNH, keys_TH, before_BWH, *tables):
         return reason
-    given = {q_TNH.dtype, keys_TH.dtype, before_BWH.dtype}
-    if entries is not None:
-        rows = entries.table.rows_LBCH
-        given.add(rows.dtype)
+    for rows in tables:
         if not entries.some and rows.shape[2] % TILE_ROWS:
             return (
                 f"reads entries by {TILE_ROWS}, got {rows.shape[2]} to a slot or page"
             )
         if entries.picks > _MOST_CHOSEN:
             return f"takes {_MOST_CHOSEN} chosen entries at most, got {entries.picks}"
-    if given != {jnp.dtype(jnp.bfloat16)}:
-        return (
-            "computes in bfloat16, Hopper's matrix units having no float32, got "
-            f"{sorted(map(str, given))}"
-        )
     if heads % HEADS or width % LANES or width > _WIDEST:
         return (
             f"needs heads in multiples of {HEADS} that are a multiple of {LANES} wide "
             f"and {_WIDEST} at most, got {heads} x {width}"
         )
+    if rotary is not None and 2 * rotary.cos_Th.shape[1] > TURNING:
+        return f"turns {TURNING} channels at most, got {2 * rotary.cos_Th.shape[1]}"
     return None
 
 
@@ -86,8 +93,10 @@ def sparse_attention_mosaic_gpu(
     sinks_N: Float[Array, " N"],
     ragged: Ragged,
     entries: Entries | None,
+    rotary: Rotary | None,
     scale: float,
     causal: bool,
+    query_norm: float | None,
 ) -> Float[Array, "T N H"]:
     """See `api.sparse_attention`; gradients are those of the reference."""
     lookback, union = before_BWH.shape[1], None
@@ -111,7 +120,9 @@ def sparse_attention_mosaic_gpu(
         jnp.pad(recent_BRH, ((0, 0), (0, missing), (0, 0))),
         mosaic_gpu_kernel.LOG2E * sinks_N.astype(jnp.float32),
     ]
-    buffers = []
+    buffers, turning = [], []
+    if rotary is not None:
+        operands += [rotary.lanes(TURNING), right_angles(TURNING).astype(dtype)]
     if plan.piece:
         pieces = plan.pieces[:, 0]
         if chosen:
@@ -129,10 +140,13 @@ def sparse_attention_mosaic_gpu(
         )
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
+    if rotary is not None:
+        turning = [tiled(min(tile, SWIZZLED), TURNING, TURNING)]
     copies = tile // plan.piece if plan.piece > 1 else 1
     blocks = T * N // HEADS
     parts = parts_of(blocks, most_chunks(plan, tile), tile)
     static = {"plan": plan.static(), "scale": scale, "parts": parts}
+    static |= {"norm": query_norm, "turns": rotary is not None}
     o_PTNH, lse_PTN = plgpu.kernel(
         functools.partial(mosaic_gpu_kernel.attend, **static),
         out_type=[
@@ -145,7 +159,8 @@ def sparse_attention_mosaic_gpu(
             tiled(tile // HALVES, HALVES, HEADS, tile // HALVES),
             plgpu.SMEM((HALVES, HEADS), jnp.float32),
             *buffers,
-            plgpu.Barrier(num_arrivals=HALVES + chosen),
+            *turning,
+            plgpu.Barrier(num_arrivals=HALVES + chosen + len(turning)),
             plgpu.Barrier(num_arrivals=HALVES * copies, num_barriers=SIDES),
             plgpu.Barrier(num_arrivals=HALVES, num_barriers=SIDES),
             plgpu.Barrier(num_arrivals=HALVES),

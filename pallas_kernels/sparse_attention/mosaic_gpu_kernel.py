@@ -20,6 +20,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.sparse_attention.mosaic_gpu_queries import (
+    COLUMN,
+    ROW,
+    give_out,
+    take_in,
+    turning,
+)
+
 LOG2E = math.log2(math.e)
 UNSEEN = -1e30
 LEAST = 1e-30  # sum of weights, of a part that sees nothing
@@ -27,7 +35,6 @@ HEADS = 64  # of a block of threads: the rows of the smallest product
 SIDES = 2  # of the ring
 HALVES = 2
 TILE_ROWS, SWIZZLED = 8, 64  # of a tile of the matrix units: rows, columns at most
-ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
 def accumulate(acc_NH, p_NS, k_ref, meanwhile):
@@ -44,11 +51,24 @@ def accumulate(acc_NH, p_NS, k_ref, meanwhile):
     return pl.run_state(add)(plgpu.ACC.init(acc_NH))
 
 
-def attend(token_ref, q_ref, recent_ref, sinks_ref, *refs, plan, scale, parts):
+def attend(
+    token_ref,
+    q_ref,
+    recent_ref,
+    sinks_ref,
+    *refs,
+    plan,
+    scale,
+    parts,
+    norm,
+    turns,
+):
     """One query, 64 heads of it; see the top of the file."""
+    turns_ref, angles_ref, *refs = refs if turns else (None, None, *refs)
     table_ref, pieces_ref, *refs = refs if plan.piece else (None, None, *refs)
     o_ref, lse_ref, q_buf, k_buf, p_buf, m_buf, *refs = refs
     rows_buf, names_buf, *refs = refs if plan.chosen else (None, None, *refs)
+    angles_buf, *refs = refs if turns else (None, *refs)
     loaded, filled, emptied, compared, weighed = refs
     blocks = q_ref.shape[1] // HEADS
     block, part = jax.lax.axis_index("block"), jax.lax.axis_index("part")
@@ -218,7 +238,10 @@ def attend(token_ref, q_ref, recent_ref, sinks_ref, *refs, plan, scale, parts):
             plgpu.copy_gmem_to_smem(q_ref.at[t, heads, columns[c]], q_buf.at[c], loaded)
         if plan.chosen:
             plgpu.copy_gmem_to_smem(pieces_ref.at[token_ref[t, 7]], names_buf, loaded)
+        if turns:
+            plgpu.copy_gmem_to_smem(angles_ref, angles_buf, loaded)
 
+    turn = turning(turns_ref.at[t], angles_buf) if turns else None
     m_N = plgpu.load(sinks_ref.at[heads], layout=ROW, optimized=False)
     # Each of the two sums the weights of its rows; one counts the sink.
     counts = jnp.where((me == 0) & (part == 0), 1.0, 0.0)
@@ -226,6 +249,8 @@ def attend(token_ref, q_ref, recent_ref, sinks_ref, *refs, plan, scale, parts):
     acc_NH = jnp.zeros((HEADS, width), jnp.float32)
     acc_NH = plgpu.layout_cast(acc_NH, plgpu.Layout.WGMMA)
     plgpu.barrier_wait(loaded)
+    if turns or norm is not None:
+        take_in(q_buf, m_buf, turn, norm=norm, meet=lambda: meet(compared))
     put(begin, fetch(begin))
     acc_NH, m_N, l_N = jax.lax.fori_loop(begin, end, chunk, (acc_NH, m_N, l_N))
     m_buf[me] = l_N
@@ -234,6 +259,8 @@ def attend(token_ref, q_ref, recent_ref, sinks_ref, *refs, plan, scale, parts):
     l_N = jnp.maximum(l_N, LEAST)
     o_NH = acc_NH / jax.lax.broadcast_in_dim(l_N, acc_NH.shape, [0])
     q_buf[me] = o_NH.astype(q_buf.dtype)
+    if turns:
+        give_out(q_buf, turn)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(q_buf.at[me], o_ref.at[part, t, heads, my_columns])
 

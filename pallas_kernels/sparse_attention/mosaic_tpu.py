@@ -24,11 +24,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import best_for
+from pallas_kernels.groups import group_block
 from pallas_kernels.indexer_topk import api as indexers
 from pallas_kernels.indexer_topk.ref import choices_of
 from pallas_kernels.indexer_topk.union import MOST_ENTRIES, Union, union
 from pallas_kernels.precision import narrow
 from pallas_kernels.ragged import LANES, Ragged
+from pallas_kernels.rotary import Rotary
 from pallas_kernels.sparse_attention import mosaic_tpu_kernel
 from pallas_kernels.sparse_attention.entries import Entries
 from pallas_kernels.sparse_attention.mosaic_tpu_backward import backward
@@ -36,7 +38,14 @@ from pallas_kernels.sparse_attention.mosaic_tpu_entries import (
     entry_operands,
     entry_specs,
 )
+from pallas_kernels.sparse_attention.mosaic_tpu_queries import (
+    by_piece,
+    head_grid,
+    in_tiles,
+    turns_of,
+)
 from pallas_kernels.sparse_attention.plan import ROWS, Plan
+from pallas_kernels.sparse_attention.ref import turned_queries
 
 _VMEM = 32 << 20
 _CORES = 2
@@ -47,7 +56,17 @@ _MOST_TOKENS = 1 << 16
 
 
 def supports(
-    q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, *, scale, causal
+    q_TNH,
+    keys_TH,
+    before_BWH,
+    sinks_N,
+    ragged,
+    entries,
+    rotary,
+    *,
+    scale,
+    causal,
+    query_norm,
 ) -> str | None:
     """Why the kernel cannot attend over these; None if it can."""
     _, heads, width = q_TNH.shape
@@ -66,6 +85,8 @@ def supports(
             f"takes {_MOST_TOKENS} tokens at most, padded, got {ragged.slots} slots of "
             f"{ragged.rows}"
         )
+    if rotary is not None and 2 * rotary.cos_Th.shape[1] > LANES:
+        return f"turns {LANES} channels at most, got {2 * rotary.cos_Th.shape[1]}"
     given = [keys_TH.dtype, before_BWH.dtype]
     if entries is not None:
         rows = entries.table.rows_LBCH
@@ -84,7 +105,7 @@ def supports(
     return None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnames=("scale", "causal"))
+@functools.partial(jax.custom_vjp, nondiff_argnames=("scale", "causal", "query_norm"))
 def sparse_attention_mosaic_tpu(
     q_TNH: Float[Array, "T N H"],
     keys_TH: Float[Array, "T H"],
@@ -92,20 +113,24 @@ def sparse_attention_mosaic_tpu(
     sinks_N: Float[Array, " N"],
     ragged: Ragged,
     entries: Entries | None,
+    rotary: Rotary | None,
     scale: float,
     causal: bool,
+    query_norm: float | None,
 ) -> Float[Array, "T N H"]:
     """See `api.sparse_attention`; see `mosaic_tpu_backward` for gradients."""
-    operands = (q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries)
-    return _saving(*operands, scale, causal)[0]
+    operands = (q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, rotary)
+    return _saving(*operands, scale, causal, query_norm)[0]
 
 
-def _saving(q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, scale, causal):
-    operands = (q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries)
+def _saving(*operands_and_options):
+    *operands, scale, causal, query_norm = operands_and_options
     with jax.enable_x64(False):
         narrowed = narrow(operands)
-        united = _united(narrowed[-1], narrowed[-2])
-        return forward(*narrowed, united, scale, causal), (operands, united)
+        *_, ragged, entries, _ = narrowed
+        united = _united(entries, ragged)
+        options = scale, causal, query_norm
+        return forward(*narrowed, united, *options), (operands, united)
 
 
 def _united(entries: Entries | None, ragged: Ragged) -> Union | None:
@@ -120,16 +145,24 @@ def _united(entries: Entries | None, ragged: Ragged) -> Union | None:
     return indexers.indexer_topk(*operands, implementation=name)
 
 
-def _backward(scale, causal, saved, do_TNH):
-    operands, united = saved
+def _backward(scale, causal, query_norm, saved, do_TNH):
+    """Of queries as they meet keys, by the kernel; XLA does what lies around it."""
+    (q_TNH, *operands, rotary), united = saved
+    turn = functools.partial(turned_queries, rotary=rotary, query_norm=query_norm)
+    q_TNH, unturned = jax.vjp(turn, q_TNH)
+    if rotary is not None:  # The transpose of turning back.
+        do_TNH = rotary(do_TNH)
     with jax.enable_x64(False):
-        narrowed = narrow(operands)
-        *grads, drows = backward(narrowed, united, do_TNH, scale, causal, _CORES)
+        narrowed = narrow((q_TNH, *operands))
+        dq_TNH, *grads, drows = backward(
+            narrowed, united, do_TNH, scale, causal, _CORES
+        )
+    [dq_TNH] = unturned(dq_TNH)
     if drows is None:
-        return *grads, None, None
-    entries = operands[-1]
-    table = replace(entries.table, rows_LBCH=drows, layer=None, pages_BP=None)
-    return *grads, None, Entries(table)
+        return dq_TNH, *grads, None, None, None
+    table = operands[-1].table
+    table = replace(table, rows_LBCH=drows, layer=None, pages_BP=None)
+    return dq_TNH, *grads, None, Entries(table), None
 
 
 sparse_attention_mosaic_tpu.defvjp(_saving, _backward)
@@ -142,9 +175,11 @@ def forward(
     sinks_N: Float[Array, " N"],
     ragged: Ragged,
     entries: Entries | None,
+    rotary: Rotary | None,
     united: Union | None,
     scale: float,
     causal: bool,
+    query_norm: float | None,
 ) -> Float[Array, "T N H"]:
     """See `api.sparse_attention`; `united` is what groups choose, if they do."""
     lookback = before_BWH.shape[1]
@@ -152,38 +187,45 @@ def forward(
     recent_BRH = plan.recent_rows(before_BWH, keys_TH, ragged)
     T, N, H = q_TNH.shape
     M, dtype = plan.queries * N, q_TNH.dtype
-    sinks_M1 = jnp.tile(
-        mosaic_tpu_kernel.LOG2E * sinks_N.astype(jnp.float32), plan.queries
-    )[:, None]
-    whole = pl.BlockSpec(memory_space=pl.ANY)
-    operands = [sinks_M1, q_TNH, recent_BRH]
+    o_SX = (rows := head_grid(N)[0], N * H // rows)
+    q_txL = in_tiles(q_TNH)
+    sinks_N = by_piece(mosaic_tpu_kernel.LOG2E * sinks_N.astype(jnp.float32))
+    sinks_M1 = jnp.tile(sinks_N, plan.queries)[:, None]
+    per, whole = plan.groups // _CORES, pl.BlockSpec(memory_space=pl.ANY)
+    operands = [sinks_M1, q_txL, recent_BRH]
     in_specs = [pl.BlockSpec((M, 1), lambda c, i, *_: (0, 0)), whole, whole]
+    if rotary is not None:
+        turns_G2QL = turns_of(rotary, ragged)
+        operands += [turns_G2QL]
+        block = (1, *turns_G2QL.shape[1:])
+        in_specs += [group_block(block, per=per, groups=plan.groups_real)]
     chunk_shape = (2, 8, H)
     if plan.table is not None:
         operands += entry_operands(plan)
         in_specs += entry_specs(plan, _CORES)
         chunk_shape = (2, plan.tile, *plan.table.shape[1:])
     recent = (2, plan.recent_columns, *recent_BRH.shape[2:])
-    per = plan.groups // _CORES
-    return pl.pallas_call(
-        functools.partial(
-            mosaic_tpu_kernel.attend, plan=plan.static(), scale=scale, per=per
-        ),
-        out_shape=jax.ShapeDtypeStruct(q_TNH.shape, dtype),
+    static = {"plan": plan.static(), "scale": scale, "per": per, "norm": query_norm}
+    o_TSX = pl.pallas_call(
+        functools.partial(mosaic_tpu_kernel.attend, **static, turns=rotary is not None),
+        out_shape=jax.ShapeDtypeStruct((T, *o_SX), dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(plan.scalars),
             grid=(_CORES, per),
             in_specs=in_specs,
             out_specs=whole,
             scratch_shapes=[
-                pltpu.VMEM((2, plan.queries, N, H), dtype),
+                pltpu.VMEM((2, *q_txL.shape[1:]), dtype),
+                pltpu.VMEM((2, 8, N, H), dtype),
+                pltpu.SMEM((2, 2), jnp.int32),
+                pltpu.VMEM((M, H), dtype),
                 pltpu.VMEM(recent, dtype),
                 pltpu.VMEM(chunk_shape, dtype),
-                pltpu.VMEM((2, plan.queries, N, H), dtype),
+                pltpu.VMEM((2, plan.queries, *o_SX), dtype),
                 pltpu.VMEM((M, 1), jnp.float32),
                 pltpu.VMEM((M, 1), jnp.float32),
                 pltpu.VMEM((M, H), jnp.float32),
-                pltpu.SemaphoreType.DMA((3, 2)),
+                pltpu.SemaphoreType.DMA((4, 2)),
             ],
         ),
         compiler_params=pltpu.CompilerParams(
@@ -194,3 +236,4 @@ def forward(
         cost_estimate=plan.cost(q_TNH),
         name="sparse_attention",
     )(*plan.scalars, *operands)
+    return o_TSX.reshape(T, N, H)

@@ -28,12 +28,8 @@ from pallas_kernels.sparse_attention.mosaic_tpu_entries import (
     entry_operands,
     entry_specs,
 )
-from pallas_kernels.sparse_attention.mosaic_tpu_kernel import (
-    LOG2E,
-    UNSEEN,
-    clear_padding,
-    rows_of,
-)
+from pallas_kernels.sparse_attention.mosaic_tpu_kernel import LOG2E, UNSEEN
+from pallas_kernels.sparse_attention.mosaic_tpu_queries import clear_padding
 from pallas_kernels.sparse_attention.plan import ROWS, Plan
 
 _VMEM = 40 << 20
@@ -207,7 +203,7 @@ def _step(*refs, plan, scale, per):
                 return (lists[1][0, :, here] & (1 << query)) != 0
             return columns(plan.tile) + j * plan.tile < limit_ref[g * Q + query]
 
-        return rows_of(e_bufs[0], 0), seen
+        return chunks.rows_of(e_bufs[0], 0), seen
 
     def add(j, dk_SH):
         """To the gradients of a chunk's pieces; what fills the chunk up is left."""

@@ -21,57 +21,55 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.precision import precision
 from pallas_kernels.ragged import LANES
 from pallas_kernels.sparse_attention import mosaic_tpu_chunks as chunks
+from pallas_kernels.sparse_attention import mosaic_tpu_queries as queries
 from pallas_kernels.sparse_attention.plan import ROWS
 
 LOG2E = math.log2(math.e)
 UNSEEN = -1e30
 # Rows (queries x heads) of which scores are made at once.
 BLOCK_ROWS = 192
-# JAX's simulator of TPU memory cannot read a buffer as words; tests there go without.
-AS_WORDS = True
 
 
-def attend(*refs, plan, scale, per):
+def attend(*refs, plan, scale, per, norm, turns):
     """One step: a group of queries over all that they see."""
     scalars, (sinks_ref, q_any, recent_any, *refs) = refs[:8], refs[8:]
-    table_any, pieces_ref, members_ref = None, None, None
+    turns_ref, table_any, pieces_ref, members_ref = None, None, None, None
+    if turns:
+        turns_ref, *refs = refs
     if plan.piece:
         table_any, pieces_ref, *refs = refs
     if plan.chosen:
         members_ref, *refs = refs
-    o_any, q_buf, r_buf, e_buf, o_buf, m_ref, l_ref, acc_ref, sems = refs
+    o_any, q_tiles, q_tokens, q_there, q_ref, r_buf, e_buf, o_buf, *refs = refs
+    m_ref, l_ref, acc_ref, sems = refs
     first_ref, count_ref, before_ref, own_ref, chunks_ref, limit_ref, _, slot_ref = (
         scalars
     )
     i = pl.program_id(1)
     g = pl.program_id(0) * per + i
     side = jax.lax.rem(i, 2)
-    Q, N, H = q_buf.shape[1:]
+    Q, (M, H) = o_buf.shape[1], q_ref.shape
+    N = M // Q
 
     def each_query(group, act):
         count = tokens_of(count_ref, group)
         for query in range(Q):
             pl.when(query < count)(functools.partial(act, query))
 
-    def inputs(group, side, act):
-        """Copies of a group's queries and recent rows, of none if it is empty."""
-        pl.when(tokens_of(count_ref, group) > 0)(lambda: recent_rows(group, side, act))
-
-        def one(query):
-            source = q_any.at[first_ref[group] + query]
-            target = q_buf.at[side, query]
-            act(pltpu.make_async_copy(source, target, sems.at[0, side]))
-
-        each_query(group, one)
+    def fetch_queries(group):
+        tokens = first_ref[group], tokens_of(count_ref, group)
+        queries.fetch(*tokens, q_any, q_tiles, q_there, sems.at[3])
 
     def recent_rows(group, side, act):
+        """Copies of a group's recent rows, of none if it is empty."""
         slot = jnp.minimum(group // plan.blocks, plan.slots - 1)
         row = 0
         if plan.causal and plan.blocks > 1:
             row = pl.multiple_of(jax.lax.rem(group, plan.blocks) * Q, ROWS)
         source = recent_any.at[slot, pl.ds(row, plan.recent)]
         target = r_buf.at[side, pl.ds(0, plan.recent)]
-        act(pltpu.make_async_copy(source, target, sems.at[0, side]))
+        copy = pltpu.make_async_copy(source, target, sems.at[0, side])
+        pl.when(tokens_of(count_ref, group) > 0)(lambda: act(copy))
 
     def outputs(group, side, act):
         def one(query):
@@ -94,11 +92,11 @@ def attend(*refs, plan, scale, per):
         size = min(max(1, BLOCK_ROWS // N), -(-Q // 2))
         blocks = [range(q, min(q + size, Q)) for q in range(0, Q, size)]
         ahead = scores(blocks[0], k_SH, seen)
-        for queries, following in zip(blocks, [*blocks[1:], None]):
+        for block, following in zip(blocks, [*blocks[1:], None]):
             s_MS = ahead
             if following is not None:
                 ahead = scores(following, k_SH, seen)
-            rows = pl.ds(queries[0] * N, len(queries) * N)
+            rows = pl.ds(block[0] * N, len(block) * N)
             old_M1 = sinks_ref[rows] if first else m_ref[rows]
             m_M1 = jnp.maximum(old_M1, s_MS.max(-1, keepdims=True))
             p_MS, keep_M1 = jnp.exp2(s_MS - m_M1), jnp.exp2(old_M1 - m_M1)
@@ -108,12 +106,12 @@ def attend(*refs, plan, scale, per):
             o_MH = product(p_MS.astype(k_SH.dtype), k_SH, 0)
             acc_ref[rows] = o_MH if first else keep_M1 * acc_ref[rows] + o_MH
 
-    def scores(queries, k_SH, seen):
-        q_MH = q_buf[side, pl.ds(queries[0], len(queries))].reshape(-1, H)
+    def scores(block, k_SH, seen):
+        q_MH = q_ref[pl.ds(block[0] * N, len(block) * N)]
         s_MS = product(q_MH, k_SH, 1) * (scale * LOG2E)
-        parts = [s_MS[k * N : (k + 1) * N] for k in range(len(queries))]
+        parts = [s_MS[k * N : (k + 1) * N] for k in range(len(block))]
         return jnp.concatenate(
-            [jnp.where(seen(q), part, UNSEEN) for q, part in zip(queries, parts)]
+            [jnp.where(seen(q), part, UNSEEN) for q, part in zip(block, parts)]
         )
 
     def product(x, k_SH, contracted):
@@ -135,17 +133,23 @@ def attend(*refs, plan, scale, per):
             for side_ in range(2):
                 rest = r_buf.at[side_, tail]
                 rest[...] = jnp.zeros(rest.shape, rest.dtype)
-        inputs(g, side, lambda copy: copy.start())
-        clear_padding(slot_ref, o_any, o_buf.at[0, 0], sems.at[1, 0])
+        for tile in range(2):
+            q_there[0, tile], q_there[1, tile] = -1, 0
+        fetch_queries(g)
+        recent_rows(g, side, lambda copy: copy.start())
+        queries.clear_padding(slot_ref, o_any, o_buf.at[0, 0], sems.at[1, 0])
 
     there = chunks_of(chunks_ref, g)
     if plan.piece:
         pl.when(there > 0)(lambda: start_chunk(0, 0))
-    inputs(g, side, lambda copy: copy.wait())
-    pl.when(i + 1 < per)(lambda: inputs(g + 1, 1 - side, lambda copy: copy.start()))
+    queries.arrive(q_tiles, q_tokens, q_there, sems.at[3])
+    recent_rows(g, side, lambda copy: copy.wait())
+    more = i + 1 < per
+    pl.when(more)(lambda: recent_rows(g + 1, 1 - side, lambda copy: copy.start()))
 
     @pl.when(tokens_of(count_ref, g) > 0)
     def _():
+        queries.take_in(first_ref[g], q_tokens, q_ref, turns_ref, norm=norm)
         k_RH = r_buf[side].reshape(-1, H)
         col_1R = columns(k_RH)
 
@@ -158,24 +162,26 @@ def attend(*refs, plan, scale, per):
 
         accumulate(k_RH, recent, first=True)
 
-        def chunk(j, _):
-            side_ = jax.lax.rem(j, 2)
-            pl.when(j + 1 < there)(lambda: start_chunk(j + 1, 1 - side_))
-            chunks.wait(e_buf.at[side_], sems.at[2, side_])
-            k_SH = rows_of(e_buf, side_)
-            col_1S = columns(k_SH) + j * plan.tile
+    pl.when(more)(lambda: fetch_queries(g + 1))
 
-            def seen(query):
-                if not plan.chosen:
-                    return col_1S < limit_ref[g * Q + query]
-                here = pl.ds(pl.multiple_of(j * plan.tile, LANES), plan.tile)
-                return (members_ref[0, :, here] & (1 << query)) != 0
+    def chunk(j, _):
+        side_ = jax.lax.rem(j, 2)
+        pl.when(j + 1 < there)(lambda: start_chunk(j + 1, 1 - side_))
+        chunks.wait(e_buf.at[side_], sems.at[2, side_])
+        k_SH = chunks.rows_of(e_buf, side_)
+        col_1S = columns(k_SH) + j * plan.tile
 
-            accumulate(k_SH, seen)
-            return _
+        def seen(query):
+            if not plan.chosen:
+                return col_1S < limit_ref[g * Q + query]
+            here = pl.ds(pl.multiple_of(j * plan.tile, LANES), plan.tile)
+            return (members_ref[0, :, here] & (1 << query)) != 0
 
-        if plan.piece:
-            jax.lax.fori_loop(0, there, chunk, 0)
+        accumulate(k_SH, seen)
+        return _
+
+    if plan.piece:
+        jax.lax.fori_loop(0, there, chunk, 0)
 
     @pl.when(i >= 2)
     def _():
@@ -183,8 +189,7 @@ def attend(*refs, plan, scale, per):
 
     @pl.when(tokens_of(count_ref, g) > 0)
     def _():
-        o_MH = (acc_ref[...] * (1 / l_ref[...])).astype(o_buf.dtype)
-        o_buf[side] = o_MH.reshape(Q, N, H)
+        queries.give_out(acc_ref, l_ref, o_buf.at[side], turns_ref)
 
     outputs(g, side, lambda copy: copy.start())
 
@@ -193,48 +198,6 @@ def attend(*refs, plan, scale, per):
         if per > 1:
             outputs(g - 1, 1 - side, lambda copy: copy.wait())
         outputs(g, side, lambda copy: copy.wait())
-
-
-def rows_of(buffer, side):
-    """A chunk [tile, H]; rows that came one by one lie as [tile, H / 128, 128]."""
-    if len(buffer.shape) == 3:
-        return buffer[side]
-    _, tile, pieces, lanes = buffer.shape
-    if buffer.dtype != jnp.bfloat16 or pieces % 2 or not AS_WORDS:
-        return buffer[side].reshape(tile, pieces * lanes)
-    return rows_of_words(buffer.bitcast(jnp.uint32), side)
-
-
-def rows_of_words(words, side):
-    """The same of rows in bfloat16, as words [tile, H / 256, 128].
-
-    A word holds two of a row's pieces, where the matrix units want two rows' of a
-    piece. Words of even and of odd rows, loaded apart, are recombined in registers,
-    which takes half the time that a reshape does.
-    """
-    _, tile, pairs, _ = words.shape
-    low, columns = jnp.uint32(0xFFFF), []
-    for pair in range(pairs):
-        even = words[side, pl.ds(0, tile // 2, stride=2), pair]
-        odd = words[side, pl.ds(1, tile // 2, stride=2), pair]
-        columns += [even & low | odd << 16, even >> 16 | odd & ~low]
-    return jnp.concatenate([pltpu.bitcast(c, jnp.bfloat16) for c in columns], axis=1)
-
-
-def clear_padding(slot_ref, out_any, row_ref, sem):
-    """Zeros to where no slot's tokens lie; each core does its share, through a row."""
-    T, core = len(slot_ref), pl.program_id(0)
-    share = -(-T // pl.num_programs(0))
-    row_ref[...] = jnp.zeros(row_ref.shape, row_ref.dtype)
-
-    def each(act):
-        @pl.loop(core * share, jnp.minimum((core + 1) * share, T))
-        def _(t):
-            copy = pltpu.make_async_copy(row_ref, out_any.at[t], sem)
-            pl.when(slot_ref[t] < 0)(lambda: act(copy))
-
-    each(lambda copy: copy.start())
-    each(lambda copy: copy.wait())
 
 
 def tokens_of(count_ref, group):

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.channels import normalize
 from pallas_kernels.indexer_topk.ref import choices_of
 from pallas_kernels.precision import accum_dtype, precision, upcast
 from pallas_kernels.ragged import Ragged, Table
+from pallas_kernels.rotary import Rotary
 from pallas_kernels.sparse_attention.entries import Entries
 
 
@@ -22,10 +24,30 @@ def sparse_attention_xla(
     sinks_N: Float[Array, " N"],
     ragged: Ragged,
     entries: Entries | None,
+    rotary: Rotary | None,
     scale: float,
     causal: bool,
+    query_norm: float | None,
 ) -> Float[Array, "T N H"]:
     """See `api.sparse_attention`."""
+    q_TNH = turned_queries(q_TNH, rotary, query_norm)
+    operands = (keys_TH, before_BWH, sinks_N, ragged, entries)
+    o_TNH = _attend(q_TNH, *operands, scale, causal)
+    return o_TNH if rotary is None else rotary.inverse(o_TNH)
+
+
+def turned_queries(
+    q_TNH: Float[Array, "T N H"], rotary: Rotary | None, query_norm: float | None
+) -> Float[Array, "T N H"]:
+    """Queries as they meet keys: normed and turned, rounded once."""
+    dtype = q_TNH.dtype
+    if query_norm is not None:
+        q_TNH = normalize(q_TNH, query_norm)
+    return (q_TNH if rotary is None else rotary(q_TNH)).astype(dtype)
+
+
+def _attend(q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, scale, causal):
+    """The attention itself."""
     recent_BRH = recent_rows(before_BWH, keys_TH, ragged)
     lookback, rows = before_BWH.shape[1], ragged.rows
     per_query = (

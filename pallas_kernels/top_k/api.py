@@ -3,11 +3,16 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, call
-from pallas_kernels.top_k import bisection
+from pallas_kernels.top_k import bisection, two_stage
 from pallas_kernels.top_k.ref import top_k_xla
 
 IMPLEMENTATIONS = {
     "xla": Implementation(run=top_k_xla),
+    "two_stage": Implementation(
+        run=two_stage.top_k_two_stage,
+        platforms=("cuda",),
+        supports=two_stage.supports,
+    ),
     "bisection": Implementation(
         run=bisection.top_k_bisection,
         platforms=("tpu", "cuda"),
@@ -32,9 +37,9 @@ def top_k(
       scores_TC: float32, no NaNs.
       limits_T: places a row may choose, from the first on.
       k: places to choose.
-      implementation: "xla", which sorts on TPUs and GPUs, or "bisection", which does
-        not. None takes what suits the platform. (Where scores need not be written
-        either, `indexer_topk` has a kernel.)
+      implementation: "xla", which sorts on TPUs and GPUs, or "two_stage" or
+        "bisection", which do not. None takes what suits the platform. (Where scores
+        need not be written either, `indexer_topk` has a kernel.)
 
     Raises:
       ValueError: unknown implementation, or one that does not support the operands.

@@ -31,12 +31,16 @@ def top_k_bisection(
     scores_TC: Float[Array, "T C"], limits_T: Int[Array, " T"], *, k: int
 ) -> Int[Array, "T X"]:
     """See `api.top_k`; lower entries come first."""
-    k = min(k, scores_TC.shape[1])
     visible_TC = jnp.arange(scores_TC.shape[1]) < limits_T[:, None]
     keys_TC = jnp.where(visible_TC, ordered(scores_TC), 0)
+    return highest(keys_TC, min(k, scores_TC.shape[1]))
+
+
+def highest(keys_TC: UInt32[Array, "T C"], k: int) -> Int[Array, "T X"]:
+    """Places of the k highest keys above 0, in order; -1 behind the last."""
     lowest_T1 = kth_highest(keys_TC, k)[:, None]
     above_TC = keys_TC > lowest_T1
-    equal_TC = (keys_TC == lowest_T1) & visible_TC
+    equal_TC = (keys_TC == lowest_T1) & (keys_TC > 0)
     missing_T1 = k - above_TC.sum(-1, keepdims=True)
     chosen_TC = above_TC | (equal_TC & (jnp.cumsum(equal_TC, -1) <= missing_T1))
     return places(chosen_TC, k)

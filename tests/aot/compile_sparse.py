@@ -3,7 +3,8 @@
     python -m tests.aot.compile_sparse v5e:2x2 "flash chosen" "pro limits" ...
     python -m tests.aot.compile_sparse h100:4 "flash limits paged"
 
-One of two layers, read in place. Mosaic may end the process where it cannot compile.
+One of two layers, read in place; queries are normed and turned, outputs turned back.
+Mosaic may end the process where it cannot compile.
 """
 
 import json
@@ -18,11 +19,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from jaxspark.simulation.chips import parse_slice
-from pallas_kernels import Entries, Ragged, Table, sparse_attention
+from pallas_kernels import Entries, Ragged, Rotary, Table, sparse_attention
 from pallas_kernels.ragged import LANES, split_lanes
 from tests.aot.hlo import KERNELS, new_arrays
 
 LAYERS, ENTRIES, WINDOW, WIDTH, PAGE = 2, 4096, 128, 512, 16
+TURNING = 32  # pairs of channels of a head
 # Heads, entries that a query chooses, slots, tokens of each.
 SIZES = {
     "flash": (64, 512, 8, 6),
@@ -63,6 +65,7 @@ def report(chip: str, case: str) -> dict:
         of(whole, heads, dtype=jnp.float32),
         ints(one, tokens),
         *[ints(one, slots)] * 3,
+        *[of(one, tokens, TURNING, dtype=jnp.float32)] * 2,
         of(all_layers, *table),
         ints(whole),
         ints(one, tokens, picks) if seen == "chosen" else ints(one, tokens),
@@ -70,8 +73,8 @@ def report(chip: str, case: str) -> dict:
     )
 
     def attend(
-        q, keys, before, sinks, slots_T, starts, offsets, counts, rows_L, at, which,
-        *pages,
+        q, keys, before, sinks, slots_T, starts, offsets, counts, cos, sin, rows_L, at,
+        which, *pages,
     ):  # fmt: skip
         ragged = Ragged(
             slots_T=slots_T,
@@ -82,19 +85,19 @@ def report(chip: str, case: str) -> dict:
         )
         name = "chosen_TX" if seen == "chosen" else "limits_T"
         entries = Entries(Table(rows_L, at, *pages), **{name: which})
-        return sparse_attention(
-            q, keys, before, sinks, ragged, entries, scale=width**-0.5
-        )
+        operands = q, keys, before, sinks, ragged, entries
+        turned = {"rotary": Rotary(cos, sin), "query_norm": 1e-6}
+        return sparse_attention(*operands, scale=width**-0.5, **turned)
 
     if "gradients" in rest:
         forward = attend
 
         def attend(*operands):
             def of(q, keys, before, sinks, rows_L):
-                others = operands[4:8], operands[9:]
+                others = operands[4:10], operands[11:]
                 return forward(q, keys, before, sinks, *others[0], rows_L, *others[1])
 
-            o_TNH, back = jax.vjp(of, *operands[:4], operands[8])
+            o_TNH, back = jax.vjp(of, *operands[:4], operands[10])
             return back(o_TNH)
 
     if "sharded" in rest:

@@ -20,6 +20,7 @@ from jaxspark.models import FlatTokens
 from pallas_kernels import (
     Entries,
     Index,
+    Rotary,
     Table,
     index_scores,
     sparse_attention,
@@ -33,6 +34,7 @@ from pallas_kernels.sparse_attention import (
     mosaic_gpu_lists,
     mosaic_tpu_chunks,
     mosaic_tpu_kernel,
+    mosaic_tpu_queries,
     plan,
 )
 
@@ -59,7 +61,8 @@ SIMULATED = {
 def small_steps(monkeypatch):
     """Kernels of which little is unrolled, with chunks that few entries fill."""
     monkeypatch.setattr(mosaic_tpu_chunks, "TOGETHER", 1)
-    monkeypatch.setattr(mosaic_tpu_kernel, "AS_WORDS", False)
+    monkeypatch.setattr(mosaic_tpu_chunks, "AS_WORDS", False)
+    monkeypatch.setattr(mosaic_tpu_queries, "AS_WORDS", False)
     monkeypatch.setattr(plan, "TILE", 128)
     monkeypatch.setattr(mosaic_gpu, "TILES", (32, 32))
     monkeypatch.setattr(mosaic_gpu_kernel, "accumulate", accumulate)
@@ -95,12 +98,12 @@ class Attend:
         self.is_kernel = implementation != "xla"
         self.dtype = jnp.bfloat16 if implementation == "mosaic_gpu" else jnp.float32
 
-        def run(*operands, scale=0.3, causal=True):
+        def run(*operands, scale=0.3, **options):
             return sparse_attention(
-                *operands, scale=scale, causal=causal, implementation=implementation
+                *operands, scale=scale, **options, implementation=implementation
             )
 
-        self.run = jax.jit(run, static_argnames=("scale", "causal"))
+        self.run = jax.jit(run, static_argnames=("scale", "causal", "query_norm"))
 
     def __call__(self, *operands, **options):
         with SIMULATED[self.implementation]():
@@ -172,6 +175,15 @@ def plain(
         weights = np.exp(scale * rows.astype(np.float64) @ q[t, n])
         out[t, n] = weights @ rows / (weights.sum() + np.exp(sinks[n]))
     return out
+
+
+def turned(x, angles, sign=1):
+    """The last channels as complex numbers, in float64."""
+    x, width = np.array(x, np.float64), 2 * angles.shape[1]
+    pairs = x[..., -width::2] + 1j * x[..., 1 - width :: 2]
+    pairs *= np.exp(sign * 1j * angles)[:, None]
+    x[..., -width::2], x[..., 1 - width :: 2] = pairs.real, pairs.imag
+    return x
 
 
 def agrees(tokens, mine, expected):
@@ -280,6 +292,37 @@ def test_a_block_sees_all_of_itself(attend, rows):
     agrees(tokens, seen, plain(tokens, q, keys, before, sinks, causal=False))
 
 
+@pytest.mark.parametrize(
+    ("norm", "dtype"), [(None, None), (0.1, None), (0.1, "bfloat16")]
+)
+def test_queries_are_normed_and_turned_and_outputs_turned_back(attend, norm, dtype):
+    """By heads' own norms and tokens' own angles; 11 rows are two groups."""
+    if dtype == jnp.dtype(attend.dtype):
+        pytest.skip("all tests of this kernel are in bfloat16")
+    dtype = dtype or attend.dtype
+    tokens, *arrays, _, limits = attend.made(11, 1, seed=3)
+    q, keys, before, sinks, entries = (x.astype(dtype) for x in arrays)
+    q *= jnp.arange(1.0, 1 + q.shape[1], dtype=dtype)[:, None]
+    angles = np.random.default_rng(1).normal(size=(len(q), 3))
+    rotary = Rotary(*(jnp.asarray(f(angles), "float32") for f in (np.cos, np.sin)))
+    expected = np.asarray(q, np.float64)
+    if norm is not None:
+        expected /= np.sqrt((expected**2).mean(-1, keepdims=True) + norm)
+    expected = turned(expected, angles)
+    seen = np.arange(entries.shape[1]) < np.asarray(limits)[:, None]
+    scale = 0.3 if norm is None else q.shape[2] ** -0.5
+    expected = plain(tokens, expected, keys, before, sinks, entries, seen, scale=scale)
+    expected = turned(expected, angles, -1)
+    which = Entries(next(attend.tables(entries, apart=False)), limits_T=limits)
+    mine = attend(
+        *(q, keys, before, sinks, tokens, which),
+        scale=scale,
+        rotary=rotary,
+        query_norm=norm,
+    )
+    agrees(tokens, mine, expected)
+
+
 def test_lengths_around_the_windows_edge(attend):
     """One program, slots that begin anywhere, some of them empty."""
     lookback = attend.sizes[2]
@@ -380,11 +423,15 @@ def test_gradients_are_those_of_the_reference(by, kernel):
     named = {"chosen_TX": chosen} if by == "chosen" else {"limits_T": limits}
     do = np.random.default_rng(0).normal(size=q.shape).astype(q.dtype)
     do[np.asarray(tokens.slots_T) < 0] = 0
+    around = {}
+    if by == "limits":  # Queries are normed and turned, outputs turned back.
+        angles = jnp.linspace(0.0, 3.0, 2 * len(q)).reshape(-1, 2)
+        around = {"rotary": Rotary(jnp.cos(angles), jnp.sin(angles)), "query_norm": 0.1}
 
     def gradients(attend):
         def of(q, keys, before, sinks, rows):
             which = Entries(Table(rows, table.layer), **named)
-            return attend.run(q, keys, before, sinks, tokens, which)
+            return attend.run(q, keys, before, sinks, tokens, which, **around)
 
         with SIMULATED[kernel]():
             _, back = jax.vjp(of, q, keys, before, sinks, table.rows_LBCH)
@@ -403,7 +450,7 @@ def test_rows_read_as_words_are_the_rows():
     words = jnp.asarray(halves[:, :, ::2] | halves[:, :, 1::2] << 16)
 
     def kernel(words_ref, o_ref):
-        o_ref[...] = mosaic_tpu_kernel.rows_of_words(words_ref, 1)
+        o_ref[...] = mosaic_tpu_chunks.rows_of_words(words_ref, 1)
 
     shape = jax.ShapeDtypeStruct((32, 512), rows.dtype)
     interpret = pltpu.InterpretParams()

@@ -65,10 +65,10 @@ def test_kernels_change_no_token(model, monkeypatch, random):
 
     def run(*operands, **static):
         assert kernel.supports(*operands, **static) is None
-        entries = operands[-1]
+        *_, ragged, entries, _ = operands
         ran.append(entries)
         if entries is not None and entries.index is not None:
-            choice = (entries.index, entries.limits_T, operands[-2])
+            choice = (entries.index, entries.limits_T, ragged)
             assert INDEXERS["mosaic_tpu"].supports(*choice) is None
         return kernel.run(*operands, **static)
 

@@ -113,3 +113,29 @@ def test_kernels_move_what_they_say(config):
     lines = "ENTRY %main (x: f32[64,8]) -> f32[8] {", "  %x = f32[64,8] parameter(0)"
     found = traffic("\n".join([*lines, f"  ROOT %y = {call}", "}", ""]))
     assert (found.memory, found.flops) == (70, 30)
+
+
+def test_what_lies_in_vector_memory_is_not_moved_by_a_kernel():
+    config = '{"custom_call_config":{"cost_estimate":{"bytes_accessed":"70"}}}'
+    call = f"f32[8] custom-call(%x, %v), backend_config={config}"
+    lines = [
+        "ENTRY %main (x: f32[64,8]) -> f32[8] {",
+        "  %x = f32[64,8] parameter(0)",
+        "  %v = f32[10]{0:T(128)S(1)} fusion(), kind=kLoop, calls=%nothing",
+    ]
+    assert traffic("\n".join([*lines, f"  ROOT %y = {call}", "}", ""])).memory == 30
+
+
+def test_a_prefetch_for_the_next_run_counts_once():
+    """In the first run it is a copy at the start, in others one at the end."""
+    pair = "(f32[8]{0:S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%x)"
+    lines = [
+        "ENTRY %main (x: f32[8]) -> f32[8] {",
+        "  %x = f32[8] parameter(0)",
+        f"  %first = {pair}, cross_program_prefetch_index=0",
+        f"  %next = {pair}",
+        "  ROOT %y = f32[8]{0:S(1)} copy-done(%first)",
+        "}",
+        "",
+    ]
+    assert traffic("\n".join(lines)).memory == 32

@@ -10,12 +10,13 @@ A head's vector is split in halves (x, y); at position p frequency i turns the p
 import math
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.channels import turn_neighbours
 from pallas_kernels.precision import upcast
+from pallas_kernels.rotary import Rotary
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -122,27 +123,16 @@ class Rotation:
         return turned.astype(x_TNH.dtype)
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class PartialRotation:
+class PartialRotation(Rotary):
     """Turns the last 2h of a head's H channels, in pairs of neighbours (DeepSeek-V4).
 
     The channels before them carry no position.
     """
-
-    cos_Th: Float[Array, "T h"]
-    sin_Th: Float[Array, "T h"]
 
     @classmethod
     def at(cls, config: RopeConfig, width: int, positions_T: Int[Array, " T"]):
         """Angles of `width` turning channels for absolute `positions_T`, in float32."""
         turns = Rotation.at(config, width, positions_T)
         return cls(turns.cos_Th, turns.sin_Th)
-
-    @property
-    def inverse(self) -> "PartialRotation":
-        """The rotation back."""
-        return PartialRotation(self.cos_Th, -self.sin_Th)
-
-    def __call__(self, x_TNH: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
-        """Turns each head's last pairs."""
-        return turn_neighbours(x_TNH, self.cos_Th[:, None], self.sin_Th[:, None])

@@ -21,11 +21,12 @@ from jaxspark.models.batch import FlatTokens
 from jaxspark.models.layers.compression import Compressor
 from jaxspark.models.layers.indexer import Indexer
 from jaxspark.models.layers.linear import Linear, matmul
-from jaxspark.models.layers.norm import Float32RMSNorm, normalize
+from jaxspark.models.layers.norm import Float32RMSNorm
 from jaxspark.models.layers.rope import PartialRotation
 from jaxspark.models.rows import LayerRows, Ring
 from jaxspark.parallel.axes import MODEL, size
 from pallas_kernels import Entries, sparse_attention
+from pallas_kernels.sparse_attention.ref import turned_queries
 
 
 @jax.tree_util.register_dataclass
@@ -180,9 +181,12 @@ class SparseAttention(nnx.Module):
         self, latent_TR: Float[Array, "T R"], rotation: PartialRotation
     ) -> Float[Array, "T N H"]:
         """Queries, normed per head and rotated."""
-        q_TNH = self.q_b_proj(latent_TR).reshape(len(latent_TR), -1, self.head_dim)
-        q_TNH = jax.lax.optimization_barrier(q_TNH)
-        return rotation(normalize(q_TNH, self.eps).astype(latent_TR.dtype))
+        return turned_queries(self._queries(latent_TR), rotation, self.eps)
+
+    def _queries(self, latent_TR: Float[Array, "T R"]) -> Float[Array, "T N H"]:
+        """As they are projected: rounded at once, so that nothing wider is written."""
+        q_TX = jax.lax.optimization_barrier(self.q_b_proj(latent_TR))
+        return q_TX.reshape(len(latent_TR), -1, self.head_dim)
 
     def attend(
         self,
@@ -196,7 +200,7 @@ class SparseAttention(nnx.Module):
         T = len(inputs.latent_TR)
         with jax.named_scope("sparse_attention"):
             o_TNH = sparse_attention(
-                self.queries(inputs.latent_TR, rotation),
+                self._queries(inputs.latent_TR),
                 inputs.keys_TH,
                 inputs.before_BWH,
                 self.sinks[...],
@@ -204,9 +208,11 @@ class SparseAttention(nnx.Module):
                 inputs.entries,
                 scale=self.head_dim**-0.5,
                 causal=causal,
+                rotary=rotation,
+                query_norm=self.eps,
             )
         groups = self.groups // size(MODEL)
-        o_TgI = rotation.inverse(o_TNH).reshape(T, groups, -1)
+        o_TgI = o_TNH.reshape(T, groups, -1)
         w_gRI = self.o_a_proj.matrix.reshape(groups, -1, o_TgI.shape[-1])
         low_TgR = jax.vmap(matmul, in_axes=(1, 0), out_axes=1)(o_TgI, w_gRI)
         return self.o_b_proj.summed(low_TgR.reshape(T, -1))

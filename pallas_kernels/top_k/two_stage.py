@@ -1,0 +1,72 @@
+"""`top_k` of long rows for GPUs: scores are read twice, and most of them once.
+
+A row is cut into blocks. Who is among its k best scores lies in one of the k blocks of
+highest maxima: behind any other there are k blocks, each with a score that is higher,
+or as high and before. So the maxima are chosen among, then the scores of their blocks,
+both as rows are, until they are short enough for `bisection`, which reads a row 16
+times. Blocks of w scores make C / w maxima and leave k w scores: of 262,144 scores, 512
+of which are chosen, 16,384 and 8,192.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from pallas_kernels.top_k.bisection import highest, ordered
+
+# Rows that two stages make less than so many times shorter are bisected as they are.
+SHORTER = 4
+
+
+def width(entries: int, k: int) -> int:
+    """Of a block: the power of two about which maxima and scores left are as many."""
+    return 1 << max((entries // k).bit_length() // 2, 0)
+
+
+def supports(scores_TC, limits_T, *, k) -> str | None:
+    """Why it does not choose among these; None if it does."""
+    entries = scores_TC.shape[1]
+    if width(entries, k) < SHORTER:
+        return f"is for rows of {SHORTER**2} k scores and more, not {entries} for {k}"
+    return None
+
+
+def top_k_two_stage(
+    scores_TC: Float[Array, "T C"], limits_T: Int[Array, " T"], *, k: int
+) -> Int[Array, "T X"]:
+    """See `api.top_k`; lower entries come first."""
+    limits_T = jnp.minimum(limits_T, scores_TC.shape[1])
+
+    def keys(scores_T, place_T):
+        limits = limits_T.reshape(-1, *[1] * (scores_T.ndim - 1))
+        return jnp.where(place_T < limits, ordered(scores_T), 0)
+
+    return best(scores_TC, k, keys)
+
+
+def best(x_TC: Shaped[Array, "T C"], k: int, keys=lambda x_T, place_T: x_T):
+    """Places of the k highest keys above 0, in order; -1 behind the last.
+
+    Args:
+      x_TC: what keys are made of.
+      k: places to choose.
+      keys: of x and places; made after what is left is gathered, so that this reads
+        nothing else.
+    """
+    C = x_TC.shape[1]
+    size = width(C, k)
+    if size < SHORTER:
+        return highest(keys(x_TC, jnp.arange(C)), k)
+    x_TC = jnp.pad(x_TC, ((0, 0), (0, -C % size)))
+    x_Tnb = x_TC.reshape(len(x_TC), -1, size)
+    # Not fused into what reads them again and again.
+    highest_Tn = keys(x_Tnb, jnp.arange(x_TC.shape[1]).reshape(-1, size)).max(-1)
+    block_TX1 = best(jax.lax.optimization_barrier(highest_Tn), k)[..., None]
+    left_TXb = jnp.take_along_axis(x_Tnb, block_TX1, axis=1, mode="clip")
+    left_TXb = keys(left_TXb, block_TX1 * size + jnp.arange(size))
+    left_TXb = jax.lax.optimization_barrier(jnp.where(block_TX1 < 0, 0, left_TXb))
+    left_TX = best(left_TXb.reshape(len(x_TC), -1), k)
+    own_TX = jnp.take_along_axis(
+        block_TX1[..., 0], left_TX // size, axis=1, mode="clip"
+    )
+    return jnp.where(left_TX < 0, -1, own_TX * size + left_TX % size)
