@@ -1,0 +1,136 @@
+"""Verification on TPUs: the head is read once, and no logits leave the vector memory.
+
+Moved: hidden states (once for 512 rows), the head (once for as many), a few numbers per
+row and lane. Computed: a tile of logits by the matrix units, then its draws (`draws`).
+Verifying is bound by the matrix units from about 170 rows on (v5p); noise is as much
+work for the vector units as the product of 100 rows of width 4,096 for the others.
+
+XLA writes logits of four bytes and reads them five times: as much as the head itself
+for some 200 rows, several times that for a batch.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import draws_mosaic_tpu as drawing
+from pallas_kernels.draws import Draws, Rows, fields_of
+from pallas_kernels.precision import narrow
+from pallas_kernels.ragged import LANES
+from pallas_kernels.verify.ref import products
+
+# Most rows and tokens of a step; rows by sixteens, as bfloat16 lies.
+ROWS, TOKENS = 512, 512
+_SIXTEEN = 16
+_HEAD_TILE = 8 << 20
+
+
+def supports(hidden_TD, head_VD, rows, named_T, first) -> str | None:
+    """Why the kernel cannot verify these; None if it can."""
+    if hidden_TD.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"multiplies float32 or bfloat16, not {hidden_TD.dtype}"
+    if head_VD.dtype != hidden_TD.dtype:
+        return f"needs one type, not {hidden_TD.dtype} and a head in {head_VD.dtype}"
+    if hidden_TD.shape[1] % LANES or not len(hidden_TD):
+        return f"needs rows, of a width in multiples of {LANES}: {hidden_TD.shape}"
+    return None
+
+
+def verify_mosaic_tpu(
+    hidden_TD: Float[Array, "T D"],
+    head_VD: Float[Array, "V D"],
+    rows: Rows,
+    named_T: Int[Array, " T"] | None,
+    first: Int[Array, ""],
+) -> Draws:
+    """See `api.verify`."""
+    with jax.enable_x64(False):
+        return _verify(*narrow((hidden_TD, head_VD, rows, named_T, first)))
+
+
+def _verify(hidden_TD, head_VD, rows, named_T, first):
+    (T, D), V = hidden_TD.shape, len(head_VD)
+    steps = pl.cdiv(T, ROWS)
+    tile = pl.cdiv(pl.cdiv(T, steps), _SIXTEEN) * _SIXTEEN
+    width = TOKENS
+    while width > LANES and width * D * head_VD.dtype.itemsize > _HEAD_TILE:
+        width //= 2
+    tiles = pl.cdiv(V, width)
+    per, padded = pl.cdiv(tiles, drawing.CORES), steps * tile
+    hidden_TD = jnp.pad(hidden_TD, ((0, padded - T), (0, 0)))
+    floats, integers = drawing.columns(rows, named_T, padded)
+    places, others = drawing.outputs(padded, certainty=False)
+    fields = len(fields_of(False)) - 1
+
+    def of_rows(count):
+        return pl.BlockSpec((count, tile, LANES), lambda c, t, v, first: (0, t, 0))
+
+    def head_tile(c, t, v, first):
+        return jnp.minimum(c * per + v, tiles - 1), 0
+
+    noisy = rows.keys_R2 is not None
+    drawn = pl.pallas_call(
+        functools.partial(_step, per=per, count=V, noisy=noisy),
+        out_shape=(places, others),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(drawing.CORES, steps, per),
+            in_specs=[
+                pl.BlockSpec((tile, D), lambda c, t, v, first: (t, 0)),
+                pl.BlockSpec((width, D), head_tile),
+                of_rows(2),
+                of_rows(3),
+            ],
+            out_specs=(
+                pl.BlockSpec((1, tile, LANES), lambda c, t, v, first: (c, t, 0)),
+                pl.BlockSpec(
+                    (1, fields, tile, LANES), lambda c, t, v, first: (c, 0, t, 0)
+                ),
+            ),
+            scratch_shapes=[pltpu.VMEM((tile, width), jnp.float32)],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=drawing.VMEM,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * padded * V * D,
+            bytes_accessed=(steps * V + padded) * D * head_VD.dtype.itemsize,
+            transcendentals=(2 + 2 * noisy) * padded * V,
+        ),
+        name="verify",
+    )(first[None], hidden_TD, head_VD, floats, integers)
+    return drawing.finished(drawn, rows, certainty=False)
+
+
+def _step(
+    first_ref,
+    hidden_ref,
+    head_ref,
+    floats_ref,
+    integers_ref,
+    place_ref,
+    others_ref,
+    z_ref,
+    *,
+    per: int,
+    count: int,
+    noisy: bool,
+):
+    """A tile of rows and one of tokens."""
+    v = pl.program_id(2)
+    pl.when(v == 0)(lambda: drawing.begin(place_ref, others_ref, certainty=False))
+    z_ref[...] = products(hidden_ref[...], head_ref[...])
+    start = (pl.program_id(0) * per + v) * z_ref.shape[1]
+    drawing.extend(
+        z_ref,
+        drawing.Tile(start, count, first_ref[0], None),
+        (floats_ref, integers_ref),
+        (place_ref, others_ref),
+        certainty=False,
+        noisy=noisy,
+    )
