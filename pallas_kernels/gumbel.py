@@ -22,7 +22,8 @@ def gumbel(
     """Noise in float32.
 
     Args:
-      first, second: the two words of keys, in a shape that broadcasts.
+      first: the first words of keys, in a shape that broadcasts.
+      second: their second words.
       counters: token ids.
     """
     bits = _threefry(first, second, counters)

@@ -56,18 +56,30 @@ def draft_sampling_mosaic_tpu(
 
 
 def _draft(base_GBW, row, latent_BR, weight_WR, rows, first, ids_W):
-    _, B, W = base_GBW.shape
+    B, R = latent_BR.shape
     padded = pl.cdiv(B, _SIXTEEN) * _SIXTEEN
-    rank = pl.cdiv(latent_BR.shape[1], LANES) * LANES
-    latent_BR = jnp.pad(latent_BR, ((0, padded - B), (0, rank - latent_BR.shape[1])))
-    weight_WR = jnp.pad(weight_WR, ((0, 0), (0, rank - weight_WR.shape[1])))
+    rank = pl.cdiv(R, LANES) * LANES
+    latent_BR = jnp.pad(latent_BR, ((0, padded - B), (0, rank - R)))
+    weight_WR = jnp.pad(weight_WR, ((0, 0), (0, rank - R)))
+    columns = drawing.columns(rows, None, padded)
+    scalars, noisy = jnp.stack([row, first]), rows.keys_R2 is not None
+    drawn = pass_over(
+        base_GBW, latent_BR, weight_WR, columns, ids_W, scalars, noisy=noisy
+    )
+    return drawing.finished(drawn, rows, certainty=True)
+
+
+def pass_over(base_GBW, latent_BR, weight_WR, columns, ids_W, scalars, *, noisy: bool):
+    """Draws of each lane and core; see `draws_mosaic_tpu`.
+
+    Slots and ranks are padded, but not those of the base logits.
+    """
+    (padded, rank), (_, B, W) = latent_BR.shape, base_GBW.shape
     width = TOKENS
     while width > LANES and width * padded > _MOST_LOGITS:
         width //= 2
     tiles = pl.cdiv(W, width)
     per = pl.cdiv(tiles, drawing.CORES)
-    floats, integers = drawing.columns(rows, None, padded)
-    places, others = drawing.outputs(padded, certainty=True)
     fields = len(fields_of(True)) - 1
 
     def of(c, v):
@@ -83,14 +95,13 @@ def _draft(base_GBW, row, latent_BR, weight_WR, rows, first, ids_W):
         whole(2, padded, LANES),
         whole(3, padded, LANES),
     ]
-    operands = [base_GBW, latent_BR, weight_WR, floats, integers]
+    operands = [base_GBW, latent_BR, weight_WR, *columns]
     if ids_W is not None:
         in_specs.append(pl.BlockSpec((1, width), lambda c, v, scalars: (0, of(c, v))))
         operands.append(ids_W[None])
-    noisy = rows.keys_R2 is not None
-    drawn = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_step, per=per, count=W, noisy=noisy),
-        out_shape=(places, others),
+        out_shape=drawing.outputs(padded, certainty=True),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(drawing.CORES, per),
@@ -110,11 +121,10 @@ def _draft(base_GBW, row, latent_BR, weight_WR, rows, first, ids_W):
         cost_estimate=pl.CostEstimate(
             flops=2 * padded * W * rank,
             bytes_accessed=4 * B * W + W * rank * weight_WR.dtype.itemsize,
-            transcendentals=(2 + 2 * noisy) * padded * W,
+            transcendentals=(3 + 2 * noisy) * padded * W,
         ),
         name="draft_sampling",
-    )(jnp.stack([row, first]), *operands)
-    return drawing.finished(drawn, rows, certainty=True)
+    )(scalars, *operands)
 
 
 def _step(

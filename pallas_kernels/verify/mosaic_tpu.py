@@ -53,17 +53,25 @@ def verify_mosaic_tpu(
 
 
 def _verify(hidden_TD, head_VD, rows, named_T, first):
-    (T, D), V = hidden_TD.shape, len(head_VD)
+    T = len(hidden_TD)
     steps = pl.cdiv(T, ROWS)
     tile = pl.cdiv(pl.cdiv(T, steps), _SIXTEEN) * _SIXTEEN
-    width = TOKENS
+    padded = steps * tile
+    hidden_TD = jnp.pad(hidden_TD, ((0, padded - T), (0, 0)))
+    columns = drawing.columns(rows, named_T, padded)
+    noisy = rows.keys_R2 is not None
+    drawn = pass_over(hidden_TD, head_VD, columns, first, tile=tile, noisy=noisy)
+    return drawing.finished(drawn, rows, certainty=False)
+
+
+def pass_over(hidden_TD, head_VD, columns, first, *, tile: int, noisy: bool):
+    """Draws of each lane and core, of whole tiles of rows; see `draws_mosaic_tpu`."""
+    (T, D), V = hidden_TD.shape, len(head_VD)
+    steps, width = T // tile, TOKENS
     while width > LANES and width * D * head_VD.dtype.itemsize > _HEAD_TILE:
         width //= 2
     tiles = pl.cdiv(V, width)
-    per, padded = pl.cdiv(tiles, drawing.CORES), steps * tile
-    hidden_TD = jnp.pad(hidden_TD, ((0, padded - T), (0, 0)))
-    floats, integers = drawing.columns(rows, named_T, padded)
-    places, others = drawing.outputs(padded, certainty=False)
+    per = pl.cdiv(tiles, drawing.CORES)
     fields = len(fields_of(False)) - 1
 
     def of_rows(count):
@@ -72,10 +80,9 @@ def _verify(hidden_TD, head_VD, rows, named_T, first):
     def head_tile(c, t, v, first):
         return jnp.minimum(c * per + v, tiles - 1), 0
 
-    noisy = rows.keys_R2 is not None
-    drawn = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_step, per=per, count=V, noisy=noisy),
-        out_shape=(places, others),
+        out_shape=drawing.outputs(T, certainty=False),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(drawing.CORES, steps, per),
@@ -98,13 +105,12 @@ def _verify(hidden_TD, head_VD, rows, named_T, first):
             vmem_limit_bytes=drawing.VMEM,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * padded * V * D,
-            bytes_accessed=(steps * V + padded) * D * head_VD.dtype.itemsize,
-            transcendentals=(2 + 2 * noisy) * padded * V,
+            flops=2 * T * V * D,
+            bytes_accessed=(steps * V + T) * D * head_VD.dtype.itemsize,
+            transcendentals=(2 + 2 * noisy) * T * V,
         ),
         name="verify",
-    )(first[None], hidden_TD, head_VD, floats, integers)
-    return drawing.finished(drawn, rows, certainty=False)
+    )(first[None], hidden_TD, head_VD, *columns)
 
 
 def _step(

@@ -1,0 +1,73 @@
+"""Rounds that pass over the vocabulary decode what those that write logits do.
+
+On this machine by the references of the two ops; `tests/kernels` has their kernels.
+"""
+
+import numpy as np
+import pytest
+
+from jaxspark.decoding import round as rounds
+from jaxspark.exactness.audit import decode_requests
+from jaxspark.generation import Request
+from tests import zoo
+
+LENGTHS = (1, 17, 5)
+OPTIONS = {"capacity": 96, "buckets": (len(LENGTHS) * (zoo.BLOCK + 1),)}
+SAMPLED = [{"temperature": 1.0}, {"temperature": 0.7}, {"temperature": 1.3}]
+MIXES = {
+    "greedy": [{}, {}, {}],
+    "sampled": SAMPLED,
+    "mixed": [{"temperature": 1.0}, {}, {"temperature": 0.6}],
+    "filtered": [{"temperature": 1.0, "top_p": 0.8}, {}, {"temperature": 0.6}],
+    "told": [each | {"log_probs": True} for each in SAMPLED],
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return zoo.target("llama")
+
+
+@pytest.fixture
+def both_ways(model, monkeypatch):
+    """Decodes requests with logits written, then without; and counts the latter."""
+
+    def decode(name, coupling, mix):
+        asked = [
+            Request(prompt, max_new_tokens=16, seed=i, name=str(i), **settings)
+            for i, (prompt, settings) in enumerate(
+                zip(zoo.prompts(*LENGTHS), MIXES[mix], strict=True)
+            )
+        ]
+        drafter, found = zoo.drafter(name, model), []
+        for streams in (False, True):
+            monkeypatch.setattr(rounds, "streams_vocabulary", lambda s=streams: s)
+            rounds.decode.clear_cache()
+            found.append(
+                decode_requests(model, asked, drafter, coupling=coupling, **OPTIONS)
+            )
+        rounds.decode.clear_cache()
+        return found
+
+    return decode
+
+
+@pytest.mark.parametrize(
+    ("name", "coupling", "mix"),
+    [
+        ("dspark-rnn", "rejection", "mixed"),
+        ("dspark-rnn", "gumbel", "told"),
+        ("dspark-pruned", "rejection", "told"),
+        ("dspark-pruned", "gumbel", "mixed"),
+        ("dspark-vanilla", "rejection", "greedy"),
+        ("dspark-gated", "rejection", "filtered"),
+        ("hybrid", "rejection", "sampled"),
+    ],
+)
+def test_tokens_rounds_and_log_probs_are_the_same(both_ways, name, coupling, mix):
+    written, streamed = both_ways(name, coupling, mix)
+    for one, other in zip(written, streamed, strict=True):
+        assert one.tokens == other.tokens
+        assert one.rounds == other.rounds
+        if mix == "told":
+            np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
