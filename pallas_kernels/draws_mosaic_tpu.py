@@ -89,35 +89,32 @@ class Tile(NamedTuple):
     ids_ref: Array | None
 
 
-def extend(z_ref, tile: Tile, columns, outputs, *, certainty: bool, noisy: bool):
-    """Draws of a tile's logits [R, .] beside what was drawn before."""
+def extend(
+    r, z_ref, tile: Tile, columns, outputs, *, certainty: bool, noisy: bool
+) -> None:
+    """Draws of eight rows of a tile's logits [R, .] beside what was drawn before."""
     floats_ref, integers_ref = columns
     place_ref, others_ref = outputs
     names = fields_of(certainty)
-
-    def rows(r, _):
-        at = pl.ds(pl.multiple_of(r * SUBLANES, SUBLANES), SUBLANES)
-        rate, sampled = floats_ref[0, at], floats_ref[1, at]
-        first, second, named = (integers_ref[i, at] for i in range(3))
-        values = [others_ref[0, i, at] for i in range(len(names) - 1)]
-        draws = Draws(**dict(zip(names, [place_ref[0, at], *values], strict=True)))
-        tokens = []
-        lane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
-        for k in range(0, z_ref.shape[1], LANES):
-            place = tile.start + k + lane
-            logit = jnp.where(place < tile.count, z_ref[at, k : k + LANES], -jnp.inf)
-            ids = tile.first + place
-            if tile.ids_ref is not None:
-                ids = jnp.broadcast_to(tile.ids_ref[:, k : k + LANES], lane.shape)
-            noise = gumbel(first, second, ids) * sampled if noisy else None
-            tokens.append(Token(logit, place, ids, noise))
-        draws = extended(draws, tokens, rate, named)
-        place_ref[0, at] = draws.place_R
-        for i, name in enumerate(names[1:]):
-            others_ref[0, i, at] = getattr(draws, name)
-        return _
-
-    jax.lax.fori_loop(0, z_ref.shape[0] // SUBLANES, rows, 0)
+    at = pl.ds(pl.multiple_of(r * SUBLANES, SUBLANES), SUBLANES)
+    rate, sampled = floats_ref[0, at], floats_ref[1, at]
+    first, second, named = (integers_ref[i, at] for i in range(3))
+    values = [others_ref[0, i, at] for i in range(len(names) - 1)]
+    draws = Draws(**dict(zip(names, [place_ref[0, at], *values], strict=True)))
+    tokens = []
+    lane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+    for k in range(0, z_ref.shape[1], LANES):
+        place = tile.start + k + lane
+        logit = jnp.where(place < tile.count, z_ref[at, k : k + LANES], -jnp.inf)
+        ids = tile.first + place
+        if tile.ids_ref is not None:
+            ids = jnp.broadcast_to(tile.ids_ref[:, k : k + LANES], lane.shape)
+        noise = gumbel(first, second, ids) * sampled if noisy else None
+        tokens.append(Token(logit, place, ids, noise))
+    draws = extended(draws, tokens, rate, named)
+    place_ref[0, at] = draws.place_R
+    for i, name in enumerate(names[1:]):
+        others_ref[0, i, at] = getattr(draws, name)
 
 
 class Token(NamedTuple):

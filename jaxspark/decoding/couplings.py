@@ -117,6 +117,7 @@ class CoupledSampler:
     ) -> Streamed:
         """Draft j of every slot, from a sequential head; see `streamed`."""
 
+        @jax.named_scope("written_logits")
         def written():
             drawn = self(logits.row(j, latent_BR), j, ids_W)
             return as_streamed(drawn, latent_BR, ids_W)
@@ -199,6 +200,7 @@ def verify(
 
     given = hidden_TD, head_VD, tokens, rows, proposal, sampling
 
+    @jax.named_scope("written_logits")
     def written() -> Verdict:
         return _written_verdict(coupling, *given, adjuster, log_probs, likeliest)
 

@@ -146,11 +146,11 @@ def _step(
     z_ref[...] = products(latent_ref[...], weight_ref[...])
     z_ref[:slots] += base_ref[0]
     start = (pl.program_id(0) * per + v) * z_ref.shape[1]
-    drawing.extend(
-        z_ref,
-        drawing.Tile(start, count, scalars_ref[1], ids[0] if ids else None),
-        (floats_ref, integers_ref),
-        (place_ref, others_ref),
-        certainty=True,
-        noisy=noisy,
-    )
+    tile = drawing.Tile(start, count, scalars_ref[1], ids[0] if ids else None)
+
+    def eight(r, _):
+        columns, outputs = (floats_ref, integers_ref), (place_ref, others_ref)
+        drawing.extend(r, z_ref, tile, columns, outputs, certainty=True, noisy=noisy)
+        return _
+
+    jax.lax.fori_loop(0, z_ref.shape[0] // drawing.SUBLANES, eight, 0)

@@ -47,5 +47,5 @@ def verify(
       ValueError: an implementation that is unknown or does not support the operands.
     """
     operands = (hidden_TD, head_VD, rows, named_T, jnp.asarray(first, jnp.int32))
-    with jax.named_scope("verify_op"):
+    with jax.named_scope("verify"):
         return call("verify", IMPLEMENTATIONS, implementation, *operands)

@@ -27,6 +27,8 @@ from pallas_kernels.verify.ref import products
 ROWS, TOKENS = 512, 512
 _SIXTEEN = 16
 _HEAD_TILE = 8 << 20
+# Of a product's sums, that are added while some rows are drawn.
+_CHUNKS = (1024, 512, 256, 128)
 
 
 def supports(hidden_TD, head_VD, rows, named_T, first) -> str | None:
@@ -78,14 +80,14 @@ def pass_over(hidden_TD, head_VD, columns, first, *, tile: int, noisy: bool):
         return pl.BlockSpec((count, tile, LANES), lambda c, t, v, first: (0, t, 0))
 
     def head_tile(c, t, v, first):
-        return jnp.minimum(c * per + v, tiles - 1), 0
+        return jnp.minimum(c * per + jnp.minimum(v, per - 1), tiles - 1), 0
 
     return pl.pallas_call(
         functools.partial(_step, per=per, count=V, noisy=noisy),
         out_shape=drawing.outputs(T, certainty=False),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(drawing.CORES, steps, per),
+            grid=(drawing.CORES, steps, per + 1),
             in_specs=[
                 pl.BlockSpec((tile, D), lambda c, t, v, first: (t, 0)),
                 pl.BlockSpec((width, D), head_tile),
@@ -98,7 +100,7 @@ def pass_over(hidden_TD, head_VD, columns, first, *, tile: int, noisy: bool):
                     (1, fields, tile, LANES), lambda c, t, v, first: (c, 0, t, 0)
                 ),
             ),
-            scratch_shapes=[pltpu.VMEM((tile, width), jnp.float32)],
+            scratch_shapes=[pltpu.VMEM((tile, width), jnp.float32)] * 2,
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
@@ -121,22 +123,51 @@ def _step(
     integers_ref,
     place_ref,
     others_ref,
-    z_ref,
-    *,
+    *z_refs,
     per: int,
     count: int,
     noisy: bool,
 ):
-    """A tile of rows and one of tokens."""
+    """Logits of a tile of rows and one of tokens, and draws of the one before."""
     v = pl.program_id(2)
     pl.when(v == 0)(lambda: drawing.begin(place_ref, others_ref, certainty=False))
-    z_ref[...] = products(hidden_ref[...], head_ref[...])
-    start = (pl.program_id(0) * per + v) * z_ref.shape[1]
-    drawing.extend(
-        z_ref,
-        drawing.Tile(start, count, first_ref[0], None),
-        (floats_ref, integers_ref),
-        (place_ref, others_ref),
-        certainty=False,
-        noisy=noisy,
-    )
+    rows, width = z_refs[0].shape
+    # Before a core's first tile there is none.
+    start = jnp.where(v == 0, count, (pl.program_id(0) * per + v - 1) * width)
+    tile = drawing.Tile(start, count, first_ref[0], None)
+    columns, outputs = (floats_ref, integers_ref), (place_ref, others_ref)
+    D = hidden_ref.shape[1]
+    chunk = next(size for size in _CHUNKS if D % size == 0)
+    turns, eights = D // chunk, rows // drawing.SUBLANES
+    at_once = pl.cdiv(eights, turns)
+
+    def turn(n, old_ref, new_ref, draws: int):
+        """One part of the sums that logits are, and draws of some rows meanwhile."""
+        at = pl.ds(pl.multiple_of(n * chunk, chunk), chunk)
+        part = products(hidden_ref[:, at], head_ref[:, at])
+        for i in range(draws):
+            r = n * at_once + i
+            drawing.extend(
+                *(r, old_ref, tile, columns, outputs), certainty=False, noisy=noisy
+            )
+        new_ref[...] += part
+
+    def work(old_ref, new_ref):
+        new_ref[...] = jnp.zeros((rows, width), jnp.float32)
+        full, rest = divmod(eights, at_once)
+
+        def both(n, _):
+            turn(n, old_ref, new_ref, at_once)
+            return _
+
+        def product(n, _):
+            turn(n, old_ref, new_ref, 0)
+            return _
+
+        jax.lax.fori_loop(0, full, both, 0)
+        if rest:
+            turn(full, old_ref, new_ref, rest)
+        jax.lax.fori_loop(full + (rest > 0), turns, product, 0)
+
+    pl.when(v % 2 == 0)(lambda: work(*z_refs))
+    pl.when(v % 2 == 1)(lambda: work(*z_refs[::-1]))
