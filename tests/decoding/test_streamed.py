@@ -3,12 +3,19 @@
 On this machine by the references of the two ops; `tests/kernels` has their kernels.
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from jaxspark.decoding import round as rounds
 from jaxspark.exactness.audit import decode_requests
 from jaxspark.generation import Request
+from jaxspark.parallel import vocabulary
+from jaxspark.parallel.mesh import make_mesh
+from jaxspark.settings import random_key
+from pallas_kernels import Rows, verify
 from tests import zoo
 
 LENGTHS = (1, 17, 5)
@@ -71,3 +78,32 @@ def test_tokens_rounds_and_log_probs_are_the_same(both_ways, name, coupling, mix
         assert one.rounds == other.rounds
         if mix == "told":
             np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
+
+
+@pytest.mark.parametrize("noisy", [True, False])
+def test_shards_of_the_vocabulary_draw_as_one(noisy):
+    hidden_TD = jax.random.normal(random_key(0), (12, 8))
+    head_VD = jax.random.normal(random_key(3), (64, 8))
+    keys_R2 = jnp.arange(24, dtype=jnp.int32).reshape(12, 2)
+    temperature_R = jnp.tile(jnp.array([0.0, 0.5, 1.0, 2.0]), 3)
+    rows = Rows(temperature_R, keys_R2 if noisy else None)
+
+    def drawn(hidden_TD, head_VD, rows):
+        first = vocabulary.first(len(head_VD))
+        draws = verify(hidden_TD, head_VD, rows, first=first)
+        return vocabulary.united(draws, rows, first)
+
+    whole = drawn(hidden_TD, head_VD, rows)
+    mesh = make_mesh("model:2", jax.devices()[:2])
+    shared = jax.shard_map(
+        drawn,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec("model"), PartitionSpec()),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    seen = jax.jit(shared)(hidden_TD, head_VD, rows)
+    assert seen.place_R.tolist() == whole.place_R.tolist()
+    assert max(seen.place_R) >= 32 > min(seen.place_R)
+    for one, other in zip(jax.tree.leaves(seen), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
