@@ -3,19 +3,28 @@
 On this machine by the references of the two ops; `tests/kernels` has their kernels.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
+from jaxspark.configs import drafters as draft_configs
 from jaxspark.decoding import round as rounds
+from jaxspark.drafters import DSparkDrafter
 from jaxspark.exactness.audit import decode_requests
 from jaxspark.generation import Request
+from jaxspark.models import DenseDecoder
 from jaxspark.parallel import vocabulary
 from jaxspark.parallel.mesh import make_mesh
 from jaxspark.settings import random_key
 from pallas_kernels import Rows, verify
+from pallas_kernels.draft_sampling import api as draft_api
+from pallas_kernels.verify import api as verify_api
 from tests import zoo
 
 LENGTHS = (1, 17, 5)
@@ -78,6 +87,47 @@ def test_tokens_rounds_and_log_probs_are_the_same(both_ways, name, coupling, mix
         assert one.rounds == other.rounds
         if mix == "told":
             np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
+
+
+@pytest.mark.parametrize("coupling", ["rejection", "gumbel"])
+def test_simulated_kernels_change_no_token(coupling, monkeypatch):
+    """One greedy request beside one that samples, in small tiles."""
+    config = replace(zoo.TARGETS["llama"], hidden_size=128, num_hidden_layers=1)
+    model = DenseDecoder(config, rngs=nnx.Rngs(0))
+    model.embed_tokens.weight[...] *= 10.0
+    options = {"depth": 1, "block_size": 2, "mask_token_id": 0, "markov_rank": 8}
+    drafter = DSparkDrafter(draft_configs.dspark(config, **options), rngs=nnx.Rngs(1))
+    asked = [
+        Request([3, 5, 8], max_new_tokens=6, temperature=temperature, seed=1)
+        for temperature in (0.0, 0.8)
+    ]
+
+    def decoded():
+        rounds.decode.clear_cache()
+        return [
+            each.tokens
+            for each in decode_requests(
+                model, asked, drafter, coupling=coupling, capacity=32
+            )
+        ]
+
+    expected, ran = decoded(), []
+    monkeypatch.setattr(rounds, "streams_vocabulary", lambda: True)
+    for op in (verify_api, draft_api):
+        kernel = op.IMPLEMENTATIONS["mosaic_tpu"]
+
+        def run(*operands, kernel=kernel, **static):
+            assert kernel.supports(*operands, **static) is None
+            ran.append(kernel)
+            return kernel.run(*operands, **static)
+
+        replaced = {"xla": replace(kernel, run=run, platforms=())}
+        monkeypatch.setattr(op, "IMPLEMENTATIONS", replaced)
+    simulated = pltpu.InterpretParams(uninitialized_memory="nan")
+    with pltpu.force_tpu_interpret_mode(simulated):
+        assert decoded() == expected
+    rounds.decode.clear_cache()
+    assert len(set(map(id, ran))) == 2
 
 
 @pytest.mark.parametrize("noisy", [True, False])
