@@ -80,6 +80,7 @@ class Sampler:
     """A `DraftSampler` made of a function that returns what `Drawn` holds."""
 
     draw: Any
+    streams: bool = False
 
     def __call__(self, logits_BW, j, ids_W) -> Drawn:
         return Drawn(*self.draw(logits_BW, j, ids_W))

@@ -116,10 +116,12 @@ class Adjuster:
     def drafts(
         self,
         logits_BW: Float[Array, "B W"],
-        j: Int[Array, ""],
+        j: Int[Array, "*B"],
         ids_W: Int[Array, " W"] | None,
     ) -> Float[Array, "B W"]:
         """Logits that draft j of every slot is drawn from, over a draft vocabulary.
+
+        One j for all slots, or one for each.
 
         Adjusted so that more is accepted; what is emitted does not depend on it. The
         drafts before it in its block are not counted, nor is any bad word they begin.

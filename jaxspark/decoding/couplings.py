@@ -18,7 +18,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxspark.decoding.adjusted_logits import Adjuster
 from jaxspark.decoding.grammar_masks import MaskedAdjuster
@@ -31,7 +31,23 @@ from jaxspark.decoding.sampling import (
     position_noise,
     warp,
 )
+from jaxspark.decoding.streamed import (
+    MOST_ODDS,
+    as_streamed,
+    needs_logits,
+    q_row,
+    stream_draft,
+    stream_verdict,
+)
+from jaxspark.decoding.verdicts import (
+    Verdict,
+    VerifiedRows,
+    corrected,
+    emitted,
+)
 from jaxspark.drafters import Drawn, Proposal
+from jaxspark.drafters.base import Streamed
+from jaxspark.drafters.block_logits import BlockLogits
 from jaxspark.models import FlatTokens
 from jaxspark.models.layers.linear import head_logits
 from jaxspark.parallel import vocabulary
@@ -40,26 +56,6 @@ from jaxspark.settings import standard_settings
 
 Coupling = Literal["rejection", "gumbel"]
 COUPLINGS = get_args(Coupling)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Verdict:
-    """What verification decided, per slot.
-
-    Attributes:
-      accepted_B: drafts accepted.
-      next_B: the token after them, chosen by the target.
-      log_probs_BQ: model log-probabilities (before adjustments and any warp) of the
-        accepted drafts and of the next token; rows past it are unspecified. Empty
-        unless asked for.
-      likeliest: with the most likely tokens beside them; None unless asked for.
-    """
-
-    accepted_B: Int[Array, " B"]
-    next_B: Int[Array, " B"]
-    log_probs_BQ: Float[Array, "B Q"]
-    likeliest: Likeliest | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +67,7 @@ class CoupledSampler:
     positions_B: Int[Array, " B"]  # of the anchors
     vocab: int  # of the target
     adjuster: Adjuster | MaskedAdjuster | None = None
+    streams: bool = False
 
     def adjusted(
         self,
@@ -111,6 +108,28 @@ class CoupledSampler:
             drawn, tokens_B=vocabulary.pick(ids_W[None], row_B, drawn.tokens_B)
         )
 
+    def stream(
+        self,
+        logits: BlockLogits,
+        j: Int[Array, ""],
+        latent_BR: Float[Array, "B R"],
+        ids_W: Int[Array, " W"] | None,
+    ) -> Streamed:
+        """Draft j of every slot, from a sequential head; see `streamed`."""
+
+        @jax.named_scope("written_logits")
+        def written():
+            drawn = self(logits.row(j, latent_BR), j, ids_W)
+            return as_streamed(drawn, latent_BR, ids_W)
+
+        def streamed():
+            own = self.sampling, self.positions_B
+            return stream_draft(self.coupling, logits, j, latent_BR, ids_W, *own)
+
+        assert not isinstance(self.adjuster, MaskedAdjuster)
+        needed = needs_logits(self.sampling, self.adjuster)
+        return jax.lax.cond(needed, written, streamed)
+
     def _sample(self, logits_BW, j, ids_W) -> Drawn:
         log_q_BW = warp(logits_BW, self.sampling)
         seed_B, greedy_B = self.sampling.seed, self.sampling.greedy
@@ -138,7 +157,7 @@ def _best(score_BW: Float[Array, "B W"]):
     is_best_BW = vocabulary.places(score_BW.shape[-1]) == best_B[:, None]
     others_B = vocabulary.logsumexp(jnp.where(is_best_BW, -jnp.inf, score_BW))
     odds_B = vocabulary.maximum(score_BW)[:, 0] - others_B
-    return best_B, jnp.clip(odds_B, -10.0, 10.0)
+    return best_B, jnp.clip(odds_B, -MOST_ODDS, MOST_ODDS)
 
 
 def entropy(log_q_BW: Float[Array, "B W"]) -> Float[Array, " B"]:
@@ -160,6 +179,7 @@ def verify(
     adjuster: Adjuster | MaskedAdjuster | None = None,
     log_probs: bool = False,
     likeliest: Likeliest | None = None,
+    streams: bool = False,
 ) -> Verdict:
     """Accepts a prefix of each slot's `lengths_B` drafts and chooses one more token.
 
@@ -174,18 +194,55 @@ def verify(
       adjuster: of the logits; None leaves them.
       log_probs: whether to fill `Verdict.log_probs_BQ`.
       likeliest: is given the most likely tokens, which nothing above changes.
+      streams: whether logits are not written where no slot needs them, see `streamed`.
     """
-    model_TV, index_BQ = head_logits(hidden_TD, head_VD), tokens.places_BQ
+    rows = VerifiedRows(tokens.places_BQ, proposal.tokens_BG, lengths_B)
+
+    given = hidden_TD, head_VD, tokens, rows, proposal, sampling
+
+    @jax.named_scope("written_logits")
+    def written() -> Verdict:
+        return _written_verdict(coupling, *given, adjuster, log_probs, likeliest)
+
+    if not streams:
+        return written()
+    assert not isinstance(adjuster, MaskedAdjuster)
+
+    def streamed() -> Verdict:
+        return replace(stream_verdict(coupling, *given, log_probs), likeliest=likeliest)
+
+    needed = needs_logits(sampling, adjuster, likeliest)
+    return jax.lax.cond(needed, written, streamed)
+
+
+def _written_verdict(
+    coupling,
+    hidden_TD,
+    head_VD,
+    tokens,
+    rows,
+    proposal,
+    sampling,
+    adjuster,
+    log_probs,
+    likeliest,
+) -> Verdict:
+    """From the logits of all rows."""
+    model_TV, index_BQ = head_logits(hidden_TD, head_VD), rows.index_BQ
     drafts_BG = proposal.tokens_BG
     logits_TV = model_TV
     if adjuster is not None:
         logits_TV = adjuster.rows(model_TV, tokens, drafts_BG)
-    rows = _Rows(index_BQ, drafts_BG, lengths_B)
-    sample = {"rejection": _rejection, "gumbel": _gumbel}[coupling]
+
+    def sample():
+        if coupling == "gumbel":
+            return _gumbel(logits_TV, tokens, rows, sampling)
+        return _rejection(logits_TV, tokens, rows, proposal, sampling, adjuster)
+
     accepted_B, next_B = jax.lax.cond(
         jnp.all(sampling.greedy),
         lambda: rows.follow(vocabulary.argmax(logits_TV)),
-        lambda: sample(logits_TV, tokens, rows, proposal, sampling),
+        sample,
     )
     if likeliest is not None:
         row_T = tokens.positions_T - tokens.starts_B[tokens.slots_T]
@@ -201,45 +258,7 @@ def verify(
     return Verdict(accepted_B, next_B, chosen_BQ, likeliest)
 
 
-def emitted(
-    drafts_BG: Int[Array, "B G"], accepted_B: Int[Array, " B"], next_B: Int[Array, " B"]
-) -> Int[Array, "B Q"]:
-    """Accepted drafts followed by the next token; later entries repeat it."""
-    padded_BQ = jnp.pad(drafts_BG, ((0, 0), (0, 1)))
-    is_draft_BQ = jnp.arange(padded_BQ.shape[1]) < accepted_B[:, None]
-    return jnp.where(is_draft_BQ, padded_BQ, next_B[:, None])
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Addresses of a round's verified rows."""
-
-    index_BQ: Int[Array, "B Q"]
-    drafts_BG: Int[Array, "B G"]
-    lengths_B: Int[Array, " B"]
-
-    def drafted(self) -> Bool[Array, "B G"]:
-        """Which drafts were verified."""
-        return jnp.arange(self.drafts_BG.shape[1]) < self.lengths_B[:, None]
-
-    def accept(self, agree_BG: Bool[Array, "B G"]) -> Int[Array, " B"]:
-        """Length of the prefix of verified drafts that agree."""
-        return jnp.sum(jnp.cumprod(agree_BG & self.drafted(), axis=1), axis=1)
-
-    def pick(self, x_T: Array, row_B: Int[Array, " B"]) -> Array:
-        """Entry of each slot's row `row_B` (padding reads the last entry)."""
-        place_B = jnp.take_along_axis(self.index_BQ, row_B[:, None], axis=1)[:, 0]
-        return x_T[jnp.minimum(place_B, x_T.shape[0] - 1)]
-
-    def follow(self, choice_T: Int[Array, " T"]):
-        """Accepts drafts while they equal the target's own choice of each row."""
-        last = choice_T.shape[0] - 1
-        choice_BQ = choice_T[jnp.minimum(self.index_BQ, last)]
-        accepted_B = self.accept(choice_BQ[:, :-1] == self.drafts_BG)
-        return accepted_B, self.pick(choice_T, accepted_B)
-
-
-def _gumbel(logits_TV, tokens, rows, proposal, sampling):
+def _gumbel(logits_TV, tokens, rows, sampling):
     """The target's own choice under each position's noise; drafts must equal it."""
     row_sampling = sampling.at(tokens.slots_T)
     vocab = logits_TV.shape[-1] * size(MODEL)
@@ -248,43 +267,20 @@ def _gumbel(logits_TV, tokens, rows, proposal, sampling):
     return rows.follow(vocabulary.argmax(score_TV))
 
 
-def acceptance_probability(
-    log_p_BG: Float[Array, "B G"], log_q_BG: Float[Array, "B G"]
-) -> Float[Array, "B G"]:
-    """min(1, p/q) of drafts that were drawn from q, given their log-probabilities."""
-    return jnp.minimum(1.0, jnp.exp(log_p_BG - log_q_BG))
-
-
-def correction_weights(
-    p_BV: Float[Array, "B V"], q_BV: Float[Array, "B V"], rejected_B: Bool[Array, " B"]
-) -> Float[Array, "B V"]:
-    """What the next token is drawn from, up to a factor: max(p - q, 0), or p itself."""
-    residual_BV = jnp.maximum(p_BV - q_BV, 0.0)
-    # Rounding may leave nothing of a residual that is tiny but was hit.
-    some_B = vocabulary.sums(residual_BV) > 0
-    return jnp.where((rejected_B & some_B)[:, None], residual_BV, p_BV)
-
-
-def _rejection(logits_TV, tokens, rows, proposal, sampling):
+def _rejection(logits_TV, tokens, rows, proposal, sampling, adjuster):
     """Accepts with probability min(1, p/q), then samples the residual or p itself."""
     log_p_TV = warp(logits_TV, sampling.at(tokens.slots_T))
     B, G = rows.drafts_BG.shape
     anchors_B = tokens.starts_B
-    keys_B = keys(Stream.CORRECT, sampling.seed, anchors_B)
     if not G:
+        keys_B = keys(Stream.CORRECT, sampling.seed, anchors_B)
         log_p_BV = rows.pick(log_p_TV, jnp.zeros((B,), jnp.int32))
         return jnp.zeros((B,), jnp.int32), categorical(keys_B, log_p_BV)
     row_BG = jnp.minimum(rows.index_BQ[:, :-1], log_p_TV.shape[0] - 1)
     log_p_BG = vocabulary.pick(log_p_TV, row_BG, rows.drafts_BG)
-    chance_BG = acceptance_probability(log_p_BG, proposal.q.log_prob(rows.drafts_BG))
-    accepted_B = rows.accept(_uniform(sampling, anchors_B, G) < chance_BG)
-    p_BV = jnp.exp(rows.pick(log_p_TV, accepted_B))
-    q_BV = proposal.q.row(rows.drafts_BG, accepted_B, p_BV.shape[-1])
-    weights_BV = correction_weights(p_BV, q_BV, accepted_B < rows.lengths_B)
-    return accepted_B, categorical(keys_B, jnp.log(weights_BV))
-
-
-def _uniform(sampling, anchors_B, G):
-    """Acceptance variables in [0, 1) of a round's drafts, [B, G]."""
-    keys_B = keys(Stream.ACCEPT, sampling.seed, anchors_B)
-    return jax.vmap(lambda key: jax.random.uniform(key, (G,)))(keys_B)
+    accepted_B = rows.accept_by_chance(log_p_BG, proposal.q, sampling, anchors_B)
+    log_p_BV = rows.pick(log_p_TV, accepted_B)
+    width = log_p_BV.shape[-1]
+    q_BV = q_row(proposal.q, rows, accepted_B, width, sampling, adjuster)
+    rejected_B = accepted_B < rows.lengths_B
+    return accepted_B, corrected(log_p_BV, q_BV, rejected_B, sampling, anchors_B)

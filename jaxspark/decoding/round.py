@@ -18,13 +18,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, UInt
 
 from jaxspark.decoding.adjusted_logits import Adjuster
-from jaxspark.decoding.couplings import CoupledSampler, Verdict, emitted
+from jaxspark.decoding.couplings import CoupledSampler
 from jaxspark.decoding.couplings import verify as verdict_of
 from jaxspark.decoding.forecast import Forecast, Verification, smallest_bucket
 from jaxspark.decoding.grammar_masks import MaskedAdjuster
 from jaxspark.decoding.options import DecodeOptions
 from jaxspark.decoding.schedule_state import ScheduleState
 from jaxspark.decoding.state import Counters, DecodeState, Phase
+from jaxspark.decoding.streamed import streams_vocabulary
+from jaxspark.decoding.verdicts import Verdict, emitted
 from jaxspark.drafters import DraftContext, Drafter, Proposal
 from jaxspark.models import FlatTokens, TargetModel
 from jaxspark.parallel.axes import any_of, max_of, sum_of
@@ -156,6 +158,7 @@ def _propose(target, drafter, state: DecodeState, adjuster, options, length: int
         positions_B,
         target.config.vocab_size,
         adjuster,
+        streams=_streams(adjuster),
     )
     context = DraftContext(
         tokens_BS=state.tokens_BS,
@@ -164,6 +167,11 @@ def _propose(target, drafter, state: DecodeState, adjuster, options, length: int
         pages_BP=state.pages_BP,
     )
     return drafter.propose(target, state.draft_cache, context, sampler, length)
+
+
+def _streams(adjuster: Adjuster | MaskedAdjuster | None) -> bool:
+    """Whether logits are not written; masks of grammars are as long as they."""
+    return streams_vocabulary() and not isinstance(adjuster, MaskedAdjuster)
 
 
 def schedule_round(
@@ -226,6 +234,7 @@ def _verified(target, drafter, options, state, drafted, adjuster) -> DecodeState
                     adjuster=adjuster,
                     log_probs=state.keeps_log_probs,
                     likeliest=state.likeliest,
+                    streams=_streams(adjuster),
                 )
             return verdict, target_cache, draft_cache
 

@@ -101,6 +101,11 @@ class Sampling:
         """Which slots take the best token."""
         return self.temperature == 0
 
+    @property
+    def filtered(self) -> Bool[Array, " B"]:
+        """Which slots leave tokens out."""
+        return (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
+
 
 @standard_settings()
 def warp(logits_RV: Float[Array, "R V"], sampling: Sampling) -> Float[Array, "R V"]:
@@ -109,9 +114,12 @@ def warp(logits_RV: Float[Array, "R V"], sampling: Sampling) -> Float[Array, "R 
     # Shifted first: a tiny temperature must not overflow to inf - inf.
     shifted_RV = logits_RV - vocabulary.maximum(logits_RV)
     log_p_RV = vocabulary.log_softmax(shifted_RV / temperature_R[:, None])
-    filters = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
     log_p_RV = jax.lax.cond(
-        jnp.any(filters), _filter, lambda log_p_RV, _: log_p_RV, log_p_RV, sampling
+        jnp.any(sampling.filtered),
+        _filter,
+        lambda log_p_RV, _: log_p_RV,
+        log_p_RV,
+        sampling,
     )
     best_R1 = vocabulary.argmax(logits_RV)[:, None]
     is_best_RV = vocabulary.places(logits_RV.shape[-1]) == best_R1

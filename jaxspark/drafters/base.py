@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxspark.drafters.block_logits import BlockDistribution, BlockLogits
 from jaxspark.drafters.distribution import DraftDistribution
 from jaxspark.models import FlatTokens, TargetModel
 
@@ -78,7 +79,7 @@ class Proposal:
     lengths_B: Int[Array, " B"]
     confidence_BG: Float[Array, "B G"]
     certainty_BG: Float[Array, "B G"]
-    q: DraftDistribution = DraftDistribution()
+    q: DraftDistribution | BlockDistribution = DraftDistribution()
 
     @classmethod
     def empty(cls, slots: int) -> "Proposal":
@@ -111,9 +112,30 @@ class Drawn:
     certainty_B: Float[Array, " B"]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Streamed:
+    """One draft of every slot, of logits that nobody has written.
+
+    Attributes:
+      tokens_B, certainty_B: see `Drawn`.
+      log_q_B: log-probabilities of the tokens.
+      latent_BR: what they were drawn from, with the block's `BlockLogits`.
+    """
+
+    tokens_B: Int[Array, " B"]
+    certainty_B: Float[Array, " B"]
+    log_q_B: Float[Array, " B"]
+    latent_BR: Float[Array, "B R"]
+
+
 @runtime_checkable
 class DraftSampler(Protocol):
     """How the decode loop lets a drafter sample; the coupling is hidden inside."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether it draws from a sequential head without logits being written."""
 
     def __call__(
         self,
@@ -122,6 +144,15 @@ class DraftSampler(Protocol):
         ids_W: Int[Array, " W"] | None,
     ) -> Drawn:
         """Samples draft j of every slot, from a draft vocabulary of target ids."""
+
+    def stream(
+        self,
+        logits: BlockLogits,
+        j: Int[Array, ""],
+        latent_BR: Float[Array, "B R"],
+        ids_W: Int[Array, " W"] | None,
+    ) -> Streamed:
+        """The same, where it streams."""
 
 
 @runtime_checkable

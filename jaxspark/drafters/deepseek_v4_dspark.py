@@ -21,6 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxspark.drafters.base import DraftContext, DraftSampler, Proposal
+from jaxspark.drafters.block_logits import BlockLogits
 from jaxspark.drafters.dspark import check_taps
 from jaxspark.drafters.heads import ConfidenceHead, MarkovHead
 from jaxspark.drafters.sequential import draft_block
@@ -220,15 +221,16 @@ class DeepSeekV4DSpark(nnx.Module):
         hidden_BGD = self.backbone(
             target, cache, context.anchors_B, context.positions_B, block_length
         )
-        base_BGV = head_logits(self.norm(hidden_BGD), target.head_VD)
+        hidden_GBD = jnp.moveaxis(hidden_BGD, 1, 0)
+        base_GBV = head_logits(self.norm(hidden_GBD), target.head_VD)
 
-        def step(carry, previous_B, _, row):
-            hidden_BD, base_BV = row
+        def step(carry, previous_B, _, hidden_BD):
             embedded_BR = self.markov_head.embed(previous_B)
             features_BI = jnp.concatenate([hidden_BD, embedded_BR], axis=1)
-            logits_BV = base_BV + self.markov_head.bias(embedded_BR)
-            return carry, logits_BV, self.confidence_head(features_BI)
+            return carry, embedded_BR, self.confidence_head(features_BI)
 
-        rows = (jnp.moveaxis(hidden_BGD, 1, 0), jnp.moveaxis(base_BGV, 1, 0))
-        proposal, _ = draft_block(step, (), rows, context, sampler, block_length)
+        proposal, _ = draft_block(
+            *(step, (), hidden_GBD, context, sampler, block_length),
+            logits=BlockLogits(base_GBV, self.markov_head.markov_w2.weight[...]),
+        )
         return proposal, cache

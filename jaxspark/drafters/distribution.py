@@ -56,11 +56,18 @@ class DraftDistribution:
         log_q_B1W = jnp.take_along_axis(self.log_q_BGW, row_B1[..., None], axis=1)
         q_BV = jnp.exp(log_q_B1W[:, 0])
         if self.ids_W is not None:
-            place_W = vocabulary.whole(self.ids_W) - vocabulary.first(vocab)
-            # Ids of other parts: negative ones would count from the end.
-            place_W = jnp.where(place_W < 0, vocab, place_W)
-            zeros_BV = jnp.zeros((q_BV.shape[0], vocab))
-            q_BV = zeros_BV.at[:, place_W].set(vocabulary.whole(q_BV), mode="drop")
+            q_BV = over_target(q_BV, self.ids_W, vocab)
         if self.deterministic_B is None:
             return q_BV
         return jnp.where(self.deterministic_B[:, None], point_BV, q_BV)
+
+
+def over_target(
+    q_BW: Float[Array, "B W"], ids_W: Int[Array, " W"], vocab: int
+) -> Float[Array, "B V"]:
+    """Probabilities of a draft vocabulary over this shard's part of the target's."""
+    place_W = vocabulary.whole(ids_W) - vocabulary.first(vocab)
+    # Ids of other parts: negative ones would count from the end.
+    place_W = jnp.where(place_W < 0, vocab, place_W)
+    zeros_BV = jnp.zeros((q_BW.shape[0], vocab))
+    return zeros_BV.at[:, place_W].set(vocabulary.whole(q_BW), mode="drop")

@@ -21,6 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxspark.drafters.base import DraftContext, DraftSampler, Proposal
+from jaxspark.drafters.block_logits import BlockLogits
 from jaxspark.drafters.heads import HEAD_TYPES, ConfidenceHead, MarkovHead
 from jaxspark.drafters.sequential import draft_block
 from jaxspark.models import (
@@ -262,26 +263,27 @@ class DSparkDrafter(nnx.Module):
             *(target, cache, context.anchors_B, context.positions_B, block_length),
             pages_BP=context.pages_BP,
         )
-        base_BGW = self.logits(target, hidden_BGD)
+        hidden_GBD = jnp.moveaxis(hidden_BGD, 1, 0)
+        base_GBW, head = self.logits(target, hidden_GBD), self.markov_head
 
-        def step(state_BR, previous_B, _, row):
-            hidden_BD, logits_BW = row
+        def step(state_BR, previous_B, j, hidden_BD):
             state_BR, latent_BR, confidence_B = self.step(
                 state_BR, previous_B, hidden_BD
             )
-            if latent_BR is not None:
-                logits_BW = logits_BW + self.markov_head.bias(latent_BR)
-            return state_BR, logits_BW, confidence_B
+            given = base_GBW[j] if latent_BR is None else latent_BR
+            return state_BR, given, confidence_B
 
-        head = self.markov_head
         proposal, _ = draft_block(
             step,
             () if head is None else head.start(len(context.lengths_B)),
-            (jnp.moveaxis(hidden_BGD, 1, 0), jnp.moveaxis(base_BGW, 1, 0)),
+            hidden_GBD,
             context,
             sampler,
             block_length,
             ids_W=None if self.draft_ids is None else self.draft_ids[...],
+            logits=None
+            if head is None
+            else BlockLogits(base_GBW, head.markov_w2.weight[...]),
         )
         return proposal, cache
 

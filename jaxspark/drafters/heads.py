@@ -56,7 +56,7 @@ class MarkovHead(nnx.Module):
         embedded_BR: Float[Array, "B R"],
         hidden_BD: Float[Array, "B D"],
     ) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
-        """One row: the next state, and what `bias` maps to the vocabulary."""
+        """One row: the next state, and what W2 maps to the vocabulary."""
         if self.kind == "vanilla":
             latent_BR = embedded_BR
         elif self.kind == "gated":
@@ -69,10 +69,6 @@ class MarkovHead(nnx.Module):
             state_BR = keep * state_BR + (1 - keep) * jnp.tanh(candidate)
             latent_BR = jnp.tanh(output)
         return state_BR, latent_BR
-
-    def bias(self, latent_BR: Float[Array, "B R"]) -> Float[Array, "B W"]:
-        """b, which a row's logits are corrected by."""
-        return head_logits(latent_BR, self.markov_w2.weight[...])
 
 
 class ConfidenceHead(nnx.Module):

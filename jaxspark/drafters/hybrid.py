@@ -194,6 +194,8 @@ class HybridDrafter:
 
     def _ask_model(self, target, rows, context, sampler, block_length, copies_B):
         """The model's proposal; anything of its shape if nobody needs it."""
+        # What is streamed refers to the model's matrices, which `skip` would copy.
+        sampler = replace(sampler, streams=False)
 
         def ask(rows):
             return self.model.propose(target, rows, context, sampler, block_length)

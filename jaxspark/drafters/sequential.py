@@ -12,13 +12,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxspark.drafters.base import DraftContext, DraftSampler, Proposal
+from jaxspark.drafters.block_logits import BlockDistribution, BlockLogits
 from jaxspark.drafters.distribution import DraftDistribution
 
-# (carry, token before [B], j, rows of position j) -> carry, logits [B, W], and
-# confidence logits [B]; None without a confidence head (probability one half).
+# (carry, token before [B], j, rows of position j) -> carry, logits [B, W] or latents
+# [B, R] of `BlockLogits`, and confidence logits [B]; None without a confidence head
+# (probability one half).
 type Step[Carry, Rows] = Callable[
     [Carry, Int[Array, " B"], Int[Array, ""], Rows],
-    tuple[Carry, Float[Array, "B W"], Float[Array, " B"] | None],
+    tuple[Carry, Float[Array, "B X"], Float[Array, " B"] | None],
 ]
 
 
@@ -31,6 +33,7 @@ def draft_block[Carry, Rows](
     block_length: int,
     *,
     ids_W: Int[Array, " W"] | None = None,
+    logits: BlockLogits | None = None,
 ) -> tuple[Proposal, Carry]:
     """Draws a block for every slot.
 
@@ -42,6 +45,7 @@ def draft_block[Carry, Rows](
       sampler: draws.
       block_length: G.
       ids_W: target ids of the draft vocabulary; None where it is the target's own.
+      logits: what steps' latents belong to; None where steps give logits.
 
     Returns:
       The proposal, and what the last step handed on.
@@ -50,11 +54,18 @@ def draft_block[Carry, Rows](
     def position(state, inputs):
         carry, previous_B = state
         j, row = inputs
-        carry, logits_BW, confidence_B = step(carry, previous_B, j, row)
-        drawn = sampler(logits_BW, j, ids_W)
+        carry, given_BX, confidence_B = step(carry, previous_B, j, row)
+        if logits is None:
+            drawn = sampler(given_BX, j, ids_W)
+        elif streamed:
+            drawn = sampler.stream(logits, j, given_BX, ids_W)
+        else:
+            drawn = sampler(logits.row(j, given_BX), j, ids_W)
         if confidence_B is None:
             confidence_B = jnp.zeros(previous_B.shape, jnp.float32)
         return (carry, drawn.tokens_B), (drawn, confidence_B)
+
+    streamed = logits is not None and sampler.streams
 
     (carry, _), outputs = jax.lax.scan(
         position, (carry, context.anchors_B), (jnp.arange(block_length), rows)
@@ -65,6 +76,8 @@ def draft_block[Carry, Rows](
         lengths_B=jnp.full_like(context.lengths_B, block_length),
         confidence_BG=confidence_BG,
         certainty_BG=drawn.certainty_B,
-        q=DraftDistribution(drawn.log_q_BW, ids_W),
+        q=BlockDistribution(logits, drawn.latent_BR, drawn.log_q_B, ids_W)
+        if streamed
+        else DraftDistribution(drawn.log_q_BW, ids_W),
     )
     return proposal, carry

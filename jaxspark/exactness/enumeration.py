@@ -29,15 +29,12 @@ from jaxspark.decoding import (
 )
 from jaxspark.decoding.adjustment_arrays import Adjustments
 from jaxspark.decoding.confidence import Calibration
-from jaxspark.decoding.couplings import (
-    CoupledSampler,
-    acceptance_probability,
-    correction_weights,
-)
+from jaxspark.decoding.couplings import CoupledSampler
 from jaxspark.decoding.round import adjuster_for, lagged_forecast, schedule_round
 from jaxspark.decoding.sampling import Sampling, warp
 from jaxspark.decoding.schedule import Fixed, Scheduler
 from jaxspark.decoding.state import DecodeState
+from jaxspark.decoding.verdicts import acceptance_probability, correction_weights
 from jaxspark.drafters import DraftContext, DraftDistribution, Drawn, Proposal
 from jaxspark.exactness.by_definition import (
     adjusted_by_definition,
@@ -258,6 +255,7 @@ class ForcedSampler:
 
     decoder: CoupledSampler
     forced_G: Int[Array, " G"]
+    streams: bool = False
 
     def __call__(self, logits_BW, j, ids_W) -> Drawn:
         """The j-th of them."""

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxspark.decoding.couplings import Coupling, acceptance_probability
+from jaxspark.decoding.couplings import Coupling
 from jaxspark.decoding.sampling import Sampling
+from jaxspark.decoding.verdicts import acceptance_probability
 from jaxspark.exactness.enumeration import (
     EnumeratedRound,
     sequence_log_probs,

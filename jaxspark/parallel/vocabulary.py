@@ -10,11 +10,14 @@ function is the plain one of `jax.numpy`.
     logsumexp   m + log sum_shards sum exp(x - m), with m the largest of all
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxspark.parallel.axes import MODEL, bound, index, largest, own, size, total
+from pallas_kernels.draws import Draws, Rows, combined
 
 
 def first(width: int) -> int | Int[Array, ""]:
@@ -97,3 +100,13 @@ def pick(
     width = x_TW.shape[-1]
     mine, here = own(place, width, MODEL)
     return total(jnp.where(here, x_TW[rows, jnp.clip(mine, 0, width - 1)], 0), MODEL)
+
+
+def united(draws: Draws, rows: Rows, first: int | Int[Array, ""]) -> Draws:
+    """Draws from the whole vocabulary of those from each shard's part."""
+    draws = replace(draws, place_R=draws.place_R + first)
+    names = bound(MODEL)
+    if not names:
+        return draws
+    parts = jax.tree.map(lambda x_R: jax.lax.all_gather(x_R, names), draws)
+    return combined(parts, rows.rate_R)

@@ -42,9 +42,45 @@ def work_meanwhile(text: str, scope: str) -> dict[str, bool]:
     return seen
 
 
-def new_arrays(text: str, size: int) -> list[str]:
-    """Lines of the program that make an array of `size` elements or more."""
+def branches_of(program: Program, scope: str) -> set[str]:
+    """Branches that do something of a named scope, and all that they call."""
+    todo = [
+        callee
+        for body in program.computations.values()
+        for line in body.values()
+        if line.opcode == "conditional"
+        for callee in line.callees(
+            "branch_computations", "true_computation", "false_computation"
+        )
+        if any(
+            f"/{scope}/" in each.origin
+            for each in program.computations[callee].values()
+        )
+    ]
+    found: set[str] = set()
+    while todo:
+        name = todo.pop()
+        if name in found or name not in program.computations:
+            continue
+        found.add(name)
+        for line in program.computations[name].values():
+            todo += line.callees(
+                *("branch_computations", "true_computation", "false_computation"),
+                *("body", "condition", "calls", "to_apply", "called_computations"),
+            )
+    return found
+
+
+def new_arrays(text: str, size: int, *, without: str | None = None) -> list[str]:
+    """Lines of the program that make an array of `size` elements or more.
+
+    Args:
+      text: of the compiled program.
+      size: elements.
+      without: a named scope; branches that have it are left out.
+    """
     program = Program.of(text)
+    left_out = set() if without is None else branches_of(program, without)
     fused = {
         callee
         for body in program.computations.values()
@@ -74,7 +110,7 @@ def new_arrays(text: str, size: int) -> list[str]:
     return [
         f"%{line.name} = {line.type} {line.opcode}({line.arguments}){line.attributes}"
         for name, body in program.computations.items()
-        if name not in fused
+        if name not in fused | left_out
         for line in body.values()
         if is_new(line)
     ]

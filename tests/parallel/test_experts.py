@@ -97,6 +97,6 @@ def test_no_token_is_dropped(experts, mesh, how, skew, random, monkeypatch):
         jax.tree.leaves((dw_, dx_, dweights_)),
         jax.tree.leaves((dw, dx_TD, dweights_TX)),
     ):
-        # One expert's gradients are sums over all tokens: their rounding grows with them.
+        # Gradients are sums over all tokens: their rounding grows with them.
         scale = max(1.0, np.abs(expected).max())
         np.testing.assert_allclose(seen, expected, atol=1e-5 * scale)

@@ -1,0 +1,1 @@
+"""See `api.draft_sampling`; `ref` states the maths."""

@@ -1,0 +1,1 @@
+"""See `api.verify`; `ref` states the maths."""
