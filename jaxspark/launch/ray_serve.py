@@ -186,9 +186,9 @@ def main(config: Config) -> int:
     config.keys()
     if config.address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(include_dashboard=False)
+        ray.init(include_dashboard=False, log_to_driver=False)
     else:
-        ray.init(address=config.address)
+        ray.init(address=config.address, log_to_driver=False)
     serve.start(http_options={"host": config.host, "port": config.port})
     serve.run(application(config), name=NAME)
     print(

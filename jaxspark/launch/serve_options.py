@@ -170,6 +170,7 @@ def make_service(
     from jaxspark.serving import Engine, Pace, QueueLimits, Served
     from jaxspark.serving.app import AppOptions, make_app
     from jaxspark.serving.metrics import Metrics
+    from jaxspark.serving.tracing import Tracing
 
     app_options = AppOptions(
         api_keys=config.keys(),
@@ -222,7 +223,9 @@ def make_service(
         others=others,
     )
     metrics.watch(engine)
-    return Service(served.name, engine, make_app(engine, served, app_options, metrics))
+    tracing = Tracing.of_environment(os.environ, served.name)
+    app = make_app(engine, served, app_options, metrics, tracing)
+    return Service(served.name, engine, app)
 
 
 def check_packages() -> None:

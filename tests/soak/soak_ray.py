@@ -21,6 +21,7 @@ from tests.soak.conftest import body, figure, whole
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'jaxspark[ray]'")
 
 CLIENTS = 16
+TITLE = b"ray::ServeReplica:jaxspark:Replica"
 
 
 def replica_pids():
@@ -50,7 +51,14 @@ def address(folder):
         *("--prefill_chunk=16", "--block_length=2"),
     ]
     process = subprocess.Popen(
-        command, env=environment() | {"JAX_NUM_CPU_DEVICES": "1"}
+        command,
+        env=environment()
+        | {
+            "JAX_NUM_CPU_DEVICES": "1",
+            # A busy machine takes longer than Ray waits.
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+            "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+        },
     )
     url = f"http://127.0.0.1:{port}"
     try:
