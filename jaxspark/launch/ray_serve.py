@@ -189,14 +189,15 @@ def main(config: Config) -> int:
         ray.init(include_dashboard=False, log_to_driver=False)
     else:
         ray.init(address=config.address, log_to_driver=False)
+    ended = threading.Event()
+    # Ray's own handlers would end this process, and leave replicas behind.
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda number, frame: ended.set())
     serve.start(http_options={"host": config.host, "port": config.port})
     serve.run(application(config), name=NAME)
     print(
         f"{config.replicas} replicas at http://{config.host}:{config.port}", flush=True
     )
-    ended = threading.Event()
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, lambda number, frame: ended.set())
     ended.wait()
     serve.delete(NAME)
     if config.address is None:

@@ -38,12 +38,13 @@ class Sender:
           topic: begins the keys; one sender of a job uses it.
           patience_s: after which a process is lost that has been heard of before.
         """
+        self._client = _client()
         self._topic, self._patience_s = topic, patience_s
         self._sent = self._deleted = 0
 
     def send(self, message: bytes) -> None:
         """Sends to all; they receive in order."""
-        _client().key_value_set_bytes(_key(self._topic, self._sent), message)
+        self._client.key_value_set_bytes(_key(self._topic, self._sent), message)
         self._sent += 1
 
     def watch(
@@ -88,7 +89,7 @@ class Sender:
     def _word(self, process: int) -> dict[str, Any] | None:
         """What a process said last, if anything."""
         try:
-            said = _client().key_value_try_get_bytes(_word_key(self._topic, process))
+            said = self._client.key_value_try_get_bytes(_word_key(self._topic, process))
         except jax.errors.JaxRuntimeError:
             return None  # Not yet.
         return json.loads(said)
@@ -96,7 +97,7 @@ class Sender:
     def _delete(self, received: int) -> None:
         """Deletes what everybody has received."""
         while self._deleted + BLOCK <= received:
-            _client().key_value_delete(_folder(self._topic, self._deleted))
+            self._client.key_value_delete(_folder(self._topic, self._deleted))
             self._deleted += BLOCK
 
 
@@ -110,6 +111,7 @@ class Receiver:
     def __init__(self, topic: str):
         """From now on process 0 hears that this process is there."""
         self.leaving = False
+        self._client = _client()
         self._topic, self._received = topic, 0
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
 
@@ -121,7 +123,7 @@ class Receiver:
         """
         while True:
             try:
-                message = _client().blocking_key_value_get_bytes(
+                message = self._client.blocking_key_value_get_bytes(
                     _key(self._topic, self._received), int(1000 * LOOK_S)
                 )
             except jax.errors.JaxRuntimeError as error:
@@ -136,7 +138,7 @@ class Receiver:
         while True:
             word = {"beat": beat, "received": self._received, "leaving": self.leaving}
             try:
-                _client().key_value_set_bytes(
+                self._client.key_value_set_bytes(
                     _word_key(self._topic, jax.process_index()),
                     json.dumps(word).encode(),
                     allow_overwrite=True,

@@ -14,6 +14,18 @@ import httpx
 
 from tests.programs import environment
 
+# One size of pass over prompts, short blocks: few programs are compiled.
+FLAGS = (
+    *("--target=target", "--served_name=tiny", "--mesh=model:2", "--slots=2"),
+    *("--context=110", "--prefill_chunk=16", "--block_length=2"),
+    "--heartbeat_seconds=10",
+)
+
+
+def asked(prompt="abcabc", **changes):
+    values = {"model": "tiny", "prompt": prompt, "max_tokens": 30, "ignore_eos": True}
+    return values | {"temperature": 0.8, "seed": 3} | changes
+
 
 class Pod:
     """Two processes that serve.
