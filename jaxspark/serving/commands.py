@@ -76,7 +76,6 @@ class Command:
 
 def _told(request: CheckedRequest) -> tuple[int, list[int], dict[str, Any]]:
     params = asdict(request.params)
-    params |= {"seed": request.seed, "stop_ids": request.stop_ids}
     assert params.pop("grammar") is None, "there are no grammars on several devices"
     return request.index, request.ids, params
 

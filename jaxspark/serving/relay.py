@@ -47,15 +47,14 @@ type Messages = AsyncGenerator[Message, None]
 
 
 async def answered_by(app: ASGIApp, asked: Asked) -> Messages:
-    """What an application sends; for it, who stops listening is a client that left."""
+    """What an application sends; it is cancelled if nobody listens any more."""
     sent: asyncio.Queue[Message | None] = asyncio.Queue()
-    left = asyncio.Event()
     bodies = iter([asked.body])
 
     async def receive() -> Message:
         for body in bodies:
             return {"type": "http.request", "body": body, "more_body": False}
-        await left.wait()
+        await asyncio.Event().wait()  # Its client stays until it is cancelled.
         return {"type": "http.disconnect"}
 
     async def run() -> None:
@@ -70,7 +69,6 @@ async def answered_by(app: ASGIApp, asked: Asked) -> Messages:
             yield message
         await running
     finally:
-        left.set()
         running.cancel()
 
 
