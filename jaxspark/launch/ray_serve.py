@@ -13,6 +13,7 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,9 +62,10 @@ class Config(ServeOptions):
             )
         self.actor_options()
 
-    def devices(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def devices(self) -> Iterator[None]:
         """The command takes none: they are its replicas'."""
-        return contextlib.nullcontext()
+        yield
 
     def actor_options(self) -> dict[str, Any]:
         """The resources as Ray names them.

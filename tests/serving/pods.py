@@ -18,7 +18,6 @@ from tests.programs import environment
 FLAGS = (
     *("--target=target", "--served_name=tiny", "--mesh=model:2", "--slots=2"),
     *("--context=110", "--prefill_chunk=16", "--block_length=2"),
-    "--heartbeat_seconds=10",
 )
 
 
@@ -36,7 +35,7 @@ class Pod:
       said: lines of each.
     """
 
-    def __init__(self, folder, *flags, seconds=240):
+    def __init__(self, folder, *flags, supervised=True, seconds=600):
         with socket.socket() as free, socket.socket() as other:
             free.bind(("localhost", 0))
             other.bind(("localhost", 0))
@@ -48,6 +47,7 @@ class Pod:
                 [sys.executable, "-m", "jaxspark", "serve", f"--port={port}", *flags],
                 cwd=folder,
                 env=environment()
+                | ({} if supervised else {"JAXSPARK_SUPERVISED": "1"})
                 | {
                     "JAX_NUM_CPU_DEVICES": "1",
                     "JAXSPARK_COORDINATOR": f"localhost:{meeting}",
@@ -95,9 +95,9 @@ class Pod:
 
 
 @contextlib.contextmanager
-def pod(folder, *flags):
+def pod(folder, *flags, supervised=True):
     """Within it two processes serve."""
-    here = Pod(folder, *flags)
+    here = Pod(folder, *flags, supervised=supervised)
     try:
         yield here
     finally:

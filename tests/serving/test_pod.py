@@ -60,8 +60,10 @@ def test_two_processes_serve_what_one_says_and_drain_together(folder):
     with jax.set_mesh(make_mesh("model:2", jax.devices()[:2])):
         expected = [alone(prompt) for prompt in PROMPTS]
         biased = alone("abcabc", logit_bias={98: 5.0}, bad_words=["a"])
-    with pod(folder, *FLAGS) as here, httpx.Client(base_url=here.url) as http:
-        http.timeout = 60
+    with (
+        pod(folder, *FLAGS, supervised=False) as here,
+        httpx.Client(base_url=here.url, timeout=60) as http,
+    ):
         for stream in (False, True):
             for prompt, text in zip(PROMPTS, expected):
                 body = asked(prompt)

@@ -13,7 +13,7 @@ from tests.soak.conftest import figure
 
 
 def test_a_lost_process_ends_requests_with_errors_and_the_server(folder):
-    with pod(folder.parent, *FLAGS) as here:
+    with pod(folder.parent, *FLAGS, "--heartbeat_seconds=10") as here:
         told, begun = [], threading.Event()
 
         def ask(stream):
@@ -45,7 +45,7 @@ def test_a_lost_process_ends_requests_with_errors_and_the_server(folder):
 
 
 def test_a_process_that_is_lost_while_nobody_asks_ends_the_server(folder):
-    with pod(folder.parent, *FLAGS) as here:
+    with pod(folder.parent, *FLAGS, "--heartbeat_seconds=10") as here:
         here.kill(1)
         begun = time.monotonic()
         statuses = here.ends()
@@ -56,7 +56,7 @@ def test_a_process_that_is_lost_while_nobody_asks_ends_the_server(folder):
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_sigterm_to_any_process_drains_all(folder, index):
-    with pod(folder.parent, *FLAGS) as here:
+    with pod(folder.parent, *FLAGS, "--heartbeat_seconds=10") as here:
         told = []
 
         def ask():
@@ -76,7 +76,7 @@ def test_sigterm_to_any_process_drains_all(folder, index):
 
 
 def test_a_lost_process_0_ends_the_others(folder):
-    with pod(folder.parent, *FLAGS) as here:
+    with pod(folder.parent, *FLAGS, "--heartbeat_seconds=10") as here:
         here.kill(0)
         statuses = here.ends()
         assert statuses[0] == 128 + signal.SIGKILL and statuses[1] not in (0, None)
