@@ -10,10 +10,12 @@ import jax
 import pytest
 
 from jaxspark.checkpoints import save_target
-from jaxspark.decoding import AdjustmentLimits
+from jaxspark.decoding import AdjustmentLimits, DecodeOptions
 from jaxspark.drafters import NgramDrafter
+from jaxspark.exactness.prefix import BLOCK, VOCAB, audited_pair
 from jaxspark.generation import ContinuousBatch, Request, generate
 from jaxspark.generation.request import check
+from jaxspark.generation.slot_pages import SlotPages
 from jaxspark.parallel.mesh import make_mesh
 from jaxspark.serving.commands import Command
 from tests.serving import hosting
@@ -132,3 +134,47 @@ def test_a_process_that_decided_otherwise_does_not_go_on():
     command = Command(arriving=[], unwanted=[], rounds=1, decisions=first.decisions)
     with pytest.raises(RuntimeError, match="decided otherwise than process 0"):
         Command.decode(command.encode(), second)
+
+
+def test_what_follows_from_commands_is_the_same_on_every_process(random):
+    """Slots, pages, hits and preemptions, by two batches that cannot see each other."""
+    model, drafter = audited_pair("dense", "ngram")
+    told, follows = (
+        ContinuousBatch(
+            *(model, drafter),
+            slots=3,
+            capacity=512,
+            chunk=32,
+            pages=SlotPages(slots=3, capacity=512, pages=6, chunk=32),
+            options=DecodeOptions(block_length=BLOCK, coupling="gumbel"),
+        )
+        for _ in range(2)
+    )
+    known = random.integers(0, VOCAB, (2, 200)).tolist()
+    here, index = [], 0
+    for _ in range(150):
+        arriving = []
+        if told.room and random.random() < 0.5:
+            prompt = known[random.integers(2)][: random.integers(150, 200)]
+            request = Request(
+                prompt + random.integers(0, VOCAB, random.integers(30, 60)).tolist(),
+                max_new_tokens=int(random.integers(40, 90)),
+                temperature=1.0,
+                seed=index,
+                stop_ids=(),
+            )
+            checked = check(request, index, told.target, told.limits)
+            arriving.append((checked, None))
+            here.append(index)
+            index += 1
+        unwanted = [here.pop()] if here and random.random() < 0.05 else []
+        command = Command(
+            arriving=arriving,
+            unwanted=unwanted,
+            rounds=int(random.integers(1, 5)),
+            decisions=told.decisions,
+        )
+        again = Command.decode(command.encode(), follows)
+        assert command.apply(told) == again.apply(follows)
+    assert told.decisions == follows.decisions
+    assert told.preemptions > 0 and told._pages.hits > 0
