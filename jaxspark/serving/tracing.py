@@ -39,7 +39,11 @@ ATTRIBUTES = {
 
 
 class Tracing:
-    """Makes spans."""
+    """Makes spans.
+
+    Attributes:
+      provider: keeps and sends them.
+    """
 
     def __init__(self, provider: "TracerProvider", model: str):
         """Spans of a provider.
@@ -50,6 +54,7 @@ class Tracing:
         """
         from opentelemetry.trace.propagation import tracecontext
 
+        self.provider = provider
         self._tracer = provider.get_tracer("jaxspark")
         self._propagator = tracecontext.TraceContextTextMapPropagator()
         self._model = model

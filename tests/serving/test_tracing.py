@@ -1,7 +1,10 @@
 """Every answer has a span by the conventions for generative AI, and no text in it."""
 
+import os
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -80,11 +83,41 @@ def test_a_wrong_request_has_its_error_and_others_have_no_span(http, spans):
     assert span.attributes["http.response.status_code"] == 400
 
 
+def test_spans_go_where_the_environment_says(monkeypatch):
+    """The exporter itself reads OpenTelemetry's variables."""
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    sent = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self):
+            size = int(self.headers["Content-Length"])
+            sent.append((self.path, self.rfile.read(size)))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{collector.server_port}"
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
+        tracing = Tracing.of_environment(os.environ, "tiny")
+        scope = {"path": "/v1/completions", "method": "POST", "headers": []}
+        tracing.end(tracing.begin(scope | {"type": "http"}), {"status": 200})
+        assert tracing.provider.force_flush()
+        collector.shutdown()
+    [(path, body)] = sent
+    assert path == "/v1/traces" and b"text_completion tiny" in body
+
+
 def test_nothing_is_traced_where_no_endpoint_is_configured(monkeypatch, caplog):
     assert Tracing.of_environment({}, "tiny") is None
     endpoint = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://localhost:4318"}
     off = endpoint | {"OTEL_SDK_DISABLED": "true"}
     assert Tracing.of_environment(off, "tiny") is None and not caplog.records
-    monkeypatch.setitem(sys.modules, "opentelemetry.exporter", None)
+    exporter = "opentelemetry.exporter.otlp.proto.http.trace_exporter"
+    monkeypatch.setitem(sys.modules, exporter, None)
     assert Tracing.of_environment(endpoint, "tiny") is None
     assert "pip install 'jaxspark[otel]'" in caplog.text
