@@ -37,7 +37,7 @@ test: $(VENV)/.test oracle aot-tpu lint ## The same environment plus what tests 
 	@echo "==> tests"
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal -q -rs --durations=10 $(ARGS)
 
-soak: $(VENV)/.test ## Torment the server for a while: leaks, disconnects, fuzzing, a browser (not in make test)
+soak: $(VENV)/.soak ## Torment servers for a while: leaks, disconnects, fuzzing, a browser, Ray (not in make test)
 	@echo "==> soak"
 	@$(BIN)/python -m pytest tests/soak -o python_files='soak_*.py' -q -rs -s $(ARGS)
 
@@ -90,6 +90,11 @@ $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
 $(VENV)/.test: $(VENV)/.demo
 	@echo "==> installing what the tests need"
 	@$(BIN)/python $(INSTALL) -c constraints.txt -e '.[demo,train,serve,test]'
+	@touch $@
+
+$(VENV)/.soak: $(VENV)/.test
+	@echo "==> installing what tests under load need"
+	@$(BIN)/python $(INSTALL) -c constraints.txt -e '.[demo,train,serve,test,ray,otel]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.demo

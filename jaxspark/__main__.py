@@ -14,7 +14,16 @@ import jaxspark
 from jaxspark.launch import program
 
 LAUNCHERS = (
-    *("generate", "serve", "demo", "audit", "convert", "describe", "compile_check"),
+    *(
+        "generate",
+        "serve",
+        "ray_serve",
+        "demo",
+        "audit",
+        "convert",
+        "describe",
+        "compile_check",
+    ),
     *("evaluate", "calibrate", "profile_cost", "bench", "simulate"),
     *("regenerate", "train_draft", "study", "plot", "pods"),
 )

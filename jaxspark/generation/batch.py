@@ -5,6 +5,7 @@ The host only admits, collects and releases; what a step reads from the device a
 tokens that are new since the last one.
 """
 
+import zlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -234,6 +235,23 @@ class ContinuousBatch:
     def idle(self) -> bool:
         """Whether nothing waits or runs."""
         return not self._waiting and not self._running
+
+    @property
+    def decisions(self) -> int:
+        """A checksum of what this host has decided: who is where, with which pages."""
+        running = [
+            (
+                slot,
+                each.request.index,
+                each.processed,
+                len(each.tokens),
+                each.tokens[-1:],
+            )
+            for slot, each in sorted(self._running.items())
+        ]
+        waiting = [each.request.index for each in self._waiting]
+        pages = 0 if self._pages is None else self._pages.checksum
+        return zlib.crc32(repr((running, waiting, pages)).encode())
 
     def submit(self, request: Request) -> int:
         """Queues a request; returns its index, counted from 0.

@@ -13,6 +13,7 @@ all the same; what is read again is not written to them.
 """
 
 import math
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -110,6 +111,11 @@ class SlotPages:
     def cached(self) -> int:
         """Pages that the tree keeps."""
         return self._tree.size
+
+    @property
+    def checksum(self) -> int:
+        """Of all that was handed out."""
+        return zlib.crc32(self._table_BP.tobytes())
 
     def attach(self, state: DecodeState) -> DecodeState:
         """Looks at a state that was made, and compiles what is needed for its rings.

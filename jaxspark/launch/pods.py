@@ -7,13 +7,17 @@ r"""Writes the file by which a cluster runs a jaxspark command on several hosts.
   jaxspark pods --kind=slurm --accelerator=h100:16 --out=train.sh \
       --command="train_draft --data=answers.jsonl --out=runs/dspark --steps=3000"
 
+  jaxspark pods --kind=leaderworkerset --accelerator=v6e:4x4 --image=IMAGE \
+      --replicas=2 --gateway=inference-gateway --volume=gs://BUCKET/flash \
+      --command="serve --target=/data/model --mesh=model:16 --served_name=flash"
+
 A JobSet (for commands that end) or a LeaderWorkerSet (for those that stay) with GKE's
 labels of TPU slices and GPU nodes, or a Slurm batch script. The number of hosts follows
-from the accelerator. Nothing is submitted: that is for kubectl and sbatch.
+from the accelerator. A LeaderWorkerSet that serves has probes and a Service with it.
+Nothing is submitted: that is for kubectl and sbatch.
 """
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +25,7 @@ import yaml
 
 from jaxspark.configuration import option
 from jaxspark.launch import program
+from jaxspark.pods import serving
 from jaxspark.pods.jobset import jobset
 from jaxspark.pods.leaderworkerset import leaderworkerset
 from jaxspark.pods.options import PodOptions
@@ -51,10 +56,28 @@ class Config(PodOptions):
             self._check_slurm()
         elif self.image is None:
             raise ValueError(f"--kind={self.kind} needs an --image to run")
-        if self.kind == "leaderworkerset" and self.restarts is not None:
+        if self.kind == "leaderworkerset":
+            self._check_leaderworkerset()
+        elif given := self._only_of_leaderworkersets():
+            raise ValueError(
+                f"--{', --'.join(given)}: expected no such flag with --kind={self.kind}"
+            )
+
+    def _check_leaderworkerset(self) -> None:
+        if self.restarts is not None:
             raise ValueError(
                 f"--restarts={self.restarts}: a LeaderWorkerSet restarts without end"
             )
+        if serving.serves(self):
+            serving.check(self)
+        elif self.gateway is not None:
+            raise ValueError(
+                f"--gateway={self.gateway}: expected a --command that serves"
+            )
+
+    def _only_of_leaderworkersets(self) -> list[str]:
+        options = {"replicas": self.replicas, "gateway": self.gateway}
+        return [name for name, value in options.items() if value is not None]
 
     def _check_slurm(self) -> None:
         if self.machines().is_tpu:
@@ -79,12 +102,28 @@ def job_file(config: Config) -> str:
     """The file's text."""
     if config.kind == "slurm":
         return slurm_script(config)
-    make: Callable[[Config], Manifest] = {
-        "jobset": jobset,
-        "leaderworkerset": leaderworkerset,
-    }[config.kind]
+    manifests = [jobset(config)] if config.kind == "jobset" else _group(config)
     # Long arguments stay on one line, and fields in the order they are explained in.
-    return yaml.safe_dump(make(config), sort_keys=False, width=1000)
+    return yaml.dump_all(manifests, Dumper=_Plain, sort_keys=False, width=1000)
+
+
+def _group(config: Config) -> list[Manifest]:
+    """A LeaderWorkerSet, and by what it is reached if it serves."""
+    manifests = [leaderworkerset(config)]
+    if serving.serves(config):
+        manifests.append(serving.service(config))
+    if config.gateway is not None:
+        manifests.append(serving.inference_pool(config))
+        manifests.append(serving.http_route(config, config.gateway))
+    return manifests
+
+
+class _Plain(yaml.SafeDumper):
+    """What leaders and workers have in common is written out for both."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        """All of it."""
+        return True
 
 
 def main(config: Config) -> None:

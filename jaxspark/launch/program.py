@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -59,6 +60,9 @@ def _run[C: Configuration](main: Callable[[C], int | None], chosen: C) -> int | 
     except SystemExit as error:
         # The others wait for this one: it must not wait for them.
         leave(error.code if isinstance(error.code, int) else 1)
+    except Exception:
+        traceback.print_exc()
+        leave(1)
     return status
 
 

@@ -3,237 +3,98 @@
   jaxspark serve                                  at http://127.0.0.1:8000
   jaxspark serve --draft=hybrid:dspark --slots=4
   jaxspark serve --host=0.0.0.0 --api_key_file=keys.txt
+  jaxspark serve --mesh=model:8 --distributed=auto     on every host of a slice
 
 Any client of OpenAI's works with the base URL http://127.0.0.1:8000/v1. Needs more
 packages than the library: pip install 'jaxspark[serve]'.
 """
 
-import hashlib
 import logging
-import os
+import signal
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 
-import jaxspark
-from jaxspark import load_drafter
-from jaxspark.calibration.schedules import chosen_options
 from jaxspark.configuration import option
-from jaxspark.decoding.couplings import COUPLINGS, Coupling
-from jaxspark.launch import common, program
+from jaxspark.launch import program
+from jaxspark.launch.serve_options import (
+    ServeOptions,
+    check_packages,
+    make_service,
+)
+from jaxspark.parallel.messages import Receiver, Sender
+from jaxspark.parallel.processes import leave
 
-KEYS = "JAXSPARK_API_KEYS"
+# Begins the keys of messages between the processes of a job.
+TOPIC = "serve"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(common.TargetOptions, common.DraftOptions, common.ScheduleOptions):
+class Config(ServeOptions):
     """What is served, to whom, and how much of it."""
 
     host: str = option("Address to listen at; 0.0.0.0 is all there are.", "127.0.0.1")
     port: int = option("Port to listen at; 0 takes a free one.", 8000, at_least=0)
-    served_name: str | None = option(
-        "What clients call the model; by default the target's name.", None
-    )
-    slots: int = option("Outputs decoded at once.", 8, at_least=1)
-    context: int | None = option(
-        "Most tokens of a prompt and its output; by default what the target was made "
-        "for, but not more than 2048.",
-        None,
-        at_least=2,
-    )
-    max_prompt_tokens: int | None = option(
-        "Most tokens of a prompt; by default what the context has room for.",
-        None,
-        at_least=1,
-    )
-    max_output_tokens: int | None = option(
-        "Most new tokens, also where a client names no number; by default likewise.",
-        None,
-        at_least=1,
-    )
-    coupling: Coupling = option(
-        "How draft and target are tied: gumbel gives the very tokens of plain sampling "
-        "with the same seed, rejection accepts more.",
-        "gumbel",
-        choices=COUPLINGS,
-    )
-    prefill_chunk: int | None = option(
-        "Most tokens of each prompt that are read between two rounds: what a long "
-        "prompt delays others by; by default 32 on CPUs, 256 elsewhere.",
-        None,
-        at_least=1,
-    )
-    prefill_together: int | None = option(
-        "Prompts that are read at once; by default a quarter of the slots.",
-        None,
-        at_least=1,
-    )
-    max_stop_ids: int = option(
-        "Most tokens that may end an output, the model's own among them.",
-        16,
-        at_least=1,
-    )
-    prefix_cache: bool | None = option(
-        "Whether prompts that begin alike share what was computed; outputs stay the "
-        "same to the last bit. By default yes, on meshes with axes data or expert no.",
-        None,
-    )
-    cache_pages: int | None = option(
-        "Memory for all outputs and shared prefixes, in pages of 128 tokens; when it "
-        "runs out, the youngest outputs wait and go on later. By default as many as "
-        "all slots can fill.",
-        None,
-        at_least=1,
-    )
-    grammars: bool = option(
-        "Whether answers may have to obey grammars (response_format, "
-        "structured_outputs, a tool_choice that forces calls). Without, fewer programs "
-        "are compiled.",
-        True,
-    )
-    max_queued: int = option(
-        "Outputs that may wait for a slot; more are refused with 503.", 256, at_least=1
-    )
-    max_queued_tokens: int = option(
-        "Tokens of the prompts that may wait.", 262_144, at_least=1
-    )
-    rounds_per_call: int = option(
-        "Most rounds between two looks at what has come.", 16, at_least=1
-    )
-    call_seconds: float = option(
-        "What these rounds take, about, while no prompt is read.", 0.1, at_least=0.001
-    )
-    api_key_file: str | None = option(
-        "File with one API key per line. JAXSPARK_API_KEYS in the environment has them "
-        "with commas between. Without keys everybody may come in.",
-        None,
-    )
-    max_body_bytes: int = option(
-        "Most bytes of a request's body.", 4 * 2**20, at_least=1
-    )
-    body_seconds: float = option(
-        "Seconds in which a header must have come, and then a body.",
-        30.0,
-        at_least=0.001,
-    )
-    cors_origins: tuple[str, ...] = option(
-        "Origins whose pages may ask, such as https://example.com; * for all.", ()
-    )
-    drain_seconds: float = option(
-        "Seconds for requests that are there when SIGTERM or SIGINT comes.",
-        60.0,
-        at_least=0,
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.job() is not None:
-            raise ValueError(
-                "several processes cannot serve yet; leave out --distributed, "
-                "--coordinator, --processes and --process_index"
-            )
-
-    def keys(self) -> tuple[str, ...]:
-        """The API keys."""
-        keys = os.environ.get(KEYS, "").split(",")
-        if self.api_key_file is not None:
-            lines = Path(self.api_key_file).read_text("utf-8").splitlines()
-            keys += [line for line in lines if not line.startswith("#")]
-        found = tuple(key.strip() for key in keys if key.strip())
-        if self.api_key_file is not None and not found:
-            raise ValueError(f"--api_key_file={self.api_key_file} has no key")
-        return found
-
-
-def fingerprint(config: Config) -> str:
-    """Tells clients whether a seed can mean the same as before."""
-    parts = (
-        *(jaxspark.__version__, config.target, config.dtype, config.coupling),
-        *(config.mesh, jax.default_backend(), jax.__version__),
-    )
-    return f"fp_{hashlib.sha256(repr(parts).encode()).hexdigest()[:10]}"
 
 
 def main(config: Config) -> int:
-    """Loads, compiles, serves until it is told to end."""
-    try:
-        from jaxspark.serving import Engine, Pace, QueueLimits, Served
-        from jaxspark.serving.app import AppOptions, make_app
-        from jaxspark.serving.metrics import Metrics
-        from jaxspark.serving.server import Server, bound, serve
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"a server needs more packages: pip install 'jaxspark[serve]' ({error})"
-        ) from error
-    app_options = AppOptions(
-        api_keys=config.keys(),
-        most_body_bytes=config.max_body_bytes,
-        body_seconds=config.body_seconds,
-        cors_origins=config.cors_origins,
-    )
+    """Loads, compiles, serves until it is told to end.
+
+    Of several processes, the first serves, and the others do what it tells them.
+    """
+    check_packages()
+    logging.basicConfig(stream=sys.stdout, format="%(message)s")
+    logging.getLogger("jaxspark").setLevel(logging.INFO)
+    return _follow(config) if jax.process_index() else _lead(config)
+
+
+def _lead(config: Config) -> int:
+    from jaxspark.serving.server import Server, bound, serve
+
     # First of all: loading takes a while.
     listener = bound(config.host, config.port)
-    target, _ = config.load()
-    drafter = load_drafter(config.draft, target)
-    most = target.model.config.max_position_embeddings
-    context = min(most, 2048) if config.context is None else config.context
-    options, _ = chosen_options(
-        config.schedule,
-        config.costs,
-        target,
-        drafter,
-        draft=config.draft,
-        block_length=config.block_length,
-        tokens=context,
-        coupling=config.coupling,
-        temperature=1.0,
-        slots=config.slots,
-    )
-    changes = {"name": config.served_name} if config.served_name else {}
-    served = Served.of(
-        target,
-        fingerprint=fingerprint(config),
-        context=context,
-        most_prompt=config.max_prompt_tokens,
-        most_output=config.max_output_tokens,
-        **changes,
-    )
-    metrics = Metrics(served.name)
-    engine = Engine(
-        target,
-        drafter,
-        slots=config.slots,
-        context=context,
-        options=options,
-        chunk=config.prefill_chunk,
-        together=config.prefill_together,
-        max_stop_ids=config.max_stop_ids,
-        prefix_cache=config.prefix_cache,
-        cache_pages=config.cache_pages,
-        grammars=config.grammars,
-        queue=QueueLimits(requests=config.max_queued, tokens=config.max_queued_tokens),
-        pace=Pace(most=config.rounds_per_call, seconds=config.call_seconds),
-        observers=[metrics],
-        on_failure=lambda: server.end(),
-    )
-    metrics.watch(engine)
+    others = None
+    if jax.process_count() > 1:
+        # JAX's own patience would end this process without a word.
+        others = Sender(TOPIC, patience_s=config.heartbeat_seconds / 2)
+    service = make_service(config, on_failure=lambda: server.end(), others=others)
     server = Server(
-        make_app(engine, served, app_options, metrics),
-        engine,
+        service.app,
+        service.engine,
         listener=listener,
         drain_seconds=config.drain_seconds,
         header_seconds=config.body_seconds,
         on_started=lambda: print(
-            f"{served.name} at {server.address} (compiling; /ready tells when)",
+            f"{service.name} at {server.address} (compiling; /ready tells when)",
             flush=True,
         ),
     )
-    logging.basicConfig(stream=sys.stdout, format="%(message)s")
-    logging.getLogger("jaxspark").setLevel(logging.INFO)
-    engine.start()
-    return serve(server, engine)
+    if others is not None:
+        others.watch(
+            lost=lambda process: service.engine.fail(
+                f"process {process} of this server was lost"
+            ),
+            leaving=lambda process: server.drain(),
+        )
+    service.engine.start()
+    status = serve(server, service.engine)
+    if status and others is not None:
+        leave(status)  # JAX would wait for the others.
+    return status
+
+
+def _follow(config: Config) -> int:
+    receiver = Receiver(TOPIC)
+
+    def asked(number: int, frame: object) -> None:
+        receiver.leaving = True
+
+    # Process 0 finishes what it has, and tells all when to end.
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, asked)
+    make_service(config, on_failure=lambda: None).engine.follow(receiver)
+    return 0
 
 
 if __name__ == "__main__":

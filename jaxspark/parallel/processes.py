@@ -23,6 +23,8 @@ from typing import BinaryIO
 
 import jax
 
+# Where the pods of a group meet, on its leader. Any free port would do.
+GROUP_PORT = 8482
 # A process of a job ended because another one was lost.
 LOST = 3
 _CHILD = "JAXSPARK_SUPERVISED"
@@ -76,13 +78,15 @@ class Job:
     ) -> "Job | None":
         """The job that variables of the environment tell of; None without one.
 
+        They are ours, or those of a LeaderWorkerSet's group of pods.
+
         Raises:
           ValueError: only some of them are set, or one is no number.
         """
         names = ("COORDINATOR", "PROCESSES", "PROCESS_INDEX")
         values = [environment.get(f"JAXSPARK_{name}") for name in names]
         if not any(values):
-            return None
+            return cls._of_group(environment, heartbeat_seconds)
         if not all(values):
             raise ValueError(
                 f"JAXSPARK_{', JAXSPARK_'.join(names)} are set together or not at all, "
@@ -98,6 +102,21 @@ class Job:
             )
         except ValueError as error:
             raise ValueError(f"of the environment's JAXSPARK_...: {error}") from error
+
+    @classmethod
+    def _of_group(
+        cls, environment: Mapping[str, str], heartbeat_seconds: int
+    ) -> "Job | None":
+        leader = environment.get("LWS_LEADER_ADDRESS")
+        size = int(environment.get("LWS_GROUP_SIZE") or 1)
+        if not leader or size == 1:
+            return None
+        return cls(
+            coordinator=f"{leader}:{GROUP_PORT}",
+            processes=size,
+            process_index=int(environment["LWS_WORKER_INDEX"]),
+            heartbeat_seconds=heartbeat_seconds,
+        )
 
     def connect(self) -> None:
         """Joins the others; returns once all are there.

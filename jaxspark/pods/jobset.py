@@ -5,9 +5,11 @@ allows: a collective operation cannot go on with one participant missing.
 """
 
 from jaxspark.pods.options import PodOptions
-from jaxspark.pods.template import PORT, Manifest, metadata, pod_template
+from jaxspark.pods.template import Manifest, metadata, pod_template
 
 HOSTS = "hosts"
+# Where GPU processes meet, on the first host. Any free port would do.
+PORT = 8482
 INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
 
@@ -38,7 +40,7 @@ def jobset(options: PodOptions) -> Manifest:
                             "backoffLimit": 0,
                             # A failed pod fails its job; the failure policy sees it.
                             "template": pod_template(
-                                options, _meeting(options.name, hosts), "Never"
+                                options, "Never", _meeting(options.name, hosts)
                             ),
                         }
                     },

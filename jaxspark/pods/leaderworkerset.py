@@ -1,36 +1,33 @@
-"""A LeaderWorkerSet: a command that stays, such as serving; all hosts are one replica.
+"""A LeaderWorkerSet: a command that stays, such as serving; a group is one replica.
 
 If any pod of a group restarts, the whole group is made anew. More replicas are more
-groups, each with an accelerator of its own: `kubectl scale`.
+groups, each with an accelerator of its own. The set tells pods of their leader, their
+number and how many they are, by which GPU processes find each other.
 """
 
+from jaxspark.pods import serving
 from jaxspark.pods.options import PodOptions
-from jaxspark.pods.template import PORT, Manifest, metadata, pod_template
+from jaxspark.pods.template import Manifest, metadata, pod_template
 
 
 def leaderworkerset(options: PodOptions) -> Manifest:
     """The manifest."""
+    group: Manifest = {
+        "size": options.machines().hosts,
+        "restartPolicy": "RecreateGroupOnPodRestart",
+    }
+    if serving.serves(options):
+        group["leaderTemplate"] = serving.as_leader(options, _pod(options))
+    # Without a template of its own the leader is a worker too.
+    group["workerTemplate"] = _pod(options)
     return {
         "apiVersion": "leaderworkerset.x-k8s.io/v1",
         "kind": "LeaderWorkerSet",
         "metadata": metadata(options, "leaderworkerset.sigs.k8s.io/exclusive-topology"),
-        "spec": {
-            "replicas": 1,
-            "leaderWorkerTemplate": {
-                "size": options.machines().hosts,
-                "restartPolicy": "RecreateGroupOnPodRestart",
-                # Without a template of its own the leader is a worker too.
-                "workerTemplate": pod_template(options, _meeting(), "Always"),
-            },
-        },
+        "spec": {"replicas": options.replicas or 1, "leaderWorkerTemplate": group},
     }
 
 
-def _meeting() -> list[Manifest]:
-    """LeaderWorkerSet's variables, which it puts before ours, under our names."""
-    values = {
-        "JAXSPARK_COORDINATOR": f"$(LWS_LEADER_ADDRESS):{PORT}",
-        "JAXSPARK_PROCESSES": "$(LWS_GROUP_SIZE)",
-        "JAXSPARK_PROCESS_INDEX": "$(LWS_WORKER_INDEX)",
-    }
-    return [{"name": name, "value": value} for name, value in values.items()]
+def _pod(options: PodOptions) -> Manifest:
+    template = pod_template(options, "Always")
+    return serving.as_server(options, template) if serving.serves(options) else template

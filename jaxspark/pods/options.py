@@ -50,8 +50,20 @@ class PodOptions(Configuration):
         None,
         at_least=0,
     )
+    replicas: int | None = option(
+        "Groups of a LeaderWorkerSet, each on an accelerator of its own; 1 if not set.",
+        None,
+        at_least=1,
+    )
+    gateway: str | None = option(
+        "Gateway that sends requests to the replicas of a LeaderWorkerSet that serves, "
+        "through an InferencePool.",
+        None,
+    )
     grace_seconds: int = option(
-        "Time to save a checkpoint between SIGTERM and SIGKILL.", 120, at_least=1
+        "Time between SIGTERM and SIGKILL, to save a checkpoint or to finish requests.",
+        120,
+        at_least=1,
     )
 
     def __post_init__(self):

@@ -4,16 +4,22 @@ GKE adds to it what TPU and GPU nodes have to be tolerated for, and the sidecar 
 mounts a bucket where an annotation asks for it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from jaxspark.pods.accelerators import GPU
 from jaxspark.pods.options import PodOptions
 
-# Where GPU processes meet, on the first host. Any free port would do.
-PORT = 8482
 MOUNT = "/data"
 
 type Manifest = dict[str, Any]
+
+
+def place(options: PodOptions, name: str) -> Manifest:
+    """A name in the namespace of what runs."""
+    if options.namespace is None:
+        return {"name": name}
+    return {"name": name, "namespace": options.namespace}
 
 
 def metadata(options: PodOptions, exclusive: str) -> Manifest:
@@ -23,9 +29,7 @@ def metadata(options: PodOptions, exclusive: str) -> Manifest:
       options: what runs.
       exclusive: the annotation by which a set has a node pool for itself.
     """
-    about: Manifest = {"name": options.name}
-    if options.namespace is not None:
-        about["namespace"] = options.namespace
+    about = place(options, options.name)
     machines = options.machines()
     if machines.is_tpu and machines.hosts > 1:
         # A node pool is one slice; hosts of two slices could not reach each other.
@@ -34,14 +38,15 @@ def metadata(options: PodOptions, exclusive: str) -> Manifest:
 
 
 def pod_template(
-    options: PodOptions, meeting: list[Manifest], restart: str
+    options: PodOptions, restart: str, meeting: Sequence[Manifest] = ()
 ) -> Manifest:
     """A host's pod.
 
     Args:
       options: what it runs.
-      meeting: environment variables by which GPU processes find each other.
       restart: when Kubernetes restarts the container by itself.
+      meeting: environment variables by which GPU processes find each other, where a
+        set does not tell them by itself.
     """
     machines = options.machines()
     spec: Manifest = {
@@ -64,7 +69,7 @@ def pod_template(
     return {"spec": spec}
 
 
-def _container(options: PodOptions, meeting: list[Manifest]) -> Manifest:
+def _container(options: PodOptions, meeting: Sequence[Manifest]) -> Manifest:
     machines = options.machines()
     command = list(map(_literal, options.words()))
     environment: list[Manifest] = [

@@ -5,6 +5,7 @@ freed as well.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,10 +14,12 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from jaxspark.serving.assembler import Assembler
+from jaxspark.serving.engine_events import Tokens
 from jaxspark.serving.errors import ApiError
 from jaxspark.serving.http import CLIENT_GONE, note, until_gone
 from jaxspark.serving.responses import DONE, Answer, event
 from jaxspark.serving.stream import Stream
+from jaxspark.serving.tracing import GONE
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -25,7 +28,7 @@ async def answered(request: Request, assembler: Assembler, stream: Stream) -> Re
     """The response to a request that was taken on."""
     if assembler.prepared.stream:
         return EventStream(_events(request, assembler, stream), stream)
-    reading = asyncio.ensure_future(_read(assembler, stream))
+    reading = asyncio.ensure_future(_read(request, assembler, stream))
     leaving = asyncio.ensure_future(until_gone(request))
     try:
         await asyncio.wait((reading, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -56,7 +59,7 @@ class EventStream(StreamingResponse):
         finally:
             log = scope.get("jaxspark.log", {})
             if not log.keys() & {"completion_tokens", "error"}:
-                log["error"] = "client_gone"
+                log["error"] = GONE
             self._stream.cancel()
 
 
@@ -64,7 +67,7 @@ async def _events(
     request: Request, assembler: Assembler, stream: Stream
 ) -> AsyncIterator[str]:
     try:
-        async for chunks in _chunks(assembler, stream):
+        async for chunks in _chunks(request, assembler, stream):
             if chunks:
                 yield "".join(map(event, chunks))
         note(request, **figures(assembler))
@@ -75,15 +78,22 @@ async def _events(
     yield DONE
 
 
-async def _read(assembler: Assembler, stream: Stream) -> None:
-    async for _ in _chunks(assembler, stream):
+async def _read(request: Request, assembler: Assembler, stream: Stream) -> None:
+    async for _ in _chunks(request, assembler, stream):
         pass
 
 
-async def _chunks(assembler: Assembler, stream: Stream) -> AsyncIterator[list[Answer]]:
+async def _chunks(
+    request: Request, assembler: Assembler, stream: Stream
+) -> AsyncIterator[list[Answer]]:
     """Chunks as they come; outputs that have ended by themselves are stopped."""
     stopped: set[int] = set()
+    begun = False
     async for told in stream:
+        if not begun and isinstance(told, Tokens):
+            begun = True
+            waited = time.monotonic() - request.scope["jaxspark.begun"]
+            note(request, first_token_seconds=round(waited, 4))
         yield assembler.push(told)
         if not assembler.wants(told.choice) and told.choice not in stopped:
             stopped.add(told.choice)
@@ -97,7 +107,9 @@ def figures(assembler: Assembler) -> dict[str, Any]:
     usage = assembler.usage()
     return {
         "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": usage.prompt_tokens_details.cached_tokens,
         "completion_tokens": usage.completion_tokens,
+        "finish_reasons": assembler.finish_reasons(),
         "outputs": len(assembler.prepared.demands),
         "stream": assembler.prepared.stream,
     }

@@ -47,6 +47,7 @@ from jaxspark.serving.prepared import prepare_chat, prepare_completion
 from jaxspark.serving.responses import ChatAnswer, CompletionAnswer
 from jaxspark.serving.served import Served
 from jaxspark.serving.tokens import detokenize, models, tokenize
+from jaxspark.serving.tracing import Tracing
 
 PAGE = Path(__file__).parent / "page.html"
 # The page loads nothing, and talks to nobody but this server.
@@ -61,6 +62,7 @@ def make_app(
     served: Served,
     options: AppOptions = AppOptions(),
     metrics: Metrics | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The server as an ASGI application; the engine is started and stopped elsewhere.
 
@@ -69,6 +71,7 @@ def make_app(
       served: the model under its name; its context is at most the engine's.
       options: limits and keys.
       metrics: observes the engine; None leaves `/metrics` out.
+      tracing: makes spans of answers; None makes none.
     """
     app = FastAPI(
         title="jaxspark",
@@ -96,7 +99,7 @@ def make_app(
             allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
             expose_headers=["X-Request-Id"],
         )
-    app.add_middleware(Logged)
+    app.add_middleware(Logged, tracing=tracing)
     return app
 
 

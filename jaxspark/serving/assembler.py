@@ -97,6 +97,10 @@ class Assembler[A: Answer](ABC):
             ),
         )
 
+    def finish_reasons(self) -> list[str]:
+        """Why outputs ended, of those that have."""
+        return [each.ending.reason for each in self._readers if each.ending]
+
     @abstractmethod
     def answer(self) -> A:
         """The whole answer, once every output has ended."""

@@ -34,7 +34,9 @@ from jaxspark.generation.request import (
 from jaxspark.generation.slot_pages import SlotPages
 from jaxspark.models.pages import pages_for
 from jaxspark.parallel.mesh import mesh_in_use, slot_shards, slots_per_shard
+from jaxspark.parallel.messages import Receiver, Sender
 from jaxspark.serving.buckets import with_buckets
+from jaxspark.serving.commands import STOP, Command
 from jaxspark.serving.compilations import Compilations
 from jaxspark.serving.demands import Demand
 from jaxspark.serving.desk import Desk, Turn
@@ -80,6 +82,7 @@ class Engine:
         pace: Pace = Pace(),
         observers: Sequence[Observer] = (),
         on_failure: Callable[[], None] = lambda: None,
+        others: Sender | None = None,
     ):
         """Makes an engine that is not started yet.
 
@@ -105,7 +108,9 @@ class Engine:
           queue: what may wait.
           pace: rounds per call.
           observers: are told of what happens.
-          on_failure: called once if the device fails, in the engine's thread.
+          on_failure: called if the device fails, or another process is lost.
+          others: the other processes of this one's job, which are told what to do and
+            `follow`; None if there are none.
 
         Raises:
           ValueError: options, drafter and target that do not go together.
@@ -156,6 +161,7 @@ class Engine:
         self._indices = itertools.count()
         self._desk = Desk(queue, (self._tally, *observers))
         self._observers = observers
+        self._others = others
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     def __enter__(self) -> Self:
@@ -174,6 +180,23 @@ class Engine:
     def start(self) -> None:
         """Starts the thread, which compiles everything and is then ready."""
         self._thread.start()
+
+    def follow(self, receiver: Receiver) -> None:
+        """Does what process 0 tells, in the thread that calls, until that stops.
+
+        Raises:
+          RuntimeError: process 0 is lost, or this one has decided otherwise.
+        """
+        with self._devices(), self._compilations:
+            self._warm_up()
+            while (message := receiver.receive()) != STOP:
+                Command.decode(message, self._batch).apply(self._batch)
+
+    def fail(self, why: str) -> None:
+        """Ends everything with an error, even if the thread never comes back."""
+        self._desk.become("failed")
+        self._desk.end_all(why, status=500)
+        self._on_failure()
 
     def wait_ready(self) -> None:
         """Waits until it is ready.
@@ -226,7 +249,7 @@ class Engine:
     def stop(self) -> None:
         """Ends the thread after the call that is running, and what is left with it."""
         self._desk.become("stopped")
-        if self._thread.is_alive():
+        if self._thread.is_alive() and self.state != "failed":
             self._thread.join()
 
     def stats(self) -> Stats:
@@ -288,23 +311,28 @@ class Engine:
     def _main(self) -> None:
         try:
             with self._devices(), self._compilations:
-                warm_up(self._batch)
-                if self.pages is not None:
-                    self.pages.forget()
-                self._compiled = self._compilations.count
-                log.info("compiled %d programs; ready", self._compiled)
+                self._warm_up()
                 if self.state == "starting":
                     self._desk.become("ready")
                 while (turn := self._next_turn()) is not None:
                     for update in self._step(turn):
                         self._desk.tell(update)
         except BaseException:
-            log.exception("the engine failed")
-            self._desk.become("failed")
-            self._desk.end_all("the engine failed", status=500)
-            self._on_failure()
+            # Without a lost process its collectives fail as well.
+            if self.state != "failed":
+                log.exception("the engine failed")
+                self.fail("the engine failed")
         else:
             self._desk.end_all("the server stopped before the end", status=503)
+            if self._others is not None and self.state != "failed":
+                self._others.send(STOP)
+
+    def _warm_up(self) -> None:
+        warm_up(self._batch)
+        if self.pages is not None:
+            self.pages.forget()
+        self._compiled = self._compilations.count
+        log.info("compiled %d programs; ready", self._compiled)
 
     @contextlib.contextmanager
     def _devices(self) -> Iterator[None]:
@@ -328,14 +356,18 @@ class Engine:
     def _step(self, turn: Turn) -> list[Update]:
         """Lets newcomers in, reads on in prompts, decodes a few rounds."""
         batch = self._batch
-        for job in turn.arriving:
-            batch.enqueue(job.request, job.demand.cache_salt)
-        for job in turn.unwanted:
-            batch.cancel(job.request.index)
         reading = bool(turn.arriving) or batch.prefilling > 0
         begun = time.monotonic()
         before = batch.preemptions
-        updates = batch.step(self._pacer.rounds(reading=reading), max_finished=1)
+        command = Command(
+            arriving=[(job.request, job.demand.cache_salt) for job in turn.arriving],
+            unwanted=[job.request.index for job in turn.unwanted],
+            rounds=self._pacer.rounds(reading=reading),
+            decisions=0 if self._others is None else batch.decisions,
+        )
+        if self._others is not None:
+            self._others.send(command.encode())
+        updates = command.apply(batch)
         if batch.preemptions > before:
             for each in self._observers:
                 each.preempted(batch.preemptions - before)

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxspark.serving.app_options import AppOptions
 from jaxspark.serving.errors import ApiError
+from jaxspark.serving.tracing import Tracing
 from jaxspark.serving.waiting import Overloaded
 
 log = logging.getLogger("jaxspark.requests")
@@ -133,10 +134,13 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 class Logged:
-    """Gives each request an id and a line in the log, as JSON and without prompts."""
+    """Gives each request an id and a line in the log, as JSON and without prompts.
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
+    Where requests are traced, an answer's span tells the same.
+    """
+
+    def __init__(self, app: ASGIApp, tracing: Tracing | None = None):
+        self.app, self.tracing = app, tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request."""
@@ -144,8 +148,10 @@ class Logged:
             return await self.app(scope, receive, send)
         id = request_id(Headers(scope=scope))
         values: dict[str, Any] = {}
-        scope["jaxspark.id"], scope["jaxspark.log"] = id, values
         begun, status = time.monotonic(), 0
+        scope["jaxspark.id"], scope["jaxspark.log"] = id, values
+        scope["jaxspark.begun"] = begun
+        span = None if self.tracing is None else self.tracing.begin(scope)
 
         async def sent(message: Message) -> None:
             nonlocal status
@@ -173,6 +179,8 @@ class Logged:
             }
             quiet = scope["path"] in ("/health", "/ready", "/metrics", "/stats")
             log.log(logging.DEBUG if quiet else logging.INFO, json.dumps(line))
+            if self.tracing is not None and span is not None:
+                self.tracing.end(span, line)
 
 
 def request_id(headers: Mapping[str, str]) -> str:

@@ -49,6 +49,15 @@ VARIABLE = record(
         "valueFrom": record({"fieldRef": record({"fieldPath": TEXT})}),
     },
 )
+PORT = {"type": "integer", "minimum": 1}
+PROBE = record(
+    {
+        "httpGet": record({"path": TEXT, "port": NAME}),
+        "periodSeconds": COUNT,
+        "failureThreshold": COUNT,
+        "timeoutSeconds": COUNT,
+    }
+)
 CONTAINER = record(
     {
         "name": NAME,
@@ -68,6 +77,10 @@ CONTAINER = record(
         "env": several(VARIABLE),
         "envFrom": several(record({"secretRef": record({"name": TEXT})})),
         "volumeMounts": several(record({"name": NAME, "mountPath": TEXT})),
+        "ports": several(record({"name": NAME, "containerPort": PORT})),
+        "startupProbe": PROBE,
+        "livenessProbe": PROBE,
+        "readinessProbe": PROBE,
     },
 )
 BUCKET = record(
@@ -101,8 +114,9 @@ def pod(restart: str) -> dict:
     return record({"spec": spec}, {"metadata": sidecar})
 
 
-def manifest(version: str, kind: str, exclusive: str, spec: dict) -> dict:
-    about = record({"name": NAME}, {"namespace": NAME, "annotations": texts(exclusive)})
+def manifest(version: str, kind: str, spec: dict, exclusive: str = "") -> dict:
+    more = {"annotations": texts(exclusive)} if exclusive else {}
+    about = record({"name": NAME}, {"namespace": NAME, **more})
     head = {"apiVersion": one_of(version), "kind": one_of(kind)}
     return record(head | {"metadata": about, "spec": spec})
 
@@ -119,8 +133,8 @@ JOB = record(
 JOBSET = manifest(
     "jobset.x-k8s.io/v1alpha2",
     "JobSet",
-    r"alpha\.jobset\.sigs\.k8s\.io/exclusive-topology",
-    record(
+    exclusive=r"alpha\.jobset\.sigs\.k8s\.io/exclusive-topology",
+    spec=record(
         {
             "network": record(
                 {
@@ -145,8 +159,8 @@ JOBSET = manifest(
 LEADER_WORKER_SET = manifest(
     "leaderworkerset.x-k8s.io/v1",
     "LeaderWorkerSet",
-    r"leaderworkerset\.sigs\.k8s\.io/exclusive-topology",
-    record(
+    exclusive=r"leaderworkerset\.sigs\.k8s\.io/exclusive-topology",
+    spec=record(
         {
             "replicas": COUNT,
             "leaderWorkerTemplate": record(
@@ -154,7 +168,68 @@ LEADER_WORKER_SET = manifest(
                     "size": COUNT,
                     "restartPolicy": one_of("RecreateGroupOnPodRestart"),
                     "workerTemplate": pod("Always"),
-                }
+                },
+                {"leaderTemplate": pod("Always")},
+            ),
+        }
+    ),
+)
+LEADERS = texts(r"leaderworkerset\.sigs\.k8s\.io/(name|worker-index)")
+SERVICE = manifest(
+    "v1",
+    "Service",
+    record(
+        {
+            "selector": LEADERS,
+            "ports": several(record({"name": NAME, "port": PORT, "targetPort": NAME})),
+        }
+    ),
+)
+INFERENCE_POOL = manifest(
+    "inference.networking.k8s.io/v1",
+    "InferencePool",
+    record(
+        {
+            "selector": record({"matchLabels": LEADERS}),
+            "targetPorts": several(record({"number": PORT})),
+            "endpointPickerRef": record(
+                {"name": NAME, "port": record({"number": PORT})}
+            ),
+        }
+    ),
+)
+HTTP_ROUTE = manifest(
+    "gateway.networking.k8s.io/v1",
+    "HTTPRoute",
+    record(
+        {
+            "parentRefs": several(record({"name": NAME})),
+            "rules": several(
+                record(
+                    {
+                        "matches": several(
+                            record(
+                                {
+                                    "path": record(
+                                        {"type": one_of("PathPrefix"), "value": TEXT}
+                                    )
+                                }
+                            )
+                        ),
+                        "backendRefs": several(
+                            record(
+                                {
+                                    "group": one_of("inference.networking.k8s.io"),
+                                    "kind": one_of("InferencePool"),
+                                    "name": NAME,
+                                }
+                            )
+                        ),
+                        "timeouts": record(
+                            {"request": {"type": "string", "pattern": r"^\d+s$"}}
+                        ),
+                    }
+                )
             ),
         }
     ),

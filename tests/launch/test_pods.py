@@ -10,7 +10,14 @@ import yaml
 
 from jaxspark.launch import pods
 from jaxspark.pods.accelerators import parse_accelerator
-from tests.launch.manifest_schemas import JOBSET, LEADER_WORKER_SET, faults
+from tests.launch.manifest_schemas import (
+    HTTP_ROUTE,
+    INFERENCE_POOL,
+    JOBSET,
+    LEADER_WORKER_SET,
+    SERVICE,
+    faults,
+)
 from tests.programs import call
 
 SCHEMAS = {"jobset": JOBSET, "leaderworkerset": LEADER_WORKER_SET}
@@ -49,6 +56,10 @@ def config(**options) -> pods.Config:
     if given.get("kind") != "slurm":
         given.setdefault("image", "registry/jaxspark:1")
     return pods.Config(**given)
+
+
+def manifests(**options) -> list[dict]:
+    return list(yaml.safe_load_all(pods.job_file(config(**options))))
 
 
 def made(**options) -> dict:
@@ -153,11 +164,67 @@ def test_gpu_hosts_of_a_jobset_meet_at_the_first_by_its_stable_name():
 
 
 def test_gpu_hosts_of_a_group_meet_at_its_leader():
-    assert variables(kind="leaderworkerset", accelerator="h100:16") == {
-        "JAXSPARK_COORDINATOR": "$(LWS_LEADER_ADDRESS):8482",
-        "JAXSPARK_PROCESSES": "$(LWS_GROUP_SIZE)",
-        "JAXSPARK_PROCESS_INDEX": "$(LWS_WORKER_INDEX)",
+    """The set tells them itself; see `Job.of_environment`."""
+    assert variables(kind="leaderworkerset", accelerator="h100:16") == {}
+
+
+SERVE = "serve --target=/data/model --mesh=model:8 --drain_seconds=90"
+
+
+def test_a_group_that_serves_can_be_probed_and_reached():
+    options = {"kind": "leaderworkerset", "command": SERVE, "replicas": 3}
+    options |= {"accelerator": "v6e:4x4", "volume": "pvc:models", "namespace": "llm"}
+    group, service = manifests(**options)
+    assert faults(group, LEADER_WORKER_SET) == [] == faults(service, SERVICE)
+    assert group["spec"]["replicas"] == 3
+    templates = group["spec"]["leaderWorkerTemplate"]
+    [leader], [worker] = (
+        templates[f"{each}Template"]["spec"]["containers"]
+        for each in ("leader", "worker")
+    )
+    for probe, path in (
+        ("startupProbe", "/health"),
+        ("livenessProbe", "/health"),
+        ("readinessProbe", "/ready"),
+    ):
+        assert leader[probe]["httpGet"] == {"path": path, "port": "http"}
+        assert probe not in worker
+    assert leader["ports"] == [{"name": "http", "containerPort": 8000}]
+    # Else they run the same, and keep what they compile.
+    assert leader["command"] == worker["command"]
+    assert leader["command"][-2:] == ["--distributed=auto", "--host=0.0.0.0"]
+    cache = {"name": "JAX_COMPILATION_CACHE_DIR", "value": "/data/xla"}
+    assert cache in leader["env"] and cache in worker["env"]
+    assert service["metadata"] == {"name": "jaxspark-http", "namespace": "llm"}
+    assert service["spec"]["selector"] == {
+        "leaderworkerset.sigs.k8s.io/name": "jaxspark",
+        "leaderworkerset.sigs.k8s.io/worker-index": "0",
     }
+
+
+def test_a_gateway_finds_leaders_through_a_pool():
+    options = {"kind": "leaderworkerset", "accelerator": "h100:16", "name": "flash"}
+    _, service, pool, route = manifests(
+        **options, command=f"{SERVE} --port=9000", gateway="inference-gateway"
+    )
+    assert faults(pool, INFERENCE_POOL) == [] == faults(route, HTTP_ROUTE)
+    assert pool["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
+    assert pool["spec"]["targetPorts"] == [{"number": 9000}]
+    [rule] = route["spec"]["rules"]
+    [backend] = rule["backendRefs"]
+    assert (backend["kind"], backend["name"]) == (pool["kind"], "flash")
+    assert route["spec"]["parentRefs"] == [{"name": "inference-gateway"}]
+
+
+def test_a_server_s_flags_stay_as_they_are():
+    options = {"kind": "leaderworkerset", "accelerator": "h100:8"}
+    kept = {"environment": ("JAX_COMPILATION_CACHE_DIR=/x",), "volume": "pvc:a"}
+    group, _ = manifests(**options, **kept, command=f"{SERVE} --host=10.0.0.1")
+    [leader] = group["spec"]["leaderWorkerTemplate"]["leaderTemplate"]["spec"][
+        "containers"
+    ]
+    assert leader["command"][-1] == "--host=10.0.0.1"
+    assert [each["value"] for each in leader["env"]] == ["/x"]
 
 
 @pytest.mark.parametrize("kind", SCHEMAS)
@@ -273,6 +340,12 @@ def test_a_failed_batch_job_goes_back_into_the_queue(restarts, status, again, tm
             "expected no --processes; the file adds",
         ),
         ({"kind": "leaderworkerset", "restarts": 1}, "restarts without end"),
+        ({"replicas": 2}, "--replicas: expected no such flag with --kind=jobset"),
+        ({"kind": "leaderworkerset", "gateway": "a"}, "expected a --command that serv"),
+        (
+            {"kind": "leaderworkerset", "command": "serve", "grace_seconds": 70},
+            "--grace_seconds=70: a server that drains for 60 s needs at least 80",
+        ),
         (
             {"kind": "slurm", "accelerator": "h100:8", "volume": "pvc:a", "image": "b"},
             "--image, --volume: expected no such flag with --kind=slurm",

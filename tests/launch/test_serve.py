@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from jaxspark.checkpoints import save_target
-from jaxspark.launch import serve
+from jaxspark.launch import ray_serve, serve
 from jaxspark.launch.serve import Config
 from tests.checkpoints.tiny import target
 from tests.programs import ROOT, command
@@ -82,16 +82,26 @@ def test_a_server_under_sigterm_finishes_what_it_has_and_ends_with_0(tmp_path):
 
 
 def test_flags_that_cannot_be_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="several processes cannot serve yet"):
-        Config(coordinator="localhost:1", processes=2, process_index=0)
+    alone = {"coordinator": "localhost:1", "processes": 2, "process_index": 0}
+    with pytest.raises(ValueError, match="a replica is one process; for several use"):
+        ray_serve.Config(**alone)
+    with pytest.raises(ValueError, match="resources=GPU: expected NAME:AMOUNT"):
+        ray_serve.Config(resources=("CPU:2", "GPU"))
+    taken = ray_serve.Config(resources=("CPU:2", "GPU:1", "TPU:4")).actor_options()
+    assert taken == {"num_cpus": 2, "num_gpus": 1, "resources": {"TPU": 4}}
     with pytest.raises(ValueError, match="--costs are for schedules"):
         Config(costs="costs.json")
     with pytest.raises(ValueError, match="cannot listen at no.such.host.invalid:1"):
         serve.main(Config(host="no.such.host.invalid", port=1))
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "jaxspark.serving.app", None)
-        with pytest.raises(ValueError, match=r"pip install 'jaxspark\[serve\]'"):
-            serve.main(Config())
+        for launcher in (serve, ray_serve):
+            with pytest.raises(ValueError, match=r"pip install 'jaxspark\[serve\]'"):
+                launcher.main(launcher.Config())
+        without.delitem(sys.modules, "jaxspark.serving.app")
+        without.setitem(sys.modules, "ray", None)
+        with pytest.raises(ValueError, match=r"pip install 'jaxspark\[serve,ray\]'"):
+            ray_serve.main(ray_serve.Config())
     (tmp_path / "keys").write_text("\n")
     monkeypatch.setenv("JAXSPARK_API_KEYS", " a, b,")
     assert Config().keys() == ("a", "b")

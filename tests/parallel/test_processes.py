@@ -53,6 +53,28 @@ def test_the_environment_tells_of_a_job():
         Job.of_environment(said | {"JAXSPARK_PROCESSES": ""}, heartbeat_seconds=9)
 
 
+def test_pods_of_a_leaderworkerset_are_a_job():
+    said = {
+        "LWS_LEADER_ADDRESS": "flash-0.flash.llm",
+        "LWS_GROUP_SIZE": "4",
+        "LWS_WORKER_INDEX": "2",
+    }
+    assert Job.of_environment(said, heartbeat_seconds=9) == Job(
+        coordinator=f"flash-0.flash.llm:{processes.GROUP_PORT}",
+        processes=4,
+        process_index=2,
+        heartbeat_seconds=9,
+    )
+    alone = said | {"LWS_GROUP_SIZE": "1", "LWS_WORKER_INDEX": "0"}
+    assert Job.of_environment(alone, heartbeat_seconds=9) is None
+    # Ours come first.
+    ours = {"JAXSPARK_COORDINATOR": "a:1", "JAXSPARK_PROCESSES": "2"}
+    job = Job.of_environment(
+        said | ours | {"JAXSPARK_PROCESS_INDEX": "1"}, heartbeat_seconds=9
+    )
+    assert job.coordinator == "a:1"
+
+
 def test_lost_processes_are_read_from_what_the_runtime_says(capfdbinary):
     said = b"E1 The following tasks are unhealthy (stopped sending heartbeats):\n1\n"
     said += b"/job:jax_worker/replica:0/task:12\nThe tasks have crashed 7\n3\n"

@@ -4,14 +4,39 @@ import httpx
 import openai
 import pytest
 
+from jaxspark.serving.tracing import Tracing
 from tests.serving.hosting import KEY, hosted
 
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 
+def traced(exporter):
+    """Tracing that exports at once; None if nothing does."""
+    if exporter is None:
+        return None
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    return Tracing(provider, "tiny")
+
+
 @pytest.fixture(scope="session")
-def server():
-    with hosted() as here:
+def exporter():
+    """Keeps the server's spans; None without OpenTelemetry's SDK."""
+    try:
+        from opentelemetry.sdk.trace.export.in_memory_span_exporter import (
+            InMemorySpanExporter,
+        )
+    except ModuleNotFoundError:
+        return None
+    return InMemorySpanExporter()
+
+
+@pytest.fixture(scope="session")
+def server(exporter):
+    with hosted(tracing=traced(exporter)) as here:
         yield here
         assert here.engine.wait_idle(10)
         assert here.engine._batch.idle and here.engine._batch.free == 3

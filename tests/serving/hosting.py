@@ -35,7 +35,7 @@ class Hosted:
       status: what its process would exit with, once it has ended.
     """
 
-    def __init__(self, **options):
+    def __init__(self, tracing=None, **options):
         self.target, self.status = target(), None
         served = Served.of(
             self.target, context=CONTEXT, most_output=60, calls=CALLS["llama3"]
@@ -57,7 +57,13 @@ class Hosted:
         listening = threading.Event()
         values = {"api_keys": (KEY,), "most_body_bytes": 20_000, "body_seconds": 1.0}
         self.server = Server(
-            make_app(self.engine, served, AppOptions(**(values | options)), metrics),
+            make_app(
+                self.engine,
+                served,
+                AppOptions(**(values | options)),
+                metrics,
+                tracing,
+            ),
             self.engine,
             listener=bound("127.0.0.1", 0),
             drain_seconds=20,

@@ -1,6 +1,7 @@
 """The engine: what plain decoding gives, whatever happens beside it; nobody is lost."""
 
 import asyncio
+import threading
 import time
 
 import numpy as np
@@ -357,6 +358,33 @@ def test_a_device_that_fails_ends_every_request_with_an_error(monkeypatch):
             made.submit(demand(asked))
     made._thread.join(10)
     assert made.state == "failed" and calls == [1]
+
+
+def test_an_engine_can_be_failed_while_its_thread_hangs(monkeypatch):
+    """As it does in a collective with a process that was lost."""
+    calls, hung, back = [], threading.Event(), threading.Event()
+    with engine("ngram", on_failure=lambda: calls.append(1)) as made:
+
+        def hang(*args, **kwargs):
+            hung.set()
+            back.wait()
+            raise RuntimeError("a peer was lost")
+
+        monkeypatch.setattr(made._batch, "step", hang)
+        asked = request(1, max_new_tokens=60, stop_ids=())
+        streams = [made.submit(demand(asked)) for _ in range(8)]
+        hung.wait()
+        made.fail("process 1 of this server was lost")
+        for stream in streams:
+            [ended] = stream
+            assert (ended.reason, ended.status) == ("error", 500)
+            assert ended.error == "process 1 of this server was lost"
+        assert made.state == "failed"
+    # It was left without waiting for the thread.
+    assert made._thread.is_alive() and calls == [1]
+    back.set()
+    made._thread.join(10)
+    assert not made._thread.is_alive() and calls == [1]
 
 
 def test_draining_finishes_what_is_there_and_stopping_ends_it():
