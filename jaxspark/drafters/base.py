@@ -123,6 +123,9 @@ class DraftSampler(Protocol):
     ) -> Drawn:
         """Samples draft j of every slot, from a draft vocabulary of target ids."""
 
+    def suggested(self, certainty_BG: Float[Array, "B G"]) -> Float[Array, "B G"]:
+        """Confidence logits that certainty suggests, for drafters without a head."""
+
 
 @runtime_checkable
 class Drafter(Protocol):

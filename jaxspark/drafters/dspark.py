@@ -271,6 +271,8 @@ class DSparkDrafter(nnx.Module):
             )
             if latent_BR is not None:
                 logits_BW = logits_BW + self.markov_head.bias(latent_BR)
+            if self.confidence_head is None:
+                confidence_B = None
             return state_BR, logits_BW, confidence_B
 
         head = self.markov_head

@@ -15,7 +15,7 @@ from jaxspark.drafters.base import DraftContext, DraftSampler, Proposal
 from jaxspark.drafters.distribution import DraftDistribution
 
 # (carry, token before [B], j, rows of position j) -> carry, logits [B, W], and
-# confidence logits [B]; None without a confidence head (probability one half).
+# confidence logits [B]; None without a confidence head (certainty suggests some).
 type Step[Carry, Rows] = Callable[
     [Carry, Int[Array, " B"], Int[Array, ""], Rows],
     tuple[Carry, Float[Array, "B W"], Float[Array, " B"] | None],
@@ -52,14 +52,14 @@ def draft_block[Carry, Rows](
         j, row = inputs
         carry, logits_BW, confidence_B = step(carry, previous_B, j, row)
         drawn = sampler(logits_BW, j, ids_W)
-        if confidence_B is None:
-            confidence_B = jnp.zeros(previous_B.shape, jnp.float32)
         return (carry, drawn.tokens_B), (drawn, confidence_B)
 
     (carry, _), outputs = jax.lax.scan(
         position, (carry, context.anchors_B), (jnp.arange(block_length), rows)
     )
     drawn, confidence_BG = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), outputs)
+    if confidence_BG is None:
+        confidence_BG = sampler.suggested(drawn.certainty_B)
     proposal = Proposal(
         tokens_BG=drawn.tokens_B,
         lengths_B=jnp.full_like(context.lengths_B, block_length),

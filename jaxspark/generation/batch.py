@@ -25,6 +25,7 @@ from jaxspark.decoding import (
     release,
 )
 from jaxspark.decoding.compiling import compiled
+from jaxspark.decoding.estimator import EstimatorState
 from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.generation.completion import (
     Completion,
@@ -197,6 +198,7 @@ class ContinuousBatch:
                 positions=self._window + (read if prompt_log_probs else 0),
             ),
             pages=None if pages is None else pages.pages,
+            estimator=self.options.estimator,
         )
         self._pages = pages
         if pages is not None:
@@ -234,6 +236,11 @@ class ContinuousBatch:
     def idle(self) -> bool:
         """Whether nothing waits or runs."""
         return not self._waiting and not self._running
+
+    @property
+    def estimator(self) -> EstimatorState | None:
+        """What was learned of acceptance; gone with the next step."""
+        return self._state.estimator
 
     def submit(self, request: Request) -> int:
         """Queues a request; returns its index, counted from 0.

@@ -190,6 +190,7 @@ def main(config: Config) -> int:
         coupling=config.coupling,
         temperature=1.0,
         slots=config.slots,
+        confidences=config.confidences,
     )
     changes = {"name": config.served_name} if config.served_name else {}
     served = Served.of(
