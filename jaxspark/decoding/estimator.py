@@ -25,9 +25,10 @@ coefficients are a function of F: a round is scheduled first, and observed when 
 over. Given F, this round's drafts and random numbers are as fresh as they would be
 with fixed coefficients, because each round draws from streams named by the request's
 seed and the position of its anchor, no two rounds of a request have the same anchor,
-and requests decoded together have different seeds. So given F, whatever it is, a slot's
-next tokens are distributed as the target's; and therefore also on the whole, by
-induction over rounds. That F holds the outcomes of this very request, and of those
+and requests have seeds of their own (as for all schedules, see there: a seed that was
+used before, by a request that F remembers, is not fresh). So given F, whatever it is,
+a slot's next tokens are distributed as the target's; and therefore also on the whole,
+by induction over rounds. That F holds the outcomes of this very request, and of those
 beside it, changes which fixed schedule it is that a round meets, never the law of what
 comes out. It would not do to learn from a round before it is scheduled, nor to let s
 tell the drafted token: s is of the distribution (its entropy) under rejection sampling.

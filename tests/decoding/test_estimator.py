@@ -110,9 +110,9 @@ def test_the_oldest_blocks_make_room():
 def test_steps_end_at_the_mode():
     random = np.random.default_rng(5)
     confidence_NG, certainty_NG, held_N = blocks(random, 200)
-    x_NGX = np.stack([confidence_NG, certainty_NG, np.ones_like(certainty_NG)], -1)
-    happened_NG = np.arange(G) < held_N[:, None]
-    known_NG = np.arange(G) <= held_N[:, None]
+    x_NGX = jnp.stack([confidence_NG, certainty_NG, np.ones_like(certainty_NG)], -1)
+    happened_NG = jnp.arange(G) < held_N[:, None]
+    known_NG = jnp.arange(G) <= held_N[:, None]
     prior = Prior(mean=(1.0, 0.0, 0.0), precision=(4.0, 8.0, 0.25), place_precision=4.0)
     at = prior.coefficients(G)
     step = jax.jit(lambda at: newton_step(at, prior, x_NGX, happened_NG, known_NG))
@@ -121,7 +121,7 @@ def test_steps_end_at_the_mode():
 
     def loss(theta):
         b, d = theta[:3], theta[3:]
-        z = x_NGX @ b + d
+        z = np.asarray(x_NGX, np.float64) @ b + d
         nats = np.where(known_NG, np.logaddexp(0, z) - happened_NG * z, 0).sum()
         off = b - prior.mean
         return nats + off @ (off * prior.precision) / 2 + 2 * d @ d
@@ -146,7 +146,7 @@ def test_small_systems_are_solved():
     root = np.random.default_rng(6).normal(size=(3, 3))
     left, right = root @ root.T + np.eye(3), np.arange(3.0)
     np.testing.assert_allclose(
-        solve_small(jnp.array(left), jnp.array(right)),
+        solve_small(jnp.array(left, jnp.float32), jnp.array(right, jnp.float32)),
         np.linalg.solve(left, right),
         rtol=1e-4,
     )
