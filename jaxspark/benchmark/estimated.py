@@ -186,7 +186,7 @@ def _errors(rounds: Rounds, logits_NG: Float[np.ndarray, "N G"]) -> dict[str, fl
 def _simulated(rounds: Rounds, forecasts: Mapping[str, np.ndarray]) -> dict:
     """Tokens per second of the schedule with each forecast, and of fixed lengths."""
     length = rounds.confidence_NG.shape[1]
-    figures = {}
+    figures: dict[str, dict[str, float]] = {}
     for load, stated in COSTS.items():
         costs = _costs(length, *stated)
         figures[load] = speeds = {}

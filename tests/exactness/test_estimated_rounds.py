@@ -46,5 +46,6 @@ def test_the_law_of_two_rounds_is_the_target_s(models, drafter):
 
 def test_a_certainty_that_tells_the_draft_biases_the_second_round(models):
     target, made = models
-    seen = two_rounds(target, made["eagle3"], Threshold(0.3), SAMPLING, altered=telling)
-    assert seen.conditional_error > 1e-2 and seen.joint_error > 1e-4
+    rounds = EnumeratedRounds(target, made["eagle3"], SAMPLING, telling)
+    seen = rounds.under(Threshold(0.5))
+    assert seen.conditional_error > 1e-2 and seen.joint_error > 1e-2

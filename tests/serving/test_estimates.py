@@ -46,7 +46,7 @@ def test_what_was_learned_is_in_stats_and_metrics(monkeypatch):
         assert all(map(math.isnan, values(metrics, "jaxspark:calibration_error")))
         for temperature in (0.0, 1.0):
             request = Request([1, 2, 3], max_new_tokens=20, temperature=temperature)
-            assert list(engine.submit(Demand(request)))
+            assert list(engine.submit(Demand(request=request, group="a", choice=0)))
         assert engine.wait_idle(30)
         stats = engine.stats()
         assert stats.late_compilations == 0
