@@ -85,6 +85,10 @@ class Sampler:
     def __call__(self, logits_BW, j, ids_W) -> Drawn:
         return Drawn(*self.draw(logits_BW, j, ids_W))
 
+    def suggested(self, certainty_BG):
+        """Nothing."""
+        return jnp.zeros_like(certainty_BG)
+
 
 def greedy_draw(logits_BW, j, ids_W):
     """Draws the best token; scores its first logit."""

@@ -2,8 +2,9 @@
 
 Two measurements at one number of slots. An ablation: rounds that verify every draft,
 once because a schedule with calibrated confidences and many buckets chose so, once
-compiled for nothing else. And the parts alone, many times in a loop, against the time
-of such a round: decisions and packing, and the entropies that confidences look at.
+compiled for nothing else, and once while acceptance is learned too. And the parts
+alone, many times in a loop, against the time of such a round: decisions and packing,
+the entropies that confidences look at, and learning.
 """
 
 import time
@@ -25,6 +26,7 @@ from jaxspark.decoding import (
     CostCurve,
     Costs,
     DecodeOptions,
+    Estimator,
     Fixed,
     Forecast,
     Lagged,
@@ -33,6 +35,7 @@ from jaxspark.decoding import (
 from jaxspark.decoding.compiling import compiled
 from jaxspark.decoding.costs import bucket_ladder, draft_ladder, within_ladder
 from jaxspark.decoding.couplings import entropy
+from jaxspark.decoding.logistic import Prior
 from jaxspark.decoding.options import check_block_length
 from jaxspark.decoding.schedule_state import remembered
 from jaxspark.drafters import Drafter
@@ -41,6 +44,11 @@ from jaxspark.settings import random_key
 from jaxspark.timing import alternate, medians, timed
 
 ROUNDS, TIMES = 2, 200
+# Learns in full, in every run, yet believes nothing: every draft stays worth it.
+UNMOVED = Estimator(
+    every=ROUNDS,
+    prior=Prior(mean=(1.0, 0.0, 0.0), precision=(1e9, 1e9, 1e9), place_precision=1e9),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +94,32 @@ def _certainty(log_q_GBW):
     return jax.lax.fori_loop(0, TIMES, body, jnp.float32(0))
 
 
+@jax.jit
+def _learn(confidence_BG, certainty_BG):
+    """Forecasts of a round, and what is learned from it, `TIMES` times."""
+    estimator = Estimator()
+    slots, block_length = confidence_BG.shape
+    sampled_B = jnp.ones((slots,), bool)
+
+    def body(step, carry):
+        state, total = carry
+        moved_BG = confidence_BG + 1e-6 * total
+        logits_BG = state.logits(moved_BG, certainty_BG, sampled_B)
+        judged_B = 1 + (step + jnp.arange(slots)) % block_length
+        state = state.observed(
+            estimator,
+            confidence_BG=moved_BG,
+            certainty_BG=certainty_BG,
+            sampled_B=sampled_B,
+            judged_B=judged_B,
+            accepted_B=judged_B - 1,
+        )
+        return state, total + jnp.sum(logits_BG)
+
+    start = estimator.empty(slots, block_length), jnp.float32(0)
+    return jax.lax.fori_loop(0, TIMES, body, start)[1]
+
+
 def bench_overhead(
     console: Console,
     target,
@@ -127,6 +161,7 @@ def bench_overhead(
     )
     bare = replace(scheduled, schedule=Fixed(), buckets=sizes[-1:], calibration=None)
 
+    estimated = replace(scheduled, estimator=UNMOVED)
     verified: set[int] = set()
 
     def contestant(decode_options):
@@ -146,11 +181,16 @@ def bench_overhead(
         return run
 
     with console.status(f"{slots} slots, rounds with and without scheduling"):
-        contestants = {"scheduled": contestant(scheduled), "bare": contestant(bare)}
+        contestants = {
+            "scheduled": contestant(scheduled),
+            "bare": contestant(bare),
+            "estimated": contestant(estimated),
+        }
         runs = alternate(contestants, options.repeats)
     if len(verified) > 1:
         raise ValueError(f"rounds verified different numbers of drafts: {verified}")
     ratio = median(a / b for a, b in zip(runs["scheduled"], runs["bare"]))
+    learning = median(a / b for a, b in zip(runs["estimated"], runs["scheduled"]))
     key = random_key(0)
     inputs = (
         jax.random.normal(key, (slots, block_length)),
@@ -167,10 +207,11 @@ def bench_overhead(
     parts = {
         "decision": timed(_decide, scheduled.schedule, calibration, sizes, *inputs),
         "certainty": timed(_certainty, log_q_GBW),
+        "learning": timed(_learn, *inputs[:2]),
     }
     loops = medians(alternate(parts, options.repeats))
     alone = {name: each / TIMES for name, each in loops.items()}
-    seconds = medians(runs)
+    seconds, learn = medians(runs), alone.pop("learning")
     figures = {
         "slots": slots,
         "round_seconds": seconds["scheduled"],
@@ -179,6 +220,9 @@ def bench_overhead(
         "decision_and_packing_seconds": alone["decision"],
         "certainty_seconds": alone["certainty"],
         "share_of_round": sum(alone.values()) / seconds["bare"],
+        "overhead_of_learning": learning - 1,
+        "learning_seconds": learn,
+        "learning_share_of_round": learn / seconds["bare"],
     }
     console.print(
         f"{slots} slots, {sizes[-1]} tokens: a round takes "
@@ -187,6 +231,8 @@ def bench_overhead(
         f"({100 * figures['overhead_of_rounds']:+.2f} %, median of pairs); deciding "
         f"and packing alone {1e3 * alone['decision']:.3f} ms, certainty "
         f"{1e3 * alone['certainty']:.3f} ms (both "
-        f"{100 * figures['share_of_round']:.2f} %)"
+        f"{100 * figures['share_of_round']:.2f} %); learning acceptance "
+        f"{100 * figures['overhead_of_learning']:+.2f} %, alone {1e3 * learn:.3f} ms "
+        f"({100 * figures['learning_share_of_round']:.2f} %)"
     )
     return figures

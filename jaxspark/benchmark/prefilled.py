@@ -69,7 +69,7 @@ class PrefilledBatch:
     def start(self, contestant: "Contestant", run: int) -> DecodeState:
         """The state after prefill, with random numbers of this run."""
         slots, block_length = len(self.lengths_B), contestant.options.block
-        schedule = contestant.schedule
+        schedule, estimator = contestant.schedule, contestant.options.estimator
         self.context = self.state.draft_cache
         draft_cache = self.context
         if contestant.drafter is not self.drafter:
@@ -86,6 +86,7 @@ class PrefilledBatch:
             certainty_BG=jnp.zeros((slots, block_length)),
             counters=Counters.zeros(slots, block_length),
             schedule=schedule or ScheduleState.empty(slots, block_length),
+            estimator=estimator and estimator.empty(slots, block_length),
         )
 
     def finish(self, state: DecodeState) -> None:

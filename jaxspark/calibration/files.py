@@ -14,7 +14,8 @@ from jaxspark.decoding.couplings import Coupling
 
 FILE = "calibration.json"
 # 2: certainty of greedy drafts and under gumbel is in log-odds.
-FORMAT = "jaxspark-calibration-2"
+# 3: drafters without a confidence head have the confidence that certainty suggests.
+FORMAT = "jaxspark-calibration-3"
 
 
 class MissingCalibration(ValueError):

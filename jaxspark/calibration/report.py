@@ -7,10 +7,13 @@ from rich.table import Table
 from jaxspark.calibration.profile import CostProfile
 from jaxspark.calibration.variants import VARIANTS
 
+# What an estimator forecast, learning on the way, beside what was fitted.
+LEARNED = "learned"
+
 
 def report_reliability(console: Console, title: str, figures: dict) -> None:
     """The tables of one sampling temperature."""
-    names = ("before", *VARIANTS)
+    names = ("before", *VARIANTS, LEARNED)
     for measure, text in (("ece", "calibration error"), ("auc", "ranking (AUC)")):
         table = Table(title=f"{title} · {text}")
         for column in ("draft", "survived", *names):

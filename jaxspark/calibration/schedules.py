@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, get_args
 
 from jaxspark.calibration.files import MissingCalibration, load_calibration
 from jaxspark.calibration.profile import (
@@ -11,12 +12,21 @@ from jaxspark.calibration.profile import (
     load_profiles,
     with_measured_costs,
 )
-from jaxspark.decoding import Calibration, DecodeOptions, Fixed, parse_schedule
+from jaxspark.decoding import (
+    Calibration,
+    DecodeOptions,
+    Estimator,
+    Fixed,
+    parse_schedule,
+)
 from jaxspark.decoding.couplings import Coupling
 from jaxspark.decoding.options import check_block_length
 from jaxspark.decoding.schedule import CostAware
 from jaxspark.drafters import Drafter
 from jaxspark.generation.generate import round_capacity
+
+Confidences = Literal["auto", "calibrated", "online", "raw"]
+CONFIDENCES = get_args(Confidences)
 
 
 def chosen_options(
@@ -31,6 +41,7 @@ def chosen_options(
     coupling: Coupling,
     temperature: float,
     slots: int = 1,
+    confidences: Confidences = "auto",
 ) -> tuple[DecodeOptions, int]:
     """How requests are decoded; a schedule that weighs costs gets them.
 
@@ -45,13 +56,14 @@ def chosen_options(
       coupling: "rejection" or "gumbel".
       temperature: of sampling.
       slots: requests decoded together.
+      confidences: see `chosen_confidences`.
 
     Returns:
-      options: with the drafter's calibration, if it has one and it is needed.
+      options: with calibration and estimator, where they are needed.
       capacity: cache positions to decode with, those of the costs.
 
     Raises:
-      ValueError: the costs are of something else.
+      ValueError: the costs are of something else, or a calibration is missing.
     """
     chosen = parse_schedule(schedule)
     block_length = check_block_length(drafter, block_length)
@@ -74,12 +86,15 @@ def chosen_options(
             sampled=temperature > 0,
         )
         chosen = replace(chosen, costs=find_profile(profiles, here).costs)
-    fixed = isinstance(chosen, Fixed)
+    calibration = estimator = None
+    if block_length and not isinstance(chosen, Fixed):
+        calibration, estimator = chosen_confidences(confidences, draft, coupling)
     options = DecodeOptions(
         block_length=block_length,
         coupling=coupling,
         schedule=chosen,
-        calibration=None if fixed else find_calibration(draft, coupling),
+        calibration=calibration,
+        estimator=estimator,
     )
     options = with_measured_costs(
         options,
@@ -90,6 +105,35 @@ def chosen_options(
         temperature=temperature,
     )
     return options, capacity
+
+
+def chosen_confidences(
+    name: Confidences, draft: str, coupling: Coupling
+) -> tuple[Calibration | None, Estimator | None]:
+    """Where survival comes from.
+
+    Args:
+      name: "calibrated" takes what `jaxspark calibrate` kept with the drafter, "online"
+        learns while decoding, beginning there if there is any, "raw" takes confidences
+        as they are; "auto" is "calibrated" where that was done and else "online".
+      draft: the drafter's name, as for `load_drafter`.
+      coupling: "rejection" or "gumbel".
+
+    Raises:
+      MissingCalibration: it is asked for.
+      ValueError: it is damaged.
+    """
+    if name == "raw":
+        return None, None
+    if name == "calibrated":
+        return load_calibration(draft, coupling), None
+    try:
+        calibration = load_calibration(draft, coupling)
+    except MissingCalibration as error:
+        if name == "auto":
+            print(f"acceptance is learned while decoding: {error}", file=sys.stderr)
+        return None, Estimator()
+    return calibration, Estimator() if name == "online" else None
 
 
 def find_calibration(draft: str, coupling: Coupling) -> Calibration | None:

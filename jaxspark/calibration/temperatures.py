@@ -176,7 +176,18 @@ def _regression(
 
 
 def assess(rounds: Rounds, scaling: Scaling) -> dict[str, list]:
-    """How reliable survival is at each draft, scaled so.
+    """How reliable survival is at each draft, scaled so; see `assess_logits`."""
+    return assess_logits(rounds, scaling.logits(rounds))
+
+
+def assess_logits(
+    rounds: Rounds, logits_NG: Float[np.ndarray, "N G"]
+) -> dict[str, list]:
+    """How reliable survival is at each draft, forecast so.
+
+    Args:
+      rounds: what happened.
+      logits_NG: of P(draft j accepted | all before it accepted).
 
     Returns lists over drafts:
       ece: expected calibration error of survival.
@@ -188,7 +199,7 @@ def assess(rounds: Rounds, scaling: Scaling) -> dict[str, list]:
       rounds: rounds in which that is known.
       curve: reliability by bin, see `Reliability`.
     """
-    logits_NG, forecast_NG = scaling.logits(rounds), scaling.survival(rounds)
+    forecast_NG = np.cumprod(_sigmoid(logits_NG), axis=1)
     survived_NG, known_NG = rounds.survived()
     figures: dict[str, list] = {
         name: []

@@ -1,18 +1,15 @@
 """Propose, schedule, verify, commit: the compiled decode loop."""
 
 from jaxspark.decoding.adjustments import Adjustment, AdjustmentLimits
+from jaxspark.decoding.admission import Admission
 from jaxspark.decoding.confidence import Calibration
 from jaxspark.decoding.costs import CostCurve, Costs
+from jaxspark.decoding.estimator import Estimator
 from jaxspark.decoding.forecast import Forecast, Verification
-from jaxspark.decoding.lifecycle import (
-    Admission,
-    admit,
-    init_state,
-    prefill,
-    release,
-)
+from jaxspark.decoding.lifecycle import admit, init_state, release
 from jaxspark.decoding.likeliest import LikeliestLimits
 from jaxspark.decoding.options import DecodeOptions
+from jaxspark.decoding.prefilling import prefill
 from jaxspark.decoding.round import decode, decode_round, draft, verify
 from jaxspark.decoding.sampling import Sampling
 from jaxspark.decoding.schedule import (
@@ -37,6 +34,7 @@ __all__ = [
     "Costs",
     "DecodeOptions",
     "DecodeState",
+    "Estimator",
     "Fixed",
     "Forecast",
     "Free",

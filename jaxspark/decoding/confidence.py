@@ -124,6 +124,19 @@ class Calibration:
     ) -> Float[Array, "B G"]:
         """Chance that the first j + 1 drafts of each slot are all accepted.
 
+        See `logits`.
+        """
+        logits_BG = self.logits(confidence_BG, certainty_BG, temperature_B)
+        return jnp.cumprod(jax.nn.sigmoid(logits_BG), axis=1)
+
+    def logits(
+        self,
+        confidence_BG: Float[Array, "B G"],
+        certainty_BG: Float[Array, "B G"],
+        temperature_B: Float[Array, " B"],
+    ) -> Float[Array, "B G"]:
+        """Of P(draft j accepted | all before it accepted).
+
         Args:
           confidence_BG: logits.
           certainty_BG: how decided the drafts were.
@@ -141,7 +154,7 @@ class Calibration:
             logits_BG += of_slots(self.weights, 0.0) * certainty_BG
         if self.biases is not None:
             logits_BG += of_slots(self.biases, 0.0)
-        return jnp.cumprod(jax.nn.sigmoid(logits_BG), axis=1)
+        return logits_BG
 
     def prior_survival(
         self, block_length: int, temperature_B: Float[Array, " B"]

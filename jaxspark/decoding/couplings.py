@@ -56,6 +56,10 @@ from jaxspark.settings import standard_settings
 
 Coupling = Literal["rejection", "gumbel"]
 COUPLINGS = get_args(Coupling)
+# What certainty suggests of acceptance before anybody has looked: slope and intercept
+# of a logit, by either kind of it (see `Drawn`).
+ODDS = (0.5, -0.2)
+NEGENTROPY = (0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,14 @@ class CoupledSampler:
         assert not isinstance(self.adjuster, MaskedAdjuster)
         needed = needs_logits(self.sampling, self.adjuster)
         return jax.lax.cond(needed, written, streamed)
+
+    def suggested(self, certainty_BG: Float[Array, "B G"]) -> Float[Array, "B G"]:
+        """Confidence logits that certainty suggests, for drafters without a head."""
+        entropic_B1 = ~self.sampling.greedy[:, None] & (self.coupling == "rejection")
+        slope, intercept = (
+            jnp.where(entropic_B1, *both) for both in zip(NEGENTROPY, ODDS)
+        )
+        return slope * certainty_BG + intercept
 
     def _sample(self, logits_BW, j, ids_W) -> Drawn:
         log_q_BW = warp(logits_BW, self.sampling)

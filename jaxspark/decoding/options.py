@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from jaxspark.decoding.confidence import Calibration
 from jaxspark.decoding.costs import bucket_ladder, check_buckets
 from jaxspark.decoding.couplings import COUPLINGS, Coupling
+from jaxspark.decoding.estimator import Estimator
 from jaxspark.decoding.schedule import Fixed, Scheduler
 from jaxspark.drafters import Drafter
 
@@ -21,6 +22,8 @@ class DecodeOptions:
       schedule: chooses how much is drafted and what is verified. One that weighs costs
         needs some, see `jaxspark.calibration.measure_costs`.
       calibration: of the drafter's confidences; None takes them as they are.
+      estimator: learns from every round how to read them; None does not. For drafters
+        that have no head or no calibration, and for texts that change.
       buckets: token counts the target is compiled for, ascending; None takes what
         suits drafter and schedule. A schedule that knows costs brings its own.
     """
@@ -29,6 +32,7 @@ class DecodeOptions:
     coupling: Coupling = "rejection"
     schedule: Scheduler = Fixed()
     calibration: Calibration | None = None
+    estimator: Estimator | None = None
     buckets: tuple[int, ...] | None = None
 
     def __post_init__(self):

@@ -17,6 +17,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, UInt
 
+from jaxspark.decoding.acceptance import (
+    acceptance_logits,
+    check_estimator,
+    observe,
+)
 from jaxspark.decoding.adjusted_logits import Adjuster
 from jaxspark.decoding.couplings import CoupledSampler
 from jaxspark.decoding.couplings import verify as verdict_of
@@ -48,6 +53,7 @@ def decode_round(
             f"options draft {options.block} tokens, the state was made for blocks of "
             f"{state.block_length}"
         )
+    check_estimator(state, options)
     lagged = lagged_forecast(state, options)
     rounds = [
         partial(_round, target, drafter, options, length)
@@ -184,12 +190,8 @@ def schedule_round(
     if not drafted:
         bucket = smallest_bucket(sizes, lagged.anchors)
         return Verification(proposal.lengths_B, bucket), memory.after_none()
-    if options.calibration is None:
-        survival_Bg = jnp.cumprod(jax.nn.sigmoid(proposal.confidence_BG), axis=1)
-    else:
-        survival_Bg = options.calibration.survival(
-            proposal.confidence_BG, proposal.certainty_BG, state.sampling.temperature
-        )
+    logits_Bg = acceptance_logits(state, proposal, options)
+    survival_Bg = jnp.cumprod(jax.nn.sigmoid(logits_Bg), axis=1)
     proposed_Bg = jnp.arange(drafted) < proposal.lengths_B[:, None]
     survival_Bg = jnp.where(proposed_Bg, survival_Bg, 0.0)
     current = _forecast(state, survival_Bg)
@@ -248,6 +250,8 @@ def _verified(target, drafter, options, state, drafted, adjuster) -> DecodeState
         state.draft_cache,
     )
     state = replace(state, target_cache=target_cache, draft_cache=draft_cache)
+    with jax.named_scope("estimate"):
+        state = observe(state, proposal, lengths_B, verdict.accepted_B, options)
     with jax.named_scope("commit"):
         return commit(state, proposal, lengths_B, verdict)
 
@@ -377,6 +381,7 @@ def draft(
       masks_BU: bits of the tokens that may come next, for the first drafts.
       options: resolved, see `DecodeOptions.resolve`.
     """
+    check_estimator(state, options)
     lagged = lagged_forecast(state, options)
     with jax.named_scope("adjust"):
         adjuster = adjuster_for(state, masks_BU[:, None])

@@ -4,8 +4,8 @@ A slot holds one request at a time, whose life is told by one word, its phase:
 
     EMPTY --admit--> PREFILLING --prefill--> DECODING --decode--> FINISHED --release-->
 
-All transitions are pure functions of the state: see `lifecycle` for the first, the
-second and the last, `round` for the third.
+All transitions are pure functions of the state: see `lifecycle` for the first and the
+last, `prefilling` for the second, `round` for the third.
 """
 
 from dataclasses import dataclass, replace
@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.decoding.adjustment_arrays import Adjustments
 from jaxspark.decoding.adjustments import AdjustmentLimits
+from jaxspark.decoding.estimator import Estimator, EstimatorState
 from jaxspark.decoding.likeliest import Likeliest, LikeliestLimits
 from jaxspark.decoding.sampling import Sampling
 from jaxspark.decoding.schedule_state import ScheduleState
@@ -96,6 +97,7 @@ class DecodeState:
       counters: statistics.
       adjustments: what slots do to their logits; None is not compiled.
       likeliest: the most likely tokens beside those put out; None is not compiled.
+      estimator: what was learned about acceptance; None is not compiled.
     """
 
     tokens_BS: Int[Array, "B S"]
@@ -116,6 +118,7 @@ class DecodeState:
     adjustments: Adjustments | None = None
     likeliest: Likeliest | None = None
     pages_BP: Int[Array, "B P"] | None = None
+    estimator: EstimatorState | None = None
 
     @classmethod
     @standard_settings()
@@ -133,6 +136,7 @@ class DecodeState:
         adjustments: AdjustmentLimits = AdjustmentLimits(),
         likeliest: LikeliestLimits = LikeliestLimits(),
         pages: int | None = None,
+        estimator: Estimator | None = None,
     ) -> "DecodeState":
         """A state without requests; pure, so it may be made under a caller's `jit`.
 
@@ -150,6 +154,7 @@ class DecodeState:
           likeliest: what to keep of the most likely tokens.
           pages: pages that caches have in all, page 0 among them, which nobody owns;
             no slot has one yet. None: every slot has rows of its own.
+          estimator: that of the options it will be decoded with.
 
         Raises:
           ValueError: no slots, pages on a mesh that shares out slots, or more drafts
@@ -208,6 +213,9 @@ class DecodeState:
                 pages_BP=None
                 if pages is None
                 else jnp.zeros((slots, pages_for(capacity)), jnp.int32),
+                estimator=None
+                if estimator is None
+                else estimator.empty(slots, block_length),
             )
 
         return create(make, state_specs)

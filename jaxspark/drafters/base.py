@@ -154,6 +154,9 @@ class DraftSampler(Protocol):
     ) -> Streamed:
         """The same, where it streams."""
 
+    def suggested(self, certainty_BG: Float[Array, "B G"]) -> Float[Array, "B G"]:
+        """Confidence logits that certainty suggests, for drafters without a head."""
+
 
 @runtime_checkable
 class Drafter(Protocol):

@@ -271,6 +271,8 @@ class DSparkDrafter(nnx.Module):
                 state_BR, previous_B, hidden_BD
             )
             given = base_GBW[j] if latent_BR is None else latent_BR
+            if self.confidence_head is None:
+                confidence_B = None
             return state_BR, given, confidence_B
 
         proposal, _ = draft_block(

@@ -18,12 +18,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.drafters.base import DraftContext, Drafter, DraftSampler, Proposal
-from jaxspark.drafters.ngram import NgramDrafter
+from jaxspark.drafters.ngram import BELIEVED_RATES, NgramDrafter
 from jaxspark.models import FlatTokens, TargetModel
 from jaxspark.parallel.axes import all_of
 
 # What is believed before a request has a history, and how many drafts that is worth.
-_LOOKUP_RATE = (0.0, 0.35, 0.5, 0.65, 0.8)
 _MODEL_RATE = 0.6
 _PRIOR_DRAFTS = 12.0
 
@@ -51,8 +50,8 @@ class History:
     @classmethod
     def start(cls, slots: int, longest: int, block_length: int) -> "History":
         """Nothing but prior belief."""
-        known = len(_LOOKUP_RATE) - 1
-        rates = [_LOOKUP_RATE[min(m, known)] for m in range(1, longest + 1)]
+        known = len(BELIEVED_RATES) - 1
+        rates = [BELIEVED_RATES[min(m, known)] for m in range(1, longest + 1)]
         rate_M = jnp.array([_MODEL_RATE, *rates], jnp.float32)
         tried_BM = jnp.full((slots, longest + 1), _PRIOR_DRAFTS, jnp.float32)
         return cls(

@@ -12,9 +12,12 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jaxspark.drafters.base import Proposal, WithoutContext
+
+# The rate at which copies are believed to hold, by match length; longer ones alike.
+BELIEVED_RATES = (0.0, 0.35, 0.5, 0.65, 0.8)
 
 
 @jax.tree_util.register_static
@@ -52,7 +55,9 @@ class NgramDrafter(WithoutContext):
         return Proposal(
             tokens_BG=tokens_BG,
             lengths_B=jnp.where(match_B >= self.shortest, block_length, 0),
-            confidence_BG=jnp.zeros(tokens_BG.shape, jnp.float32),
+            confidence_BG=jnp.broadcast_to(
+                _believed(match_B)[:, None], tokens_BG.shape
+            ),
             certainty_BG=jnp.zeros(tokens_BG.shape, jnp.float32),
         ), cache
 
@@ -88,3 +93,10 @@ class NgramDrafter(WithoutContext):
             running_BS &= (shifted_BS == last_B) & (position_S >= n)
             length_BS += running_BS
         return length_BS
+
+
+def _believed(match_B: Int[Array, " B"]) -> Float[Array, " B"]:
+    """The logit of acceptance that a match of so many tokens promises."""
+    rates_M = jnp.array(BELIEVED_RATES, jnp.float32)
+    longest = len(BELIEVED_RATES) - 1
+    return jax.scipy.special.logit(rates_M[jnp.clip(match_B, 1, longest)])

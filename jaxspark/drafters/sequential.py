@@ -17,7 +17,7 @@ from jaxspark.drafters.distribution import DraftDistribution
 
 # (carry, token before [B], j, rows of position j) -> carry, logits [B, W] or latents
 # [B, R] of `BlockLogits`, and confidence logits [B]; None without a confidence head
-# (probability one half).
+# (certainty suggests some).
 type Step[Carry, Rows] = Callable[
     [Carry, Int[Array, " B"], Int[Array, ""], Rows],
     tuple[Carry, Float[Array, "B X"], Float[Array, " B"] | None],
@@ -61,8 +61,6 @@ def draft_block[Carry, Rows](
             drawn = sampler.stream(logits, j, given_BX, ids_W)
         else:
             drawn = sampler(logits.row(j, given_BX), j, ids_W)
-        if confidence_B is None:
-            confidence_B = jnp.zeros(previous_B.shape, jnp.float32)
         return (carry, drawn.tokens_B), (drawn, confidence_B)
 
     streamed = logits is not None and sampler.streams
@@ -71,6 +69,8 @@ def draft_block[Carry, Rows](
         position, (carry, context.anchors_B), (jnp.arange(block_length), rows)
     )
     drawn, confidence_BG = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), outputs)
+    if confidence_BG is None:
+        confidence_BG = sampler.suggested(drawn.certainty_B)
     proposal = Proposal(
         tokens_BG=drawn.tokens_B,
         lengths_B=jnp.full_like(context.lengths_B, block_length),

@@ -21,6 +21,7 @@ from jaxspark.decoding import (
     CostCurve,
     Costs,
     DecodeOptions,
+    Estimator,
     Scheduler,
     parse_schedule,
 )
@@ -81,11 +82,13 @@ class ScheduleCell:
     schedule: str
     coupling: Coupling
     buckets: str
+    estimates: bool = False
 
     @property
     def name(self) -> str:
         """For reports."""
-        return f"{self.drafter} · {self.schedule} · {self.coupling} · {self.buckets}"
+        name = f"{self.drafter} · {self.schedule} · {self.coupling} · {self.buckets}"
+        return f"{name} · estimator" if self.estimates else name
 
 
 @dataclass(kw_only=True)
@@ -112,7 +115,8 @@ def grid_of_schedules(
     """All cells, or one in `every`.
 
     Every drafter meets every schedule under every coupling. Sets of buckets take turns
-    over them, since packing a round does not depend on what drafted it.
+    over them, since packing a round does not depend on what drafted it; every other
+    time acceptance is learned on the way.
     """
     choices = [
         (schedule, coupling)
@@ -122,7 +126,11 @@ def grid_of_schedules(
     ]
     return [
         ScheduleCell(
-            drafter=drafter, schedule=schedule, coupling=coupling, buckets=buckets
+            drafter=drafter,
+            schedule=schedule,
+            coupling=coupling,
+            buckets=buckets,
+            estimates=(d + c + b) % 2 == 1,
         )
         for d, drafter in enumerate(DRAFTERS[family])
         for c, (schedule, coupling) in enumerate(choices)
@@ -292,6 +300,7 @@ class ScheduleAudit:
                     coupling=cell.coupling,
                     schedule=schedule,
                     buckets=sizes if schedule.costs is None else None,
+                    estimator=Estimator(every=2) if cell.estimates else None,
                 ),
                 together=2,
                 rounds_per_step=2,

@@ -204,14 +204,13 @@ class EnumeratedRound:
         self.chance_N = np.ones(chosen_BN.shape[1])
         picked = []
         for blocks, chosen_N in zip(slots, chosen_BN):
-            proposals = [_seen(block.proposal) for block in blocks]
+            proposals = [seen_by_schedules(block.proposal) for block in blocks]
             stacked = jax.tree.map(lambda *x: jnp.stack(x), *proposals)
             picked.append(jax.tree.map(itemgetter(chosen_N), stacked))
-            chances = [_draft_probability(block.proposal) for block in blocks]
-            self.chance_N *= np.array(chances)[chosen_N]
+            self.chance_N *= np.array([block.chance for block in blocks])[chosen_N]
         self.proposals = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *picked)
-        outcomes = np.stack([_outcomes(table, each, accept) for each in slots[0]])
-        self.outcomes_NK = outcomes[chosen_BN[0]]
+        own = np.stack([outcomes(table, each, accept) for each in slots[0]])
+        self.outcomes_NK = own[chosen_BN[0]]
 
     @standard_settings()
     def distribution(
@@ -267,6 +266,10 @@ class ForcedSampler:
             certainty_B=self.decoder(logits_BW, j, ids_W).certainty_B,
         )
 
+    def suggested(self, certainty_BG):
+        """What the decoder's suggests."""
+        return self.decoder.suggested(certainty_BG)
+
 
 @dataclass(frozen=True)
 class Block:
@@ -281,6 +284,11 @@ class Block:
     drafts: tuple[int, ...]
     proposal: Proposal
     log_p_QV: np.ndarray
+
+    @property
+    def chance(self) -> float:
+        """How likely these drafts are."""
+        return _draft_probability(self.proposal)
 
 
 def draft_blocks(
@@ -372,7 +380,7 @@ def _verified_rows(
     return warp(logits_TV, state.sampling.at(tokens.slots_T))
 
 
-def _seen(proposal: Proposal) -> Proposal:
+def seen_by_schedules(proposal: Proposal) -> Proposal:
     """What schedules look at."""
     return replace(proposal, q=DraftDistribution())
 
@@ -397,7 +405,7 @@ def _log_q(proposal) -> np.ndarray:
     return np.asarray(proposal.q.log_prob(proposal.tokens_BG), np.float64)
 
 
-def _outcomes(table, block: Block, accept) -> np.ndarray:
+def outcomes(table, block: Block, accept) -> np.ndarray:
     """Next tokens if the first 0..G of these drafts are verified, [G+1, V, ..., V]."""
     drafts, proposal = block.drafts, block.proposal
     log_p_1G = jnp.array([[block.log_p_QV[j, x] for j, x in enumerate(drafts)]])
@@ -405,24 +413,24 @@ def _outcomes(table, block: Block, accept) -> np.ndarray:
         accept(log_p_1G, proposal.q.log_prob(proposal.tokens_BG)), np.float64
     )
     length, vocab = len(drafts), len(table[()])
-    outcomes = np.zeros((length + 1, *(vocab,) * (length + 1)))
+    made = np.zeros((length + 1, *(vocab,) * (length + 1)))
 
     def add(joint, prefix, chance, rejected):
         if chance:
-            next_V = _correction(block, len(prefix), rejected, vocab)
+            next_V = correction(block, len(prefix), rejected, vocab)
             _complete(joint, table, prefix, chance * next_V)
 
     reached = 1.0
     for n, accepted in enumerate(accept_1G[0]):
         # All of n verified drafts are accepted; or of more, the first n.
-        add(outcomes[n], drafts[:n], reached, rejected=False)
-        add(outcomes[n + 1 :], drafts[:n], reached * (1 - accepted), rejected=True)
+        add(made[n], drafts[:n], reached, rejected=False)
+        add(made[n + 1 :], drafts[:n], reached * (1 - accepted), rejected=True)
         reached *= accepted
-    add(outcomes[length], drafts, reached, rejected=False)
-    return outcomes
+    add(made[length], drafts, reached, rejected=False)
+    return made
 
 
-def _correction(block: Block, accepted: int, rejected: bool, vocab: int):
+def correction(block: Block, accepted: int, rejected: bool, vocab: int):
     """Distribution of the token after the accepted drafts."""
     p_1V = jnp.exp(jnp.asarray(block.log_p_QV[accepted], jnp.float32)[None])
     proposal, row_1 = block.proposal, jnp.array([accepted])

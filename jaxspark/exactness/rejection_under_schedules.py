@@ -22,6 +22,7 @@ from jaxspark.decoding import (
     CostCurve,
     Costs,
     DecodeOptions,
+    Estimator,
     Sampling,
     Scheduler,
     decode,
@@ -38,6 +39,7 @@ from jaxspark.exactness.enumeration import (
     sequence_log_probs,
     target_distribution,
 )
+from jaxspark.exactness.estimated_rounds import CREDULOUS
 from jaxspark.exactness.rejection import PROMPT, Check
 from jaxspark.exactness.statistics import chi_square
 from jaxspark.exactness.tiny_models import BLOCK_LENGTH, DRAFTERS, Family, tiny_models
@@ -179,8 +181,8 @@ def frequency_checks(
 ) -> list[Check]:
     """First two tokens of many pairs of requests: chi-square.
 
-    The whole compiled round with its own random numbers and history; many pairs at
-    once by `vmap`.
+    The whole compiled round with its own random numbers and history, and where
+    acceptance is learned from every round; many pairs at once by `vmap`.
     """
     target, _ = tiny_models(family, VOCAB, drafters=())
     exact = target_distribution(
@@ -190,18 +192,26 @@ def frequency_checks(
     for label, schedule in (schedules or schedules_for_rejection()).items():
         seeds = np.arange(samples // SLOTS * SLOTS, dtype=np.uint32)
         seeds_NB = seeds.reshape(-1, SLOTS)
-        tokens_N2 = _first_two(target, leaky_drafter(), seeds_NB, schedule)
-        counts = np.zeros((VOCAB, VOCAB), int)
-        np.add.at(counts, tuple(np.asarray(tokens_N2).T), 1)
-        name = f"first two tokens of {len(seeds)}, {label}"
-        checks.append(Check.p_value(name, chi_square(counts, exact)))
+        for estimator in (None, CREDULOUS):
+            tokens_N2 = _first_two(
+                target, leaky_drafter(), seeds_NB, schedule, estimator
+            )
+            counts = np.zeros((VOCAB, VOCAB), int)
+            np.add.at(counts, tuple(np.asarray(tokens_N2).T), 1)
+            name = f"first two tokens of {len(seeds)}, {label}"
+            name += ", estimator" if estimator else ""
+            checks.append(Check.p_value(name, chi_square(counts, exact)))
     return checks
 
 
-@partial(jax.jit, static_argnames=("schedule",))
-def _first_two(target, drafter, seeds_NB, schedule: Scheduler):
+@partial(jax.jit, static_argnames=("schedule", "estimator"))
+def _first_two(
+    target, drafter, seeds_NB, schedule: Scheduler, estimator: Estimator | None
+):
     """Two tokens after the prompt, of all requests."""
-    options = DecodeOptions(block_length=BLOCK_LENGTH, schedule=schedule)
+    options = DecodeOptions(
+        block_length=BLOCK_LENGTH, schedule=schedule, estimator=estimator
+    )
     begin = len(PROMPT)
     state = init_state(
         target,
@@ -210,6 +220,7 @@ def _first_two(target, drafter, seeds_NB, schedule: Scheduler):
         [begin + 2 + BLOCK_LENGTH] * SLOTS,
         Sampling.of(SLOTS, temperature=1.0),
         block_length=BLOCK_LENGTH,
+        estimator=estimator,
     )
     state = prefill(target, drafter, state, chunk=16)
 

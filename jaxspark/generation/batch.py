@@ -26,6 +26,7 @@ from jaxspark.decoding import (
     release,
 )
 from jaxspark.decoding.compiling import compiled
+from jaxspark.decoding.estimator import EstimatorState
 from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.generation.completion import (
     Completion,
@@ -198,6 +199,7 @@ class ContinuousBatch:
                 positions=self._window + (read if prompt_log_probs else 0),
             ),
             pages=None if pages is None else pages.pages,
+            estimator=self.options.estimator,
         )
         self._pages = pages
         if pages is not None:
@@ -252,6 +254,11 @@ class ContinuousBatch:
         waiting = [each.request.index for each in self._waiting]
         pages = 0 if self._pages is None else self._pages.checksum
         return zlib.crc32(repr((running, waiting, pages)).encode())
+
+    @property
+    def estimator(self) -> EstimatorState | None:
+        """What was learned of acceptance; gone with the next step."""
+        return self._state.estimator
 
     def submit(self, request: Request) -> int:
         """Queues a request; returns its index, counted from 0.

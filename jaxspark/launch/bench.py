@@ -9,6 +9,8 @@
   jaxspark bench --suite=load --draft=dspark    many requests at once: fixed lengths
                                                 against the schedule
   jaxspark bench --suite=overhead               what scheduling itself costs
+  jaxspark bench --suite=estimator              forecasts of acceptance: learned while
+                                                decoding, calibrated, neither
   jaxspark bench --suite=engine                 the serving engine against
                                                 generate_stream
   jaxspark bench --suite=serving                servers under load, over HTTP: with
@@ -36,6 +38,7 @@ from rich.console import Console
 from jaxspark import load_drafter
 from jaxspark.benchmark.beside_grammar import bench_beside_grammar
 from jaxspark.benchmark.drafts import DraftsOptions, bench_drafts
+from jaxspark.benchmark.estimated import EstimatorOptions, bench_estimator
 from jaxspark.benchmark.kernels_static import StaticOptions, bench_kernels_static
 from jaxspark.benchmark.layout import bench_layout
 from jaxspark.benchmark.load import bench_load
@@ -45,9 +48,15 @@ from jaxspark.benchmark.pages import bench_pages
 from jaxspark.benchmark.serving.options import ServingOptions
 from jaxspark.configuration import option
 from jaxspark.evaluation.plots import plot_load, plot_serving
-from jaxspark.evaluation.prompts import PromptOptions, in_turn
+from jaxspark.evaluation.prompts import (
+    CALIBRATION,
+    DOMAINS,
+    PromptOptions,
+    in_turn,
+)
 from jaxspark.figures import write_figures
 from jaxspark.launch import common, program
+from jaxspark.training.data.selection import first_questions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +66,7 @@ class Config(
     SequenceOptions,
     DraftsOptions,
     OverheadOptions,
+    EstimatorOptions,
     ServingOptions,
     StaticOptions,
 ):
@@ -71,6 +81,7 @@ class Config(
             "draft",
             "load",
             "overhead",
+            "estimator",
             "pages",
             "engine",
             "grammar",
@@ -79,7 +90,8 @@ class Config(
         ),  # fmt: skip
     )
     draft: str = option(
-        "Drafter of --suite=draft, load, overhead, engine and grammar.", "dspark"
+        "Drafter of --suite=draft, load, overhead, estimator, engine and grammar.",
+        "dspark",
     )
     prompts_per_domain: int = option("Prompts per domain.", 3, at_least=1)
     progress: str | None = option(
@@ -109,6 +121,18 @@ def measured(console: Console, config: Config) -> dict:
     )
     if drafting:
         return bench_drafts(console, target, config.draft, domains, config)
+    if config.suite == "estimator":
+        fit_domains = {
+            domain: first_questions(
+                tokenizer,
+                (path,),
+                most=config.prompts_per_domain,
+                max_tokens=config.capacity // 2,
+            )
+            for domain, path in zip(DOMAINS, CALIBRATION)
+        }
+        drafter = load_drafter(config.draft, target)
+        return bench_estimator(console, target, drafter, fit_domains, domains, config)
     prompts = in_turn(domains)
     if config.suite == "overhead":
         drafter = load_drafter(config.draft, target)

@@ -7,8 +7,9 @@ r"""Calibrates a drafter's confidences, and shows how reliable they are.
 Decodes questions (those that come with jaxspark, or of --data: JSON lines with
 `messages`) and records what the drafter expected and what was accepted; fits, at each
 sampling temperature, one temperature per draft (sequential temperature scaling), then a
-bias too, then what the draft's certainty counts too; and judges each on other prompts.
-Writes the last (see --keep) beside the drafter's weights, and <out>/<name>.json and
+bias too, then what the draft's certainty counts too; and judges each on other prompts,
+beside what an estimator would have said that learned while it decoded these.
+Writes the last fit (see --keep) beside the drafter's weights, and <out>/<name>.json and
 .png with calibration error, ranking and Brier score before and after. Recorded rounds
 stay in --out and are used again.
 """
@@ -21,7 +22,9 @@ from rich.console import Console
 from jaxspark import load_drafter
 from jaxspark.calibration.files import save_calibration
 from jaxspark.calibration.recorded_rounds import kept_rounds
-from jaxspark.calibration.report import report_reliability
+from jaxspark.calibration.replay import replayed
+from jaxspark.calibration.report import LEARNED, report_reliability
+from jaxspark.calibration.temperatures import assess_logits
 from jaxspark.calibration.variants import VARIANTS, as_calibration, fit_variants
 from jaxspark.checkpoints.folders import sha256
 from jaxspark.checkpoints.load import drafter_folder
@@ -123,6 +126,8 @@ def main(config: Config) -> None:
         figures = {"fit_rounds": len(fit), "test_rounds": len(test)} | {
             way: scaling.lists() | assessed[way] for way, scaling in scalings.items()
         }
+        logits_NG, _ = replayed(test, sampled=temperature > 0)
+        figures[LEARNED] = assess_logits(test, logits_NG)
         results[f"{temperature:g}"] = figures
         title = f"{config.draft} · {config.coupling} · temperature {temperature:g}"
         fitted[temperature] = scalings[config.keep], fit

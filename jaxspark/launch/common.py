@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from jaxspark import load_target
+from jaxspark.calibration.schedules import CONFIDENCES, Confidences
 from jaxspark.checkpoints import Target
 from jaxspark.configuration import Configuration, option
 from jaxspark.decoding import parse_schedule
@@ -101,6 +102,13 @@ class ScheduleOptions(Configuration):
     costs: str | None = option(
         "JSON of jaxspark profile_cost; without it costs are measured at the start.",
         None,
+    )
+    confidences: Confidences = option(
+        "How likely drafts survive, for schedules: calibrated (what jaxspark calibrate "
+        "kept with the drafter), online (learned while decoding, from there on), raw; "
+        "auto is calibrated where that was done, else online.",
+        "auto",
+        choices=CONFIDENCES,
     )
 
     def __post_init__(self):

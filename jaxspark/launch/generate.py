@@ -75,6 +75,7 @@ def main(config: Config) -> None:
         tokens=len(ids) + config.max_new_tokens,
         coupling=config.coupling,
         temperature=config.temperature,
+        confidences=config.confidences,
         # One request, and as many idle slots as a mesh wants.
         slots=slot_shards(),
     )

@@ -193,6 +193,7 @@ def make_service(
         coupling=config.coupling,
         temperature=1.0,
         slots=config.slots,
+        confidences=config.confidences,
     )
     changes = {"name": config.served_name} if config.served_name else {}
     served = Served.of(

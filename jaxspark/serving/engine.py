@@ -21,6 +21,7 @@ from typing import Any, Self
 
 import jax
 
+from jaxspark.calibration.estimates import Estimate
 from jaxspark.decoding import AdjustmentLimits, DecodeOptions, Fixed
 from jaxspark.decoding.options import check_block_length
 from jaxspark.drafters import Drafter, PlainDrafter
@@ -50,6 +51,8 @@ from jaxspark.serving.warmup import warm_up
 from jaxspark.target import Target
 
 log = logging.getLogger(__name__)
+# Seconds between two looks at what was learned of acceptance.
+_LOOK_S = 1.0
 # All that requests may do to logits is compiled; nobody pays for what no one asks for.
 SERVING = AdjustmentLimits.serving()
 
@@ -158,6 +161,8 @@ class Engine:
         self._on_failure = on_failure
         self._compilations = Compilations()
         self._compiled: int | None = None
+        self._estimate: Estimate | None = None
+        self._looked = 0.0
         self._indices = itertools.count()
         self._desk = Desk(queue, (self._tally, *observers))
         self._observers = observers
@@ -267,6 +272,7 @@ class Engine:
             **self._tally.figures(),
             compilations=compilations if before is None else before,
             late_compilations=0 if before is None else compilations - before,
+            estimate=self._estimate,
         )
 
     def _page_figures(self) -> dict[str, Any]:
@@ -374,6 +380,8 @@ class Engine:
         if not reading:
             rounds = max((each.counts.rounds for each in updates), default=0)
             self._pacer.note(rounds, time.monotonic() - begun)
+        if batch.estimator is not None and begun - self._looked >= _LOOK_S:
+            self._estimate, self._looked = Estimate.of(batch.estimator), begun
         return updates
 
 

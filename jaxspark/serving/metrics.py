@@ -6,10 +6,12 @@ left out cost nothing.
 """
 
 import time
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from jaxspark.calibration.estimates import REGIMES
 from jaxspark.generation.completion import FinishReason
 from jaxspark.generation.slots import Counts
 from jaxspark.models.pages import PAGE
@@ -140,6 +142,8 @@ class Metrics(Observer):
         ):  # fmt: skip
             gauge = Gauge(name, help, _LABELS, registry=self.registry)
             gauge.labels(**self._labels).set_function(value)
+        if engine.options.estimator is not None:
+            self._watch_estimate(engine)
         by_reason = Gauge(
             "vllm:num_requests_waiting_by_reason",
             "Outputs without slots.",
@@ -156,6 +160,50 @@ class Metrics(Observer):
             registry=self.registry,
         )
         config.labels(**self._labels, **info).set(1)
+
+    def _watch_estimate(self, engine: Engine) -> None:
+        """Shows what was learned of acceptance; NaN until anything was."""
+
+        def shown(name: str, help: str, value: Callable, **labels: str) -> None:
+            if name not in gauges:
+                gauges[name] = Gauge(
+                    name, help, (*_LABELS, *labels), registry=self.registry
+                )
+
+            def now() -> float:
+                estimate = engine.stats().estimate
+                told = None if estimate is None else value(estimate)
+                return float("nan") if told is None else told
+
+            gauges[name].labels(**self._labels, **labels).set_function(now)
+
+        gauges: dict[str, Gauge] = {}
+        shown(
+            "jaxspark:calibration_error",
+            "Expected calibration error of recent forecasts of survival.",
+            lambda estimate: estimate.calibration_error,
+        )
+        for kind in REGIMES:
+            for signal in ("confidence", "certainty"):
+                shown(
+                    "jaxspark:acceptance_slope",
+                    "What a signal of a draft counts for.",
+                    lambda estimate, kind=kind, signal=signal: getattr(
+                        estimate.regressions[kind], signal
+                    ),
+                    outputs=kind,
+                    signal=signal,
+                )
+            for place in range(engine.options.block):
+                shown(
+                    "jaxspark:acceptance_intercept",
+                    "What its place in a block adds.",
+                    lambda estimate, kind=kind, place=place: estimate.regressions[
+                        kind
+                    ].intercepts[place],
+                    outputs=kind,
+                    position=str(place),
+                )
 
     def text(self) -> bytes:
         """What is scraped."""

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxspark.calibration.estimates import Estimate
 from jaxspark.generation.completion import FinishReason
 from jaxspark.generation.slots import Counts
 from jaxspark.serving.jobs import Job
@@ -72,6 +73,7 @@ class Stats:
       pages_cached: those that the prefix cache keeps; outputs may use them too.
       cached_tokens: of prompts, which were cached.
       preempted: times that an output gave its pages up.
+      estimate: what was learned of acceptance, if anything is; None at first too.
     """
 
     state: State
@@ -94,6 +96,7 @@ class Stats:
     pages_cached: int
     cached_tokens: int
     preempted: int
+    estimate: Estimate | None = None
 
 
 class Tally(Observer):

@@ -68,6 +68,20 @@ class Trace:
         if calibration is None:
             calibration = Calibration.identity(block_length, "rejection")
         calibration.check(block_length, calibration.coupling)
+        survival_NG = calibration.survival(
+            jnp.asarray(rounds.confidence_NG),
+            jnp.asarray(rounds.certainty_NG),
+            jnp.full((len(rounds),), temperature),
+        )
+        return cls.forecast(rounds, np.asarray(survival_NG))
+
+    @classmethod
+    def forecast(cls, rounds: Rounds, survival_NG: Float[np.ndarray, "N G"]) -> "Trace":
+        """What was recorded, with any forecast of survival.
+
+        Raises:
+          ValueError: no round judged its whole block.
+        """
         _, known_NG = rounds.survived()
         whole = np.flatnonzero(known_NG.all(axis=1))
         if not len(whole):
@@ -79,16 +93,10 @@ class Trace:
         _, begin_R, count_R = np.unique(
             rounds.request_N[whole], return_index=True, return_counts=True
         )
-        temperature_N = jnp.full((len(whole),), temperature)
-        survival_NG = calibration.survival(
-            jnp.asarray(rounds.confidence_NG[whole]),
-            jnp.asarray(rounds.certainty_NG[whole]),
-            temperature_N,
-        )
         return cls(
             begin_R=begin_R,
             count_R=count_R,
-            survival_NG=np.asarray(survival_NG),
+            survival_NG=survival_NG[whole],
             right_N=rounds.accepted_N[whole],
         )
 

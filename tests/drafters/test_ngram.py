@@ -7,8 +7,8 @@ import pytest
 from jaxspark.drafters import DraftContext, NgramDrafter
 
 
-def propose(text, *, length=4, garbage=0, **options):
-    """Drafts after `text`, one token per character, in a buffer with a garbage tail."""
+def proposal_after(text, *, length=4, garbage=0, **options):
+    """A proposal after `text`, one token per character; a garbage tail follows it."""
     ids = [ord(c) for c in text] + [garbage] * 16
     drafter = NgramDrafter(block_length=length, **options)
     proposal, _ = drafter.propose(
@@ -18,6 +18,12 @@ def propose(text, *, length=4, garbage=0, **options):
         None,
         length,
     )
+    return proposal
+
+
+def propose(text, **options):
+    """Drafts after `text`."""
+    proposal = proposal_after(text, **options)
     count = int(proposal.lengths_B[0])
     return "".join(map(chr, np.asarray(proposal.tokens_BG)[0, :count]))
 
@@ -66,3 +72,15 @@ def test_a_block_has_at_least_one_token():
 def test_suffix_lengths_must_be_in_order():
     with pytest.raises(ValueError, match="shortest=3, longest=2"):
         NgramDrafter(longest=2, shortest=3)
+
+
+def test_copies_of_longer_matches_are_believed_more():
+    texts = ("ab1 cd", "yab1 xab", "yab1 yab", "zyab1 zyab", "wzyab1 wzyab")
+    logits = [
+        float(proposal_after(text, shortest=1).confidence_BG[0, 0]) for text in texts
+    ]
+    # Of no match, which proposes nothing, and of 2, 3, 4 and more tokens.
+    assert all(np.isfinite(logits))
+    np.testing.assert_allclose(
+        1 / (1 + np.exp(-np.array(logits[1:]))), [0.5, 0.65, 0.8, 0.8], rtol=1e-5
+    )

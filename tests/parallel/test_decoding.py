@@ -34,7 +34,11 @@ def test_tokens_are_those_of_one_device(family, drafter):
         adjusted=family == "dense",
     )
     cell = ScheduleCell(
-        drafter=drafter, schedule="lagged", coupling="gumbel", buckets="one"
+        drafter=drafter,
+        schedule="lagged",
+        coupling="gumbel",
+        buckets="one",
+        estimates=True,
     )
     with jax.set_mesh(make_mesh("data:2,expert:2,model:2")):
         result = audit.run(cell, mixes=("stream",))

@@ -16,7 +16,11 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from jaxspark.exactness import parameters, rejection_under_schedules
+from jaxspark.exactness import (
+    estimated_rounds,
+    parameters,
+    rejection_under_schedules,
+)
 from jaxspark.exactness.appendix import appendix_checks
 from jaxspark.exactness.audit_schedules import (
     ScheduleAudit,
@@ -124,6 +128,10 @@ def _audit_schedules(
                 workers.submit(_sample, family, name, samples) for name in schedules
             ]
             checking.append(workers.submit(appendix_checks))
+            checking += [
+                workers.submit(_two_rounds, family, name)
+                for name in estimated_rounds.DRAFTERS[family]
+            ]
         for future in as_completed(cells):
             cell, (result, seconds) = cells[future], future.result()
             counts = {
@@ -231,6 +239,13 @@ def _told(error: float) -> Check:
 def _sample(family: Family, name: str, samples: int) -> list[Check]:
     schedule = rejection_under_schedules.schedules_for_rejection()[name]
     return rejection_under_schedules.frequency_checks(samples, {name: schedule}, family)
+
+
+def _two_rounds(family: Family, drafter: str) -> list[Check]:
+    lawful = rejection_under_schedules.schedules_for_rejection()
+    checks = estimated_rounds.enumeration_checks(drafter, lawful, family)
+    jax.clear_caches()
+    return checks
 
 
 def _choice(names: tuple[str, str], group: list[dict]) -> Check:
