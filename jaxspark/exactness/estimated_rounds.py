@@ -19,10 +19,10 @@ import numpy as np
 
 from jaxspark.decoding import DecodeOptions, Estimator, Sampling, Scheduler, init_state
 from jaxspark.decoding.acceptance import observe
-from jaxspark.decoding.couplings import acceptance_probability
 from jaxspark.decoding.logistic import Prior
 from jaxspark.decoding.round import lagged_forecast, schedule_round
 from jaxspark.decoding.state import DecodeState
+from jaxspark.decoding.verdicts import acceptance_probability
 from jaxspark.drafters import Proposal
 from jaxspark.exactness.enumeration import (
     Block,
