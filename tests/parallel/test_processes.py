@@ -1,5 +1,6 @@
 """Several processes are one program, and none waits for one that is lost."""
 
+import contextlib
 import io
 import os
 import signal
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 
 from jaxspark.checkpoints import Target, save_target
-from jaxspark.launch import generate
+from jaxspark.launch import generate, program
 from jaxspark.models import DenseDecoder
 from jaxspark.parallel import processes
 from jaxspark.parallel.processes import LOST, Job
@@ -73,6 +74,25 @@ def test_pods_of_a_leaderworkerset_are_a_job():
         said | ours | {"JAXSPARK_PROCESS_INDEX": "1"}, heartbeat_seconds=9
     )
     assert job.coordinator == "a:1"
+
+
+def test_a_process_that_fails_does_not_wait_for_the_others(monkeypatch, capsys):
+    """JAX would, when Python ends, and for minutes."""
+    left = []
+    monkeypatch.setattr(processes, "leave", left.append)
+    monkeypatch.setenv("JAXSPARK_SUPERVISED", "1")
+    job = {"coordinator": "host:1", "processes": 2, "process_index": 1}
+    chosen = generate.Config(prompt="a", **job)
+    devices = contextlib.nullcontext
+    monkeypatch.setattr(generate.Config, "devices", lambda config: devices())
+
+    def fail(config):
+        raise RuntimeError("something unforeseen")
+
+    with contextlib.suppress(UnboundLocalError):  # Nothing goes on behind `leave`.
+        program._run(fail, chosen)
+    assert left == [1]
+    assert "something unforeseen" in capsys.readouterr().err
 
 
 def test_lost_processes_are_read_from_what_the_runtime_says(capfdbinary):
