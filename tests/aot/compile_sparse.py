@@ -3,7 +3,8 @@
     python -m tests.aot.compile_sparse v5e:2x2 "flash chosen" "pro limits" ...
     python -m tests.aot.compile_sparse h100:4 "flash limits paged"
 
-One of two layers, read in place; queries are normed and turned, outputs turned back.
+One of two layers, read in place. Queries come as a projection leaves them, outputs
+leave as the next one wants them; they are normed and turned, and turned back.
 Mosaic may end the process where it cannot compile.
 """
 
@@ -59,7 +60,7 @@ def report(chip: str, case: str) -> dict:
     if seen == "chosen":
         table = jax.eval_shape(split_lanes, jax.ShapeDtypeStruct(table, dtype)).shape
     arguments = (
-        of(one, tokens, heads, width),
+        of(one, tokens, heads * width),
         of(one, tokens, width),
         of(one, slots, WINDOW - 1, width),
         of(whole, heads, dtype=jnp.float32),
@@ -85,9 +86,11 @@ def report(chip: str, case: str) -> dict:
         )
         name = "chosen_TX" if seen == "chosen" else "limits_T"
         entries = Entries(Table(rows_L, at, *pages), **{name: which})
+        q = q.reshape(len(q), heads, width)
         operands = q, keys, before, sinks, ragged, entries
         turned = {"rotary": Rotary(cos, sin), "query_norm": 1e-6}
-        return sparse_attention(*operands, scale=width**-0.5, **turned)
+        o = sparse_attention(*operands, scale=width**-0.5, **turned)
+        return o.reshape(len(q), heads // 8, -1)
 
     if "gradients" in rest:
         forward = attend

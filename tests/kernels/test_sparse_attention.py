@@ -323,6 +323,14 @@ def test_queries_are_normed_and_turned_and_outputs_turned_back(attend, norm, dty
     agrees(tokens, mine, expected)
 
 
+def test_groups_share_tiles_of_queries_and_replace_them():
+    """On TPUs: 19 tokens are three groups, in three tiles or from within one on."""
+    attend = Attend("mosaic_tpu")
+    tokens, q, keys, before, sinks, *_ = attend.made(19, 1, seed=9)
+    seen = attend(q, keys, before, sinks, tokens)
+    agrees(tokens, seen, plain(tokens, q, keys, before, sinks))
+
+
 def test_lengths_around_the_windows_edge(attend):
     """One program, slots that begin anywhere, some of them empty."""
     lookback = attend.sizes[2]
