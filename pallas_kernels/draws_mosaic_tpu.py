@@ -78,13 +78,13 @@ class Tile(NamedTuple):
 
     Attributes:
       start: place of the first.
-      count: places that there are in all.
+      end: places that there are in all.
       first: id of place 0.
       ids_ref: their ids, int32 [1, .], where they are not the places behind `first`.
     """
 
     start: Array
-    count: int
+    end: int
     first: Array
     ids_ref: Array | None
 
@@ -105,7 +105,7 @@ def extend(
     lane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
     for k in range(0, z_ref.shape[1], LANES):
         place = tile.start + k + lane
-        logit = jnp.where(place < tile.count, z_ref[at, k : k + LANES], -jnp.inf)
+        logit = jnp.where(place < tile.end, z_ref[at, k : k + LANES], -jnp.inf)
         ids = tile.first + place
         if tile.ids_ref is not None:
             ids = jnp.broadcast_to(tile.ids_ref[:, k : k + LANES], lane.shape)

@@ -68,10 +68,11 @@ def stream_draft(
     """Draft j of every slot, as `CoupledSampler` draws it without filters."""
     rejection = coupling == "rejection"
     if rejection:
-        stream, indices = Stream.DRAFT, (positions_B, jnp.full_like(positions_B, j))
+        j_B = jnp.full_like(positions_B, j)
+        keys_B = keys(Stream.DRAFT, sampling.seed, positions_B, j_B)
     else:
-        stream, indices = Stream.NOISE, (positions_B + 1 + j,)
-    rows = _rows(sampling, keys(stream, sampling.seed, *indices))
+        keys_B = keys(Stream.NOISE, sampling.seed, positions_B + 1 + j)
+    rows = _rows(sampling, keys_B)
     first = vocabulary.first(logits.base_GBW.shape[2])
 
     def drawn(rows: Rows) -> Draws:

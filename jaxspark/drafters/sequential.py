@@ -50,6 +50,7 @@ def draft_block[Carry, Rows](
     Returns:
       The proposal, and what the last step handed on.
     """
+    streamed = logits is not None and sampler.streams
 
     def position(state, inputs):
         carry, previous_B = state
@@ -63,21 +64,22 @@ def draft_block[Carry, Rows](
             drawn = sampler(logits.row(j, given_BX), j, ids_W)
         return (carry, drawn.tokens_B), (drawn, confidence_B)
 
-    streamed = logits is not None and sampler.streams
-
     (carry, _), outputs = jax.lax.scan(
         position, (carry, context.anchors_B), (jnp.arange(block_length), rows)
     )
     drawn, confidence_BG = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), outputs)
     if confidence_BG is None:
         confidence_BG = sampler.suggested(drawn.certainty_B)
+    q: DraftDistribution | BlockDistribution
+    if logits is not None and streamed:
+        q = BlockDistribution(logits, drawn.latent_BR, drawn.log_q_B, ids_W)
+    else:
+        q = DraftDistribution(drawn.log_q_BW, ids_W)
     proposal = Proposal(
         tokens_BG=drawn.tokens_B,
         lengths_B=jnp.full_like(context.lengths_B, block_length),
         confidence_BG=confidence_BG,
         certainty_BG=drawn.certainty_B,
-        q=BlockDistribution(logits, drawn.latent_BR, drawn.log_q_B, ids_W)
-        if streamed
-        else DraftDistribution(drawn.log_q_BW, ids_W),
+        q=q,
     )
     return proposal, carry

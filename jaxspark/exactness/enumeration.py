@@ -434,6 +434,7 @@ def correction(block: Block, accepted: int, rejected: bool, vocab: int):
     """Distribution of the token after the accepted drafts."""
     p_1V = jnp.exp(jnp.asarray(block.log_p_QV[accepted], jnp.float32)[None])
     proposal, row_1 = block.proposal, jnp.array([accepted])
+    assert isinstance(proposal.q, DraftDistribution)  # of forced drafts
     q_1V = proposal.q.row(proposal.tokens_BG, row_1, vocab)
     weights_1V = correction_weights(p_1V, q_1V, jnp.array([rejected]))
     weights_V = np.asarray(weights_1V[0], np.float64)

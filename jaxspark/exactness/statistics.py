@@ -17,6 +17,7 @@ from jaxspark.decoding import DecodeOptions, init_state, prefill
 from jaxspark.decoding.couplings import Coupling
 from jaxspark.decoding.round import decode, draft, verify
 from jaxspark.decoding.sampling import Sampling
+from jaxspark.drafters import DraftDistribution
 from jaxspark.exactness.enumeration import Wanted, draft_blocks
 from jaxspark.settings import standard_settings
 
@@ -108,6 +109,7 @@ def first_draft_distribution(
     blocks = draft_blocks(target, drafter, prompt, block_length, sampling)
     proposal = next(blocks).proposal
     row_1, vocab = jnp.array([0]), target.config.vocab_size
+    assert isinstance(proposal.q, DraftDistribution)  # of forced drafts
     q_1V = proposal.q.row(proposal.tokens_BG, row_1, vocab)
     return np.asarray(q_1V[0], np.float64)
 

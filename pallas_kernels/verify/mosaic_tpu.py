@@ -1,7 +1,8 @@
 """Verification on TPUs: the head is read once, and no logits leave the vector memory.
 
 Moved: hidden states (once for 512 rows), the head (once for as many), a few numbers per
-row and lane. Computed: a tile of logits by the matrix units, then its draws (`draws`).
+row and lane. Computed: a tile of logits by the matrix units, and meanwhile draws of the
+tile before (`draws_mosaic_tpu`), some rows for each part of the sums that logits are.
 Verifying is bound by the matrix units from about 170 rows on (v5p); noise is as much
 work for the vector units as the product of 100 rows of width 4,096 for the others.
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jaxspark.decoding import Fixed, Sampling, couplings
+from jaxspark.decoding import Fixed, Sampling, verdicts
 from jaxspark.exactness import rejection
 from jaxspark.exactness.enumeration import (
     EnumeratedRound,
@@ -74,7 +74,7 @@ def test_frequencies_of_first_tokens_and_acceptance_formulas(name):
 
 
 def test_frequencies_catch_a_biased_rule(monkeypatch):
-    monkeypatch.setattr(couplings, "acceptance_probability", too_generous)
+    monkeypatch.setattr(verdicts, "acceptance_probability", too_generous)
     jax.clear_caches()
     try:
         checks = rejection.frequency_checks(SAMPLES, ["dspark-gated"])
