@@ -113,7 +113,7 @@ def _figures(
     every = fit_temperatures(joined(fit.values()), biased=True, with_certainty=True)
     first = fit_temperatures(next(iter(fit.values())), biased=True, with_certainty=True)
     # Domains in turn, as where many ask at once.
-    order_N = _in_turn(begins)
+    order_N = in_turn_by_length(begins)
     mixed = taken(together, order_N)
     online, _ = replayed(mixed, sampled=sampled)
     forecasts = {
@@ -164,7 +164,7 @@ def taken(rounds: Rounds, order_N) -> Rounds:
     )
 
 
-def _in_turn(begins: np.ndarray) -> np.ndarray:
+def in_turn_by_length(begins: np.ndarray) -> np.ndarray:
     """Places of several stretches in turn, each at its own pace."""
     lengths = np.diff(begins)
     pace = np.concatenate([(np.arange(n) + 0.5) / n for n in lengths])
