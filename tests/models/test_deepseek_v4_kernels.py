@@ -1,44 +1,14 @@
 """DeepSeek-V4 decodes with simulated TPU kernels what it decodes with XLA."""
 
-from dataclasses import replace
-
 import jax
 import numpy as np
-import pytest
 from flax import nnx
-from jax.experimental.pallas import tpu as pltpu
 
-from jaxspark.configs.targets import deepseek_v4_tiny
 from jaxspark.models import DeepSeekV4
-from pallas_kernels.grouped_matmul import api as experts
-from pallas_kernels.grouped_matmul import mosaic_tpu_kernel
-from pallas_kernels.indexer_topk.api import IMPLEMENTATIONS as INDEXERS
-from pallas_kernels.sparse_attention import api, mosaic_tpu_chunks
 from tests.driver import Session, forward
+from tests.simulated import tpu_kernels, v4_for_kernels
 
 VOCAB, STEPS = 53, 3
-
-
-@pytest.fixture
-def model():
-    """Sizes that the kernels take; windows and entries end within short texts."""
-    config = replace(
-        deepseek_v4_tiny(VOCAB),
-        hidden_size=128,
-        moe_intermediate_size=128,
-        head_dim=256,
-        num_attention_heads=8,
-        sliding_window=6,
-        hca_ratio=8,
-        index_n_heads=8,
-        index_head_dim=128,
-        index_topk=2,
-        hc_sinkhorn_iters=3,
-        compress_ratios=(0, 4, 8),
-    )
-    model = DeepSeekV4(config, rngs=nnx.Rngs(1))
-    model.embed_tokens.weight[...] *= 30.0
-    return model
 
 
 def decoded(model, prompts):
@@ -55,40 +25,16 @@ def decoded(model, prompts):
     return tokens, np.concatenate(every)
 
 
-def test_kernels_change_no_token(model, monkeypatch, random):
+def test_kernels_change_no_token(random):
+    model = DeepSeekV4(v4_for_kernels(VOCAB), rngs=nnx.Rngs(1))
+    model.embed_tokens.weight[...] *= 30.0
     prompts = [random.integers(0, VOCAB, n).tolist() for n in (10, 3)]
     expected, logits = decoded(model, prompts)
-    kernel = api.IMPLEMENTATIONS["mosaic_tpu"]
-    ran = []
-
-    def run(*operands, **static):
-        assert kernel.supports(*operands, **static) is None
-        entries = operands[-1]
-        ran.append(entries)
-        if entries is not None and entries.index is not None:
-            choice = (entries.index, entries.limits_T, operands[-2])
-            assert INDEXERS["mosaic_tpu"].supports(*choice) is None
-        return kernel.run(*operands, **static)
-
-    multiply = experts.IMPLEMENTATIONS["mosaic_tpu"]
-    products = []
-
-    def multiplied(*operands, **static):
-        assert multiply.supports(*operands, **static) is None
-        products.append(operands)
-        return multiply.run(*operands, **static)
-
-    # The platform is a CPU: what its programs call is replaced.
-    for op, each, instead in ((api, kernel, run), (experts, multiply, multiplied)):
-        replaced = {"xla": replace(each, run=instead, platforms=())}
-        monkeypatch.setattr(op, "IMPLEMENTATIONS", replaced)
-    monkeypatch.setattr(mosaic_tpu_chunks, "TOGETHER", 1)
-    monkeypatch.setattr(mosaic_tpu_kernel, "BROADCAST_LOADS", False)
     forward.clear_cache()
-    simulated = pltpu.InterpretParams(uninitialized_memory="nan")
-    with pltpu.force_tpu_interpret_mode(simulated):
+    with tpu_kernels() as traced:
         seen, mine = jax.block_until_ready(decoded(model, prompts))
     forward.clear_cache()
-    assert len(ran) == len(model.config.compress_ratios) and products
+    layers = model.config.num_hidden_layers
+    assert traced == {"sparse_attention": layers, "grouped_matmul": 2 * layers}
     assert seen == expected
     np.testing.assert_allclose(mine, logits, atol=1e-3)
