@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxspark.models.layers.linear import matmul
-from jaxspark.models.layers.norm import normalize
+from pallas_kernels.precision import upcast
 
 
 class HyperConnection(nnx.Module):
@@ -68,8 +68,16 @@ class HyperHead(nnx.Module):
 def project(
     fn_XY: Float[Array, "X MD"], x_TMD: Float[Array, "T M D"], eps: float
 ) -> Float[Array, "T X"]:
-    """fn times the normed concatenation of all streams."""
-    return matmul(normalize(x_TMD.reshape(len(x_TMD), -1), eps), fn_XY)
+    """fn times the normed concatenation of all streams.
+
+    The norm is applied to the product, and streams are never laid side by side.
+    """
+    streams = [upcast(x_TD) for x_TD in unstacked(x_TMD)]
+    width = x_TMD.shape[1] * x_TMD.shape[2]
+    square_T1 = sum(jnp.sum(jnp.square(x), 1, keepdims=True) for x in streams)
+    fn_parts = jnp.split(fn_XY, len(streams), axis=1)
+    product_TX = sum(matmul(x, fn_XD) for x, fn_XD in zip(streams, fn_parts))
+    return product_TX * jax.lax.rsqrt(square_T1 / width + eps)
 
 
 def sinkhorn(
@@ -92,7 +100,7 @@ def collapse(
     pre_TM: Float[Array, "T M"], x_TMD: Float[Array, "T M D"]
 ) -> Float[Array, "T D"]:
     """sum_j pre_j x_j."""
-    return (pre_TM[..., None] * x_TMD).sum(1).astype(x_TMD.dtype)
+    return _weighted(pre_TM, unstacked(x_TMD)).astype(x_TMD.dtype)
 
 
 def mix(
@@ -102,8 +110,21 @@ def mix(
     comb_TMM: Float[Array, "T M M"],
 ) -> Float[Array, "T M D"]:
     """x'_k = post_k y + sum_j comb_jk x_j."""
-    mixed_TMD = (comb_TMM[..., None] * x_TMD[:, :, None]).sum(1)
-    return (post_TM[..., None] * y_TD[:, None] + mixed_TMD).astype(x_TMD.dtype)
+    streams = unstacked(x_TMD)
+    mixed = [
+        post_TM[:, k, None] * y_TD + _weighted(comb_TMM[:, :, k], streams)
+        for k in range(len(streams))
+    ]
+    return jnp.stack(mixed, axis=1).astype(x_TMD.dtype)
+
+
+def unstacked(x_TMD: Float[Array, "T M D"]) -> list[Float[Array, "T D"]]:
+    """The streams one by one: sums over them are cheaper than over a short axis."""
+    return [x_TMD[:, m] for m in range(x_TMD.shape[1])]
+
+
+def _weighted(weights_TM, streams):
+    return sum(weights_TM[:, m, None] * x_TD for m, x_TD in enumerate(streams))
 
 
 def _normal(rngs, shape, config):
