@@ -6,6 +6,8 @@ flat tokens and caches as they lie (`ragged`).
 
 from pallas_kernels.cached_attention.api import cached_attention
 from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.hyper_connections.api import hyper_connections
+from pallas_kernels.hyper_mix.api import hyper_mix
 from pallas_kernels.index_scores.api import index_scores
 from pallas_kernels.indexer_topk.api import indexer_topk
 from pallas_kernels.indexer_topk.index import Index
@@ -21,6 +23,8 @@ __all__ = [
     "Table",
     "cached_attention",
     "grouped_matmul",
+    "hyper_connections",
+    "hyper_mix",
     "index_scores",
     "indexer_topk",
     "sparse_attention",

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-import jax
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 

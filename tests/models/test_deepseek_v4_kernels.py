@@ -35,6 +35,8 @@ def test_kernels_change_no_token(random):
         seen, mine = jax.block_until_ready(decoded(model, prompts))
     forward.clear_cache()
     layers = model.config.num_hidden_layers
-    assert traced == {"sparse_attention": layers, "grouped_matmul": 2 * layers}
+    twice = ("grouped_matmul", "hyper_connections", "hyper_mix")
+    ran = {"sparse_attention": layers} | dict.fromkeys(twice, 2 * layers)
+    assert ran.items() <= traced.items()
     assert seen == expected
     np.testing.assert_allclose(mine, logits, atol=1e-3)

@@ -62,7 +62,9 @@ def simulated(monkeypatch):
     with tpu_kernels() as traced:
         found = step()
     layers = 3
-    assert traced == {"sparse_attention": layers, "grouped_matmul": 2 * layers}
+    twice = ("grouped_matmul", "hyper_connections", "hyper_mix")
+    ran = {"sparse_attention": layers} | dict.fromkeys(twice, 2 * layers)
+    assert ran.items() <= traced.items()
     return found
 
 
