@@ -33,8 +33,9 @@ def hyper_connections_xla(
 def by_row(scale: Float[Array, "3"], streams: int) -> Float[Array, " X"]:
     """The scale of every row."""
     M = streams
-    parts = zip(scale, (M, M, M * M))
-    return jnp.concatenate([jnp.broadcast_to(one, (rows,)) for one, rows in parts])
+    row_X = jnp.arange(M * (2 + M))
+    later_X = jnp.where(row_X < 2 * M, scale[1], scale[2])
+    return jnp.where(row_X < M, scale[0], later_X)
 
 
 def project(
@@ -79,7 +80,8 @@ def weighted(
     weights_TM: Float[Array, "T M"], streams: list[Float[Array, "T D"]]
 ) -> Float[Array, "T D"]:
     """Sums of streams."""
-    return sum(weights_TM[:, m, None] * x_TD for m, x_TD in enumerate(streams))
+    products = [weights_TM[:, m, None] * x_TD for m, x_TD in enumerate(streams)]
+    return sum(products[1:], products[0])
 
 
 def unstacked(x_TMD: Float[Array, "T M D"]) -> list[Float[Array, "T D"]]:
