@@ -27,6 +27,8 @@ VMEM, _SPARE = 32 << 20, 4 << 20
 _SUBLANES = 8
 # Rows of a tile of bfloat16.
 _PACKED = 16
+# Of a float32: a bfloat16.
+_UPPER_HALF = -(1 << 16)
 _WIDTHS = (512, 256, LANES)
 
 
@@ -157,7 +159,9 @@ def _product(fn_XC, x_TC):
         return jax.lax.dot_general(fn_XC, x_TC, contracted, precision=exact)
     rows, parts = len(fn_XC), []
     for _ in range(3):
-        parts.append(fn_XC.astype(x_TC.dtype).astype(jnp.float32))
+        # Cut off, not rounded: compilers may take rounding there and back for nothing.
+        bits = jax.lax.bitcast_convert_type(fn_XC, jnp.int32) & _UPPER_HALF
+        parts.append(jax.lax.bitcast_convert_type(bits, jnp.float32))
         fn_XC = fn_XC - parts[-1]
     parts.append(jnp.zeros((-3 * rows % _PACKED, fn_XC.shape[1]), jnp.float32))
     products = jax.lax.dot_general(
