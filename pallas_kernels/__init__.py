@@ -9,6 +9,8 @@ from pallas_kernels.compress.api import compress
 from pallas_kernels.draft_sampling.api import draft_sampling
 from pallas_kernels.draws import Draws, Rows
 from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.hyper_connections.api import hyper_connections
+from pallas_kernels.hyper_mix.api import hyper_mix
 from pallas_kernels.index_scores.api import index_scores
 from pallas_kernels.indexer_topk.api import indexer_topk
 from pallas_kernels.indexer_topk.index import Index
@@ -31,6 +33,8 @@ __all__ = [
     "compress",
     "draft_sampling",
     "grouped_matmul",
+    "hyper_connections",
+    "hyper_mix",
     "index_scores",
     "indexer_topk",
     "sparse_attention",

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from jaxspark.models.batch import FlatTokens
 from jaxspark.models.deepseek_v4_config import DeepSeekV4Config
 from jaxspark.models.layers.experts import Experts, MixtureOfExperts, Routing
-from jaxspark.models.layers.hyper_connections import HyperConnection, HyperHead, mix
+from jaxspark.models.layers.hyper_connections import HyperConnection, HyperHead
 from jaxspark.models.layers.linear import Embedding, Linear, head_logits
 from jaxspark.models.layers.norm import Float32RMSNorm
 from jaxspark.models.layers.rope import PartialRotation
@@ -36,6 +36,7 @@ from jaxspark.models.layers.sparse_attention import (
 )
 from jaxspark.models.rows import REWIND
 from jaxspark.settings import standard_settings
+from pallas_kernels import hyper_mix
 from pallas_kernels.precision import upcast
 
 
@@ -116,12 +117,12 @@ class DeepSeekV4Layer(nnx.Module):
         with jax.named_scope("attention"):
             h_TD, post_TM, comb_TMM = self.attn_hc(x_TMD)
             h_TD, result = attend(self.input_layernorm(h_TD))
-            x_TMD = mix(h_TD, x_TMD, post_TM, comb_TMM)
+            x_TMD = hyper_mix(h_TD, x_TMD, post_TM, comb_TMM)
         with jax.named_scope("moe"):
             h_TD, post_TM, comb_TMM = self.ffn_hc(x_TMD)
             h_TD = self.post_attention_layernorm(h_TD)
             h_TD, routing = self.mlp(h_TD, tokens.ids_T, tokens.slots_T, layer)
-            return mix(h_TD, x_TMD, post_TM, comb_TMM), result, routing
+            return hyper_mix(h_TD, x_TMD, post_TM, comb_TMM), result, routing
 
 
 @dataclass(frozen=True)

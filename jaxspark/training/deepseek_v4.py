@@ -177,6 +177,8 @@ def index_loss(
     inputs, attention = jax.lax.stop_gradient((inputs, attention))
     entries_BCH = jax.lax.stop_gradient(entries.table.whole())
     entry_C = jnp.arange(entries_BCH.shape[1])
+    # Index keys may lie in whole tiles, with room for more than there are entries.
+    scores_TC = scores_TC[:, : len(entry_C)]
     open_TC = entry_C < limits_T[:, None]
     if not dense:
         least = jax.lax.stop_gradient(scores_TC)

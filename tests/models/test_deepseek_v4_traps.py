@@ -23,10 +23,10 @@ from jaxspark.drafters import DeepSeekV4DSpark, DraftContext, MTPDrafter, NgramD
 from jaxspark.models import DeepSeekV4, FlatTokens
 from jaxspark.models.layers.compression import Compressor
 from jaxspark.models.layers.experts import Experts, Router
-from jaxspark.models.layers.hyper_connections import mix, sinkhorn
 from jaxspark.models.layers.mlp import GatedMLP
 from jaxspark.models.layers.rope import PartialRotation
-from pallas_kernels import Table, index_scores, sparse_attention, top_k
+from pallas_kernels import Table, hyper_mix, index_scores, sparse_attention, top_k
+from pallas_kernels.hyper_connections.ref import sinkhorn
 from tests.driver import Sampler, Session, greedy_draw
 from tests.parity.v4_cases import lengths, random_config
 from tests.parity.v4_weights import random_weights
@@ -68,7 +68,7 @@ def ids(count, seed=0):
 def test_01_streams_are_mixed_by_the_transposed_matrix():
     x_TMD = normal(2, 3, 4)
     comb_TMM = jnp.zeros((2, 3, 3)).at[:, 0, 1].set(1.0)
-    mixed = mix(jnp.zeros((2, 4)), x_TMD, jnp.zeros((2, 3)), comb_TMM)
+    mixed = hyper_mix(jnp.zeros((2, 4)), x_TMD, jnp.zeros((2, 3)), comb_TMM)
     np.testing.assert_allclose(mixed[:, 1], x_TMD[:, 0])
     assert not np.any(mixed[:, 0]) and not np.any(mixed[:, 2])
 

@@ -21,7 +21,7 @@ from jaxspark.models.deepseek_v4 import (
 )
 from jaxspark.models.layers.compression import Compressor
 from jaxspark.models.layers.experts import MixtureOfExperts, Routing
-from jaxspark.models.layers.hyper_connections import HyperConnection, HyperHead, mix
+from jaxspark.models.layers.hyper_connections import HyperConnection, HyperHead
 from jaxspark.models.layers.indexer import Indexer
 from jaxspark.models.layers.sparse_attention import SparseAttention
 from jaxspark.training.deepseek_v4 import (
@@ -33,6 +33,7 @@ from jaxspark.training.deepseek_v4 import (
     scores_of,
     update_router_bias,
 )
+from pallas_kernels import hyper_mix
 from tests.driver import Session
 
 VOCAB = 29
@@ -87,7 +88,7 @@ def blocks():
 
     def hyper(part, x):
         h_TD, post, comb = part(x.reshape(T, M, D))
-        return mix(jnp.tanh(h_TD), x.reshape(T, M, D), post, comb)
+        return hyper_mix(jnp.tanh(h_TD), x.reshape(T, M, D), post, comb)
 
     def scores(part, x):
         x_TD, latent_TR = x[:, :D], x[:, D : D + c.q_lora_rank]

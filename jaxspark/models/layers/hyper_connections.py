@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxspark.models.layers.linear import matmul
-from jaxspark.models.layers.norm import normalize
+from pallas_kernels import hyper_connections
+from pallas_kernels.hyper_connections.ref import collapse, project
 
 
 class HyperConnection(nnx.Module):
@@ -34,18 +34,17 @@ class HyperConnection(nnx.Module):
     def __call__(
         self, x_TMD: Float[Array, "T M D"]
     ) -> tuple[Float[Array, "T D"], Float[Array, "T M"], Float[Array, "T M M"]]:
-        """The sublayer's input, and `post` and `comb` for `mix`."""
-        T, M, _ = x_TMD.shape
-        mix_TX = project(self.fn[...], x_TMD, self.norm_eps)
-        scale_X = jnp.repeat(
-            self.scale[...], jnp.array([M, M, M * M]), total_repeat_length=M * (2 + M)
-        )
-        mix_TX = mix_TX * scale_X + self.base[...]
-        pre_TM = jax.nn.sigmoid(mix_TX[:, :M]) + self.eps
-        post_TM = 2 * jax.nn.sigmoid(mix_TX[:, M : 2 * M])
-        comb_TMM = mix_TX[:, 2 * M :].reshape(T, M, M)
-        comb_TMM = sinkhorn(comb_TMM, self.iterations, self.eps)
-        return collapse(pre_TM, x_TMD), post_TM, comb_TMM
+        """The sublayer's input, and `post` and `comb` for `hyper_mix`."""
+        with jax.named_scope("hyper_connections"):
+            return hyper_connections(
+                x_TMD,
+                self.fn[...],
+                self.scale[...],
+                self.base[...],
+                iterations=self.iterations,
+                eps=self.eps,
+                norm_eps=self.norm_eps,
+            )
 
 
 class HyperHead(nnx.Module):
@@ -63,47 +62,6 @@ class HyperHead(nnx.Module):
         mix_TM = project(self.hc_fn[...], x_TMD, self.norm_eps)
         mix_TM = mix_TM * self.hc_scale[...] + self.hc_base[...]
         return collapse(jax.nn.sigmoid(mix_TM) + self.eps, x_TMD)
-
-
-def project(
-    fn_XY: Float[Array, "X MD"], x_TMD: Float[Array, "T M D"], eps: float
-) -> Float[Array, "T X"]:
-    """fn times the normed concatenation of all streams."""
-    return matmul(normalize(x_TMD.reshape(len(x_TMD), -1), eps), fn_XY)
-
-
-def sinkhorn(
-    mix_TMM: Float[Array, "T M M"], iterations: int, eps: float
-) -> Float[Array, "T M M"]:
-    """Doubly stochastic matrices from logits: rows by softmax, then columns, and so on.
-
-    It ends on a column norm, as the released models do: the sum over the first M,
-    from which streams are mixed, is 1.
-    """
-    comb_TMM = jax.nn.softmax(mix_TMM, axis=2) + eps
-    comb_TMM /= comb_TMM.sum(1, keepdims=True) + eps
-    for _ in range(iterations - 1):
-        comb_TMM /= comb_TMM.sum(2, keepdims=True) + eps
-        comb_TMM /= comb_TMM.sum(1, keepdims=True) + eps
-    return comb_TMM
-
-
-def collapse(
-    pre_TM: Float[Array, "T M"], x_TMD: Float[Array, "T M D"]
-) -> Float[Array, "T D"]:
-    """sum_j pre_j x_j."""
-    return (pre_TM[..., None] * x_TMD).sum(1).astype(x_TMD.dtype)
-
-
-def mix(
-    y_TD: Float[Array, "T D"],
-    x_TMD: Float[Array, "T M D"],
-    post_TM: Float[Array, "T M"],
-    comb_TMM: Float[Array, "T M M"],
-) -> Float[Array, "T M D"]:
-    """x'_k = post_k y + sum_j comb_jk x_j."""
-    mixed_TMD = (comb_TMM[..., None] * x_TMD[:, :, None]).sum(1)
-    return (post_TM[..., None] * y_TD[:, None] + mixed_TMD).astype(x_TMD.dtype)
 
 
 def _normal(rngs, shape, config):

@@ -1,0 +1,1 @@
+"""See `api.hyper_connections`; `ref` states the maths."""

@@ -1,0 +1,1 @@
+"""See `api.hyper_mix`; `ref` states the maths."""
