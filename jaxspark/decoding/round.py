@@ -164,7 +164,7 @@ def _propose(target, drafter, state: DecodeState, adjuster, options, length: int
         positions_B,
         target.config.vocab_size,
         adjuster,
-        streams=_streams(adjuster),
+        streams=_streams(target, adjuster),
     )
     context = DraftContext(
         tokens_BS=state.tokens_BS,
@@ -175,9 +175,11 @@ def _propose(target, drafter, state: DecodeState, adjuster, options, length: int
     return drafter.propose(target, state.draft_cache, context, sampler, length)
 
 
-def _streams(adjuster: Adjuster | MaskedAdjuster | None) -> bool:
+def _streams(target, adjuster: Adjuster | MaskedAdjuster | None) -> bool:
     """Whether logits are not written; masks of grammars are as long as they."""
-    return streams_vocabulary() and not isinstance(adjuster, MaskedAdjuster)
+    if isinstance(adjuster, MaskedAdjuster):
+        return False
+    return streams_vocabulary(target.config.hidden_size)
 
 
 def schedule_round(
@@ -236,7 +238,7 @@ def _verified(target, drafter, options, state, drafted, adjuster) -> DecodeState
                     adjuster=adjuster,
                     log_probs=state.keeps_log_probs,
                     likeliest=state.likeliest,
-                    streams=_streams(adjuster),
+                    streams=_streams(target, adjuster),
                 )
             return verdict, target_cache, draft_cache
 

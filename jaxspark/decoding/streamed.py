@@ -31,17 +31,19 @@ from jaxspark.models.layers.linear import head_logits
 from jaxspark.parallel import vocabulary
 from pallas_kernels import Draws, Rows, draft_sampling, verify
 from pallas_kernels.dispatch import expected_platform
+from pallas_kernels.ragged import LANES
 
 # The log-odds of a draft are told within these bounds.
 MOST_ODDS = 10.0
 
 
-def streams_vocabulary() -> bool:
+def streams_vocabulary(width: int) -> bool:
     """Whether programs being made pass over vocabularies instead of writing logits.
 
-    CPUs and GPUs have no kernels for it; what XLA does for them stays.
+    CPUs and GPUs have no kernels for it, nor have TPUs for targets whose hidden states
+    do not fill their lanes; what XLA does for them stays.
     """
-    return expected_platform() == "tpu"
+    return expected_platform() == "tpu" and width % LANES == 0
 
 
 def needs_logits(

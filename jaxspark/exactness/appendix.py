@@ -52,8 +52,8 @@ class ConstantTarget:
 
     @property
     def config(self) -> SimpleNamespace:
-        """Says how many tokens there are."""
-        return SimpleNamespace(vocab_size=len(self.p))
+        """Says how many tokens there are, and that hidden states hold nothing."""
+        return SimpleNamespace(vocab_size=len(self.p), hidden_size=1)
 
     def init_cache(self, slots: int, length: int) -> tuple[()]:
         """It remembers nothing."""

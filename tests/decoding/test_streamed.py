@@ -57,7 +57,7 @@ def both_ways(model, monkeypatch):
         ]
         drafter, found = zoo.drafter(name, model), []
         for streams in (False, True):
-            monkeypatch.setattr(rounds, "streams_vocabulary", lambda s=streams: s)
+            monkeypatch.setattr(rounds, "streams_vocabulary", lambda _, s=streams: s)
             rounds.decode.clear_cache()
             found.append(
                 decode_requests(model, asked, drafter, coupling=coupling, **OPTIONS)
@@ -112,7 +112,7 @@ def test_simulated_kernels_change_no_token(coupling, monkeypatch):
         ]
 
     expected, ran = decoded(), []
-    monkeypatch.setattr(rounds, "streams_vocabulary", lambda: True)
+    monkeypatch.setattr(rounds, "streams_vocabulary", lambda _: True)
     for op in (verify_api, draft_api):
         kernel = op.IMPLEMENTATIONS["mosaic_tpu"]
 
