@@ -33,7 +33,8 @@ def test_enumeration_finds_a_schedule_that_looks_ahead():
 
 
 def test_frequencies_find_it_too():
-    [check] = rejection_under_schedules.frequency_checks(20_000, LEAKY)
+    # The second learns on the way, which moves what the schedule looks at.
+    check, _ = rejection_under_schedules.frequency_checks(20_000, LEAKY)
     assert check.figure < 1e-6 and not check.holds
 
 
