@@ -111,8 +111,9 @@ def test_steps_end_at_the_mode():
     random = np.random.default_rng(5)
     confidence_NG, certainty_NG, held_N = blocks(random, 200)
     x_NGX = jnp.stack([confidence_NG, certainty_NG, np.ones_like(certainty_NG)], -1)
-    happened_NG = jnp.arange(G) < held_N[:, None]
-    known_NG = jnp.arange(G) <= held_N[:, None]
+    # The mode is found in float64, which JAX's arrays would not be.
+    held_N1 = np.asarray(held_N)[:, None]
+    happened_NG, known_NG = np.arange(G) < held_N1, np.arange(G) <= held_N1
     prior = Prior(mean=(1.0, 0.0, 0.0), precision=(4.0, 8.0, 0.25), place_precision=4.0)
     at = prior.coefficients(G)
     step = jax.jit(lambda at: newton_step(at, prior, x_NGX, happened_NG, known_NG))
