@@ -85,6 +85,10 @@ class Sampler:
     def __call__(self, logits_BW, j, ids_W) -> Drawn:
         return Drawn(*self.draw(logits_BW, j, ids_W))
 
+    def stream(self, logits, j, latent_BR, ids_W):
+        """It does not."""
+        raise NotImplementedError
+
     def suggested(self, certainty_BG):
         """Nothing."""
         return jnp.zeros_like(certainty_BG)

@@ -266,6 +266,10 @@ class ForcedSampler:
             certainty_B=self.decoder(logits_BW, j, ids_W).certainty_B,
         )
 
+    def stream(self, logits, j, latent_BR, ids_W):
+        """It does not."""
+        raise NotImplementedError
+
     def suggested(self, certainty_BG):
         """What the decoder's suggests."""
         return self.decoder.suggested(certainty_BG)
