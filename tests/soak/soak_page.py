@@ -77,7 +77,7 @@ def test_a_new_chat_begins_empty_though_an_answer_was_running(start, browser):
     with start("--rounds_per_call=1") as server:
         browser.open(server.url)
         browser.wait_for("document.getElementById('model').textContent === 'tiny'")
-        browser.run("document.getElementById('most').value = 90")
+        browser.run("document.getElementById('most').value = 80")
         browser.write("#text", "abc\ue007")
         browser.wait_for(f"{ANSWER} && {ANSWER}.children.length")
         browser.click("#anew")

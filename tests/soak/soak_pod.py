@@ -54,6 +54,12 @@ def test_a_process_that_is_lost_while_nobody_asks_ends_the_server(folder):
         assert statuses == [1, 128 + signal.SIGKILL], here.said
 
 
+def in_flight(url):
+    """Outputs that the server has taken on."""
+    stats = httpx.get(f"{url}/stats").json()
+    return stats["running"] + stats["waiting"]
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_sigterm_to_any_process_drains_all(folder, index):
     with pod(folder.parent, *FLAGS, "--heartbeat_seconds=10") as here:
@@ -66,7 +72,7 @@ def test_sigterm_to_any_process_drains_all(folder, index):
         threads = [threading.Thread(target=ask) for _ in range(6)]
         for each in threads:
             each.start()
-        while httpx.get(f"{here.url}/stats").json()["waiting"] == 0:
+        while len(told) + in_flight(here.url) < len(threads):
             time.sleep(0.01)
         here.processes[index].send_signal(signal.SIGTERM)
         for each in threads:
