@@ -6,6 +6,7 @@ Nothing goes across lanes: each lane keeps draws of its own tokens, in the outpu
 blocks, which stay in VMEM for all tiles; XLA makes one of the 128 (`finished`).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,8 @@ from pallas_kernels.ragged import LANES
 # A TPU of two cores gives each half of the vocabulary; one of one goes twice.
 CORES = 2
 SUBLANES = 8
+# Rows of a step are a multiple, as bfloat16 lies.
+SIXTEEN = 16
 VMEM = 48 << 20
 # No logit yet; finite, so that differences are.
 _LOWEST = -3e38
@@ -46,6 +49,21 @@ def outputs(rows: int, certainty: bool):
     return (
         jax.ShapeDtypeStruct((CORES, rows, LANES), jnp.int32),
         jax.ShapeDtypeStruct((CORES, others, rows, LANES), jnp.float32),
+    )
+
+
+def output_blocks(rows: int, place: Callable, *, certainty: bool):
+    """A step's blocks of `outputs`, of so many rows.
+
+    Args:
+      rows: of a block.
+      place: which of a core's blocks a step has, by the grid's indices.
+      certainty: as for `outputs`.
+    """
+    others = len(fields_of(certainty)) - 1
+    return (
+        pl.BlockSpec((1, rows, LANES), lambda c, *at: (c, place(c, *at), 0)),
+        pl.BlockSpec((1, others, rows, LANES), lambda c, *at: (c, 0, place(c, *at), 0)),
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 
-from pallas_kernels.precision import narrow
+from pallas_kernels.precision import in_32_bits
 
 
 def with_gradients_of(reference: Callable) -> Callable[[Callable], Callable]:
@@ -19,12 +19,13 @@ def with_gradients_of(reference: Callable) -> Callable[[Callable], Callable]:
     """
 
     def decorate(kernel):
+        narrowed = in_32_bits(kernel)
+
         @functools.wraps(kernel)
         def run(*operands, **static):
             @jax.custom_vjp
             def op(*operands):
-                with jax.enable_x64(False):
-                    return kernel(*narrow(operands), **static)
+                return narrowed(*operands, **static)
 
             def backward(operands, dy):
                 _, back = jax.vjp(functools.partial(reference, **static), *operands)

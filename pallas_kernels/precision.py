@@ -1,5 +1,8 @@
 """What sums and products are computed in, whatever their inputs are stored in."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -23,8 +26,19 @@ def precision(dtype) -> jax.lax.Precision | None:
 def narrow(operands):
     """Integers in 32 bits: kernels know no others, whatever the program's setting."""
 
-    def in_32_bits(x):
+    def narrowed(x):
         x = jnp.asarray(x)
         return x.astype(jnp.int32) if jnp.issubdtype(x.dtype, jnp.integer) else x
 
-    return jax.tree.map(in_32_bits, operands)
+    return jax.tree.map(narrowed, operands)
+
+
+def in_32_bits[**P, R](kernel: Callable[P, R]) -> Callable[P, R]:
+    """Makes a kernel's function one that is traced with integers of 32 bits."""
+
+    @functools.wraps(kernel)
+    def run(*operands: P.args, **static: P.kwargs) -> R:
+        with jax.enable_x64(False):
+            return kernel(*narrow(operands), **static)
+
+    return run

@@ -17,13 +17,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import draws_mosaic_tpu as drawing
-from pallas_kernels.draws import Draws, Rows, fields_of
-from pallas_kernels.precision import narrow
+from pallas_kernels.draws import Draws, Rows
+from pallas_kernels.precision import in_32_bits
 from pallas_kernels.ragged import LANES
 from pallas_kernels.verify.ref import products
 
 TOKENS = 2048
-_SIXTEEN = 16
 _MOST_LOGITS = 1 << 19  # of a tile
 
 
@@ -40,6 +39,7 @@ def supports(base_GBW, row, latent_BR, weight_WR, rows, first, ids_W) -> str | N
     return None
 
 
+@in_32_bits
 def draft_sampling_mosaic_tpu(
     base_GBW: Float[Array, "G B W"],
     row: Int[Array, ""],
@@ -50,14 +50,8 @@ def draft_sampling_mosaic_tpu(
     ids_W: Int[Array, " W"] | None,
 ) -> Draws:
     """See `api.draft_sampling`."""
-    with jax.enable_x64(False):
-        operands = (base_GBW, row, latent_BR, weight_WR, rows, first, ids_W)
-        return _draft(*narrow(operands))
-
-
-def _draft(base_GBW, row, latent_BR, weight_WR, rows, first, ids_W):
     B, R = latent_BR.shape
-    padded = pl.cdiv(B, _SIXTEEN) * _SIXTEEN
+    padded = pl.cdiv(B, drawing.SIXTEEN) * drawing.SIXTEEN
     rank = pl.cdiv(R, LANES) * LANES
     latent_BR = jnp.pad(latent_BR, ((0, padded - B), (0, rank - R)))
     weight_WR = jnp.pad(weight_WR, ((0, 0), (0, rank - R)))
@@ -80,7 +74,6 @@ def pass_over(base_GBW, latent_BR, weight_WR, columns, ids_W, scalars, *, noisy:
         width //= 2
     tiles = pl.cdiv(W, width)
     per = pl.cdiv(tiles, drawing.CORES)
-    fields = len(fields_of(True)) - 1
 
     def of(c, v):
         return jnp.minimum(c * per + v, tiles - 1)
@@ -106,11 +99,8 @@ def pass_over(base_GBW, latent_BR, weight_WR, columns, ids_W, scalars, *, noisy:
             num_scalar_prefetch=1,
             grid=(drawing.CORES, per),
             in_specs=in_specs,
-            out_specs=(
-                pl.BlockSpec((1, padded, LANES), lambda c, v, scalars: (c, 0, 0)),
-                pl.BlockSpec(
-                    (1, fields, padded, LANES), lambda c, v, scalars: (c, 0, 0, 0)
-                ),
+            out_specs=drawing.output_blocks(
+                padded, lambda c, v, scalars: 0, certainty=True
             ),
             scratch_shapes=[pltpu.VMEM((padded, width), jnp.float32)],
         ),

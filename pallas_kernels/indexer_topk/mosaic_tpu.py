@@ -24,7 +24,7 @@ from pallas_kernels.groups import group_block
 from pallas_kernels.indexer_topk import selection
 from pallas_kernels.indexer_topk.index import Index
 from pallas_kernels.indexer_topk.union import Union
-from pallas_kernels.precision import narrow, precision
+from pallas_kernels.precision import in_32_bits, precision
 from pallas_kernels.ragged import LANES, Ragged
 from pallas_kernels.sparse_attention import mosaic_tpu_chunks
 from pallas_kernels.sparse_attention.entries import Entries
@@ -60,15 +60,11 @@ def supports(index: Index, limits_T, ragged: Ragged) -> str | None:
     return None
 
 
+@in_32_bits
 def indexer_topk_mosaic_tpu(
     index: Index, limits_T: Int[Array, " T"], ragged: Ragged
 ) -> Union:
     """See `api.indexer_topk`."""
-    with jax.enable_x64(False):
-        return _choose(*narrow((index, limits_T, ragged)))
-
-
-def _choose(index: Index, limits_T: Int[Array, " T"], ragged: Ragged) -> Union:
     keys = Entries(index.keys, limits_T=limits_T)
     plan = Plan.of(ragged, keys, 0, True, _CORES, tiles=(TILE, TILE))
     q_GQNH = ragged.grouped(index.q_TNH, 0)

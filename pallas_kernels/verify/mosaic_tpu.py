@@ -19,14 +19,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import draws_mosaic_tpu as drawing
-from pallas_kernels.draws import Draws, Rows, fields_of
-from pallas_kernels.precision import narrow
+from pallas_kernels.draws import Draws, Rows
+from pallas_kernels.precision import in_32_bits
 from pallas_kernels.ragged import LANES
 from pallas_kernels.verify.ref import products
 
-# Most rows and tokens of a step; rows by sixteens, as bfloat16 lies.
+# Most rows and tokens of a step.
 ROWS, TOKENS = 512, 512
-_SIXTEEN = 16
 _HEAD_TILE = 8 << 20
 # Of a product's sums, that are added while some rows are drawn.
 _CHUNKS = (1024, 512, 256, 128)
@@ -43,6 +42,7 @@ def supports(hidden_TD, head_VD, rows, named_T, first) -> str | None:
     return None
 
 
+@in_32_bits
 def verify_mosaic_tpu(
     hidden_TD: Float[Array, "T D"],
     head_VD: Float[Array, "V D"],
@@ -51,14 +51,9 @@ def verify_mosaic_tpu(
     first: Int[Array, ""],
 ) -> Draws:
     """See `api.verify`."""
-    with jax.enable_x64(False):
-        return _verify(*narrow((hidden_TD, head_VD, rows, named_T, first)))
-
-
-def _verify(hidden_TD, head_VD, rows, named_T, first):
     T = len(hidden_TD)
     steps = pl.cdiv(T, ROWS)
-    tile = pl.cdiv(pl.cdiv(T, steps), _SIXTEEN) * _SIXTEEN
+    tile = pl.cdiv(pl.cdiv(T, steps), drawing.SIXTEEN) * drawing.SIXTEEN
     padded = steps * tile
     hidden_TD = jnp.pad(hidden_TD, ((0, padded - T), (0, 0)))
     columns = drawing.columns(rows, named_T, padded)
@@ -75,7 +70,6 @@ def pass_over(hidden_TD, head_VD, columns, first, *, tile: int, noisy: bool):
         width //= 2
     tiles = pl.cdiv(V, width)
     per = pl.cdiv(tiles, drawing.CORES)
-    fields = len(fields_of(False)) - 1
 
     def of_rows(count):
         return pl.BlockSpec((count, tile, LANES), lambda c, t, v, first: (0, t, 0))
@@ -95,11 +89,8 @@ def pass_over(hidden_TD, head_VD, columns, first, *, tile: int, noisy: bool):
                 of_rows(2),
                 of_rows(3),
             ],
-            out_specs=(
-                pl.BlockSpec((1, tile, LANES), lambda c, t, v, first: (c, t, 0)),
-                pl.BlockSpec(
-                    (1, fields, tile, LANES), lambda c, t, v, first: (c, 0, t, 0)
-                ),
+            out_specs=drawing.output_blocks(
+                tile, lambda c, t, v, first: t, certainty=False
             ),
             scratch_shapes=[pltpu.VMEM((tile, width), jnp.float32)] * 2,
         ),
