@@ -21,6 +21,7 @@ from jaxspark.configuration import ConfigurationError, option
 from jaxspark.launch import program
 from jaxspark.launch.devices import DeviceOptions
 from jaxspark.launch.serve_options import ServeOptions, check_packages, make_service
+from jaxspark.pods.serving import PORT
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -50,7 +51,7 @@ class Config(ServeOptions):
         None,
     )
     host: str = option("Address to listen at; 0.0.0.0 is all there are.", "127.0.0.1")
-    port: int = option("Port to listen at.", 8000, at_least=1)
+    port: int = option("Port to listen at.", PORT, at_least=1)
 
     def __post_init__(self):
         super().__post_init__()

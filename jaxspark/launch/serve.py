@@ -25,6 +25,7 @@ from jaxspark.launch.serve_options import (
 )
 from jaxspark.parallel.messages import Receiver, Sender
 from jaxspark.parallel.processes import leave
+from jaxspark.pods.serving import PORT
 
 # Begins the keys of messages between the processes of a job.
 TOPIC = "serve"
@@ -35,7 +36,7 @@ class Config(ServeOptions):
     """What is served, to whom, and how much of it."""
 
     host: str = option("Address to listen at; 0.0.0.0 is all there are.", "127.0.0.1")
-    port: int = option("Port to listen at; 0 takes a free one.", 8000, at_least=0)
+    port: int = option("Port to listen at; 0 takes a free one.", PORT, at_least=0)
 
 
 def main(config: Config) -> int:

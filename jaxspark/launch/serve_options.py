@@ -16,6 +16,7 @@ from jaxspark.configuration import option
 from jaxspark.decoding.couplings import COUPLINGS, Coupling
 from jaxspark.launch import common
 from jaxspark.parallel.messages import Sender
+from jaxspark.pods.serving import DRAIN_S
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -119,7 +120,7 @@ class ServeOptions(common.TargetOptions, common.DraftOptions, common.ScheduleOpt
     )
     drain_seconds: float = option(
         "Seconds for requests that are there when SIGTERM or SIGINT comes.",
-        60.0,
+        DRAIN_S,
         at_least=0,
     )
 

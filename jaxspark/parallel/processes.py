@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 import jax
 
-# Where the pods of a group meet, on its leader. Any free port would do.
+# Where the pods of a group or a job meet, on the first. Any free port would do.
 GROUP_PORT = 8482
 # A process of a job ended because another one was lost.
 LOST = 3

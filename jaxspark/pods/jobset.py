@@ -4,12 +4,11 @@ If any process fails, all are stopped and started anew, as often as the failure 
 allows: a collective operation cannot go on with one participant missing.
 """
 
+from jaxspark.parallel.processes import GROUP_PORT
 from jaxspark.pods.options import PodOptions
 from jaxspark.pods.template import Manifest, metadata, pod_template
 
 HOSTS = "hosts"
-# Where GPU processes meet, on the first host. Any free port would do.
-PORT = 8482
 INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
 
@@ -52,7 +51,7 @@ def jobset(options: PodOptions) -> Manifest:
 
 def _meeting(name: str, hosts: int) -> list[Manifest]:
     """The first host by its stable name; JOB_COMPLETION_INDEX under our name."""
-    first = f"{name}-{HOSTS}-0-0.{name}:{PORT}"
+    first = f"{name}-{HOSTS}-0-0.{name}:{GROUP_PORT}"
     return [
         {"name": "JAXSPARK_COORDINATOR", "value": first},
         {"name": "JAXSPARK_PROCESSES", "value": str(hosts)},

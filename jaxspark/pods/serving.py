@@ -12,7 +12,7 @@ from jaxspark.pods.options import PodOptions
 from jaxspark.pods.template import MOUNT, Manifest, place
 
 LAUNCHER = "serve"
-# Defaults of `jaxspark serve`.
+# Of `jaxspark serve`, where its command does not say otherwise.
 PORT, DRAIN_S = 8000, 60.0
 # After the drain, for answers that are on their way and the runtime's own end.
 MARGIN_S = 20
