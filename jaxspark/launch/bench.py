@@ -29,7 +29,7 @@ Compilation is never part of a figure.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import jax
@@ -99,6 +99,16 @@ class Config(
     )
     json_out: str | None = common.json_option()
 
+    def keep(self, figures: dict) -> None:
+        """Writes what there is so far, where figures are wanted."""
+        if self.json_out:
+            write_figures(self.json_out, {"figures": figures})
+
+    def plot(self, plot: Callable[[str, dict], None], figures: dict) -> None:
+        """Draws figures beside their file."""
+        if self.json_out:
+            plot(self.json_out.removesuffix(".json") + ".png", figures)
+
 
 def measured(console: Console, config: Config) -> dict:
     """The figures of a suite."""
@@ -149,10 +159,6 @@ def measured(console: Console, config: Config) -> dict:
              "prompts_dir", "prompts_per_domain", "load_prompts", "load_block",
              "load_rounds", "load_temperature")  # fmt: skip
 
-    def write(figures):
-        if config.json_out:
-            write_figures(config.json_out, {"figures": figures})
-
     figures = bench_load(
         console,
         target,
@@ -161,10 +167,9 @@ def measured(console: Console, config: Config) -> dict:
         config,
         progress_file=config.progress,
         settings=config.recorded(names),
-        on_figures=write,
+        on_figures=config.keep,
     )
-    if config.json_out:
-        plot_load(config.json_out.removesuffix(".json") + ".png", figures)
+    config.plot(plot_load, figures)
     return figures
 
 
@@ -187,10 +192,6 @@ def _serving(console: Console, tokenizer, config: Config) -> dict:
              "serving_slots", "serving_requests", "repeats", "capacity", "length_scale",
              "load_temperature", "long_prompt", "long_seconds")  # fmt: skip
 
-    def write(figures):
-        if config.json_out:
-            write_figures(config.json_out, {"figures": figures})
-
     figures = bench_serving(
         console,
         tokenizer,
@@ -199,10 +200,9 @@ def _serving(console: Console, tokenizer, config: Config) -> dict:
         prompts_dir=config.prompts_dir,
         progress_file=config.progress,
         settings=config.recorded(names),
-        on_figures=write,
+        on_figures=config.keep,
     )
-    if config.json_out:
-        plot_serving(config.json_out.removesuffix(".json") + ".png", figures)
+    config.plot(plot_serving, figures)
     return figures
 
 

@@ -9,6 +9,22 @@ from pathlib import Path
 from tests.programs import ROOT
 
 
+def member(index: int, port: int, *, supervised: bool) -> dict[str, str]:
+    """The environment by which a process is one of two that meet at a port.
+
+    Args:
+      index: which of them.
+      port: where they meet.
+      supervised: whether it has a parent that watches over it.
+    """
+    alone = {} if supervised else {"JAXSPARK_SUPERVISED": "1"}
+    return alone | {
+        "JAXSPARK_COORDINATOR": f"localhost:{port}",
+        "JAXSPARK_PROCESSES": "2",
+        "JAXSPARK_PROCESS_INDEX": str(index),
+    }
+
+
 class Pair:
     """Two processes of four devices each, running one command.
 
@@ -31,14 +47,11 @@ class Pair:
                 [sys.executable, "-m", module, *arguments],
                 cwd=folder,
                 env=os.environ
-                | ({} if supervised else {"JAXSPARK_SUPERVISED": "1"})
+                | member(index, port, supervised=supervised)
                 | {
                     "PYTHONPATH": str(ROOT),
                     "JAX_PLATFORMS": "cpu",
                     "JAX_NUM_CPU_DEVICES": "4",
-                    "JAXSPARK_COORDINATOR": f"localhost:{port}",
-                    "JAXSPARK_PROCESSES": "2",
-                    "JAXSPARK_PROCESS_INDEX": str(index),
                 },
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 
+from tests.parallel.pairs import member
 from tests.programs import environment
 
 # One size of pass over prompts, short blocks: few programs are compiled.
@@ -47,13 +48,8 @@ class Pod:
                 [sys.executable, "-m", "jaxspark", "serve", f"--port={port}", *flags],
                 cwd=folder,
                 env=environment()
-                | ({} if supervised else {"JAXSPARK_SUPERVISED": "1"})
-                | {
-                    "JAX_NUM_CPU_DEVICES": "1",
-                    "JAXSPARK_COORDINATOR": f"localhost:{meeting}",
-                    "JAXSPARK_PROCESSES": "2",
-                    "JAXSPARK_PROCESS_INDEX": str(index),
-                },
+                | member(index, meeting, supervised=supervised)
+                | {"JAX_NUM_CPU_DEVICES": "1"},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
