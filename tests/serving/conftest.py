@@ -1,4 +1,8 @@
-"""One server for all tests of what it answers; those that end one make their own."""
+"""One server for a module's tests of what it answers; those that end one make their own.
+
+No longer than a module: between modules a worker may forget its compiled programs, and
+workers steal tests from each other, so those of other packages run in between.
+"""
 
 import httpx
 import openai
@@ -22,7 +26,7 @@ def traced(exporter):
     return Tracing(provider, "tiny")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def exporter():
     """Keeps the server's spans; None without OpenTelemetry's SDK."""
     try:
@@ -34,7 +38,7 @@ def exporter():
     return InMemorySpanExporter()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(exporter):
     with hosted(tracing=traced(exporter)) as here:
         yield here
@@ -44,7 +48,7 @@ def server(exporter):
     assert here.status == 0
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(server):
     with openai.OpenAI(
         base_url=f"{server.url}/v1", api_key=KEY, max_retries=0
@@ -52,7 +56,7 @@ def client(server):
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def http(server):
     with httpx.Client(base_url=server.url, headers=HEADERS, timeout=30) as http:
         yield http
