@@ -170,9 +170,11 @@ def make_service(
     check_packages()
     from jaxspark.serving import Engine, Pace, QueueLimits, Served
     from jaxspark.serving.app import AppOptions, make_app
+    from jaxspark.serving.arenas import share_arena
     from jaxspark.serving.metrics import Metrics
     from jaxspark.serving.tracing import Tracing
 
+    share_arena()  # Before XLA has threads.
     app_options = AppOptions(
         api_keys=config.keys(),
         most_body_bytes=config.max_body_bytes,
