@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -94,7 +93,7 @@ class ServerProcess:
         while time.monotonic() < late:
             if self.process.poll() is not None:
                 raise ValueError(f"the server ended: {''.join(self.lines)}")
-            with contextlib.suppress(urllib.error.URLError):
+            with contextlib.suppress(OSError):  # Refused, not ready, too busy to answer.
                 urllib.request.urlopen(f"{self.url}/ready", timeout=10).close()
                 return
             time.sleep(0.2)
