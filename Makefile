@@ -20,12 +20,14 @@ AOT_CUDA := jax-cuda13-plugin==0.12.0.1 jax-cuda13-pjrt==0.12.0.1 \
 	nvidia-cuda-nvcc==13.5.37 nvidia-nvvm==13.5.37 nvidia-cuda-crt==13.5.37 \
 	nvidia-nvjitlink==13.5.37 nvidia-cuda-nvrtc==13.5.37 nvidia-cuda-runtime==13.5.37
 
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal -q -rs --durations=10
+
 # What runs with annotations checked.
 TYPECHECKED := tests/test_annotations.py tests/models/test_cache_contract.py \
 	tests/drafters/test_contract.py tests/decoding/test_lifecycle.py \
 	tests/training/test_forward.py
 
-.PHONY: help demo test soak typecheck docs oracle aot aot-tpu lint format clean
+.PHONY: help demo test test-long soak typecheck docs oracle aot aot-tpu lint format clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -35,7 +37,11 @@ demo: $(VENV)/.demo ## Make .venv, install, and run the demo: plain against spec
 
 test: $(VENV)/.test oracle aot-tpu lint ## The same environment plus what tests need; lint and run the tests
 	@echo "==> tests"
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal -q -rs --durations=10 $(ARGS)
+	@$(PYTEST) -m 'not long' $(ARGS)
+
+test-long: $(VENV)/.test oracle aot-tpu ## The tests that take half a minute or more each
+	@echo "==> long tests"
+	@$(PYTEST) -m long $(ARGS)
 
 soak: $(VENV)/.soak ## Torment servers for a while: leaks, disconnects, fuzzing, a browser, Ray (not in make test)
 	@echo "==> soak"

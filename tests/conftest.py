@@ -38,6 +38,9 @@ import pytest
 
 from jaxspark import load_target
 
+# Tracing makes objects by the hundred thousand, few of which are garbage: looking for
+# it as often as Python does was 8 % of a test's time.
+gc.set_threshold(100_000, 20, 100)
 # More memory maps than this, and a worker forgets its compiled programs.
 MOST_MAPS = 20_000
 

@@ -135,6 +135,7 @@ def test_load_is_swept(place):
     assert place.json("load.json") == found
 
 
+@pytest.mark.long
 def test_overhead_is_measured(place):
     place.run(
         bench,

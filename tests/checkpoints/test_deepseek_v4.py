@@ -207,6 +207,7 @@ def test_experts_are_turned_over_for_tpus(tmp_path, monkeypatch, mesh):
             np.testing.assert_array_equal(again.read(name), first.read(name), name)
 
 
+@pytest.mark.long
 def test_quantized_speculation_gives_the_tokens_of_quantized_decoding(quantized):
     target = load_target(str(quantized), keep_quantized=True)
     stages = load_drafter(str(quantized), target)

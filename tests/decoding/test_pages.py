@@ -103,6 +103,7 @@ def assert_equal(rows, others):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.long
 def test_tokens_do_not_depend_on_where_rows_lie(pair):
     expected = outputs(finished(pair, admitted(pair)))
     state = finished(pair, with_pages(admitted(pair, PAGES), shuffled()))

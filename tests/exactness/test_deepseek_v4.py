@@ -69,6 +69,7 @@ def test_slots_are_refilled_and_not_one_token_changes(models, asked, name):
     assert len(result.near_ties) <= 1
 
 
+@pytest.mark.long
 def test_a_round_has_the_targets_distribution():
     checks = rejection.enumeration_checks(NAMES, family="deepseek_v4")
     assert len(checks) == len(NAMES)

@@ -29,6 +29,7 @@ def telling(block):
     return replace(block, proposal=proposal)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("drafter", ["eagle3", "dspark-gated"])
 def test_the_law_of_two_rounds_is_the_target_s(models, drafter):
     target, made = models

@@ -5,6 +5,7 @@ continuous integration runs; that they can fail is shown here.
 """
 
 import jax.numpy as jnp
+import pytest
 
 from jaxspark.decoding import Forecast
 from jaxspark.exactness import rejection_under_schedules
@@ -32,6 +33,7 @@ def test_enumeration_finds_a_schedule_that_looks_ahead():
     assert check.figure > 1e-3 and not check.holds
 
 
+@pytest.mark.long
 def test_frequencies_find_it_too():
     # The second learns on the way, which moves what the schedule looks at.
     check, _ = rejection_under_schedules.frequency_checks(20_000, LEAKY)

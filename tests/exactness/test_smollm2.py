@@ -3,6 +3,8 @@
 `jaxspark audit --suite=all` has more prompts and schedules.
 """
 
+import pytest
+
 from jaxspark import load_drafter
 from jaxspark.exactness.audit import audit, decode_requests, plain_outputs
 from jaxspark.generation import Request
@@ -15,6 +17,7 @@ QUESTIONS = (
 REPEATED = "Name three rivers and three mountains, then repeat the list."
 
 
+@pytest.mark.long
 def test_it_drafts_well_and_not_one_token_changes(smollm2):
     """Greedy and sampled requests together, copies and drafts of the model's."""
     asked = [(text, 0.0) for text in QUESTIONS] + [(REPEATED, 1.0)]

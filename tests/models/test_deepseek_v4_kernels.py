@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
 from jaxspark.models import DeepSeekV4
@@ -25,6 +26,7 @@ def decoded(model, prompts):
     return tokens, np.concatenate(every)
 
 
+@pytest.mark.long
 def test_kernels_change_no_token(random):
     model = DeepSeekV4(v4_for_kernels(VOCAB), rngs=nnx.Rngs(1))
     model.embed_tokens.weight[...] *= 30.0

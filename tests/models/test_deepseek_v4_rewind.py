@@ -33,6 +33,7 @@ def feed(session, rows):
     return session.feed(rows, chunk=32 if longest > BLOCK else BLOCK)[0]
 
 
+@pytest.mark.long
 def test_rewind_equals_never_having_seen(model, random):
     """A + B, rewound to A, then C, is A + C; 20 requests at a time, 500 in all.
 

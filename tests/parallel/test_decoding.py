@@ -17,7 +17,10 @@ COLLECTIVES = ("all_gather", "all_reduce", "all_to_all", "reduce_scatter", "perm
 
 @pytest.mark.parametrize(
     ("family", "drafter"),
-    [("dense", "dspark-rnn"), ("deepseek_v4", "deepseek_v4_dspark")],
+    [
+        ("dense", "dspark-rnn"),
+        pytest.param("deepseek_v4", "deepseek_v4_dspark", marks=pytest.mark.long),
+    ],
 )
 def test_tokens_are_those_of_one_device(family, drafter):
     """Slots, experts, heads and vocabulary are all shared out.

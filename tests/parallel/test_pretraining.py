@@ -32,6 +32,7 @@ def alone():
     return models, ids_BQ, counts_B, found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mesh", ["data:2,expert:4"])
 def test_gradients_are_those_of_one_device(alone, mesh):
     models, ids_BQ, counts_B, (grads, value, metrics) = alone

@@ -123,6 +123,7 @@ def texts(output):
     return [line.split(" tokens/s")[0].split(" · ")[0] for line in lines if line]
 
 
+@pytest.mark.long
 def test_two_processes_say_what_one_says_and_one_of_them_says_it(folder):
     options = {"max_new_tokens": 24, "temperature": 1.0, "coupling": "gumbel"}
     flags = [f"--{name}={value}" for name, value in options.items()]

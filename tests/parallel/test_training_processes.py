@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import jax
 import numpy as np
+import pytest
 
 from jaxspark.checkpoints import load_draft_checkpoint, save_target
 from jaxspark.checkpoints.tree import named_parameters
@@ -67,6 +68,7 @@ def raising(after):
     return watched
 
 
+@pytest.mark.long
 def test_a_run_moves_between_one_process_and_two_that_stop_together(
     tmp_path, monkeypatch
 ):

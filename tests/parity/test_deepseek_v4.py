@@ -14,6 +14,7 @@ TOLERANCE = 3e-4
 NEARLY = 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("chunks", [(1, 64), (7,)], ids=str)
 def test_random_models_equal_transformers(chunks, oracle, seed):
     """Prefill, chunked prefill and decode, at lengths around every boundary."""

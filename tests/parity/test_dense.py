@@ -71,6 +71,7 @@ def test_slots_of_different_age_decode_together(oracle, seed, tmp_path):
     assert difference(logits, reference) <= TOLERANCE, f"{seed=}"
 
 
+@pytest.mark.long
 def test_smollm2_equals_transformers(oracle, smollm2, smollm2_path, record_property):
     """Both sides read the GGUF file with their own code; then prefill and decode."""
     text = oracle.ask({"gguf": str(smollm2_path), "text": PROMPTS})

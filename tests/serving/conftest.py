@@ -1,4 +1,4 @@
-"""One server for a module's tests of what it answers; those that end one make their own.
+"""One server for a module's tests of its answers; those that end one make their own.
 
 No longer than a module: between modules a worker may forget its compiled programs, and
 workers steal tests from each other, so those of other packages run in between.

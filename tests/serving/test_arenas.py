@@ -1,4 +1,4 @@
-"""A server's threads allocate in one arena of glibc's, unless its environment differs."""
+"""A server's threads share an arena of glibc's, unless its environment differs."""
 
 import re
 import subprocess

@@ -126,6 +126,7 @@ def test_pages_that_run_out_change_no_token():
         assert not made.pages.leaks()
 
 
+@pytest.mark.long
 def test_snapshots_of_rings_are_compiled_before_anybody_comes():
     """The second prompt finds out where prompts part; the third begins there."""
     model, drafters = tiny_models(

@@ -57,6 +57,7 @@ def alone(prompt, **changes):
     return completion.text
 
 
+@pytest.mark.long
 def test_two_processes_serve_what_one_says_and_drain_together(folder):
     """What happens if one is lost is in tests/soak."""
     with jax.set_mesh(make_mesh("model:2", jax.devices()[:2])):

@@ -259,6 +259,7 @@ def test_balance_is_one_when_even_and_grows_with_skew():
     np.testing.assert_allclose(balance, 2 * 0.9, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_a_short_run_learns_and_evens_out_loads():
     """Loss falls, and the most loaded expert gets below 1.5 times the mean."""
     config = replace(

@@ -75,6 +75,7 @@ def far(mine, theirs) -> float:
     return np.abs(mine - theirs).max() / np.abs(theirs).max()
 
 
+@pytest.mark.long
 def test_kernels_give_every_parameter_the_references_gradient(expected, monkeypatch):
     loss, grads = simulated(monkeypatch)
     np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
