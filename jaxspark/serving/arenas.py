@@ -1,8 +1,8 @@
 """Keeps a server's memory from growing: all threads share glibc's main arena.
 
-By default glibc gives threads up to eight arenas per core. Each keeps what was freed in
-it, and what a request leaves behind lies in another one than what the next one needs, so
-resident memory grows for a long time although nothing is kept.
+By default glibc gives threads up to eight arenas per core. Each keeps what was freed
+in it, and what a request leaves behind lies in another one than what the next one
+needs, so resident memory grows for a long time although nothing is kept.
 """
 
 import ctypes
@@ -16,8 +16,8 @@ _M_ARENA_MAX = -8
 def share_arena() -> bool:
     """Makes threads that begin from now on allocate in the main arena.
 
-    Does nothing where the environment says how many arenas there are, or where memory is
-    not glibc's.
+    Does nothing where the environment says how many arenas there are, or where memory
+    is not glibc's.
 
     Returns:
       Whether it was done.

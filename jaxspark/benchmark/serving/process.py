@@ -93,7 +93,8 @@ class ServerProcess:
         while time.monotonic() < late:
             if self.process.poll() is not None:
                 raise ValueError(f"the server ended: {''.join(self.lines)}")
-            with contextlib.suppress(OSError):  # Refused, not ready, too busy to answer.
+            # Refused, not ready, or too busy to answer.
+            with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"{self.url}/ready", timeout=10).close()
                 return
             time.sleep(0.2)
