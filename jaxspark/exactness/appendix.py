@@ -21,7 +21,8 @@ from jaxspark.decoding import Causal, CostCurve, Costs, Free, Lagged, Sampling
 from jaxspark.decoding.couplings import COUPLINGS
 from jaxspark.drafters import DraftDistribution, Proposal
 from jaxspark.drafters.base import WithoutContext
-from jaxspark.exactness.enumeration import EnumeratedRound, target_distribution
+from jaxspark.exactness.enumeration import EnumeratedRound
+from jaxspark.exactness.plain_law import target_distribution
 from jaxspark.exactness.rejection import Check
 from jaxspark.settings import standard_settings
 

@@ -10,136 +10,28 @@ the target's distribution of the next G+1 tokens, which is worked out one prefix
 time, with logits adjusted `by_definition`.
 """
 
-import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Float
 
-from jaxspark.decoding import (
-    Adjustment,
-    AdjustmentLimits,
-    DecodeOptions,
-    init_state,
-)
-from jaxspark.decoding.adjustment_arrays import Adjustments
+from jaxspark.decoding import DecodeOptions, init_state
 from jaxspark.decoding.confidence import Calibration
-from jaxspark.decoding.couplings import CoupledSampler
-from jaxspark.decoding.round import adjuster_for, lagged_forecast, schedule_round
-from jaxspark.decoding.sampling import Sampling, warp
+from jaxspark.decoding.round import lagged_forecast, schedule_round
+from jaxspark.decoding.sampling import Sampling
 from jaxspark.decoding.schedule import Fixed, Scheduler
 from jaxspark.decoding.state import DecodeState
 from jaxspark.decoding.verdicts import acceptance_probability, correction_weights
-from jaxspark.drafters import DraftContext, DraftDistribution, Drawn, Proposal
-from jaxspark.exactness.by_definition import (
-    adjusted_by_definition,
-    masked_by_definition,
-)
-from jaxspark.models import FlatTokens
+from jaxspark.drafters import DraftDistribution, Proposal
+from jaxspark.exactness.draft_blocks import Block, draft_blocks
+from jaxspark.exactness.plain_law import LogProbs
+from jaxspark.exactness.wanted import Wanted
 from jaxspark.settings import standard_settings
-
-LogProbs = dict[tuple[int, ...], np.ndarray]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What enumerated requests do to their logits; by default nothing.
-
-    Attributes:
-      adjustment: of all slots.
-      output: committed tokens that are output, the newest; the prompt is before them.
-      stop_ids: of the requests, for least lengths; nothing ends there.
-      limits: what is compiled; one value for many lets them share programs.
-      grammar: tells which tokens may come behind an output; None masks nothing.
-    """
-
-    adjustment: Adjustment = Adjustment()
-    output: int = 0
-    stop_ids: tuple[int, ...] = ()
-    limits: AdjustmentLimits = AdjustmentLimits()
-    grammar: Callable[[Sequence[int]], Collection[int]] | None = None
-
-    def adjusted(self, logits_V: np.ndarray, tokens: Sequence[int], prompt: int):
-        """Logits after `tokens`, the first `prompt` of which are no output."""
-        output = tokens[prompt:]
-        z_V = adjusted_by_definition(
-            logits_V, tokens[:prompt], output, self.adjustment, self.stop_ids
-        )
-        if self.grammar is None:
-            return z_V
-        return masked_by_definition(z_V, logits_V, self.grammar(output))
-
-    def masks_along(
-        self, tokens: Sequence[int], drafts: Sequence[int]
-    ) -> UInt[np.ndarray, "1 Q U"]:
-        """Bits of the tokens that may come behind `tokens` and each of the drafts."""
-        assert self.grammar is not None
-        text = [*tokens[len(tokens) - self.output :], *drafts]
-        ends = range(len(text) - len(drafts), len(text) + 1)
-        rows = [sum(1 << each for each in self.grammar(text[:end])) for end in ends]
-        return np.array(rows, np.uint32)[None, :, None]
-
-    def of(self, tokens: Sequence[int], vocab: int) -> Adjustments | None:
-        """For one slot with these committed tokens."""
-        if not self.limits.anything:
-            return None
-        return Adjustments.of(
-            [self.adjustment],
-            self.limits,
-            vocab=vocab,
-            prompt_lengths=[len(tokens) - self.output],
-        )
-
-
-@standard_settings()
-def sequence_log_probs(
-    target,
-    prompt: Sequence[int],
-    length: int,
-    sampling: Sampling,
-    wanted: Wanted = Wanted(),
-) -> LogProbs:
-    """Adjusted and warped log p of the next token after every continuation, plainly.
-
-    Returns a table {continuation of `prompt`, shorter than `length`: log p [V]}.
-    """
-    vocab = target.config.vocab_size
-    table: LogProbs = {}
-    for n in range(length):
-        prefixes = list(itertools.product(range(vocab), repeat=n))
-        rows = jnp.array([[*prompt, *prefix] for prefix in prefixes], jnp.int32)
-        logits_BV = np.asarray(_next_logits(target, rows))
-        adjusted_BV = [
-            wanted.adjusted(logits_V, row, len(prompt) - wanted.output)
-            for logits_V, row in zip(logits_BV, rows.tolist())
-        ]
-        own = sampling.at(jnp.zeros((len(rows),), jnp.int32))
-        log_p_BV = warp(jnp.array(adjusted_BV, jnp.float32), own)
-        table |= dict(zip(prefixes, np.asarray(log_p_BV, np.float64)))
-    return table
-
-
-@jax.jit
-def _next_logits(target, rows_BQ) -> Float[Array, "B V"]:
-    slots, width = rows_BQ.shape
-    begin_B = jnp.zeros((slots,), jnp.int32)
-    tokens = FlatTokens.from_rows(rows_BQ, begin_B, jnp.full_like(begin_B, width))
-    x_TD, _, _ = target(tokens, target.init_cache(slots, width))
-    return target.logits(x_TD).reshape(slots, width, -1)[:, -1]
-
-
-def target_distribution(table: LogProbs) -> np.ndarray:
-    """The target's own distribution of the next tokens, [V, ..., V]."""
-    length = 1 + max(map(len, table))
-    joint = np.zeros((len(table[()]),) * length)
-    for tokens in np.ndindex(joint.shape):
-        joint[tokens] = np.exp(sum(table[tokens[:n]][tokens[n]] for n in range(length)))
-    return joint
 
 
 class EnumeratedRound:
@@ -248,142 +140,6 @@ class EnumeratedRound:
         return np.tensordot(self.chance_N, outcomes_N, axes=1)
 
 
-@dataclass(frozen=True)
-class ForcedSampler:
-    """Draws the tokens it is told to; what it says of them is the decoder's."""
-
-    decoder: CoupledSampler
-    forced_G: Int[Array, " G"]
-    streams: bool = False
-
-    def __call__(self, logits_BW, j, ids_W) -> Drawn:
-        """The j-th of them."""
-        return Drawn(
-            tokens_B=self.forced_G[j][None],
-            log_q_BW=warp(
-                self.decoder.adjusted(logits_BW, j, ids_W), self.decoder.sampling
-            ),
-            certainty_B=self.decoder(logits_BW, j, ids_W).certainty_B,
-        )
-
-    def stream(self, logits, j, latent_BR, ids_W):
-        """It does not."""
-        raise NotImplementedError
-
-    def suggested(self, certainty_BG):
-        """What the decoder's suggests."""
-        return self.decoder.suggested(certainty_BG)
-
-
-@dataclass(frozen=True)
-class Block:
-    """A draft block that can be drawn.
-
-    Attributes:
-      drafts: its tokens.
-      proposal: the drafts with what they were drawn from.
-      log_p_QV: the decoder's log p behind the anchor and each draft.
-    """
-
-    drafts: tuple[int, ...]
-    proposal: Proposal
-    log_p_QV: np.ndarray
-
-    @property
-    def chance(self) -> float:
-        """How likely these drafts are."""
-        return _draft_probability(self.proposal)
-
-
-def draft_blocks(
-    target,
-    drafter,
-    prompt: Sequence[int],
-    block_length: int,
-    sampling: Sampling,
-    wanted: Wanted = Wanted(),
-) -> Iterator[Block]:
-    """Each draft block that can be drawn after a prompt."""
-    vocab = target.config.vocab_size
-    state = init_state(
-        target,
-        drafter,
-        [prompt],
-        [len(prompt) + block_length + 1],
-        sampling,
-        block_length=block_length,
-        stop_ids=[wanted.stop_ids],
-    )
-    state = replace(state.rewind(state.lengths_B), adjustments=wanted.of(prompt, vocab))
-    if len(prompt) > 1:
-        tokens = FlatTokens.from_rows(
-            jnp.array([prompt[:-1]], jnp.int32),
-            jnp.zeros((1,), jnp.int32),
-            jnp.array([len(prompt) - 1]),
-        )
-        state = _observed(target, drafter, tokens, state)
-    seen, masked = set(), wanted.grammar is not None
-    masks_1QU = wanted.masks_along(prompt, ()) if masked else None
-    for drafts in itertools.product(range(vocab), repeat=block_length):
-        forced_G = jnp.array(drafts, jnp.int32)
-        proposal = _proposed(target, drafter, state, forced_G, masks_1QU)
-        drafts = tuple(np.asarray(proposal.tokens_BG)[0].tolist())
-        # A drafter that does not sample proposes the same block whatever is forced.
-        if drafts not in seen and _draft_probability(proposal) > 0:
-            seen.add(drafts)
-            log_p_QV = _verified_rows(
-                target,
-                replace(state, draft_cache=()),
-                proposal.tokens_BG,
-                wanted.masks_along(prompt, drafts) if masked else None,
-            )
-            yield Block(drafts, proposal, np.asarray(log_p_QV, np.float64))
-
-
-@jax.jit
-def _observed(target, drafter, tokens: FlatTokens, state: DecodeState) -> DecodeState:
-    """The state with the caches of tokens of a prompt."""
-    _, taps_TmD, target_cache = target(tokens, state.target_cache, taps=drafter.taps)
-    draft_cache = drafter.observe(state.draft_cache, taps_TmD, tokens)
-    return replace(state, target_cache=target_cache, draft_cache=draft_cache)
-
-
-@jax.jit
-def _proposed(
-    target, drafter, state: DecodeState, forced_G, masks_BQU=None
-) -> Proposal:
-    """The proposal if these drafts are drawn."""
-    context = DraftContext.of(state.tokens_BS, state.lengths_B)
-    decoder = CoupledSampler(
-        "rejection",
-        state.sampling,
-        context.positions_B,
-        target.config.vocab_size,
-        adjuster_for(state, masks_BQU),
-    )
-    sampler = ForcedSampler(decoder, forced_G)
-    return drafter.propose(target, state.draft_cache, context, sampler, len(forced_G))[
-        0
-    ]
-
-
-@jax.jit
-def _verified_rows(
-    target, state: DecodeState, drafts_BG, masks_BQU=None
-) -> Float[Array, "Q V"]:
-    """log p behind the anchor and each draft, as a round verifies them."""
-    anchors_B = state.processed_B
-    anchor_B1 = jnp.take_along_axis(state.tokens_BS, anchors_B[:, None], axis=1)
-    rows_BQ = jnp.concatenate([anchor_B1, drafts_BG], axis=1)
-    counts_B = jnp.full_like(anchors_B, rows_BQ.shape[1])
-    tokens = FlatTokens.from_rows(rows_BQ, anchors_B, counts_B)
-    x_TD, _, _ = target(tokens, state.target_cache)
-    logits_TV, adjuster = target.logits(x_TD), adjuster_for(state, masks_BQU)
-    if adjuster is not None:
-        logits_TV = adjuster.rows(logits_TV, tokens, drafts_BG)
-    return warp(logits_TV, state.sampling.at(tokens.slots_T))
-
-
 def seen_by_schedules(proposal: Proposal) -> Proposal:
     """What schedules look at."""
     return replace(proposal, q=DraftDistribution())
@@ -399,14 +155,6 @@ def _verified_of_first(state: DecodeState, proposals: Proposal, options: DecodeO
         return verification.lengths_B[0]
 
     return jax.vmap(verified)(proposals)
-
-
-def _draft_probability(proposal) -> float:
-    return float(np.exp(np.sum(_log_q(proposal))))
-
-
-def _log_q(proposal) -> np.ndarray:
-    return np.asarray(proposal.q.log_prob(proposal.tokens_BG), np.float64)
 
 
 def outcomes(table, block: Block, accept) -> np.ndarray:

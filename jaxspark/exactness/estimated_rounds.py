@@ -24,15 +24,9 @@ from jaxspark.decoding.round import lagged_forecast, schedule_round
 from jaxspark.decoding.state import DecodeState
 from jaxspark.decoding.verdicts import acceptance_probability
 from jaxspark.drafters import Proposal
-from jaxspark.exactness.enumeration import (
-    Block,
-    correction,
-    draft_blocks,
-    outcomes,
-    seen_by_schedules,
-    sequence_log_probs,
-    target_distribution,
-)
+from jaxspark.exactness.draft_blocks import Block, draft_blocks
+from jaxspark.exactness.enumeration import correction, outcomes, seen_by_schedules
+from jaxspark.exactness.plain_law import sequence_log_probs, target_distribution
 from jaxspark.exactness.rejection import Check
 from jaxspark.exactness.tiny_models import BLOCK_LENGTH, Family, tiny_models
 from jaxspark.settings import standard_settings

@@ -15,16 +15,13 @@ from jaxspark.decoding import Adjustment, DecodeOptions, Sampling, Scheduler
 from jaxspark.decoding.couplings import COUPLINGS, Coupling
 from jaxspark.drafters import Drafter
 from jaxspark.exactness.audit import AuditResult, audit
-from jaxspark.exactness.enumeration import (
-    Wanted,
-    sequence_log_probs,
-    target_distribution,
-)
 from jaxspark.exactness.parameters import LIMITS, PROMPT, VOCAB, enumerated
+from jaxspark.exactness.plain_law import sequence_log_probs, target_distribution
 from jaxspark.exactness.random_grammars import obeys, random_grammars
 from jaxspark.exactness.rejection import Check
 from jaxspark.exactness.statistics import chi_square, sample_first_tokens
 from jaxspark.exactness.tiny_models import Family, tiny_models
+from jaxspark.exactness.wanted import Wanted
 from jaxspark.generation import Completion, Request, generate_stream
 from jaxspark.settings import standard_settings
 from jaxspark.target import Target

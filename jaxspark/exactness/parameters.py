@@ -15,12 +15,8 @@ import numpy as np
 from jaxspark.decoding import Adjustment, AdjustmentLimits, Fixed, Sampling, Scheduler
 from jaxspark.decoding.couplings import COUPLINGS
 from jaxspark.exactness.audit_schedules import spread_confidences
-from jaxspark.exactness.enumeration import (
-    EnumeratedRound,
-    Wanted,
-    sequence_log_probs,
-    target_distribution,
-)
+from jaxspark.exactness.enumeration import EnumeratedRound
+from jaxspark.exactness.plain_law import sequence_log_probs, target_distribution
 from jaxspark.exactness.rejection import Check
 from jaxspark.exactness.rejection_under_schedules import (
     LEAKY,
@@ -29,6 +25,7 @@ from jaxspark.exactness.rejection_under_schedules import (
 )
 from jaxspark.exactness.statistics import chi_square, sample_first_tokens
 from jaxspark.exactness.tiny_models import BLOCK_LENGTH, DRAFTERS, Family, tiny_models
+from jaxspark.exactness.wanted import Wanted
 from jaxspark.settings import standard_settings
 
 VOCAB = 3

@@ -12,11 +12,8 @@ import numpy as np
 from jaxspark.decoding.couplings import Coupling
 from jaxspark.decoding.sampling import Sampling
 from jaxspark.decoding.verdicts import acceptance_probability
-from jaxspark.exactness.enumeration import (
-    EnumeratedRound,
-    sequence_log_probs,
-    target_distribution,
-)
+from jaxspark.exactness.enumeration import EnumeratedRound
+from jaxspark.exactness.plain_law import sequence_log_probs, target_distribution
 from jaxspark.exactness.statistics import (
     chi_square,
     first_draft_distribution,

@@ -34,12 +34,9 @@ from jaxspark.decoding.state import DecodeState, Phase
 from jaxspark.drafters.base import WithoutContext
 from jaxspark.drafters.sequential import draft_block
 from jaxspark.exactness.audit_schedules import SCHEDULES, scheduler, spread_confidences
-from jaxspark.exactness.enumeration import (
-    EnumeratedRound,
-    sequence_log_probs,
-    target_distribution,
-)
+from jaxspark.exactness.enumeration import EnumeratedRound
 from jaxspark.exactness.estimated_rounds import CREDULOUS
+from jaxspark.exactness.plain_law import sequence_log_probs, target_distribution
 from jaxspark.exactness.rejection import PROMPT, Check
 from jaxspark.exactness.statistics import chi_square
 from jaxspark.exactness.tiny_models import BLOCK_LENGTH, DRAFTERS, Family, tiny_models

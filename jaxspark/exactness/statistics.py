@@ -18,7 +18,8 @@ from jaxspark.decoding.couplings import Coupling
 from jaxspark.decoding.round import decode, draft, verify
 from jaxspark.decoding.sampling import Sampling
 from jaxspark.drafters import DraftDistribution
-from jaxspark.exactness.enumeration import Wanted, draft_blocks
+from jaxspark.exactness.draft_blocks import draft_blocks
+from jaxspark.exactness.wanted import Wanted
 from jaxspark.settings import standard_settings
 
 

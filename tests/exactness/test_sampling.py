@@ -8,11 +8,8 @@ import scipy.stats
 
 from jaxspark.decoding import Fixed, Sampling, verdicts
 from jaxspark.exactness import rejection
-from jaxspark.exactness.enumeration import (
-    EnumeratedRound,
-    sequence_log_probs,
-    target_distribution,
-)
+from jaxspark.exactness.enumeration import EnumeratedRound
+from jaxspark.exactness.plain_law import sequence_log_probs, target_distribution
 from jaxspark.exactness.statistics import chi_square
 from jaxspark.exactness.tiny_models import tiny_models
 
