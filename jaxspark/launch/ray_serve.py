@@ -155,7 +155,8 @@ def application(config: Config) -> "Application":
     """The replicas and what is before them, for `ray.serve.run`."""
     from ray import serve
 
-    replicas = serve.deployment(
+    deployment: Any = serve.deployment  # Typed as what it decorates.
+    replicas = deployment(
         Replica,
         name="Replica",
         num_replicas=config.replicas,
@@ -166,7 +167,7 @@ def application(config: Config) -> "Application":
         health_check_period_s=HEALTH_S,
         health_check_timeout_s=HEALTH_PATIENCE_S,
     ).bind(config)
-    front = serve.deployment(
+    front = deployment(
         serve.ingress()(Front),
         name="Front",
         ray_actor_options={"num_cpus": 0},
