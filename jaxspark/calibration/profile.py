@@ -10,6 +10,7 @@ costs then rise.
 """
 
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
@@ -46,6 +47,8 @@ from jaxspark.timing import alternate
 
 FORMAT = "jaxspark-cost-profile-2"
 _PERIOD = 16
+# Rounds that take longer are timed one by one: a call itself takes a hundredth of that.
+_LONG_RUN_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,9 +206,9 @@ def measure_costs(
       capacity: cache positions of each request; half of them are filled.
       coupling: "rejection" or "gumbel".
       temperature: of sampling.
-      rounds: rounds per timed run; by default 16 for one slot, fewer for more, 4 if
-        caches hold as many: what a call itself takes shall not count where rounds are
-        short.
+      rounds: rounds per timed run; by default as many as take a tenth of a second, so
+        that what a call itself takes does not count, but no more than 16 for one slot,
+        fewer for more, 4 if caches hold as many.
       repeats: timed runs of each bucket.
       on_run: called with runs done and runs in all.
 
@@ -231,6 +234,7 @@ def measure_costs(
         length: _holding(within_ladder(buckets, own * (length + 1)), own)
         for length in draft_ladder(block_length)
     }
+    adapt = rounds is None
     if rounds is None:
         # No more than half of the caches can hold.
         fitting = capacity // (2 * (block_length + 1)) - 1
@@ -295,6 +299,12 @@ def measure_costs(
         for length in sizes
         for size in sizes[length]
     }
+    if adapt and rounds > 1:
+        longest = list(contestants.values())[-1]
+        total += 2
+        longest()  # Compiles it.
+        [taken] = agreed(np.array([longest()])).tolist()
+        rounds = max(1, min(rounds, math.ceil(_LONG_RUN_S / taken)))
     runs = alternate(contestants, repeats)
     # Buckets follow from these, so the processes of a job take those of one.
     quartiles = agreed(np.array([np.quantile(each, 0.25) for each in runs.values()]))

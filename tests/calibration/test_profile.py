@@ -1,7 +1,10 @@
 """Cost profiles: which buckets they keep, and where they can be measured."""
 
+import itertools
+
 import pytest
 
+from jaxspark.calibration import profile as profiles
 from jaxspark.calibration.profile import measure_costs, pareto_buckets
 from tests import zoo
 
@@ -21,3 +24,28 @@ def test_one_request_with_little_room_is_measured_too():
     assert profile.costs.draft_lengths == (0, 1, 2)
     with pytest.raises(ValueError, match="1 rounds of 4 drafts need more cache posit"):
         measure_costs(model, drafter, slots=1, block_length=4, capacity=8)
+
+
+@pytest.mark.parametrize("seconds, rounds", [(0.001, 4), (0.08, 2), (3.0, 1)])
+def test_long_rounds_are_timed_one_by_one(seconds, rounds, monkeypatch):
+    """A fake clock; all runs but the two that find out how long rounds are."""
+    asked, clock = [], itertools.count()
+    compiled = profiles.compiled
+
+    def counting(run):
+        def counted(model, drafter, state, count, **options):
+            asked.append(int(count))
+            return compiled(run)(model, drafter, state, count, **options)
+
+        return counted
+
+    monkeypatch.setattr(profiles, "compiled", counting)
+    # What lies between two looks at it is a run of as many rounds.
+    monkeypatch.setattr(profiles, "perf_counter", lambda: next(clock) * 4 * seconds)
+    model = zoo.target()
+    drafter = zoo.drafter("dspark-vanilla", model)
+    measure_costs(
+        *(model, drafter), slots=4, block_length=1, buckets=(8,), capacity=64, repeats=1
+    )
+    assert asked[:2] == [4, 4] and len(asked) > 2
+    assert set(asked[2:]) == {rounds}
