@@ -6,16 +6,14 @@ left out cost nothing.
 """
 
 import time
-from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from jaxspark.calibration.estimates import REGIMES
 from jaxspark.generation.completion import FinishReason
 from jaxspark.generation.slots import Counts
-from jaxspark.models.pages import PAGE
 from jaxspark.serving.engine import Engine
+from jaxspark.serving.engine_gauges import EngineGauges
 from jaxspark.serving.jobs import Job
 from jaxspark.serving.observing import Observer
 
@@ -121,89 +119,7 @@ class Metrics(Observer):
 
     def watch(self, engine: Engine) -> None:
         """Shows an engine's state whenever somebody looks."""
-        pages, size = engine.stats().pages, PAGE if engine.pages else engine.context
-        for name, help, value in (
-            ("vllm:num_requests_running", "Outputs with slots.",
-             lambda: engine.stats().running),
-            ("vllm:num_requests_waiting", "Outputs without slots.",
-             lambda: engine.stats().waiting),
-            ("vllm:kv_cache_usage_perc", "Pages that outputs have, from 0 to 1.",
-             lambda: engine.stats().pages_used / pages),
-            ("jaxspark:pages_cached", "Pages that the prefix cache keeps.",
-             lambda: engine.stats().pages_cached),
-            ("jaxspark:waiting_tokens", "Tokens of prompts that wait.",
-             lambda: engine.stats().waiting_tokens),
-            ("jaxspark:accepted_length", "Tokens per round in the last seconds.",
-             lambda: engine.stats().accepted_length),
-            ("jaxspark:tokens_per_second", "Tokens in the last seconds.",
-             lambda: engine.stats().tokens_per_second),
-            ("jaxspark:compilations_after_ready", "Programs compiled late; 0 is right.",
-             lambda: engine.stats().late_compilations),
-        ):  # fmt: skip
-            gauge = Gauge(name, help, _LABELS, registry=self.registry)
-            gauge.labels(**self._labels).set_function(value)
-        if engine.options.estimator is not None:
-            self._watch_estimate(engine)
-        by_reason = Gauge(
-            "vllm:num_requests_waiting_by_reason",
-            "Outputs without slots.",
-            (*_LABELS, "reason"),
-            registry=self.registry,
-        )
-        waiting = by_reason.labels(**self._labels, reason="capacity")
-        waiting.set_function(lambda: engine.stats().waiting)
-        info = {"block_size": str(size), "num_gpu_blocks": str(pages)}
-        config = Gauge(
-            "vllm:cache_config_info",
-            "Pages, and positions of each.",
-            (*_LABELS, *info),
-            registry=self.registry,
-        )
-        config.labels(**self._labels, **info).set(1)
-
-    def _watch_estimate(self, engine: Engine) -> None:
-        """Shows what was learned of acceptance; NaN until anything was."""
-
-        def shown(name: str, help: str, value: Callable, **labels: str) -> None:
-            if name not in gauges:
-                gauges[name] = Gauge(
-                    name, help, (*_LABELS, *labels), registry=self.registry
-                )
-
-            def now() -> float:
-                estimate = engine.stats().estimate
-                told = None if estimate is None else value(estimate)
-                return float("nan") if told is None else told
-
-            gauges[name].labels(**self._labels, **labels).set_function(now)
-
-        gauges: dict[str, Gauge] = {}
-        shown(
-            "jaxspark:calibration_error",
-            "Expected calibration error of recent forecasts of survival.",
-            lambda estimate: estimate.calibration_error,
-        )
-        for kind in REGIMES:
-            for signal in ("confidence", "certainty"):
-                shown(
-                    "jaxspark:acceptance_slope",
-                    "What a signal of a draft counts for.",
-                    lambda estimate, kind=kind, signal=signal: getattr(
-                        estimate.regressions[kind], signal
-                    ),
-                    outputs=kind,
-                    signal=signal,
-                )
-            for place in range(engine.options.block):
-                shown(
-                    "jaxspark:acceptance_intercept",
-                    "What its place in a block adds.",
-                    lambda estimate, kind=kind, place=place: estimate.regressions[
-                        kind
-                    ].intercepts[place],
-                    outputs=kind,
-                    position=str(place),
-                )
+        self.registry.register(EngineGauges(engine, self._labels))
 
     def text(self) -> bytes:
         """What is scraped."""

@@ -57,3 +57,8 @@ def test_what_was_learned_is_in_stats_and_metrics(monkeypatch):
         assert sampled.certainty in values(metrics, "jaxspark:acceptance_slope")
         intercepts = values(metrics, "jaxspark:acceptance_intercept")
         assert len(intercepts) == 6 and set(sampled.intercepts) <= set(intercepts)
+        # All gauges are of one moment.
+        looks, look = [], engine.stats
+        monkeypatch.setattr(engine, "stats", lambda: looks.append(1) or look())
+        metrics.text()
+        assert len(looks) == 1
