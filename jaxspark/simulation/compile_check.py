@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import jax
 from jax.sharding import Mesh
 
+from jaxspark.models.layers.expert_pairs import SLACK
 from jaxspark.parallel.axes import EXPERTS
 from jaxspark.simulation.chips import Slice
 from jaxspark.simulation.programs import Program
@@ -134,7 +135,9 @@ def compile_program(
         held["temporaries"] = analysis.temp_size_in_bytes
         peak = analysis.peak_memory_in_bytes or given + held["temporaries"]
         holders = mesh.shape[EXPERTS[0]] * mesh.shape[EXPERTS[1]]
-        local = LocalExperts(experts // holders, 1 / holders) if experts else None
+        local = None
+        if experts:
+            local = LocalExperts(experts // holders, 1 if holders == 1 else 1 / SLACK)
         moved = traffic(text, devices=mesh.size, experts=local)
     return Compiled(
         program=program,

@@ -2,7 +2,8 @@
 
 Memory: every instruction reads its operands and writes its result once, times the trips
 of the loops around it. An operand of which only slices or rows are read counts as
-these, an array that is changed in place as what is written, twice. Nothing knows of
+these, an array that is changed in place as what is written, twice; ragged exchanges as
+what may go and come, which is less than there is room for. Nothing knows of
 caches in between, and a Pallas kernel counts its operands whole unless it says better.
 
 Arithmetic: products, counted from their shapes (2 operations per multiply-add), and
@@ -96,7 +97,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class LocalExperts:
-    """What grouped products of one chip work on; their kernels state the worst case.
+    """What grouped products of one chip work on; their kernels state whole blocks.
 
     Attributes:
       count: experts of a layer on the chip, the only ones of all layers' it reads.
@@ -169,8 +170,10 @@ def _describe(
     arrays = line.arrays
     # What starts one carries its operands and its results.
     largest = max(arrays, key=lambda array: array.nbytes)
-    if kind == "reduce-scatter":
-        real = [array for array in arrays if array.shape]
+    if kind == "reduce-scatter" or kind == "ragged-all-to-all":
+        # Rows go from and come to different rooms: at most what the smaller holds.
+        rank = 2 if kind == "ragged-all-to-all" else 1
+        real = [array for array in arrays if len(array.shape) >= rank]
         largest = min(real or arrays, key=lambda array: array.nbytes)
     return Collective(kind, largest, group, times, aside, line.origin)
 
@@ -186,6 +189,12 @@ def _moved(line: Instruction, body: Computation, program: Program) -> float:
         return 0.0
     if inner := program.inside(line):
         return _moved_by_fusion(line, operands, inner, program)
+    if "AllocateBuffer" in line.attributes:
+        return 0.0
+    if _collective(line, program) == "ragged-all-to-all":
+        # On average as much goes as comes, at most what the smaller has room for.
+        rooms = (_size(each.arrays, anywhere=True) for each in operands[:2])
+        return 2 * min(rooms)
     if line.opcode in _PIECES:
         return 2 * _size(line.arrays, anywhere=True)
     if line.opcode in _WRITTEN:

@@ -1,7 +1,7 @@
 """Rows in tiles of one group each, so that a group's matrix meets all its rows at once.
 
 Rows come sorted by group, groups start anywhere. A tile holds rows of one group, from
-the group's start on; the last tile of a group is filled with zeros. So tiles follow the
+the group's start on; the last tile of a group is filled with any. So tiles follow the
 rows and the groups that have some: there are at most (A + N (t - 1)) / t of t rows, of
 which N = min(E, A) groups have any.
 """
@@ -65,8 +65,8 @@ class Visits:
         )
 
     def tiled(self, x_AI: Float[Array, "A I"]) -> Float[Array, "P I"]:
-        """Rows in tiles, zeros between them."""
-        return x_AI.at[self.rows_P].get(mode="fill", fill_value=0)
+        """Rows in tiles, any of them between."""
+        return x_AI.at[self.rows_P].get(mode="clip")
 
     def flat(self, y_PO: Float[Array, "P O"]) -> Float[Array, "A O"]:
         """Rows as they came; zeros for those of no group."""

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxspark.configs.targets import deepseek_v4_tiny
+from jaxspark.models.layers.expert_pairs import SLACK, Pairs, block_size
 from jaxspark.models.layers.experts import Experts, Routing
 from jaxspark.parallel import exchange
 from jaxspark.parallel.axes import SLOTS
@@ -59,11 +60,36 @@ def loss(experts, x_TD, weights_TX, experts_TX, slots_T):
 gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
 
 
+def test_blocks_are_as_many_as_pairs_need():
+    """A shard of 8 takes one for its share, all that it takes if it gets everything."""
+    size = block_size(1024, share=8)
+    assert size == SLACK * 1024 / 8
+    experts_RX = np.full((512, 2), -1)
+    experts_RX[::8] = [0, 3]
+    assert Pairs.of(experts_RX, 4).blocks(size) == 1
+    experts_RX[:, 1] = 2
+    pairs = Pairs.of(experts_RX, 4)
+    number = int(pairs.blocks(size))
+    assert number == np.ceil((512 + 64) / size)
+    blocks = [pairs.block(jnp.int32(each), size) for each in range(number)]
+    np.testing.assert_array_equal(
+        sum(block.group_sizes_E for block in blocks), [64, 0, 512, 0]
+    )
+    ranks = np.concatenate([block.rank_A for block in blocks])
+    assert len(set(ranks)) == len(ranks)
+    np.testing.assert_array_equal(np.sort(ranks)[: 512 + 64], np.arange(512 + 64))
+    assert Pairs.of(np.full((512, 2), -1), 4).blocks(size) == 0
+
+
 @pytest.mark.parametrize("skew", SKEWS)
 @pytest.mark.parametrize("how", ["gather", "padded"])
 @pytest.mark.parametrize("mesh", ["expert:8", "data:2,expert:2,model:2"])
 def test_no_token_is_dropped(experts, mesh, how, skew, random, monkeypatch):
     monkeypatch.setattr(exchange, "suitable", lambda *_: how)
+    # What is not initialized is zeros on a CPU, elsewhere anything.
+    monkeypatch.setattr(
+        jax.lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype)
+    )
     x_TD, experts_TX, weights_TX, slots_T = routed(skew, random)
     (dw, dx_TD, dweights_TX), y_TD = gradients(
         experts, x_TD, weights_TX, experts_TX, slots_T

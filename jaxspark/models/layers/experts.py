@@ -18,11 +18,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxspark.models.layers.expert_pairs import Pairs, outputs, packed_outputs
 from jaxspark.models.layers.linear import Buffer, matmul
-from jaxspark.models.layers.mlp import GatedMLP, clamped_swiglu
+from jaxspark.models.layers.mlp import GatedMLP
 from jaxspark.parallel.axes import EXPERTS, size
 from jaxspark.parallel.exchange import exchange
-from pallas_kernels import grouped_matmul
 from pallas_kernels.precision import upcast
 
 
@@ -114,38 +114,30 @@ class Experts(nnx.Module):
         self,
         x_RD: Float[Array, "R D"],
         experts_RX: Int[Array, "R X"],
-        weights_RX: Float[Array, "R X"],
         *,
+        packed: bool,
         layer: Int[Array, ""],
-    ) -> Float[Array, "R D"]:
-        """Weighted sums over the experts that this shard holds, in float32.
+    ) -> Float[Array, "A D"]:
+        """Outputs of the experts that this shard holds, see `exchange.Local`.
 
         Args:
           x_RD: rows.
           experts_RX: experts of each, among the shard's own; -1 for none.
-          weights_RX: of their outputs.
+          packed: whether outputs that there are come first.
           layer: whose experts.
         """
-        R, X = experts_RX.shape
         count = self.count // size(EXPERTS)
-        # What goes to no expert comes last and costs nothing.
-        expert_A = jnp.where(experts_RX < 0, count, experts_RX).ravel()
-        order_A = jnp.argsort(expert_A, stable=True)
-        group_sizes_E = jnp.sum(expert_A[:, None] == jnp.arange(count), axis=0)
-        group_offset = layer * count
-
-        def multiply(rows, weight):
-            w_GOI = jax.tree.map(
-                lambda leaf: leaf.reshape(-1, *leaf.shape[-2:]), weight[...]
+        pairs = Pairs.of(experts_RX, count)
+        weights = tuple(
+            jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[-2:]), each[...])
+            for each in (self.gate_up_proj, self.down_proj)
+        )
+        offset = layer * count
+        if packed:
+            return packed_outputs(
+                x_RD, weights, pairs, offset, limit=self.limit, share=size(EXPERTS)
             )
-            return grouped_matmul(rows, w_GOI, group_sizes_E, group_offset=group_offset)
-
-        hidden_A2F = multiply(x_RD[order_A // X], self.gate_up_proj)
-        gate_AF, up_AF = jnp.split(hidden_A2F, 2, axis=1)
-        out_AD = multiply(clamped_swiglu(gate_AF, up_AF, self.limit), self.down_proj)
-        place_A = jnp.argsort(order_A)
-        out_RXD = upcast(out_AD[place_A]).reshape(R, X, -1)
-        return jnp.sum(weights_RX[..., None] * out_RXD, axis=1)
+        return outputs(x_RD, weights, pairs, offset, limit=self.limit)
 
 
 class MixtureOfExperts(nnx.Module):
