@@ -12,9 +12,11 @@ halves as programs of their own.
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int, UInt
 
 from jaxspark.decoding.acceptance import (
@@ -32,11 +34,16 @@ from jaxspark.decoding.schedule_state import ScheduleState
 from jaxspark.decoding.state import Counters, DecodeState, Phase
 from jaxspark.decoding.streamed import streams_vocabulary
 from jaxspark.decoding.verdicts import Verdict, emitted
-from jaxspark.drafters import DraftContext, Drafter, Proposal
+from jaxspark.drafters import DraftContext, DraftDistribution, Drafter, Proposal
 from jaxspark.models import FlatTokens, TargetModel
-from jaxspark.parallel.axes import any_of, max_of, sum_of
+from jaxspark.parallel.axes import MODEL, SLOTS, any_of, max_of, sum_of
 from jaxspark.parallel.mesh import over_mesh
-from jaxspark.parallel.rules import parameter_specs, replicated_specs, state_specs
+from jaxspark.parallel.rules import (
+    parameter_specs,
+    replicated_specs,
+    row_specs,
+    state_specs,
+)
 from jaxspark.settings import standard_settings
 
 
@@ -79,6 +86,18 @@ class Drafted:
     verification: Verification
 
 
+def drafted_specs(_: Drafted | None = None) -> Drafted:
+    """How what the first half leaves is shared out; vocabularies as logits are."""
+    by_slot = PartitionSpec(SLOTS)
+    q: Any = DraftDistribution(
+        log_q_BGW=PartitionSpec(SLOTS, None, MODEL),
+        ids_W=PartitionSpec(MODEL),
+        deterministic_B=by_slot,
+    )
+    each: Any = Proposal(by_slot, by_slot, by_slot, by_slot, q)
+    return Drafted(each, Verification(by_slot, PartitionSpec()))
+
+
 def _round(target, drafter, options, draft_length: int, state, lagged) -> DecodeState:
     """A round that drafts so many tokens for every slot."""
     with jax.named_scope("adjust"):
@@ -103,6 +122,9 @@ def _drafted(
         proposal = Proposal.empty(state.slots)
     with jax.named_scope("schedule"):
         verification, schedule = schedule_round(state, proposal, lagged, options)
+        # The largest of those that shards of slots ask for, which have own tokens.
+        bucket = max_of(verification.bucket)
+        verification = replace(verification, bucket=bucket)
     state = replace(
         state,
         schedule=schedule,
@@ -246,7 +268,7 @@ def _verified(target, drafter, options, state, drafted, adjuster) -> DecodeState
 
     sizes = options.sizes(state.slots, proposal.tokens_BG.shape[1])
     verdict, target_cache, draft_cache = jax.lax.switch(
-        max_of(verification.bucket),
+        verification.bucket,
         [branch(size) for size in sizes],
         state.target_cache,
         state.draft_cache,
@@ -366,6 +388,13 @@ def decode(
 
 @partial(jax.jit, static_argnames=("options",), donate_argnames=("state",))
 @standard_settings()
+@over_mesh(
+    parameter_specs,
+    parameter_specs,
+    state_specs,
+    row_specs,
+    out=(2, drafted_specs()),
+)
 def draft(
     target: TargetModel,
     drafter: Drafter,
@@ -393,6 +422,14 @@ def draft(
 
 @partial(jax.jit, static_argnames=("options",), donate_argnames=("state",))
 @standard_settings()
+@over_mesh(
+    parameter_specs,
+    parameter_specs,
+    state_specs,
+    drafted_specs,
+    row_specs,
+    out=2,
+)
 def verify(
     target: TargetModel,
     drafter: Drafter,

@@ -53,7 +53,7 @@ from jaxspark.generation.slots import (
     prefill_chunk,
 )
 from jaxspark.models import TargetModel
-from jaxspark.parallel.mesh import mesh_in_use, shard, slots_per_shard
+from jaxspark.parallel.mesh import shard, slots_per_shard
 from jaxspark.settings import standard_settings
 from jaxspark.target import Target
 
@@ -133,7 +133,7 @@ class ContinuousBatch:
           adjustments: what requests may do to logits.
           top_log_probs: most likely tokens that they may ask for beside each.
           prompt_log_probs: whether they may ask for those of prompts.
-          grammars: whether outputs may be under grammars; on several devices none are.
+          grammars: whether outputs may be under grammars.
           together: requests prefilled together; None takes a quarter of the slots.
           chunk: most tokens of each prompt that a step reads, so that prompts delay no
             step for longer; None reads them whole.
@@ -175,7 +175,7 @@ class ContinuousBatch:
             prompt_log_probs=prompt_log_probs,
             adjustments=adjustments,
             pages=UNLIMITED if pages is None else pages.pages - 1,
-            grammars=grammars and mesh_in_use() is None,
+            grammars=grammars,
         )
         # The most that a slot can gain in one step.
         self._window = min(rounds_per_step * (self.options.block + 1), capacity)

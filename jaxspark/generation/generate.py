@@ -22,7 +22,7 @@ from jaxspark.generation.request import (
     spread_seed,
 )
 from jaxspark.models import TargetModel
-from jaxspark.parallel.mesh import mesh_in_use, slot_shards
+from jaxspark.parallel.mesh import slot_shards
 from jaxspark.target import Target
 
 # Cache lengths are multiples of this, so that similar requests share a program.
@@ -88,7 +88,6 @@ def generate(
         block_length=block,
         min_drafts=resolved.max_min_drafts(per_shard),
         adjustments=adjustments,
-        grammars=mesh_in_use() is None,
     )
     checked: list[CheckedRequest] = []
     completions: dict[int, Completion] = {}

@@ -3,6 +3,10 @@
 Such a round is run in its two halves. Between them the host works out which tokens may
 come behind every draft; all others of the batch take part, and nothing is masked for
 them. Once no output under a grammar decodes, the rounds that are left can run as one.
+
+On several processes each walks every grammar by itself. All read the same tokens and
+drafts, and a grammar's walk depends on nothing else, so all have the same masks; each
+gives its own shards' rows of them to the program.
 """
 
 from collections.abc import Mapping
@@ -18,6 +22,8 @@ from jaxspark.generation.slots import Running, newest
 from jaxspark.grammars import GrammarError
 from jaxspark.grammars.matcher import ALL, words
 from jaxspark.models import TargetModel
+from jaxspark.parallel.mesh import put, readable
+from jaxspark.parallel.rows import row_sharding
 
 
 def grammar_rounds(
@@ -71,17 +77,17 @@ def _round(target, drafter, state, masked: Mapping[int, Running], options):
     for slot, each in masked.items():
         first_BU[slot] = _masks(each, [])[0]
     state, drafted = compiled(draft)(
-        target, drafter, state, jnp.asarray(first_BU), options=options
+        target, drafter, state, put(first_BU, row_sharding()), options=options
     )
     drafts_BG, lengths_B = jax.device_get(
-        (drafted.proposal.tokens_BG, drafted.verification.lengths_B)
+        readable((drafted.proposal.tokens_BG, drafted.verification.lengths_B))
     )
     masks_BQU = np.full((len(drafts_BG), drafts_BG.shape[1] + 1, size), ALL)
     for slot, each in masked.items():
         verified = drafts_BG[slot, : lengths_B[slot]].tolist()
         masks_BQU[slot, : len(verified) + 1] = _masks(each, verified)
     return compiled(verify)(
-        target, drafter, state, drafted, jnp.asarray(masks_BQU), options=options
+        target, drafter, state, drafted, put(masks_BQU, row_sharding()), options=options
     )
 
 

@@ -178,8 +178,7 @@ def _checked(request: Request, index: int, target: Target, limits: Limits):
     if params.grammar is not None:
         if not limits.grammars:
             raise ValueError(
-                "a grammar is asked for; this batch was made without, or for slots on "
-                "several devices, where there are none yet"
+                "a grammar is asked for, this batch was made without (grammars=False)"
             )
         matcher = matcher_of(
             params.grammar,

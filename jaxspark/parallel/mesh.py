@@ -156,14 +156,18 @@ def mesh_in_use() -> Any:
 Specs = Callable[[Any], Any]
 
 
-def over_mesh(*kinds: Specs, out: int | PartitionSpec):
+# Of a result: whose argument's it is, or a sharding, or a tree of either.
+Out = int | PartitionSpec | tuple[Any, ...]
+
+
+def over_mesh(*kinds: Specs, out: Out):
     """Decorates a function of arrays to run on every shard of the mesh in use.
 
     Args:
       *kinds: how each positional argument is shared out: `parameter_specs`,
         `state_specs` or `replicated_specs`. Keywords are static.
-      out: the argument whose kind and structure the result has, or the sharding of
-        everything in it.
+      out: the argument whose kind and structure the result has, or the shardings of
+        what is in it; of several results, a tuple of these.
     """
 
     def decorate[**P, T](function: Callable[P, T]) -> Callable[P, T]:
@@ -180,7 +184,11 @@ def over_mesh(*kinds: Specs, out: int | PartitionSpec):
             program = jax.shard_map(
                 shard,
                 in_specs=specs,
-                out_specs=specs[out] if isinstance(out, int) else out,
+                out_specs=jax.tree.map(
+                    lambda each: specs[each] if isinstance(each, int) else each,
+                    out,
+                    is_leaf=lambda each: isinstance(each, PartitionSpec),
+                ),
                 check_vma=False,
             )
             return program(*given.args)

@@ -2,9 +2,10 @@
 
 Whatever a clock, a client or chance has a part in is decided once, by process 0: who
 arrives, with which seed, who leaves, how many rounds follow. All else that a host does
-(which slot, which pages, who gives them up) follows from that and from tokens, which
-every process reads alike. `ContinuousBatch.decisions` tells whether it did: a process
-that parted from the others ends, rather than computing something else beside them.
+(which slot, which pages, who gives them up, what a grammar allows) follows from that
+and from tokens, which every process reads alike. `ContinuousBatch.decisions` tells
+whether it did: a process that parted from the others ends, rather than computing
+something else beside them.
 """
 
 import json
@@ -14,6 +15,8 @@ from typing import Any
 
 from jaxspark.generation import ContinuousBatch, Request, SamplingParams, Update
 from jaxspark.generation.request import CheckedRequest, check
+from jaxspark.grammars import Calls, Grammar
+from jaxspark.text.thinking import ThinkFormat
 
 # Instead of a command: there are no more.
 STOP = b"stop"
@@ -68,20 +71,31 @@ class Command:
             raise RuntimeError("this process has decided otherwise than process 0")
         arriving = []
         for index, ids, params, salt in told.pop("arriving"):
-            request = Request(ids, SamplingParams(**_with_ids(params)))
+            request = Request(ids, _params(params))
             checked = check(request, index, batch.target, batch.limits)
             arriving.append((checked, salt))
         return cls(arriving=arriving, **told)
 
 
 def _told(request: CheckedRequest) -> tuple[int, list[int], dict[str, Any]]:
-    params = asdict(request.params)
-    assert params.pop("grammar") is None, "there are no grammars on several devices"
-    return request.index, request.ids, params
+    return request.index, request.ids, asdict(request.params)
 
 
-def _with_ids(params: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has texts for keys."""
-    bias = params["logit_bias"]
+def _params(told: Mapping[str, Any]) -> SamplingParams:
+    """JSON has texts for keys, and no types."""
+    bias = told["logit_bias"]
     ids = None if bias is None else {int(token): bias[token] for token in bias}
-    return dict(params) | {"logit_bias": ids}
+    grammar = _grammar(told["grammar"])
+    return SamplingParams(**{**told, "logit_bias": ids, "grammar": grammar})
+
+
+def _grammar(told: Mapping[str, Any] | None) -> Grammar | None:
+    if told is None:
+        return None
+    value, thinking = told["value"], told["thinking"]
+    return Grammar(
+        kind=told["kind"],
+        value=Calls(**value) if told["kind"] == "calls" else value,
+        thinking=None if thinking is None else ThinkFormat(**thinking),
+        opened=told["opened"],
+    )

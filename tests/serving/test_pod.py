@@ -1,6 +1,7 @@
 """Two processes are one server; what is decided is decided by the first."""
 
 import json
+import re
 import signal
 import threading
 import time
@@ -16,11 +17,16 @@ from jaxspark.exactness.prefix import BLOCK, VOCAB, audited_pair
 from jaxspark.generation import ContinuousBatch, Request, generate
 from jaxspark.generation.request import check
 from jaxspark.generation.slot_pages import SlotPages
+from jaxspark.grammars import Calls, Grammar
+from jaxspark.grammars.source import source
+from jaxspark.grammars.vocabulary import vocabulary
 from jaxspark.parallel.mesh import make_mesh
 from jaxspark.serving.commands import Command
+from jaxspark.text.thinking import ThinkFormat
 from tests.serving import hosting
 from tests.serving.pods import FLAGS, asked, pod
 
+DIGITS = {"kind": "regex", "value": "[0-9]{3}(-[0-9]{4}){2}"}
 PROMPTS = ("abcabc", "a long prompt, read in parts, with ababab in it", "xyz")
 
 
@@ -51,8 +57,10 @@ def alone(prompt, **changes):
     [completion] = generate(
         *(hosting.target(), [prompt], NgramDrafter(block_length=2)),
         coupling="gumbel",
-        **({"max_new_tokens": 30, "temperature": 0.8, "seed": 3} | changes),
-        stop_ids=(),
+        **(
+            {"max_new_tokens": 30, "temperature": 0.8, "seed": 3, "stop_ids": ()}
+            | changes
+        ),
     )
     return completion.text
 
@@ -63,6 +71,8 @@ def test_two_processes_serve_what_one_says_and_drain_together(folder):
     with jax.set_mesh(make_mesh("model:2", jax.devices()[:2])):
         expected = [alone(prompt) for prompt in PROMPTS]
         biased = alone("abcabc", logit_bias={98: 5.0}, bad_words=["a"])
+        obeys = alone("abcabc", stop_ids=None, grammar=Grammar(**DIGITS))
+        assert re.fullmatch(DIGITS["value"], obeys)
     with (
         pod(folder, *FLAGS, supervised=False) as here,
         httpx.Client(base_url=here.url, timeout=60) as http,
@@ -78,6 +88,9 @@ def test_two_processes_serve_what_one_says_and_drain_together(folder):
         wishes = {"logit_bias": {"98": 5.0}, "bad_words": ["a"]}
         answer = http.post("/v1/completions", json=asked(**wishes)).json()
         assert answer["choices"][0]["text"] == biased
+        wishes = {"structured_outputs": {"regex": DIGITS["value"]}, "ignore_eos": False}
+        answer = http.post("/v1/completions", json=asked(**wishes)).json()
+        assert answer["choices"][0]["text"] == obeys
         # Clients that leave free their slots on both.
         for _ in range(3):
             streamed(http, asked(n=2, max_tokens=100), chunks=3)
@@ -135,6 +148,32 @@ def test_a_process_that_decided_otherwise_does_not_go_on():
     command = Command(arriving=[], unwanted=[], rounds=1, decisions=first.decisions)
     with pytest.raises(RuntimeError, match="decided otherwise than process 0"):
         Command.decode(command.encode(), second)
+
+
+def test_grammars_are_told_as_they_are_meant():
+    batch = ContinuousBatch(hosting.target(), slots=1, capacity=64)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    grammars = [
+        Grammar(**DIGITS),
+        Grammar(kind="choice", value=("one", "two")),
+        Grammar(kind="json_schema", value={"enum": [1.5, None, "é"]}),
+        Grammar(kind="calls", value=Calls(form="llama3", tools=[tool], parallel=False)),
+        Grammar(kind="json_object", thinking=ThinkFormat(newlines=False), opened=True),
+    ]
+    for grammar in grammars:
+        request = Request("x", max_new_tokens=3, grammar=grammar)
+        checked = check(request, 7, batch.target, batch.limits)
+        command = Command(
+            arriving=[(checked, None)],
+            unwanted=[],
+            rounds=1,
+            decisions=batch.decisions,
+        )
+        [(other, _)] = Command.decode(command.encode(), batch).arriving
+        told = other.params.grammar
+        assert (told.kind, told.thinking) == (grammar.kind, grammar.thinking)
+        tokens = vocabulary(batch.target.tokenizer, 300)
+        assert source(told, tokens) == source(grammar, tokens)
 
 
 def test_what_follows_from_commands_is_the_same_on_every_process(random):
