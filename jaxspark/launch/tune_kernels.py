@@ -24,6 +24,7 @@ from jaxspark.configuration import Configuration, option
 from jaxspark.figures import write_figures
 from jaxspark.launch import common, program
 from jaxspark.progress import CellProgress, bars
+from jaxspark.simulation.chips import parse_slice
 from jaxspark.tuning.problems import PROBLEMS, Problem
 from jaxspark.tuning.schedule import CLOCKS
 from jaxspark.tuning.search import Timer, Tuned, by_device, by_schedule, tune
@@ -40,7 +41,8 @@ class Config(Configuration):
         None,
     )
     problems: tuple[str, ...] = option(
-        "Only those whose names begin so, such as verify or 'grouped_matmul flash'.",
+        "Only those whose names begin so, such as verify or 'grouped_matmul flash'; the "
+        "table then holds no others.",
         (),
     )
     repeats: int = option("Timed runs of each candidate on a device.", 5, at_least=1)
@@ -88,7 +90,7 @@ def where(config: Config) -> tuple[str, str, Timer]:
     """The chip, what measures, and how.
 
     Raises:
-      ValueError: there is no such chip, or none here.
+      ValueError: there is no such chip, none here, or no compiler of it.
     """
     if config.topology is not None:
         chip = config.topology.partition(":")[0]
@@ -99,6 +101,7 @@ def where(config: Config) -> tuple[str, str, Timer]:
             )
         # Only compilers are wanted, whatever this machine has.
         jax.config.update("jax_platforms", "cpu")
+        parse_slice(config.topology)
         return chip, "static schedule", by_schedule(config.topology)
     kind = jax.devices()[0].device_kind
     chip = chip_of(kind)

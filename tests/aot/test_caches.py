@@ -32,6 +32,7 @@ LOOPS = {
         {"drafter": "eagle3", "dtype": "float32"},
     ],
     "h100": [
+        {"drafter": "ngram", "dtype": "float32", "coupling": "gumbel"},
         {"drafter": "ngram", "dtype": "bfloat16", "pages": True},
         {"drafter": "dspark pruned", "dtype": "bfloat16", "schedule": "causal"},
     ],
