@@ -41,8 +41,8 @@ class Config(Configuration):
         None,
     )
     problems: tuple[str, ...] = option(
-        "Only those whose names begin so, such as verify or 'grouped_matmul flash'; the "
-        "table then holds no others.",
+        "Only those whose names begin so, such as verify or 'grouped_matmul flash'; "
+        "the table then holds no others.",
         (),
     )
     repeats: int = option("Timed runs of each candidate on a device.", 5, at_least=1)
