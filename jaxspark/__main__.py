@@ -24,7 +24,7 @@ LAUNCHERS = (
         "describe",
         "compile_check",
     ),
-    *("evaluate", "calibrate", "profile_cost", "bench", "simulate"),
+    *("evaluate", "calibrate", "profile_cost", "bench", "simulate", "tune_kernels"),
     *("regenerate", "train_draft", "study", "plot", "pods"),
 )
 

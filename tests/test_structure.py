@@ -11,6 +11,7 @@ ROOMS = (
     "launch",
     "pods",
     "benchmark",
+    "tuning",
     "serving",
     "exactness",
     "simulation",

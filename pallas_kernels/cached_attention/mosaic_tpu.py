@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.block_sizes import block_sizes, shape
 from pallas_kernels.cached_attention.ref import cached_attention_xla
 from pallas_kernels.gradients import with_gradients_of
 from pallas_kernels.groups import group_block
@@ -66,9 +67,13 @@ def cached_attention_mosaic_tpu(
     T, N, H = q_TNH.shape
     _, K, S, _ = k_BKSH.shape
     B, shared, dtype = ragged.slots, N // K, q_TNH.dtype
-    size = min(ragged.rows, max(1, _ROWS // shared))
-    length = S if pages_BP is None else S * pages_BP.shape[1]
-    chunk, pieces = _chunk(S, length, K * H * dtype.itemsize, pages_BP is not None)
+    of = shape(dtype, Q=ragged.rows, K=K, N=N, H=H)
+    rows, positions = block_sizes("cached_attention", of, rows=_ROWS, positions=CHUNK)
+    size = min(ragged.rows, max(1, rows // shared))
+    length, paged = S, pages_BP is not None
+    if pages_BP is not None:
+        length *= pages_BP.shape[1]
+    chunk, pieces = _chunk(S, length, K * H * dtype.itemsize, paged, positions)
     q_GQNH = ragged.grouped(q_TNH, 0, size)
     groups_real, blocks = len(q_GQNH), len(q_GQNH) // B
     groups = -(-groups_real // _CORES) * _CORES
@@ -92,7 +97,7 @@ def cached_attention_mosaic_tpu(
         "blocks": blocks,
         "slots": B,
         "pieces": pieces,
-        "paged": pages_BP is not None,
+        "paged": paged,
         "scale": scale,
     }
     visited = limits_GM1.size // rows * 2 * K * H * length
@@ -138,9 +143,11 @@ def cached_attention_mosaic_tpu(
     return ragged.flat(o_BQNH)
 
 
-def _chunk(S: int, length: int, row_bytes: int, paged: bool) -> tuple[int, int]:
+def _chunk(
+    S: int, length: int, row_bytes: int, paged: bool, positions: int
+) -> tuple[int, int]:
     """Positions of a chunk, and the copies that they are."""
-    most = max(min(CHUNK, _CHUNK_BYTES // (2 * row_bytes)), 16)
+    most = max(min(positions, _CHUNK_BYTES // (2 * row_bytes)), 16)
     if not paged:
         return min(most // 16 * 16, S), 1
     pieces = max(1, min(most, length) // S)

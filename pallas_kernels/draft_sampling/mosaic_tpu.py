@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import draws_mosaic_tpu as drawing
+from pallas_kernels.block_sizes import block_sizes, shape
 from pallas_kernels.draws import Draws, Rows
 from pallas_kernels.precision import in_32_bits
 from pallas_kernels.ragged import LANES
@@ -69,7 +70,8 @@ def pass_over(base_GBW, latent_BR, weight_WR, columns, ids_W, scalars, *, noisy:
     Slots and ranks are padded, but not those of the base logits.
     """
     (padded, rank), (_, B, W) = latent_BR.shape, base_GBW.shape
-    width = TOKENS
+    of = shape(latent_BR.dtype, B=padded, R=rank)
+    [width] = block_sizes("draft_sampling", of, tokens=TOKENS)
     while width > LANES and width * padded > _MOST_LOGITS:
         width //= 2
     tiles = pl.cdiv(W, width)

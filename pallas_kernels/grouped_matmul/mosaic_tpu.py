@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.block_sizes import block_sizes, shape
 from pallas_kernels.grouped_matmul import mosaic_tpu_kernel, ref
 from pallas_kernels.grouped_matmul.mosaic_tpu_kernel import LANES, SUBLANES
 from pallas_kernels.grouped_matmul.visits import Visits
@@ -29,7 +30,9 @@ from pallas_kernels.transposed import Transposed
 _VMEM = 48 << 20
 # Of one piece of weights, and where no smaller one can be; two are there at a time.
 _PIECE, _LARGEST_PIECE = 4 << 20, 8 << 20
-_WIDTHS = (1024, 512, 256, 128)
+_WIDTHS = (2048, 1024, 512, 256, 128)
+# Most outputs of a step.
+_MOST_OUTPUTS = 1024
 # More rows than this occupy the matrix units longer than memory.
 _MOST_ROWS = 64
 
@@ -85,30 +88,45 @@ def _product(x_AC, w_GOI, group_sizes_E, group_offset, over: int):
     """Rows times their matrices, summed over axis 1 (O) or 2 (I) of these."""
     with jax.enable_x64(False):
         sizes_E, offset = narrow((group_sizes_E, group_offset))
-        tile = _tile(x_AC, w_GOI, len(sizes_E), over)
+        mean = -(-len(x_AC) // len(sizes_E))
+        most, outputs = _sizes(w_GOI, mean, over)
+        tile = _tile(x_AC, w_GOI, mean, over, most)
         visits = Visits.of(len(x_AC), sizes_E, tile)
         groups_V = visits.groups_V + offset
-        x_PC, most = visits.tiled(x_AC), (len(x_AC), len(sizes_E))
-        y_PB = _call(x_PC, w_GOI, groups_V, visits.count, tile, over, *most)
+        x_PC, hit = visits.tiled(x_AC), (len(x_AC), len(sizes_E))
+        y_PB = _call(x_PC, w_GOI, groups_V, visits.count, tile, over, outputs, *hit)
         return visits.flat(y_PB).astype(x_AC.dtype)
 
 
-def _tile(x_AC, w_GOI, groups: int, over: int) -> int:
+def _sizes(w_GOI, mean: int, over: int) -> tuple[int, ...]:
+    """Most rows of a tile, and most outputs of a step."""
+    kind = str(w_GOI.dtype)
+    if isinstance(w_GOI, Transposed):
+        kind = "fp4" if w_GOI.packed else "fp8"
+    if over == 1:
+        kind = f"gradients {kind}"
+    summed, outputs = w_GOI.shape[over], w_GOI.shape[3 - over]
+    of = shape(kind, rows=mean, summed=summed, outputs=outputs)
+    most = {"rows": _MOST_ROWS, "outputs": _MOST_OUTPUTS}
+    return block_sizes("grouped_matmul", of, **most)
+
+
+def _tile(x_AC, w_GOI, mean: int, over: int, most: int) -> int:
     """Rows per tile: about what a group has, a power of two."""
-    mean = -(-len(x_AC) // groups)
     # Blocks of eight rows are scaled after the product, see `mosaic_tpu_kernel`.
     few = isinstance(w_GOI, Transposed) and over == 2
     least = SUBLANES if few or x_AC.dtype == jnp.float32 else 2 * SUBLANES
-    return min(_MOST_ROWS, max(least, 1 << (mean - 1).bit_length()))
+    return min(most, max(least, 1 << (mean - 1).bit_length()))
 
 
-def _width(w_GOI, over: int) -> int | None:
+def _width(w_GOI, over: int, outputs: int = _MOST_OUTPUTS) -> int | None:
     """Outputs of a step: parts of some megabytes, evenly many if possible."""
-    size, summed, widths = w_GOI.shape[3 - over], w_GOI.shape[over], _WIDTHS
+    size, summed = w_GOI.shape[3 - over], w_GOI.shape[over]
+    widths = [width for width in _WIDTHS if width <= outputs]
     if isinstance(w_GOI, Transposed):
         bits = 4 if w_GOI.packed else 8
         if over == 1:  # Scales come in parts of eight rows, or whole.
-            widths = (*(w for w in widths if w % (SUBLANES * w_GOI.block) == 0), size)
+            widths = [w for w in widths if w % (SUBLANES * w_GOI.block) == 0] + [size]
     else:
         bits = 8 * w_GOI.dtype.itemsize
     whole = [w for w in widths if size % w == 0]
@@ -120,13 +138,23 @@ def _width(w_GOI, over: int) -> int | None:
     return None
 
 
-def _call(x_PC, w_GOI, groups_V, count, tile: int, over: int, rows: int, groups: int):
+def _call(
+    x_PC,
+    w_GOI,
+    groups_V,
+    count,
+    tile: int,
+    over: int,
+    outputs: int,
+    rows: int,
+    groups: int,
+):
     """Tiles of rows times the matrices of their groups.
 
     Costs are told for `rows` that hit as many of `groups` as they can.
     """
     size, summed = w_GOI.shape[3 - over], w_GOI.shape[over]
-    width = _width(w_GOI, over)
+    width = _width(w_GOI, over, outputs)
     assert width is not None
     in_specs = [pl.BlockSpec((tile, summed), lambda n, v, groups_V: (v, 0))]
     scratch, out_dtype = [], x_PC.dtype
@@ -148,7 +176,7 @@ def _call(x_PC, w_GOI, groups_V, count, tile: int, over: int, rows: int, groups:
     for leaf in leaves:
 
         def place(n, v, groups_V):
-            return groups_V[v], *((n, 0) if cut == 1 else (0, n))
+            return group_of(groups_V, v), *((n, 0) if cut == 1 else (0, n))
 
         in_specs.append(pl.BlockSpec((1, *_part(leaf, cut, size, width)), place))
     read = min(rows, groups) * sum(
@@ -175,6 +203,11 @@ def _call(x_PC, w_GOI, groups_V, count, tile: int, over: int, rows: int, groups:
         ),
         name="grouped_matmul",
     )(groups_V, x_PC, *leaves)
+
+
+def group_of(groups_V, visit):
+    """Group of a tile."""
+    return groups_V[visit]
 
 
 def _at_once(columns: int, rows: int) -> int:

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
+from pallas_kernels.block_sizes import block_sizes, shape
 from pallas_kernels.groups import group_block
 from pallas_kernels.indexer_topk import selection
 from pallas_kernels.indexer_topk.index import Index
@@ -66,7 +67,9 @@ def indexer_topk_mosaic_tpu(
 ) -> Union:
     """See `api.indexer_topk`."""
     keys = Entries(index.keys, limits_T=limits_T)
-    plan = Plan.of(ragged, keys, 0, True, _CORES, tiles=(TILE, TILE))
+    of = shape(index.q_TNH.dtype, Q=ragged.rows, C=index.keys.length)
+    [tile] = block_sizes("indexer_topk", of, keys=TILE)
+    plan = Plan.of(ragged, keys, 0, True, _CORES, tiles=(tile, tile))
     q_GQNH = ragged.grouped(index.q_TNH, 0)
     w_GNQ = ragged.grouped(index.weights_TN.astype(jnp.float32), 0).swapaxes(1, 2)
     G, Q, N, H = q_GQNH.shape

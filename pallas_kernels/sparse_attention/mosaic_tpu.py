@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.block_sizes import block_sizes, shape
 from pallas_kernels.dispatch import best_for
 from pallas_kernels.groups import group_block
 from pallas_kernels.indexer_topk import api as indexers
@@ -32,6 +33,7 @@ from pallas_kernels.precision import narrow
 from pallas_kernels.ragged import LANES, Ragged
 from pallas_kernels.rotary import Rotary
 from pallas_kernels.sparse_attention import mosaic_tpu_kernel
+from pallas_kernels.sparse_attention import plan as plans
 from pallas_kernels.sparse_attention.entries import Entries
 from pallas_kernels.sparse_attention.mosaic_tpu_backward import backward
 from pallas_kernels.sparse_attention.mosaic_tpu_entries import (
@@ -183,9 +185,15 @@ def forward(
 ) -> Float[Array, "T N H"]:
     """See `api.sparse_attention`; `united` is what groups choose, if they do."""
     lookback = before_BWH.shape[1]
-    plan = Plan.of(ragged, entries, lookback, causal, _CORES, union=united)
-    recent_BRH = plan.recent_rows(before_BWH, keys_TH, ragged)
     T, N, H = q_TNH.shape
+    seen, tile = ("all", plans.TILE) if united is None else ("some", plans.CHOSEN_TILE)
+    of = f"{seen} {shape(q_TNH.dtype, Q=ragged.group, N=N, H=H)}"
+    [tile] = block_sizes("sparse_attention", of, entries=tile)
+    tiles = (tile, tile)
+    plan = Plan.of(
+        *(ragged, entries, lookback, causal, _CORES), union=united, tiles=tiles
+    )
+    recent_BRH = plan.recent_rows(before_BWH, keys_TH, ragged)
     M, dtype = plan.queries * N, q_TNH.dtype
     o_SX = (rows := head_grid(N)[0], N * H // rows)
     q_txL = in_tiles(q_TNH)

@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import draws_mosaic_tpu as drawing
+from pallas_kernels.block_sizes import block_sizes, shape
 from pallas_kernels.draws import Draws, Rows
 from pallas_kernels.precision import in_32_bits
 from pallas_kernels.ragged import LANES
@@ -51,21 +52,26 @@ def verify_mosaic_tpu(
     first: Int[Array, ""],
 ) -> Draws:
     """See `api.verify`."""
-    T = len(hidden_TD)
-    steps = pl.cdiv(T, ROWS)
+    T, D = hidden_TD.shape
+    of = shape(hidden_TD.dtype, T=T, D=D)
+    most, tokens = block_sizes("verify", of, rows=ROWS, tokens=TOKENS)
+    steps = pl.cdiv(T, most)
     tile = pl.cdiv(pl.cdiv(T, steps), drawing.SIXTEEN) * drawing.SIXTEEN
     padded = steps * tile
     hidden_TD = jnp.pad(hidden_TD, ((0, padded - T), (0, 0)))
     columns = drawing.columns(rows, named_T, padded)
     noisy = rows.keys_R2 is not None
-    drawn = pass_over(hidden_TD, head_VD, columns, first, tile=tile, noisy=noisy)
+    sizes = {"tile": tile, "tokens": tokens}
+    drawn = pass_over(hidden_TD, head_VD, columns, first, **sizes, noisy=noisy)
     return drawing.finished(drawn, rows, certainty=False)
 
 
-def pass_over(hidden_TD, head_VD, columns, first, *, tile: int, noisy: bool):
+def pass_over(
+    hidden_TD, head_VD, columns, first, *, tile: int, tokens: int, noisy: bool
+):
     """Draws of each lane and core, of whole tiles of rows; see `draws_mosaic_tpu`."""
     (T, D), V = hidden_TD.shape, len(head_VD)
-    steps, width = T // tile, TOKENS
+    steps, width = T // tile, tokens
     while width > LANES and width * D * head_VD.dtype.itemsize > _HEAD_TILE:
         width //= 2
     tiles = pl.cdiv(V, width)

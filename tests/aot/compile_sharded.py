@@ -1,6 +1,7 @@
-"""Compiles the decode loop for a slice of TPUs; prints what it sends and keeps.
+"""Compiles a DeepSeek-V4's decode loop for several chips; prints what each sends.
 
-python -m tests.aot.compile_sharded v5p:2x2x2 data:2,expert:4
+    python -m tests.aot.compile_sharded v5p:2x2x2 data:2,expert:4 flash
+    python -m tests.aot.compile_sharded h100:4 expert:4 mini
 """
 
 import json
@@ -11,22 +12,26 @@ from dataclasses import replace
 
 import jax
 
-from jaxspark.configs.targets import deepseek_v4_mini
+from jaxspark.configs.targets import deepseek_v4_flash, deepseek_v4_mini
 from jaxspark.simulation.abstract_models import abstract_models
 from jaxspark.simulation.chips import parse_slice
 from jaxspark.simulation.compile_check import compile_program
 from jaxspark.simulation.programs import lower_decoding
-from tests.aot.hlo import new_arrays, work_meanwhile
+from tests.aot.hlo import KERNELS, new_arrays, work_meanwhile
 
 # Seven of everything on each shard: no weight has as many elements as a cache.
 SLOTS, POSITIONS, BLOCK = 56, 8192, 5
 SHAPE = re.compile(r"= \w+\[([\d,]+)\]")
-
-
-def report(topology: str, mesh: str) -> dict:
-    """Collectives, bytes and copies of a small DeepSeek-V4's loop."""
+CONFIGS = {
+    "flash": deepseek_v4_flash,
     # Index keys as wide as Flash's: a TPU's lanes.
-    config = replace(deepseek_v4_mini(), index_head_dim=128)
+    "mini": lambda: replace(deepseek_v4_mini(), index_head_dim=128),
+}
+
+
+def report(topology: str, mesh: str, preset: str) -> dict:
+    """Collectives, bytes and copies of the loop."""
+    config = CONFIGS[preset]()
     onto = parse_slice(topology)
     grid = onto.mesh(mesh)
     size = {"slots": SLOTS, "capacity": POSITIONS}
@@ -63,6 +68,9 @@ def report(topology: str, mesh: str) -> dict:
         "top_k": config.num_experts_per_tok,
         "depth": config.num_hidden_layers,
         "meanwhile": work_meanwhile(compiled.text, "shared_expert"),
+        "kernels": sum(
+            compiled.text.count(f'custom_call_target="{name}"') for name in KERNELS
+        ),
         "whole_caches": whole,
         "tables": len(sizes),
         "copies": [

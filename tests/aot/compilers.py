@@ -22,25 +22,29 @@ NEEDS = {
 }
 
 
-def answers(platform: str, program: str, *arguments: str) -> list[dict]:
-    """What a program of this folder prints; skips the test without its compiler."""
+def environment(platform: str) -> dict[str, str]:
+    """Where a process finds a compiler; skips the test without it."""
     missing = [name for name in NEEDS[platform] if not (COMPILERS / name).exists()]
     if missing:
         pytest.skip(
             f"no compiler for {platform}: {', '.join(missing)} not in {COMPILERS} "
             f"({INSTALL[platform]} installs it)"
         )
-    environment = os.environ | {
+    return {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": f"{ROOT}:{COMPILERS}" if NEEDS[platform] else str(ROOT),
         # No TPU is asked for or locked.
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
+
+
+def answers(platform: str, program: str, *arguments: str) -> list[dict]:
+    """What a program of this folder prints; skips the test without its compiler."""
     done = subprocess.run(
         [sys.executable, "-m", f"tests.aot.{program}", *arguments],
         cwd=ROOT,
-        env=environment,
+        env=os.environ | environment(platform),
         capture_output=True,
         text=True,
         timeout=1800,

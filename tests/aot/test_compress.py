@@ -1,31 +1,29 @@
 """The kernel of compress, by the real compilers of TPUs."""
 
-import os
-
 import pytest
 
+from tests.aot.cases import V5E, V5P, by_chip
 from tests.aot.compilers import answers
 
 pytestmark = pytest.mark.aot
 
 # Windows of so many positions, of which each token has a row twice where they overlap.
-CASES = {
-    "flash hca 32 6 131072": 128,
-    "flash csa 32 6 131072": 4,
-    "flash index 32 6 131072": 4,
-    "pro hca 32 6 131072 pages": 128,
-    "pro csa 32 6 131072 pages": 4,
-    "pro index 32 6 131072 pages": 4,
-}
-CHIPS = ["v5e:2x2"]
-if os.environ.get("JAXSPARK_AOT_ALL"):
-    CHIPS += ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
+RATIOS = {"hca": 128, "csa": 4, "index": 4}
+CHIPS = by_chip(
+    (
+        *("flash hca 32 6 131072", "flash csa 32 6 131072"),
+        *("pro hca 32 6 131072 pages", "pro index 32 6 131072 pages"),
+    ),
+    {V5E: ("flash index 32 6 131072",), V5P: ("pro csa 32 6 131072 pages",)},
+    quick=("flash hca 32 6 131072", "pro csa 32 6 131072 pages"),
+)
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_windows_are_read_once_and_tables_written_in_place(chip):
-    reports = answers("tpu", "compile_compress", chip, *CASES)
-    for (case, ratio), report in zip(CASES.items(), reports, strict=True):
+    reports = answers("tpu", "compile_compress", chip, *CHIPS[chip])
+    for case, report in zip(CHIPS[chip], reports, strict=True):
+        ratio = RATIOS[case.split()[1]]
         assert report["kernels"] == 1, case
         assert not report["copies"], case
         assert report["temp_bytes"] < 2e6, case

@@ -5,17 +5,16 @@ machine traces them all. Flash in full size by this machine's own compiler; `mak
 has a small one by those of a TPU and a GPU.
 """
 
-import os
-
 import pytest
 
+from tests.aot.cases import ALL
 from tests.aot.compilers import answers
 
 pytestmark = pytest.mark.aot
 
 
 PROGRAMS = [("cpu", "flash")]
-if os.environ.get("JAXSPARK_AOT_ALL"):  # the GPU's takes ten minutes
+if ALL:
     PROGRAMS += [("tpu", "mini"), ("tpu", "mini pages"), ("h100", "mini")]
 
 

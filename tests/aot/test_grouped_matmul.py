@@ -1,29 +1,31 @@
 """The kernel of grouped_matmul, by the real compilers of TPUs."""
 
-import os
-
 import pytest
 
+from tests.aot.cases import TPU7X, V5E, V5P, V6E, by_chip
 from tests.aot.compilers import answers
 
 pytestmark = pytest.mark.aot
 
-CHIPS = {"v5e:2x2": ["flash up fp4", "flash down bfloat16 share x64"]}
-if os.environ.get("JAXSPARK_AOT_ALL"):
-    every = [
-        *(f"flash {matrix} fp4" for matrix in ("up", "down")),
-        *(f"pro {matrix} fp4 share" for matrix in ("up", "down")),
-        *(f"{size} up bfloat16 share" for size in ("flash", "pro")),
-        *(f"{size} down bfloat16 share" for size in ("flash", "pro")),
-        *("flash up fp8 share", "pro down fp8 share", "flash down float32 share"),
-        *("flash up fp4 share x64", "flash down bfloat16 share x64"),
-        *("flash up fp4 share prefill", "flash up bfloat16 share prefill"),
-        *("flash up fp4 share sharded", "flash down bfloat16 share sharded"),
-        *("flash up fp4 share gradients", "pro down fp4 share gradients"),
-        *("flash up bfloat16 share gradients", "flash down fp8 share gradients"),
-    ]
-    chips = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
-    CHIPS = {chip: every for chip in chips}
+CHIPS = by_chip(
+    (
+        *("flash up fp4", "pro down fp4 share"),
+        *("flash down bfloat16 share", "pro up bfloat16 share"),
+    ),
+    {
+        V5E: (
+            *("flash up fp8 share", "flash up fp4 share x64"),
+            *("flash up fp4 share prefill", "flash up fp4 share sharded"),
+        ),
+        V5P: ("flash down fp8 share gradients", "flash down float32 share"),
+        V6E: ("pro down fp4 share gradients",),
+        TPU7X: (
+            "flash up bfloat16 share gradients",
+            "flash down bfloat16 share sharded",
+        ),
+    },
+    quick=("flash up fp4", "flash down bfloat16 share x64"),
+)
 
 
 @pytest.mark.parametrize("chip", CHIPS)

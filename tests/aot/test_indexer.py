@@ -1,30 +1,25 @@
 """The kernels of the indexer, by the real compilers of TPUs and Hopper GPUs."""
 
-import os
-
 import pytest
 
+from tests.aot.cases import V5E, V5P, by_chip
 from tests.aot.compilers import answers
 
 pytestmark = pytest.mark.aot
 
 # Flash at 128k positions, its pages, Pro at 1M, a prefill.
-CASES = (
-    "32,6,32768,512",
-    "32,6,32768,512,32",
-    "8,8,262144,1024",
-    "1,4096,16384,512",
+FLASH, PAGES = "32,6,32768,512", "32,6,32768,512,32"
+CHIPS = by_chip(
+    (FLASH, "8,8,262144,1024"),
+    {V5E: ("1,4096,16384,512",), V5P: (PAGES,)},
+    quick=(FLASH, PAGES),
 )
-CHIPS = ["v5e:2x2"]
-if os.environ.get("JAXSPARK_AOT_ALL"):
-    CHIPS += ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_nothing_is_sorted_and_no_scores_are_written(chip):
-    cases = CASES if os.environ.get("JAXSPARK_AOT_ALL") else CASES[:2]
-    reports = answers("tpu", "compile_indexer", chip, *cases)
-    for case, report in zip(cases, reports, strict=True):
+    reports = answers("tpu", "compile_indexer", chip, *CHIPS[chip])
+    for case, report in zip(CHIPS[chip], reports, strict=True):
         slots, rows, *_ = map(int, case.split(","))
         assert report["kernels"] == 1 and not report["sorts"], case
         # Queries by groups and lists of pieces; scores would be a hundred times more.
@@ -32,8 +27,9 @@ def test_nothing_is_sorted_and_no_scores_are_written(chip):
 
 
 def test_on_gpus_no_scores_of_single_heads_are_written():
-    reports = answers("h100", "compile_indexer", "h100:1", *CASES[:2])
-    for case, report in zip(CASES, reports):
+    cases = (FLASH, PAGES)
+    reports = answers("h100", "compile_indexer", "h100:1", *cases)
+    for case, report in zip(cases, reports, strict=True):
         assert report["kernels"] == 1, case
         assert not report["spilled"], report["registers"]
         # A score of each query and key, and what it is chosen by: 25 MB each.

@@ -1,18 +1,15 @@
 """On several chips: what a round sends, and that nothing large is whole."""
 
-import os
-
 import pytest
 
+from tests.aot.cases import ALL
 from tests.aot.compilers import answers
 
 TILE = 8
 
 
 @pytest.mark.aot
-@pytest.mark.skipif(
-    not os.environ.get("JAXSPARK_AOT_ALL"), reason="compiles for a minute: make aot"
-)
+@pytest.mark.skipif(not ALL, reason="compiles for a minute: make aot")
 @pytest.mark.parametrize(
     ("platform", "topology", "mesh", "slot_shards"),
     [

@@ -1,31 +1,29 @@
 """The kernels of sparse_attention, by the real compilers of TPUs and Hopper GPUs."""
 
-import os
-
 import pytest
 
+from tests.aot.cases import ALL, TPU7X, V5E, V5P, V6E, by_chip
 from tests.aot.compilers import answers
 
 pytestmark = pytest.mark.aot
 
-CHIPS = {
-    "v5e:2x2": ["flash chosen", "flash limits sharded"],
-    "h100:4": [
-        *("flash chosen", "flash limits", "flash limits paged"),
-        *("flash limits narrow", "flash chosen sharded", "pro chosen", "pro limits"),
-    ],
+CHIPS = by_chip(
+    ("flash chosen", "flash limits", "pro chosen", "pro limits"),
+    {
+        V5E: ("long chosen", "flash limits sharded", "pro chosen gradients"),
+        V5P: ("flash chosen sharded", "train limits gradients"),
+        V6E: ("flash chosen float32", "train chosen gradients"),
+        TPU7X: ("pro limits gradients",),
+    },
+    quick=("flash chosen", "flash limits sharded"),
+) | {
+    "h100:4": (
+        *("flash chosen", "flash limits paged", "flash limits narrow"),
+        *("flash chosen sharded", "pro chosen", "pro limits"),
+    )
+    if ALL
+    else ("flash chosen", "pro limits")
 }
-if os.environ.get("JAXSPARK_AOT_ALL"):
-    every = [
-        *("flash chosen", "flash limits", "pro chosen", "pro limits"),
-        *("long chosen", "flash chosen float32", "flash chosen sharded"),
-        *("train chosen gradients", "train limits gradients", "pro chosen gradients"),
-        "pro limits gradients",
-    ]
-    CHIPS |= {
-        "v5e:2x2": [*every, "flash limits sharded"],
-        **{chip: every for chip in ("v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")},
-    }
 
 
 @pytest.mark.parametrize("chip", CHIPS)
