@@ -1,9 +1,12 @@
 """top_k: the same places, whether scores are sorted or not."""
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import top_k
 from pallas_kernels.top_k.api import IMPLEMENTATIONS
@@ -15,7 +18,12 @@ LIMITS = np.array([0, 1, 2, 127, 128, 129, 300, C - 1, C])
 def chosen(scores, limits, k, implementation):
     run = jax.jit(top_k, static_argnames=("k", "implementation"))
     scores, limits = jnp.asarray(scores), jnp.asarray(limits)
-    return np.asarray(run(scores, limits, k=k, implementation=implementation))
+    simulated = plgpu.force_gpu_interpret_mode(
+        plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+    )
+    with simulated if implementation == "mosaic_gpu" else nullcontext():
+        found = run(scores, limits, k=k, implementation=implementation)
+        return np.asarray(jax.block_until_ready(found))
 
 
 def plain(scores, limits, k):
