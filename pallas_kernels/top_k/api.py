@@ -29,6 +29,7 @@ IMPLEMENTATIONS = {
 def top_k(
     scores_TC: Float[Array, "T C"],
     limits_T: Int[Array, " T"],
+    best_Tc: Float[Array, "T c"] | None = None,
     *,
     k: int,
     implementation: str | None = None,
@@ -41,6 +42,8 @@ def top_k(
     Args:
       scores_TC: float32, no NaNs.
       limits_T: places a row may choose, from the first on.
+      best_Tc: the best score below the limit of every eight neighbours (or of another
+        power of two), if it is known: not all scores are looked at then.
       k: places to choose.
       implementation: "xla", which sorts on TPUs and GPUs, or "mosaic_gpu", "two_stage"
         or "bisection", which do not; the first is a kernel for Hopper GPUs. None takes
@@ -50,5 +53,5 @@ def top_k(
     Raises:
       ValueError: unknown implementation, or one that does not support the operands.
     """
-    operands = (scores_TC, limits_T)
+    operands = (scores_TC, limits_T, best_Tc)
     return call("top_k", IMPLEMENTATIONS, implementation, *operands, k=k)

@@ -29,20 +29,24 @@ _ROW, _COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 _LOWEST = -(2**31)
 
 
-def supports(scores_TC, limits_T, *, k) -> str | None:
+def supports(scores_TC, limits_T, best_Tc, *, k) -> str | None:
     """Why it does not choose among these; None if it does."""
     if reason := not_hopper():
         return reason
     each = bisection if scores_TC.shape[1] <= MOST else two_stage
-    return each.supports(scores_TC, limits_T, k=k)
+    return each.supports(scores_TC, limits_T, best_Tc, k=k)
 
 
 def top_k_mosaic_gpu(
-    scores_TC: Float[Array, "T C"], limits_T: Int[Array, " T"], *, k: int
+    scores_TC: Float[Array, "T C"],
+    limits_T: Int[Array, " T"],
+    best_Tc: Float[Array, "T c"] | None = None,
+    *,
+    k: int,
 ) -> Int[Array, "T X"]:
     """See `api.top_k`; lower entries come first."""
     k, how = min(k, scores_TC.shape[1]), {"highest": highest, "few": MOST}
-    return two_stage.top_k_two_stage(scores_TC, limits_T, k=k, **how)
+    return two_stage.top_k_two_stage(scores_TC, limits_T, best_Tc, k=k, **how)
 
 
 def highest(keys_TC: UInt32[Array, "T C"], k: int) -> Int[Array, "T X"]:
@@ -56,8 +60,7 @@ def highest(keys_TC: UInt32[Array, "T C"], k: int) -> Int[Array, "T X"]:
 def _highest(keys_TC, *, k):
     T, C = keys_TC.shape
     keys_TC = jnp.pad(keys_TC, ((0, 0), (0, MOST - C)))
-    signed_TC = jax.lax.bitcast_convert_type(keys_TC ^ jnp.uint32(1 << 31), jnp.int32)
-    signed_TRC = signed_TC.reshape(T, SIDE, SIDE)
+    keys_TRC = jax.lax.bitcast_convert_type(keys_TC, jnp.int32).reshape(T, SIDE, SIDE)
     tiles = -(-k // SIDE)
     transforms = (
         plgpu.TilingTransform((8, SIDE)),
@@ -71,12 +74,12 @@ def _highest(keys_TC, *, k):
         cost_estimate=pl.CostEstimate(
             flops=2 * T * SIDE**3 * (4 + tiles),
             transcendentals=0,
-            bytes_accessed=4 * (signed_TC.size + T * tiles * SIDE),
+            bytes_accessed=4 * (keys_TC.size + T * tiles * SIDE),
         ),
         grid=(T,),
         grid_names=("row",),
         kernel_name="top_k",
-    )(signed_TRC)
+    )(keys_TRC)
     return places_TX[:, :k]
 
 
@@ -99,6 +102,7 @@ def _choose(
     put(upto_buf, row_RC <= column_RC)
     put(below_buf, column_RC < row_RC)
     keys_RC = plgpu.load(keys_ref.at[t], layout=plgpu.Layout.WGMMA, optimized=False)
+    keys_RC += _LOWEST  # 0 becomes the lowest integer with a sign
 
     def count(seen_RC):
         return seen_RC.astype(jnp.int32).sum(1).sum()
