@@ -1,10 +1,52 @@
 """Rings: tables of a slot's newest rows, in which position p lies at place p mod S."""
 
+import math
+from dataclasses import dataclass, field
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.ragged import Ragged, Table
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Lookback:
+    """The W rows before a pass, where they lie: in a ring that has the pass's own too.
+
+    Attributes:
+      ring: long enough for both, see `kept_whole`.
+      count: W.
+    """
+
+    ring: Table
+    count: int = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the rows in order, [B, W, H]."""
+        _, slots, _, *width = self.ring.rows_LBCH.shape
+        return slots, self.count, math.prod(width)
+
+    @property
+    def dtype(self):
+        """Of the rows."""
+        return self.ring.rows_LBCH.dtype
+
+
+def in_order(
+    rows: Float[Array, "B W H"] | Lookback, ragged: Ragged
+) -> Float[Array, "B W H"]:
+    """The rows before a pass, oldest first, out of their ring if they lie in one."""
+    if isinstance(rows, Lookback):
+        return before(rows.ring, ragged.starts_B, rows.count)
+    return rows
+
+
+def kept_whole(ring: Table, ragged: Ragged, lookback: int) -> bool:
+    """Whether a pass overwrites none of the `lookback` rows before it in the ring."""
+    return ragged.rows + lookback <= ring.length
 
 
 def before(

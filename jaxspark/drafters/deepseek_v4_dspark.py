@@ -188,7 +188,7 @@ class DeepSeekV4DSpark(nnx.Module):
             inputs = AttentionInputs(
                 latent_TR=attention.q_a_norm(attention.q_a_proj(h_TD)),
                 keys_TH=attention.keys(h_TD, angles),
-                before_BWH=cache.before(place, positions_B, window),
+                before=cache.before(place, positions_B, window),
                 entries=None,
             )
             # All rows see the last W context rows, as far as there are some, and the

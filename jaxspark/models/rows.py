@@ -22,6 +22,7 @@ from jaxspark.models.batch import FlatTokens
 from jaxspark.models.pages import PAGE, readable
 from pallas_kernels import Table, rings
 from pallas_kernels.ragged import LANES, split_lanes
+from pallas_kernels.rings import Lookback
 
 # Most positions by which a slot may be set back: drafts of a round.
 REWIND = 64
@@ -175,3 +176,16 @@ class Ring(LayerRows):
         ring, positions_T = self.table(layer), tokens.positions_T
         before_BKH, ring = rings.advance(ring, count, positions_T, new_TH, tokens)
         return before_BKH, replace(self, rows_LBSH=ring.rows_LBCH)
+
+    def advance_in_place(
+        self,
+        layer: Int[Array, ""],
+        count: int,
+        new_TH: Float[Array, "T H"],
+        tokens: FlatTokens,
+    ) -> tuple[Float[Array, "B count H"] | Lookback, Self]:
+        """The same; rows stay in the ring if it has room for the pass beside them."""
+        if not rings.kept_whole(self.table(layer), tokens, count):
+            return self.advance(layer, count, new_TH, tokens)
+        ring = self.append(layer, new_TH, tokens)
+        return Lookback(ring.table(layer), count), ring

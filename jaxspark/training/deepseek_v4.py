@@ -35,6 +35,7 @@ from jaxspark.models.layers.rope import PartialRotation
 from jaxspark.models.layers.sparse_attention import AttentionInputs, SparseAttention
 from jaxspark.parallel.axes import sum_of
 from pallas_kernels import Index, index_scores, top_k
+from pallas_kernels.rings import in_order
 from pallas_kernels.sparse_attention.ref import (
     masked_scores,
     recent_rows,
@@ -186,8 +187,9 @@ def index_loss(
         open_TC &= jnp.any(chosen_TX[..., None] == entry_C, axis=1)
     open_BQC = tokens.padded(open_TC, False)
     q_BQNH = tokens.padded(attention.queries(inputs.latent_TR, rotation), 0)
-    recent_BRH = recent_rows(inputs.before_BWH, inputs.keys_TH, tokens)
-    spans_BQ2 = recent_spans(tokens, inputs.before_BWH.shape[1])
+    before_BWH = in_order(inputs.before, tokens)
+    recent_BRH = recent_rows(before_BWH, inputs.keys_TH, tokens)
+    spans_BQ2 = recent_spans(tokens, before_BWH.shape[1])
     row_R = jnp.arange(recent_BRH.shape[1])
     recent_BQR = (row_R >= spans_BQ2[..., :1]) & (row_R < spans_BQ2[..., 1:])
 

@@ -33,9 +33,10 @@ from pallas_kernels.compress.mosaic_tpu_kernel import (
     Sizes,
     kernel,
 )
-from pallas_kernels.compress.ref import angles, compress_xla, kept_whole, windows
+from pallas_kernels.compress.ref import angles, compress_xla, windows
 from pallas_kernels.gradients import with_gradients_of
 from pallas_kernels.ragged import LANES, Ragged, Table
+from pallas_kernels.rings import kept_whole
 
 _CORES = 2
 _VMEM = 16 << 20

@@ -35,7 +35,7 @@ def compress_xla(
     place_BCp = first_BC[..., None] + jnp.arange(series * ratio)
     lookback = series * ratio - 1
     position_T = ragged.starts_B[ragged.slots_T] + ragged.rows_T
-    if kept_whole(pending, ragged, lookback):
+    if rings.kept_whole(pending, ragged, lookback):
         pending = rings.append(pending, position_T, rows_TX, ragged)
         rows_BCpX = pending.take(place_BCp % pending.length)
     else:
@@ -91,11 +91,6 @@ def windows(ragged: Ragged, ratio: int) -> tuple[Int[Array, "B C"], Bool[Array, 
     entry_BC = (ragged.starts_B // ratio)[:, None] + jnp.arange(count)
     ends_B = ragged.starts_B + ragged.counts_B
     return entry_BC, ratio * (entry_BC + 1) <= ends_B[:, None]
-
-
-def kept_whole(pending: Table, ragged: Ragged, lookback: int) -> bool:
-    """Whether a pass overwrites nothing in the ring that its windows hold."""
-    return ragged.rows + lookback <= pending.length
 
 
 def pool(

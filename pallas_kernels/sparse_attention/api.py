@@ -1,24 +1,40 @@
 """Attention over recent rows and some compressed entries, one softmax for both."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.ragged import Ragged
+from pallas_kernels.rings import Lookback, in_order
 from pallas_kernels.rotary import Rotary
 from pallas_kernels.sparse_attention import mosaic_gpu, mosaic_tpu
 from pallas_kernels.sparse_attention.entries import Entries
 from pallas_kernels.sparse_attention.ref import sparse_attention_xla
 
+
+def _in_order(run: Callable) -> Callable:
+    """Of an implementation that knows no rings: XLA copies rows out of them."""
+
+    @functools.wraps(run)
+    def attend(q_TNH, keys_TH, before, sinks_N, ragged, *others, **static):
+        before_BWH = in_order(before, ragged)
+        return run(q_TNH, keys_TH, before_BWH, sinks_N, ragged, *others, **static)
+
+    return attend
+
+
 IMPLEMENTATIONS = {
-    "xla": Implementation(run=sparse_attention_xla),
+    "xla": Implementation(run=_in_order(sparse_attention_xla)),
     "mosaic_tpu": Implementation(
         run=mosaic_tpu.sparse_attention_mosaic_tpu,
         platforms=("tpu",),
         supports=mosaic_tpu.supports,
     ),
     "mosaic_gpu": Implementation(
-        run=mosaic_gpu.sparse_attention_mosaic_gpu,
+        run=_in_order(mosaic_gpu.sparse_attention_mosaic_gpu),
         platforms=("cuda",),
         supports=mosaic_gpu.supports,
     ),
@@ -28,7 +44,7 @@ IMPLEMENTATIONS = {
 def sparse_attention(
     q_TNH: Float[Array, "T N H"],
     keys_TH: Float[Array, "T H"],
-    before_BWH: Float[Array, "B W H"],
+    before: Float[Array, "B W H"] | Lookback,
     sinks_N: Float[Array, " N"],
     ragged: Ragged,
     entries: Entries | None = None,
@@ -47,8 +63,8 @@ def sparse_attention(
     Args:
       q_TNH: queries.
       keys_TH: keys of the same tokens.
-      before_BWH: keys of the W positions before each slot's first token, oldest first;
-        those of positions below 0 are not seen.
+      before: keys of the W positions before each slot's first token, oldest first, or
+        the ring in which they lie; those of positions below 0 are not seen.
       sinks_N: logit of each head's sink.
       ragged: the tokens' slots.
       entries: compressed entries, and which of them each token sees.
@@ -81,7 +97,7 @@ def sparse_attention(
         "sparse_attention",
         IMPLEMENTATIONS,
         implementation,
-        *(q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, rotary),
+        *(q_TNH, keys_TH, before, sinks_N, ragged, entries, rotary),
         scale=scale,
         causal=causal,
         query_norm=query_norm,

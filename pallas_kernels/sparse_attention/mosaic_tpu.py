@@ -30,8 +30,10 @@ from pallas_kernels.indexer_topk.ref import choices_of
 from pallas_kernels.indexer_topk.union import MOST_ENTRIES, Union, union
 from pallas_kernels.precision import narrow
 from pallas_kernels.ragged import LANES, Ragged
+from pallas_kernels.rings import Lookback, in_order
 from pallas_kernels.rotary import Rotary
 from pallas_kernels.sparse_attention import mosaic_tpu_kernel
+from pallas_kernels.sparse_attention import mosaic_tpu_recent as recent
 from pallas_kernels.sparse_attention.entries import Entries
 from pallas_kernels.sparse_attention.mosaic_tpu_backward import backward
 from pallas_kernels.sparse_attention.mosaic_tpu_entries import (
@@ -58,7 +60,7 @@ _MOST_TOKENS = 1 << 16
 def supports(
     q_TNH,
     keys_TH,
-    before_BWH,
+    before,
     sinks_N,
     ragged,
     entries,
@@ -87,7 +89,7 @@ def supports(
         )
     if rotary is not None and 2 * rotary.cos_Th.shape[1] > LANES:
         return f"turns {LANES} channels at most, got {2 * rotary.cos_Th.shape[1]}"
-    given = [keys_TH.dtype, before_BWH.dtype]
+    given = [keys_TH.dtype, before.dtype]
     if entries is not None:
         rows = entries.table.rows_LBCH
         given += [rows.dtype]
@@ -109,7 +111,7 @@ def supports(
 def sparse_attention_mosaic_tpu(
     q_TNH: Float[Array, "T N H"],
     keys_TH: Float[Array, "T H"],
-    before_BWH: Float[Array, "B W H"],
+    before: Float[Array, "B W H"] | Lookback,
     sinks_N: Float[Array, " N"],
     ragged: Ragged,
     entries: Entries | None,
@@ -119,7 +121,7 @@ def sparse_attention_mosaic_tpu(
     query_norm: float | None,
 ) -> Float[Array, "T N H"]:
     """See `api.sparse_attention`; see `mosaic_tpu_backward` for gradients."""
-    operands = (q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, rotary)
+    operands = (q_TNH, keys_TH, before, sinks_N, ragged, entries, rotary)
     return _saving(*operands, scale, causal, query_norm)[0]
 
 
@@ -147,22 +149,25 @@ def _united(entries: Entries | None, ragged: Ragged) -> Union | None:
 
 def _backward(scale, causal, query_norm, saved, do_TNH):
     """Of queries as they meet keys, by the kernel; XLA does what lies around it."""
-    (q_TNH, *operands, rotary), united = saved
+    (q_TNH, keys_TH, before, *operands, rotary), united = saved
+    ordered = functools.partial(in_order, ragged=operands[1])
+    before_BWH, unordered = jax.vjp(ordered, before)
     turn = functools.partial(turned_queries, rotary=rotary, query_norm=query_norm)
     q_TNH, unturned = jax.vjp(turn, q_TNH)
     if rotary is not None:  # The transpose of turning back.
         do_TNH = rotary(do_TNH)
     with jax.enable_x64(False):
-        narrowed = narrow((q_TNH, *operands))
-        dq_TNH, *grads, drows = backward(
+        narrowed = narrow((q_TNH, keys_TH, before_BWH, *operands))
+        dq_TNH, dkeys_TH, dbefore_BWH, dsinks_N, drows = backward(
             narrowed, united, do_TNH, scale, causal, _CORES
         )
-    [dq_TNH] = unturned(dq_TNH)
+    [dq_TNH], [dbefore] = unturned(dq_TNH), unordered(dbefore_BWH)
+    grads = dq_TNH, dkeys_TH, dbefore, dsinks_N
     if drows is None:
-        return dq_TNH, *grads, None, None, None
+        return *grads, None, None, None
     table = operands[-1].table
     table = replace(table, rows_LBCH=drows, layer=None, pages_BP=None)
-    return dq_TNH, *grads, None, Entries(table), None
+    return *grads, None, Entries(table), None
 
 
 sparse_attention_mosaic_tpu.defvjp(_saving, _backward)
@@ -171,7 +176,7 @@ sparse_attention_mosaic_tpu.defvjp(_saving, _backward)
 def forward(
     q_TNH: Float[Array, "T N H"],
     keys_TH: Float[Array, "T H"],
-    before_BWH: Float[Array, "B W H"],
+    before: Float[Array, "B W H"] | Lookback,
     sinks_N: Float[Array, " N"],
     ragged: Ragged,
     entries: Entries | None,
@@ -182,9 +187,9 @@ def forward(
     query_norm: float | None,
 ) -> Float[Array, "T N H"]:
     """See `api.sparse_attention`; `united` is what groups choose, if they do."""
-    lookback = before_BWH.shape[1]
-    plan = Plan.of(ragged, entries, lookback, causal, _CORES, union=united)
-    recent_BRH = plan.recent_rows(before_BWH, keys_TH, ragged)
+    lookback, ring = before.shape[1], recent.ring_of(before, causal=causal)
+    plan = Plan.of(ragged, entries, lookback, causal, _CORES, union=united, ring=ring)
+    recent_RH = recent.operand(plan, before, keys_TH, ragged)
     T, N, H = q_TNH.shape
     M, dtype = plan.queries * N, q_TNH.dtype
     o_SX = (rows := head_grid(N)[0], N * H // rows)
@@ -192,7 +197,7 @@ def forward(
     sinks_N = by_piece(mosaic_tpu_kernel.LOG2E * sinks_N.astype(jnp.float32))
     sinks_M1 = jnp.tile(sinks_N, plan.queries)[:, None]
     per, whole = plan.groups // _CORES, pl.BlockSpec(memory_space=pl.ANY)
-    operands = [sinks_M1, q_txL, recent_BRH]
+    operands = [sinks_M1, q_txL, recent_RH]
     in_specs = [pl.BlockSpec((M, 1), lambda c, i, *_: (0, 0)), whole, whole]
     if rotary is not None:
         turns_G2QL = turns_of(rotary, ragged)
@@ -204,7 +209,6 @@ def forward(
         operands += entry_operands(plan)
         in_specs += entry_specs(plan, _CORES)
         chunk_shape = (2, plan.tile, *plan.table.shape[1:])
-    recent = (2, plan.recent_columns, *recent_BRH.shape[2:])
     static = {"plan": plan.static(), "scale": scale, "per": per, "norm": query_norm}
     o_TSX = pl.pallas_call(
         functools.partial(mosaic_tpu_kernel.attend, **static, turns=rotary is not None),
@@ -219,7 +223,7 @@ def forward(
                 pltpu.VMEM((2, 8, N, H), dtype),
                 pltpu.SMEM((2, 2), jnp.int32),
                 pltpu.VMEM((M, H), dtype),
-                pltpu.VMEM(recent, dtype),
+                pltpu.VMEM((2, plan.recent_columns, H), dtype),
                 pltpu.VMEM(chunk_shape, dtype),
                 pltpu.VMEM((2, plan.queries, *o_SX), dtype),
                 pltpu.VMEM((M, 1), jnp.float32),

@@ -30,6 +30,7 @@ from pallas_kernels.sparse_attention.mosaic_tpu_entries import (
 )
 from pallas_kernels.sparse_attention.mosaic_tpu_kernel import LOG2E, UNSEEN
 from pallas_kernels.sparse_attention.mosaic_tpu_queries import clear_padding
+from pallas_kernels.sparse_attention.mosaic_tpu_recent import seen_by
 from pallas_kernels.sparse_attention.plan import ROWS, Plan
 
 _VMEM = 40 << 20
@@ -41,13 +42,14 @@ def backward(operands, union, do_TNH, scale, causal, cores):
     lookback = before_BWH.shape[1]
     plan = Plan.of(ragged, entries, lookback, causal, cores, union=union)
     recent_BRH = plan.recent_rows(before_BWH, keys_TH, ragged)
+    recent_RH = recent_BRH.reshape(-1, recent_BRH.shape[2])
     N, H = q_TNH.shape[1:]
     M, Q, dtype = plan.queries * N, plan.queries, q_TNH.dtype
     sinks_M1 = jnp.tile(LOG2E * sinks_N.astype(jnp.float32), Q)[:, None]
     whole = pl.BlockSpec(memory_space=pl.ANY)
-    inputs = [sinks_M1, q_TNH, do_TNH, recent_BRH]
+    inputs = [sinks_M1, q_TNH, do_TNH, recent_RH]
     in_specs = [pl.BlockSpec((M, 1), lambda c, i, *_: (0, 0)), whole, whole, whole]
-    sums = [jnp.zeros((cores, *recent_BRH.shape), jnp.float32)]
+    sums = [jnp.zeros((cores, *recent_RH.shape), jnp.float32)]
     scratch = [(Q, N, H), (Q, N, H), (plan.recent_columns, H)]
     scratch = [pltpu.VMEM(shape, dtype) for shape in scratch]
     added = [(plan.recent, H)]
@@ -69,7 +71,7 @@ def backward(operands, union, do_TNH, scale, causal, cores):
     ]
     per = plan.groups // cores
     static = {"plan": plan.static(), "scale": scale, "per": per}
-    dq_TNH, dsinks_cM1, drecent_cBRH, *dtable = pl.pallas_call(
+    dq_TNH, dsinks_cM1, drecent_cRH, *dtable = pl.pallas_call(
         functools.partial(_step, **static),
         out_shape=shapes,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -93,7 +95,7 @@ def backward(operands, union, do_TNH, scale, causal, cores):
         name="sparse_attention_backward",
     )(*plan.scalars, *inputs, *sums)
     real_T = ragged.slots_T >= 0
-    drecent_BRH = drecent_cBRH.sum(0)
+    drecent_BRH = drecent_cRH.sum(0).reshape(recent_BRH.shape)
     dkeys_TH = ragged.flat(drecent_BRH[:, lookback : lookback + ragged.rows])
     dkeys_TH = jnp.where(real_T[:, None], dkeys_TH, 0).astype(keys_TH.dtype)
     dsinks_N = dsinks_cM1.reshape(-1, N).sum(0).astype(sinks_N.dtype)
@@ -112,9 +114,9 @@ def backward(operands, union, do_TNH, scale, causal, cores):
 
 def _step(*refs, plan, scale, per):
     """A group of queries; see the top of the file."""
-    scalars, (sinks_ref, q_any, do_any, recent_any, *refs) = refs[:8], refs[8:]
-    first_ref, count_ref, before_ref, own_ref, *rest = scalars
-    chunks_ref, limit_ref, used_ref, slot_ref = rest
+    first_ref, count_ref, before_ref, own_ref, chunks_ref, limit_ref, *refs = refs
+    used_ref, slot_ref, recent_ref, *refs = refs
+    sinks_ref, q_any, do_any, recent_any, *refs = refs
     tables, lists = [], []
     if plan.piece:
         tables, lists, refs = (
@@ -176,15 +178,8 @@ def _step(*refs, plan, scale, per):
         dk_SH = dot(ds_MS, q_MH, (0, 0))
         return dk_SH + dot(p_MS.astype(k_SH.dtype), do_MH, (0, 0))
 
-    def columns(size):
-        return jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
-
     def recent(query):
-        col_1R, oldest = columns(plan.recent_columns), before_ref[g]
-        if not plan.causal:
-            return (col_1R >= oldest) & (col_1R < plan.lookback + own_ref[g])
-        oldest = jnp.maximum(oldest, query)
-        return (col_1R >= oldest) & (col_1R <= plan.lookback + query)
+        return seen_by(query, before_ref[g], own_ref[g], plan)
 
     def place(j, piece):
         start = lists[0][0, 0, j * pieces + piece]
@@ -201,7 +196,8 @@ def _step(*refs, plan, scale, per):
             if plan.chosen:
                 here = pl.ds(pl.multiple_of(j * plan.tile, LANES), plan.tile)
                 return (lists[1][0, :, here] & (1 << query)) != 0
-            return columns(plan.tile) + j * plan.tile < limit_ref[g * Q + query]
+            row_1S = jax.lax.broadcasted_iota(jnp.int32, (1, plan.tile), 1)
+            return row_1S + j * plan.tile < limit_ref[g * Q + query]
 
         return chunks.rows_of(e_bufs[0], 0), seen
 
@@ -235,10 +231,7 @@ def _step(*refs, plan, scale, per):
 
     @pl.when(count > 0)
     def _():
-        slot, row = g // plan.blocks, 0
-        if plan.causal and plan.blocks > 1:
-            row = pl.multiple_of(jax.lax.rem(g, plan.blocks) * Q, ROWS)
-        rows = (slot, pl.ds(row, plan.recent))
+        rows = pl.ds(pl.multiple_of(recent_ref[g], ROWS), plan.recent)
         move((recent_any.at[rows], r_buf.at[pl.ds(0, plan.recent)]))
         for query in range(Q):
 
@@ -267,7 +260,7 @@ def _step(*refs, plan, scale, per):
         d_ref[...] = d_ref[...] / l_ref[...]
         m_ref[...] += jnp.log2(l_ref[...])
         dsinks_ref[0] -= jnp.exp2(sinks_M1 - m_ref[...]) * d_ref[...]
-        total = totals[0].at[core, *rows]
+        total = totals[0].at[core, rows]
         move((total, add_bufs[0]))
         add_bufs[0][...] += differentiate(r_buf[...], recent)[: plan.recent]
         move((add_bufs[0], total))

@@ -22,7 +22,7 @@ from pallas_kernels.precision import precision
 from pallas_kernels.ragged import LANES
 from pallas_kernels.sparse_attention import mosaic_tpu_chunks as chunks
 from pallas_kernels.sparse_attention import mosaic_tpu_queries as queries
-from pallas_kernels.sparse_attention.plan import ROWS
+from pallas_kernels.sparse_attention import mosaic_tpu_recent as recent
 
 LOG2E = math.log2(math.e)
 UNSEEN = -1e30
@@ -32,7 +32,8 @@ BLOCK_ROWS = 192
 
 def attend(*refs, plan, scale, per, norm, turns):
     """One step: a group of queries over all that they see."""
-    scalars, (sinks_ref, q_any, recent_any, *refs) = refs[:8], refs[8:]
+    first_ref, count_ref, before_ref, own_ref, chunks_ref, limit_ref, *refs = refs
+    _, slot_ref, recent_ref, sinks_ref, q_any, recent_any, *refs = refs
     turns_ref, table_any, pieces_ref, members_ref = None, None, None, None
     if turns:
         turns_ref, *refs = refs
@@ -42,9 +43,6 @@ def attend(*refs, plan, scale, per, norm, turns):
         members_ref, *refs = refs
     o_any, q_tiles, q_tokens, q_there, q_ref, r_buf, e_buf, o_buf, *refs = refs
     m_ref, l_ref, acc_ref, sems = refs
-    first_ref, count_ref, before_ref, own_ref, chunks_ref, limit_ref, _, slot_ref = (
-        scalars
-    )
     i = pl.program_id(1)
     g = pl.program_id(0) * per + i
     side = jax.lax.rem(i, 2)
@@ -60,16 +58,14 @@ def attend(*refs, plan, scale, per, norm, turns):
         tokens = first_ref[group], tokens_of(count_ref, group)
         queries.fetch(*tokens, q_any, q_tiles, q_there, sems.at[3])
 
-    def recent_rows(group, side, act):
-        """Copies of a group's recent rows, of none if it is empty."""
-        slot = jnp.minimum(group // plan.blocks, plan.slots - 1)
-        row = 0
-        if plan.causal and plan.blocks > 1:
-            row = pl.multiple_of(jax.lax.rem(group, plan.blocks) * Q, ROWS)
-        source = recent_any.at[slot, pl.ds(row, plan.recent)]
-        target = r_buf.at[side, pl.ds(0, plan.recent)]
-        copy = pltpu.make_async_copy(source, target, sems.at[0, side])
-        pl.when(tokens_of(count_ref, group) > 0)(lambda: act(copy))
+    def recent_rows(side):
+        return r_buf.at[side, pl.ds(0, plan.recent)], sems.at[0, side]
+
+    def fetch_recent(group, side):
+        @pl.when(tokens_of(count_ref, group) > 0)
+        def _():
+            ends = recent_any, *recent_rows(side)
+            recent.start(recent_ref[group], *ends, plan)
 
     def outputs(group, side, act):
         def one(query):
@@ -123,9 +119,6 @@ def attend(*refs, plan, scale, per, norm, turns):
             preferred_element_type=jnp.float32,
         )
 
-    def columns(k_SH):
-        return jax.lax.broadcasted_iota(jnp.int32, (1, len(k_SH)), 1)
-
     @pl.when(i == 0)
     def _():
         if plan.recent < plan.recent_columns:
@@ -136,31 +129,26 @@ def attend(*refs, plan, scale, per, norm, turns):
         for tile in range(2):
             q_there[0, tile], q_there[1, tile] = -1, 0
         fetch_queries(g)
-        recent_rows(g, side, lambda copy: copy.start())
+        fetch_recent(g, side)
         queries.clear_padding(slot_ref, o_any, o_buf.at[0, 0], sems.at[1, 0])
 
     there = chunks_of(chunks_ref, g)
     if plan.piece:
         pl.when(there > 0)(lambda: start_chunk(0, 0))
     queries.arrive(q_tiles, q_tokens, q_there, sems.at[3])
-    recent_rows(g, side, lambda copy: copy.wait())
+    pl.when(tokens_of(count_ref, g) > 0)(lambda: recent.wait(*recent_rows(side)))
     more = i + 1 < per
-    pl.when(more)(lambda: recent_rows(g + 1, 1 - side, lambda copy: copy.start()))
+    pl.when(more)(lambda: fetch_recent(g + 1, 1 - side))
 
     @pl.when(tokens_of(count_ref, g) > 0)
     def _():
         queries.take_in(first_ref[g], q_tokens, q_ref, turns_ref, norm=norm)
         k_RH = r_buf[side].reshape(-1, H)
-        col_1R = columns(k_RH)
 
-        def recent(query):
-            oldest = before_ref[g]
-            if not plan.causal:
-                return (col_1R >= oldest) & (col_1R < plan.lookback + own_ref[g])
-            oldest = jnp.maximum(oldest, query)
-            return (col_1R >= oldest) & (col_1R <= plan.lookback + query)
+        def seen(query):
+            return recent.seen_by(query, before_ref[g], own_ref[g], plan)
 
-        accumulate(k_RH, recent, first=True)
+        accumulate(k_RH, seen, first=True)
 
     pl.when(more)(lambda: fetch_queries(g + 1))
 
@@ -169,7 +157,7 @@ def attend(*refs, plan, scale, per, norm, turns):
         pl.when(j + 1 < there)(lambda: start_chunk(j + 1, 1 - side_))
         chunks.wait(e_buf.at[side_], sems.at[2, side_])
         k_SH = chunks.rows_of(e_buf, side_)
-        col_1S = columns(k_SH) + j * plan.tile
+        col_1S = jax.lax.broadcasted_iota(jnp.int32, (1, plan.tile), 1) + j * plan.tile
 
         def seen(query):
             if not plan.chosen:

@@ -39,12 +39,14 @@ class Plan:
       blocks: groups of a slot.
       groups_real, groups: G, without and with those that make up full cores.
       lookback: W.
-      recent, recent_columns: recent rows of a group, and with padding.
+      recent, recent_columns: recent rows that a group reads, and with padding.
+      ring: rows of a slot's ring, if they are read out of rings, by `ROWS`.
       piece: rows of a piece; 0 without entries.
       tile: rows of a chunk.
       chosen: whether queries name their entries.
       scalars: [G] first token, tokens, recent rows before position 0, tokens of the
-        slot, chunks; [G Q] limits; [G] pieces that are not filling; [T] slots.
+        slot, chunks; [G Q] limits; [G] pieces that are not filling; [T] slots; [G]
+        place of the first recent row that is read, among those of all slots.
       table: rows of all layers, [places, H] or [places, H / 128, 128].
       pieces: [G or B, 1, n] their places.
       members: [G, 1, n] bit q: whether query q chose the row.
@@ -59,6 +61,7 @@ class Plan:
     causal: bool
     recent: int
     recent_columns: int
+    ring: int
     piece: int
     tile: int
     chosen: bool
@@ -77,13 +80,15 @@ class Plan:
         cores: int,
         *,
         union: Union | None = None,
+        ring: Table | None = None,
         queries: int = QUERIES,
         tiles: tuple[int, int] | None = None,
     ) -> "Plan":
         """Of the operands; entries that are not all below a limit come as a union.
 
-        A group has `queries` at most, a chunk as many rows as `tiles` says of chosen
-        ones and of others (None: as on TPUs).
+        Recent rows are read out of `ring`, which holds the pass's own; or as
+        `recent_rows` has them. A group has `queries` at most, a chunk as many rows as
+        `tiles` says of chosen ones and of others (None: as on TPUs).
         """
         B, Q = ragged.slots, min(ragged.rows, queries)
         chosen_tile, streamed_tile = tiles or (CHOSEN_TILE, TILE)
@@ -98,7 +103,15 @@ class Plan:
         counts_G = jnp.clip(per_group(ragged.counts_B, -Q), 0, Q)
         before_G = per_group(lookback - ragged.starts_B, -Q if causal else 0)
         recent = lookback + (Q if causal else blocks * Q)
+        recent += 0 if ring is None else ROWS - 1  # rows before the first one's tile
         recent = -(-recent // ROWS) * ROWS
+        if ring is None:
+            step = Q if causal else 0
+            size = (blocks - 1) * step + recent
+            recent_G = per_group(size * jnp.arange(B), step)
+        else:
+            rings_G = per_group(ring.places(jnp.zeros((B,), jnp.int32)), 0)
+            recent_G = rings_G + -before_G % ring.length // ROWS * ROWS
         table, pieces, members, piece, tile = None, None, None, 0, 0
         chunks_G = pieces_G = jnp.zeros_like(counts_G)
         limits_GQ = jnp.zeros((groups, Q))
@@ -140,6 +153,7 @@ class Plan:
             causal=causal,
             recent=recent,
             recent_columns=-(-recent // LANES) * LANES,
+            ring=0 if ring is None else ring.length,
             piece=piece,
             tile=tile,
             chosen=members is not None,
@@ -152,6 +166,7 @@ class Plan:
                 limits_GQ.astype(jnp.int32).reshape(-1),
                 pieces_G.astype(jnp.int32),
                 ragged.slots_T.astype(jnp.int32),
+                recent_G,
             ),
             table=table,
             pieces=pieces,

@@ -23,6 +23,7 @@ from pallas_kernels import (
     Rotary,
     Table,
     index_scores,
+    rings,
     sparse_attention,
     top_k,
 )
@@ -341,6 +342,32 @@ def test_lengths_around_the_windows_edge(attend):
         )
         seen = attend(q, keys, before, sinks, tokens)
         agrees(tokens, seen, plain(tokens, q, keys, before, sinks))
+
+
+@pytest.mark.parametrize(("rows", "length"), [(4, 16), (11, 32)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recent_rows_are_read_out_of_their_ring(attend, rows, length, dtype):
+    """The second layer's, that holds the pass too, which goes past its end; 11 rows are
+    two groups. What else the ring holds is seen by no one."""
+    if attend.is_kernel and dtype != attend.dtype.dtype.name and rows == 4:
+        pytest.skip("one type for each size")
+    lookback = attend.sizes[2]
+    starts = np.array([0, 2, 3 * length - 3])
+    counts = np.array([rows, 0, rows - 1])
+    tokens, *arrays, _, limits = attend.made(rows, 1, 11, starts, counts)
+    dtype = jnp.bfloat16 if attend.dtype == jnp.bfloat16 else dtype
+    q, keys, before, sinks, entries = (x.astype(dtype) for x in arrays)
+    ring = np.random.default_rng(2).normal(9, 1, (2, 3, length, q.shape[2]))
+    for slot, start in enumerate(starts):
+        for back in range(1, min(lookback, start) + 1):
+            ring[1, slot, (start - back) % length] = before[slot, -back]
+    held = Table(jnp.asarray(ring, dtype), 1)
+    held = rings.append(held, tokens.positions_T, keys, tokens)
+    seen = np.arange(entries.shape[1]) < np.asarray(limits)[:, None]
+    expected = plain(tokens, q, keys, before, sinks, entries, seen)
+    which = Entries(next(attend.tables(entries, apart=False)), limits_T=limits)
+    mine = attend(q, keys, rings.Lookback(held, lookback), sinks, tokens, which)
+    agrees(tokens, mine, expected)
 
 
 @pytest.mark.parametrize("by", ["chosen", "limits"])

@@ -34,6 +34,7 @@ from jaxspark.training.deepseek_v4 import (
     update_router_bias,
 )
 from pallas_kernels import hyper_mix
+from pallas_kernels.rings import in_order
 from tests.driver import Session
 
 VOCAB = 29
@@ -226,7 +227,8 @@ def test_an_indexer_that_says_what_attention_does_has_no_loss():
         entries = inputs.entries.table.whole()
         scale = SMALL.head_dim**-0.5
         dots = scale * np.einsum("bqnh,bch->bqnc", q, entries)
-        recent = np.concatenate([inputs.before_BWH, inputs.keys_TH[None]], axis=1)
+        before = in_order(inputs.before, tokens)
+        recent = np.concatenate([before, inputs.keys_TH[None]], axis=1)
         near = scale * np.einsum("bqnh,brh->bqnr", q, recent)
         row, query = np.arange(near.shape[-1]), np.arange(24)[:, None]
         seen = (row >= np.maximum(query, 3)) & (row <= query + 3)  # 3 rows before 0

@@ -20,9 +20,11 @@ _STREAMED_ROWS = 16
 
 
 def matmul(
-    x: Float[Array, "*T I"], w_OI: Float[Array, "O I"], dtype=None
+    x: Float[Array, "..."], w_OI: Float[Array, "O *I"], dtype=None
 ) -> Float[Array, "*T O"]:
     """x W^T as `dtype`; float32 in full precision (no TF32 or bfloat16 passes).
+
+    All axes of W but its first are summed over: rows need not lie in one piece.
 
     How it is written matters on CPUs (`jaxspark bench --suite=layout`). A few float32
     rows, as decoding has them, are multiplied as (W x^T)^T, which streams each row of W
@@ -31,12 +33,14 @@ def matmul(
     times as fast as `x @ W.T`, and a single row goes as two.
     """
     exact = precision(w_OI.dtype)
-    rows = math.prod(x.shape[:-1])
+    shape = x.shape[: x.ndim - w_OI.ndim + 1]
+    rows = math.prod(shape)
     if w_OI.dtype == jnp.float32 and 1 <= rows <= _STREAMED_ROWS:
         x_IT = x.reshape(rows, -1).T
+        w_OI = w_OI.reshape(len(w_OI), -1)
         y_OT = jnp.dot(w_OI, x_IT, precision=exact, preferred_element_type=dtype)
         y_TO = jax.lax.optimization_barrier(y_OT).T
-        return y_TO.reshape(*x.shape[:-1], -1)
+        return y_TO.reshape(*shape, -1)
     if w_OI.dtype == jnp.bfloat16 and rows == 1:
         twice = jnp.broadcast_to(x, (2, *x.shape))
         return _contract(twice, w_OI, exact, dtype)[0]
@@ -44,10 +48,11 @@ def matmul(
 
 
 def _contract(x, w_OI, exact, dtype):
+    axes = range(1, w_OI.ndim)
     return jax.lax.dot_general(
         x,
         w_OI,
-        (((x.ndim - 1,), (1,)), ((), ())),
+        (([x.ndim - w_OI.ndim + axis for axis in axes], axes), ((), ())),
         precision=exact,
         preferred_element_type=dtype,
     )
@@ -91,9 +96,13 @@ class Linear(nnx.Module):
         """Maps every row."""
         return self._shifted(matmul(x, self.matrix))
 
-    def summed(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
-        """Maps rows of which each shard along `model` has some columns."""
-        return self._shifted(total(matmul(x, self.matrix), MODEL))
+    def summed(self, x: Float[Array, "..."], axes: int = 1) -> Float[Array, "*T O"]:
+        """Maps rows of which each shard along `model` has some columns.
+
+        A row may be several axes, which need not lie in one piece.
+        """
+        matrix = self.matrix.reshape(-1, *x.shape[x.ndim - axes :])
+        return self._shifted(total(matmul(x, matrix), MODEL))
 
     def _shifted(self, y):
         return y if self.bias is None else y + self.bias[...]

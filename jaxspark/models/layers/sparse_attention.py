@@ -26,6 +26,7 @@ from jaxspark.models.layers.rope import PartialRotation
 from jaxspark.models.rows import LayerRows, Ring
 from jaxspark.parallel.axes import MODEL, size
 from pallas_kernels import Entries, sparse_attention
+from pallas_kernels.rings import Lookback
 from pallas_kernels.sparse_attention.ref import turned_queries
 
 
@@ -55,13 +56,13 @@ class AttentionInputs:
 
     Attributes:
       latent_TR: of the queries.
-      keys_TH, before_BWH: recent rows.
+      keys_TH, before: recent rows.
       entries: compressed entries; None for layers without.
     """
 
     latent_TR: Float[Array, "T R"]
     keys_TH: Float[Array, "T H"]
-    before_BWH: Float[Array, "B W H"]
+    before: Float[Array, "B W H"] | Lookback
     entries: Entries | None
 
 
@@ -122,7 +123,7 @@ class SparseAttention(nnx.Module):
     ) -> tuple[Float[Array, "T D"], SparseCache, AttentionInputs]:
         """Each token attends to its slot's window and entries; writes all caches."""
         keys_TH = self.keys(x_TD, rotation)
-        before_BWH, window = cache.window.advance(
+        before, window = cache.window.advance_in_place(
             layer, self.window - 1, keys_TH, tokens
         )
         cache = replace(cache, window=window)
@@ -132,7 +133,7 @@ class SparseAttention(nnx.Module):
             cache, entries = self._entries(
                 self.compressor, x_TD, latent_TR, cache, layer, tokens, rotation
             )
-        inputs = AttentionInputs(latent_TR, keys_TH, before_BWH, entries)
+        inputs = AttentionInputs(latent_TR, keys_TH, before, entries)
         return self.attend(inputs, tokens, rotation), cache, inputs
 
     def keys(
@@ -202,7 +203,7 @@ class SparseAttention(nnx.Module):
             o_TNH = sparse_attention(
                 self._queries(inputs.latent_TR),
                 inputs.keys_TH,
-                inputs.before_BWH,
+                inputs.before,
                 self.sinks[...],
                 tokens,
                 inputs.entries,
@@ -215,4 +216,4 @@ class SparseAttention(nnx.Module):
         o_TgI = o_TNH.reshape(T, groups, -1)
         w_gRI = self.o_a_proj.matrix.reshape(groups, -1, o_TgI.shape[-1])
         low_TgR = jax.vmap(matmul, in_axes=(1, 0), out_axes=1)(o_TgI, w_gRI)
-        return self.o_b_proj.summed(low_TgR.reshape(T, -1))
+        return self.o_b_proj.summed(low_TgR, axes=2)
