@@ -57,11 +57,21 @@ def expected_kind() -> str:
     return device if isinstance(device, str) else device.device_kind
 
 
-def no_hopper(*operands) -> str | None:
-    """Why Hopper's matrix units cannot take operands; None if they can, or may."""
+def not_hopper() -> str | None:
+    """Why the device that programs are being made for is no Hopper; None if it may be.
+
+    It may where programs are being made for no GPU in particular.
+    """
     kind = expected_kind()
     if expected_platform() == "gpu" and not _HOPPER.search(kind):
         return f"is made of Hopper's instructions, not for {kind}"
+    return None
+
+
+def no_hopper(*operands) -> str | None:
+    """Why Hopper's matrix units cannot take operands; None if they can, or may."""
+    if reason := not_hopper():
+        return reason
     if (given := {each.dtype for each in operands}) != {jnp.dtype(jnp.bfloat16)}:
         return (
             "computes in bfloat16, Hopper's matrix units having no float32, got "

@@ -20,10 +20,12 @@ COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
         "xla_tpu_offload_gather_to_sparsecore": "false",
         "xla_tpu_offload_all_supported_gathers_to_sparsecore": "false",
     },
-    # It looks for tiles of softmaxes for half an hour: DeepSeek-V4-Flash on H100s
-    # compiles in 41 seconds without.
+    # The first pass looks for tiles of softmaxes for half an hour: DeepSeek-V4-Flash on
+    # H100s compiles in 41 seconds without. The second cuts the sums of products of few
+    # rows into as many as eight, written in float32, before autotuning can compare
+    # (which has cuBLAS's split sums to choose from as well).
     "gpu": {
-        "xla_disable_hlo_passes": "triton-softmax-rewriter",
+        "xla_disable_hlo_passes": "triton-softmax-rewriter,splitk-rewriter",
         "xla_gpu_enable_latency_hiding_scheduler": True,
     },
 }

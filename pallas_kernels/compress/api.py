@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.compress import mosaic_tpu
+from pallas_kernels.compress import mosaic_gpu, mosaic_tpu
 from pallas_kernels.compress.ref import compress_xla
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.ragged import Ragged, Table
@@ -13,6 +13,11 @@ IMPLEMENTATIONS = {
         run=mosaic_tpu.compress_mosaic_tpu,
         platforms=("tpu",),
         supports=mosaic_tpu.supports,
+    ),
+    "mosaic_gpu": Implementation(
+        run=mosaic_gpu.compress_mosaic_gpu,
+        platforms=("cuda",),
+        supports=mosaic_gpu.supports,
     ),
 }
 
@@ -52,9 +57,9 @@ def compress(
       ratio: m.
       eps: of the norm.
       amplitude: factor on cos and sin.
-      implementation: "xla", or "mosaic_tpu", a kernel for the few tokens of decoding
-        and entries that are a multiple of 128 wide, which reads only windows that end;
-        None takes that in programs for TPUs where it can.
+      implementation: "xla", or "mosaic_tpu" or "mosaic_gpu", kernels for the few tokens
+        of decoding and entries that are a multiple of 128 wide, which read only windows
+        that end; None takes those in programs for TPUs and Hopper GPUs where they can.
 
     Returns:
       The rows of `pending`, and those of `entries`.

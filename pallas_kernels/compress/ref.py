@@ -50,14 +50,36 @@ def compress_xla(
             around_BRX, place_BCp
         )
     pooled_BCH = pool(rows_BCpX, entry_BC, series)
+    entries = store(
+        pooled_BCH,
+        (entry_BC, ended_BC),
+        *(entries, weight_H, frequencies_h),
+        ratio=ratio,
+        eps=eps,
+        amplitude=amplitude,
+    )
+    return pending.rows_LBCH, entries.rows_LBCH
+
+
+def store(
+    pooled_BCH: Float[Array, "B C H"],
+    windows: tuple[Int[Array, "B C"], Bool[Array, "B C"]],
+    entries: Table,
+    weight_H: Float[Array, " H"],
+    frequencies_h: Float[Array, " h"],
+    *,
+    ratio: int,
+    eps: float,
+    amplitude: float,
+) -> Table:
+    """Norms and turns what was pooled, and writes it where a window ended."""
+    entry_BC, ended_BC = windows
     new_BCH = upcast(weight_H) * normalize(pooled_BCH, eps)
     turns = angles(entry_BC, frequencies_h, ratio=ratio, amplitude=amplitude)
     new_BCH = turn_neighbours(new_BCH, *turns)
-    slot_BC = jnp.broadcast_to(jnp.arange(ragged.slots)[:, None], entry_BC.shape)
-    entries = entries.put(
-        *(slot_BC.ravel(), entry_BC.ravel()), new_BCH.reshape(-1, H), ended_BC.ravel()
-    )
-    return pending.rows_LBCH, entries.rows_LBCH
+    slot_BC = jnp.broadcast_to(jnp.arange(len(entry_BC))[:, None], entry_BC.shape)
+    new_NH = new_BCH.reshape(-1, len(weight_H))
+    return entries.put(slot_BC.ravel(), entry_BC.ravel(), new_NH, ended_BC.ravel())
 
 
 def windows(ragged: Ragged, ratio: int) -> tuple[Int[Array, "B C"], Bool[Array, "B C"]]:

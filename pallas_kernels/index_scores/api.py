@@ -41,4 +41,22 @@ def index_scores(
       ValueError: an implementation that is unknown or does not support the operands.
     """
     operands = (q_TNH, keys, weights_TN, ragged, limits_T)
-    return call("index_scores", IMPLEMENTATIONS, implementation, *operands)
+    return call("index_scores", IMPLEMENTATIONS, implementation, *operands, best=False)
+
+
+def scores_and_best(
+    q_TNH: Float[Array, "T N H"],
+    keys: Table,
+    weights_TN: Float[Array, "T N"],
+    ragged: Ragged,
+    limits_T: Int[Array, " T"] | None = None,
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "T C"], Float[Array, "T c"]]:
+    """The same scores, and the best of every eight neighbours below a token's limit.
+
+    A choice may begin among those, see `top_k`. Where no entry of an eight is below the
+    limit, the best is -inf or anything.
+    """
+    operands = (q_TNH, keys, weights_TN, ragged, limits_T)
+    return call("index_scores", IMPLEMENTATIONS, implementation, *operands, best=True)

@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array, Int
 
-from pallas_kernels.index_scores.api import index_scores
+from pallas_kernels.index_scores.api import scores_and_best
 from pallas_kernels.indexer_topk.index import Index
 from pallas_kernels.indexer_topk.union import Union, union
 from pallas_kernels.ragged import Ragged
@@ -16,8 +16,8 @@ def choices(
 ) -> Int[Array, "T X"]:
     """What each query chooses, see `top_k`; no gradient flows through it."""
     operands = (index.q_TNH, index.keys, index.weights_TN, ragged, limits_T)
-    scores_TC = index_scores(*operands)
-    return top_k(jax.lax.stop_gradient(scores_TC), limits_T, k=index.picks)
+    scored = jax.lax.stop_gradient(scores_and_best(*operands))
+    return top_k(scored[0], limits_T, scored[1], k=index.picks)
 
 
 def choices_of(entries: Entries, ragged: Ragged) -> Int[Array, "T X"]:

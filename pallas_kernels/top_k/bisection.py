@@ -20,7 +20,7 @@ BITS = 2
 FEW = 1024
 
 
-def supports(scores_TC, limits_T, *, k) -> str | None:
+def supports(scores_TC, limits_T, best_Tc, *, k) -> str | None:
     """Why it does not choose among these; None if it does."""
     if (entries := scores_TC.shape[1]) <= FEW:
         return f"is for more than {FEW} scores of a row, not {entries}"
@@ -28,7 +28,11 @@ def supports(scores_TC, limits_T, *, k) -> str | None:
 
 
 def top_k_bisection(
-    scores_TC: Float[Array, "T C"], limits_T: Int[Array, " T"], *, k: int
+    scores_TC: Float[Array, "T C"],
+    limits_T: Int[Array, " T"],
+    best_Tc: Float[Array, "T c"] | None = None,
+    *,
+    k: int,
 ) -> Int[Array, "T X"]:
     """See `api.top_k`; lower entries come first."""
     visible_TC = jnp.arange(scores_TC.shape[1]) < limits_T[:, None]

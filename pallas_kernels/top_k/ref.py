@@ -6,7 +6,11 @@ from jaxtyping import Array, Float, Int
 
 
 def top_k_xla(
-    scores_TC: Float[Array, "T C"], limits_T: Int[Array, " T"], *, k: int
+    scores_TC: Float[Array, "T C"],
+    limits_T: Int[Array, " T"],
+    best_Tc: Float[Array, "T c"] | None = None,
+    *,
+    k: int,
 ) -> Int[Array, "T X"]:
     """See `api.top_k`."""
     entry_C = jnp.arange(scores_TC.shape[1])

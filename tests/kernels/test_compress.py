@@ -1,7 +1,7 @@
 """compress: rings remember every row, entries are softmax pools of whole windows.
 
-One suite for all implementations; kernels run in simulated memory of a TPU, where what
-was never written is NaN and two accesses that nothing orders are an error.
+One suite for all implementations; kernels run in simulated memory of a TPU or a GPU,
+where what was never written is NaN and two accesses that nothing orders are an error.
 """
 
 from contextlib import nullcontext
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import Ragged, Table, compress
@@ -40,7 +41,17 @@ KINDS = {
     "plain": Kind(1, 16, 48),
     "128": Kind(1, 128, 192, 16),
 }
-WIDTHS = {"xla": (6, 2), "mosaic_tpu": (256, 32)}
+WIDTHS = {"xla": (6, 2), "mosaic_tpu": (256, 32), "mosaic_gpu": (256, 32)}
+
+
+def simulated(implementation):
+    """The memory that a kernel runs in."""
+    careful = {"detect_races": True, "uninitialized_memory": "nan"}
+    if implementation == "mosaic_tpu":
+        return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**careful))
+    if implementation == "mosaic_gpu":
+        return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**careful))
+    return nullcontext()
 
 
 class Case:
@@ -77,13 +88,7 @@ class Case:
 
     def run(self, table, pages=None, **others):
         ragged = others.pop("ragged", self.ragged)
-        simulated = nullcontext()
-        if self.implementation != "xla":
-            params = pltpu.InterpretParams(
-                detect_races=True, uninitialized_memory="nan"
-            )
-            simulated = pltpu.force_tpu_interpret_mode(params)
-        with simulated:
+        with simulated(self.implementation):
             seen = run(
                 jnp.asarray(self.rows_TX),
                 Table(jnp.asarray(self.ring_LBSX), jnp.int32(1)),
@@ -272,8 +277,7 @@ def test_gradients_are_those_of_the_reference(implementation):
 
     operands = (jnp.asarray(x) for x in (case.rows_TX, case.ring_LBSX, case.weight_H))
     operands = tuple(operands)
-    simulated = pltpu.force_tpu_interpret_mode(pltpu.InterpretParams())
-    with simulated if implementation == "mosaic_tpu" else nullcontext():
+    with simulated(implementation):
         mine = jax.grad(loss, (0, 1, 2))(*operands, implementation)
     random = np.random.default_rng(1)
     with jax.enable_x64(True):

@@ -10,17 +10,23 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import index_scores
-from pallas_kernels.index_scores.api import IMPLEMENTATIONS
+from pallas_kernels.index_scores.api import IMPLEMENTATIONS, scores_and_best
 from tests.kernels.test_indexer_topk import KEYS, case
 
 
-def scored(index, tokens, limits, implementation):
-    simulated = plgpu.force_gpu_interpret_mode(
+def simulated(implementation):
+    """The memory that an implementation runs in."""
+    if implementation == "xla":
+        return nullcontext()
+    return plgpu.force_gpu_interpret_mode(
         plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     )
+
+
+def scored(index, tokens, limits, implementation):
     run = jax.jit(partial(index_scores, implementation=implementation))
     operands = (index.q_TNH, index.keys, index.weights_TN, tokens, limits)
-    with simulated if implementation == "mosaic_gpu" else nullcontext():
+    with simulated(implementation):
         return np.asarray(jax.block_until_ready(run(*operands)))
 
 
@@ -45,6 +51,28 @@ def test_without_limits_all_scores_count(name):
     np.testing.assert_array_equal(
         scored(index, tokens, None, name)[real], expected[real]
     )
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_the_best_of_every_eight_is_told(name):
+    """Of pages too short for it, the kernel leaves it to XLA."""
+    for paged in (False, True):
+        index, tokens, scores = case((7, 0, 2), 4, 3, dtype=jnp.bfloat16, paged=paged)
+        real = np.flatnonzero(np.asarray(tokens.slots_T) >= 0)
+        limits = np.zeros(len(scores), int)
+        limits[real] = [0, 1, 7, 8, 9, 300, KEYS, 64, 201]
+        run = partial(scores_and_best, implementation=name)
+        with simulated(name):
+            operands = (index.q_TNH, index.keys, index.weights_TN, tokens)
+            found = jax.jit(run)(*operands, jnp.asarray(limits))
+            mine, best = map(np.asarray, jax.block_until_ready(found))
+        assert best.shape == (len(scores), KEYS // 8)
+        for t in real:
+            np.testing.assert_array_equal(mine[t, : limits[t]], scores[t, : limits[t]])
+            expected = np.where(np.arange(KEYS) < limits[t], scores[t], -np.inf)
+            some = -(-limits[t] // 8)
+            expected = expected.reshape(-1, 8).max(1)[:some]
+            np.testing.assert_array_equal(best[t, :some], expected)
 
 
 def test_gradients_are_those_of_the_reference():

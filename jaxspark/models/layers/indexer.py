@@ -8,6 +8,7 @@ the lowest entry. The index keys are compressed like the entries themselves, wit
 weights of their own; queries come from the attention's query latent.
 """
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -39,6 +40,8 @@ class Indexer(nnx.Module):
         rotation: PartialRotation,
     ) -> Index:
         """What entries are scored by, and how many are chosen."""
+        # Else GPUs make one product of this and the queries', and copy both out of it.
+        latent_TR = jax.lax.optimization_barrier(latent_TR)
         q_TNH = self.q_b_proj(latent_TR).reshape(-1, self.heads, self.width)
         q_TNH = rotation(q_TNH).astype(keys.rows_LBCH.dtype)
         wide = accum_dtype(x_TD.dtype)
