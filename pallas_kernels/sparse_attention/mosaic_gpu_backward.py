@@ -90,7 +90,7 @@ def backward(operands, o_TNH, lse_TN, do_TNH, scale, causal, query_norm):
     tokens_TK = tokens_of(ragged, entries, lookback, causal, recent, length)
     heads = q_TNH, q_tail_TNL, do_TNH, do_tail_TNL, stats_TKN
     rows_SH = rows_BSH.reshape(-1, H)
-    width, copies = H // HALVES, HALVES * copies_of(H // HALVES)
+    width = H // HALVES
 
     def tiled(*shape):
         transforms = (
@@ -123,7 +123,7 @@ def backward(operands, o_TNH, lse_TN, do_TNH, scale, causal, query_norm):
             tiled(HALVES, HEADS, CHUNK),
             plgpu.SMEM((HALVES, HEADS), jnp.float32),
             *buffers,
-            plgpu.Barrier(num_arrivals=copies + chosen),
+            plgpu.Barrier(num_arrivals=HALVES * copies_of(HEADS, width) + chosen),
             plgpu.Barrier(num_arrivals=HALVES, num_barriers=SIDES),
             plgpu.Barrier(num_arrivals=HALVES, num_barriers=SIDES),
             plgpu.Barrier(num_arrivals=1, num_barriers=HALVES),
@@ -143,7 +143,9 @@ def backward(operands, o_TNH, lse_TN, do_TNH, scale, causal, query_norm):
             tiled(SIDES, HALVES, HALVES, TOGETHER, width),
             tiled(HALVES, BLOCK, TOGETHER),
             plgpu.Barrier(num_arrivals=HALVES),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=SIDES),
+            plgpu.Barrier(
+                num_arrivals=HALVES * copies_of(TOGETHER, width), num_barriers=SIDES
+            ),
             plgpu.Barrier(num_arrivals=HALVES),
             plgpu.Barrier(num_arrivals=1, num_barriers=HALVES),
         ],

@@ -58,7 +58,8 @@ def differentiate_queries(
     loaded, filled, emptied, weighed, summed = refs
     blocks = q_ref.shape[1] // HEADS
     block = jax.lax.axis_index("block")
-    t, heads = block // blocks, pl.ds(block % blocks * HEADS, HEADS)
+    t, first_head = block // blocks, block % blocks * HEADS
+    heads = pl.ds(first_head, HEADS)
     me = jax.lax.axis_index("warpgroup")
     width = k_buf.shape[-1]
     my_columns = pl.ds(pl.multiple_of(me * width, width), width)
@@ -150,7 +151,9 @@ def differentiate_queries(
             plgpu.barrier_wait(filled.at[side])
 
             def products(x_ref):
-                for c in range(HALVES):
+                # Not in one order: registers would keep where the query's parts lie.
+                for i in range(HALVES):
+                    c = jax.lax.rem(side + i, HALVES)
                     k_ref = k_buf.at[side, c].transpose((1, 0))
                     plgpu.wgmma(x_ref, both_buf.at[me, c], k_ref)
                 rows = fetch(j + 1)
@@ -169,7 +172,7 @@ def differentiate_queries(
 
         @pl.when(me == operand)
         def _(operand=operand, refs=refs):
-            fetch_heads(*refs, t, heads, both_buf.at[operand], loaded)
+            fetch_heads(*refs, t, first_head, both_buf.at[operand], loaded)
 
     if chosen:
         pl.when(me == 0)(

@@ -58,19 +58,18 @@ def differentiate_rows(
     begin, end = (jax.lax.div((part + k) * turns, parts) for k in range(2))
 
     def of_turn(i):
-        """A turn's token, and which of its heads."""
-        heads = jax.lax.rem(i, per_token) * TOGETHER
-        heads = pl.ds(pl.multiple_of(heads, TOGETHER), TOGETHER)
-        return first + jax.lax.div(i, per_token), heads
+        """A turn's token, and the first of its heads."""
+        head = pl.multiple_of(jax.lax.rem(i, per_token) * TOGETHER, TOGETHER)
+        return first + jax.lax.div(i, per_token), head
 
     def fetch(i):
-        side, (t, heads) = jax.lax.rem(i, SIDES), of_turn(i)
+        side, (t, head) = jax.lax.rem(i, SIDES), of_turn(i)
         for operand, refs in enumerate(((q_ref, q_tail_ref), (do_ref, do_tail_ref))):
 
             @pl.when(me == operand)
             def _(operand=operand, refs=refs):
                 target = both_buf.at[side, operand]
-                fetch_heads(*refs, t, heads, target, filled.at[side])
+                fetch_heads(*refs, t, head, target, filled.at[side])
 
     def seen(t):
         shape = (BLOCK, TOGETHER)
@@ -92,16 +91,18 @@ def differentiate_rows(
 
         @pl.loop(begin, end)
         def _(i):
-            side, (t, heads) = jax.lax.rem(i, SIDES), of_turn(i)
+            side, (t, head) = jax.lax.rem(i, SIDES), of_turn(i)
             plgpu.barrier_wait(filled.at[side])
 
             def of_heads(stat):
-                x_N = stats_ref.at[t, stat, heads]
+                x_N = stats_ref.at[t, stat, pl.ds(head, TOGETHER)]
                 x_N = plgpu.load(x_N, layout=COLUMN, optimized=False)
                 return jax.lax.broadcast_in_dim(x_N, (BLOCK, TOGETHER), [1])
 
             def products(x_ref):
-                for c in range(HALVES):
+                # Not in one order: registers would keep where the rows' parts lie.
+                for n in range(HALVES):
+                    c = jax.lax.rem(side + n, HALVES)
                     heads_ref = both_buf.at[side, me, c].transpose((1, 0))
                     plgpu.wgmma(x_ref, k_buf.at[c], heads_ref)
                 # The other has read the weights and heads of the turn before.

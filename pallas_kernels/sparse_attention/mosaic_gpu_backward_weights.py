@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.sparse_attention.mosaic_gpu_kernel import HALVES
+from pallas_kernels.sparse_attention.mosaic_gpu_kernel import HALVES, TILE_ROWS
 from pallas_kernels.sparse_attention.mosaic_gpu_queries import TURNING
 
 # What is known of a query's heads: for either warpgroup what its products are
@@ -23,29 +23,34 @@ FACTOR, SHIFT, NORM, STATS = 0, 2, 4, 5
 BASE, FIRST, RECENT, CHUNKS, OLDEST, NEWEST, LIMIT = range(7)
 
 
-def copies_of(width: int) -> int:
+def copies_of(heads: int, width: int) -> int:
     """That bring some heads of a query, whose halves are so wide."""
-    return HALVES + (width > TURNING)
+    return HALVES - 1 + heads // TILE_ROWS * (1 + (width > TURNING))
 
 
 def fetch_heads(source_ref, tail_ref, t, heads, target, barrier):
     """Asks for heads of a query [2, heads, H / 2], by `copies_of` copies.
 
-    Their last channels, which turn, lie turned in `tail_ref`.
+    Their last channels, which turn, lie turned in `tail_ref`. What comes side by side
+    with them comes in rows of tiles, of which a copy can fill a part.
     """
-    width = target.shape[-1]
-    still = HALVES * width - TURNING
-    pieces = [(source_ref, c * width, c, 0, width) for c in range(HALVES - 1)]
-    if width > TURNING:
-        size = width - TURNING
-        pieces += [(source_ref, still - size, HALVES - 1, 0, size)]
-    pieces += [(tail_ref, 0, HALVES - 1, width - TURNING, TURNING)]
-    for ref, first, half, at, size in pieces:
+    rows, width = target.shape[1:]
+    still = width - TURNING
+
+    def copy(ref, first, half, rows, at, size):
         plgpu.copy_gmem_to_smem(
-            ref.at[t, heads, pl.ds(first, size)],
-            target.at[half, :, pl.ds(at, size)],
+            ref.at[t, pl.ds(heads + rows.start, rows.size), pl.ds(first, size)],
+            target.at[half, rows, pl.ds(at, size)],
             barrier,
         )
+
+    for half in range(HALVES - 1):
+        copy(source_ref, half * width, half, pl.ds(0, rows), 0, width)
+    for row in range(0, rows, TILE_ROWS):
+        tile = pl.ds(row, TILE_ROWS)
+        if still:
+            copy(source_ref, (HALVES - 1) * width, HALVES - 1, tile, 0, still)
+        copy(tail_ref, 0, HALVES - 1, tile, still, TURNING)
 
 
 def sees(row, is_recent, tokens_ref, t, entries):

@@ -76,7 +76,9 @@ class Case:
         rows = jnp.asarray(np.stack([entries + 1, entries]), jnp.bfloat16)
         return Table(rows, 1, None if pages is None else jnp.asarray(pages))
 
-    def mine(self, o, lse, *, paged=False, causal=True, scale=0.3, norm=None, turn=None):
+    def mine(
+        self, o, lse, *, paged=False, causal=True, scale=0.3, norm=None, turn=None
+    ):
         """The kernels', given the forward pass; of entries those of all layers."""
         table = self.table(paged=paged)
         entries = None if self.which is None else Entries(table, **self.which)
