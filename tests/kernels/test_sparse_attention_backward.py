@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxspark.models import FlatTokens
 from pallas_kernels import Entries, Rotary, Table
-from pallas_kernels.sparse_attention import mosaic_gpu_backward, mosaic_gpu_kernel
+from pallas_kernels.sparse_attention import mosaic_gpu_backward
 from tests.kernels.test_sparse_attention import seen_of, seen_wgmma, turned
 
 HEADS, LOOKBACK, ENTRIES, PAGE = 64, 11, 80, 16
@@ -169,3 +169,32 @@ def test_gradients_are_those_of_the_equations(by, paged):
     case = Case(4, by)
     *forward, expected = case.expected()
     agrees(case.mine(*forward, paged=paged), expected)
+
+
+def test_queries_are_normed_and_turned_and_so_are_gradients():
+    """Of two blocks of heads, whose halves are wider than what turns."""
+    case = Case(3, "limits", heads=128, width=256, seed=1)
+    angles = np.random.default_rng(1).normal(size=(len(case.slots), 3))
+    turn = Rotary(*(jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin)))
+    *forward, expected = case.expected(norm=0.1, angles=angles)
+    agrees(case.mine(*forward, norm=0.1, turn=turn), expected)
+
+
+def test_a_block_sees_all_of_itself():
+    case = Case(5, "window", seed=2)
+    *forward, expected = case.expected(causal=False)
+    agrees(case.mine(*forward, causal=False), expected)
+
+
+def test_long_passes_have_several_blocks_of_rows_and_windows_between_them():
+    case = Case(58, "window", seed=3)
+    *forward, expected = case.expected()
+    agrees(case.mine(*forward), expected)
+
+
+def test_gradients_are_the_same_every_time_and_on_any_number_of_parts():
+    pass
+
+
+def test_a_mistake_is_found(monkeypatch):
+    """A chunk too few, or a query too few for a block of rows."""
