@@ -13,6 +13,7 @@ and puts recent rows in order.
 """
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +21,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import no_hopper
-from pallas_kernels.gradients import with_gradients_of
 from pallas_kernels.indexer_topk.ref import choices_of
 from pallas_kernels.indexer_topk.union import alone
+from pallas_kernels.precision import narrow
 from pallas_kernels.ragged import LANES, Ragged
 from pallas_kernels.rotary import Rotary, right_angles
 from pallas_kernels.sparse_attention import mosaic_gpu_kernel
 from pallas_kernels.sparse_attention.entries import Entries
+from pallas_kernels.sparse_attention.mosaic_gpu_backward import backward
 from pallas_kernels.sparse_attention.mosaic_gpu_kernel import (
     HALVES,
     HEADS,
@@ -42,7 +44,7 @@ from pallas_kernels.sparse_attention.mosaic_gpu_lists import (
 )
 from pallas_kernels.sparse_attention.mosaic_gpu_queries import TURNING
 from pallas_kernels.sparse_attention.plan import Plan
-from pallas_kernels.sparse_attention.ref import recent_rows, sparse_attention_xla
+from pallas_kernels.sparse_attention.ref import recent_rows
 
 # Rows of a chunk: chosen ones, which pass through registers, and others.
 TILES = 32, 64
@@ -85,7 +87,7 @@ def supports(
     return None
 
 
-@with_gradients_of(sparse_attention_xla)
+@functools.partial(jax.custom_vjp, nondiff_argnames=("scale", "causal", "query_norm"))
 def sparse_attention_mosaic_gpu(
     q_TNH: Float[Array, "T N H"],
     keys_TH: Float[Array, "T H"],
@@ -98,10 +100,57 @@ def sparse_attention_mosaic_gpu(
     causal: bool,
     query_norm: float | None,
 ) -> Float[Array, "T N H"]:
-    """See `api.sparse_attention`; gradients are those of the reference."""
+    """See `api.sparse_attention`; see `mosaic_gpu_backward` for gradients."""
+    operands = (q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, rotary)
+    return _saving(*operands, scale, causal, query_norm)[0]
+
+
+def _saving(*operands_and_options):
+    *operands, scale, causal, query_norm = operands_and_options
+    with jax.enable_x64(False):
+        *rest, ragged, entries, rotary = narrow(operands)
+        if entries is not None and entries.some:
+            chosen_TX = choices_of(entries, ragged)
+            entries = Entries(entries.table, chosen_TX=chosen_TX)
+        operands = *rest, ragged, entries, rotary
+        o_TNH, lse_TN = forward(*operands, scale, causal, query_norm)
+    return o_TNH, (operands, o_TNH, lse_TN)
+
+
+def _backward(scale, causal, query_norm, saved, do_TNH):
+    operands, o_TNH, lse_TN = saved
+    with jax.enable_x64(False):
+        options = scale, causal, query_norm
+        *grads, drows = backward(operands, o_TNH, lse_TN, do_TNH, *options)
+    if drows is None:
+        return *grads, None, None, None
+    table = operands[-2].table
+    table = replace(table, rows_LBCH=drows, layer=None, pages_BP=None)
+    return *grads, None, Entries(table), None
+
+
+sparse_attention_mosaic_gpu.defvjp(_saving, _backward)
+
+
+def forward(
+    q_TNH: Float[Array, "T N H"],
+    keys_TH: Float[Array, "T H"],
+    before_BWH: Float[Array, "B W H"],
+    sinks_N: Float[Array, " N"],
+    ragged: Ragged,
+    entries: Entries | None,
+    rotary: Rotary | None,
+    scale: float,
+    causal: bool,
+    query_norm: float | None,
+) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
+    """The output and, to the base 2, logarithms of what weights were divided by.
+
+    Entries are below a limit, or named.
+    """
     lookback, union = before_BWH.shape[1], None
-    if entries is not None and entries.some:
-        union = alone(ragged.grouped(choices_of(entries, ragged), -1, 1)[:, 0])
+    if entries is not None and entries.chosen_TX is not None:
+        union = alone(ragged.grouped(entries.chosen_TX, -1, 1)[:, 0])
     plan = Plan.of(
         ragged, entries, lookback, causal, 1, union=union, queries=1, tiles=TILES
     )
@@ -175,8 +224,13 @@ def sparse_attention_mosaic_gpu(
         kernel_name="sparse_attention",
     )(*operands)
     if parts == 1:
-        return o_PTNH[0]
-    share_PTN = jax.nn.softmax(lse_PTN / mosaic_gpu_kernel.LOG2E, axis=0)
-    return jnp.einsum(
-        "PTN,PTNH->TNH", share_PTN, o_PTNH, preferred_element_type=jnp.float32
-    ).astype(dtype)
+        return o_PTNH[0], lse_PTN[0]
+    whole_TN = jax.nn.logsumexp(lse_PTN / mosaic_gpu_kernel.LOG2E, axis=0)
+    whole_TN *= mosaic_gpu_kernel.LOG2E
+    o_TNH = jnp.einsum(
+        "PTN,PTNH->TNH",
+        jnp.exp2(lse_PTN - whole_TN),
+        o_PTNH,
+        preferred_element_type=jnp.float32,
+    )
+    return o_TNH.astype(dtype), whole_TN

@@ -20,6 +20,7 @@ CHIPS = by_chip(
     "h100:4": (
         *("flash chosen", "flash limits paged", "flash limits narrow"),
         *("flash chosen sharded", "pro chosen", "pro limits"),
+        *("train chosen gradients", "pro limits gradients"),
     )
     if ALL
     else ("flash chosen", "pro limits")
@@ -34,9 +35,11 @@ def test_a_layer_is_read_where_it_lies(chip):
         print(chip, case, f"{report['temp_bytes'] / 1e6:.1f} MB beside its arguments")
         # A register too many would go to memory in every chunk.
         assert not report.get("spilled"), (case, report["registers"])
-        assert report["kernels"] == 1 + ("gradients" in case), case
+        backward = 2 if platform == "h100" else 1
+        assert report["kernels"] == 1 + backward * ("gradients" in case), case
         # A layer's entries are 34 MB. Long passes have larger things than that; what
-        # gradients of 4,096 queries take, with the output, is an eighth of XLA's 4 GB.
+        # gradients of 4,096 queries take, with the output, is an eighth of XLA's 4 GB,
+        # and of its 9.7 GB on a GPU a twentieth.
         large = "long" in case or "gradients" in case
         assert report["temp_bytes"] < (500e6 if large else 16e6), case
         copies = "\n".join(line[:300] for line in report["copies"])
