@@ -18,7 +18,7 @@ from rich.table import Table
 from jaxspark.benchmark.prefilled import Contestant, PrefilledBatch
 from jaxspark.benchmark.sequences import TimingOptions
 from jaxspark.calibration.files import load_calibration
-from jaxspark.calibration.profile import measured_with_progress
+from jaxspark.calibration.measuring import measured_with_progress
 from jaxspark.checkpoints import load_drafter
 from jaxspark.checkpoints.folders import sha256
 from jaxspark.checkpoints.load import drafter_folder

@@ -6,12 +6,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from jaxspark.calibration.files import MissingCalibration, load_calibration
-from jaxspark.calibration.profile import (
-    Setting,
-    find_profile,
-    load_profiles,
-    with_measured_costs,
-)
+from jaxspark.calibration.measuring import with_measured_costs
+from jaxspark.calibration.profile import Setting, find_profile, load_profiles
 from jaxspark.decoding import (
     Calibration,
     DecodeOptions,

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from jaxspark import load_drafter
-from jaxspark.calibration.profile import measured_with_progress, save_profiles
+from jaxspark.calibration.measuring import measured_with_progress
+from jaxspark.calibration.profile import save_profiles
 from jaxspark.calibration.report import report_costs
 from jaxspark.configuration import option
 from jaxspark.launch import common, program

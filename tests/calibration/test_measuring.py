@@ -1,11 +1,11 @@
-"""Cost profiles: which buckets they keep, and where they can be measured."""
+"""Measured costs: which buckets they keep, where and how long rounds are timed."""
 
 import itertools
 
 import pytest
 
-from jaxspark.calibration import profile as profiles
-from jaxspark.calibration.profile import measure_costs, pareto_buckets
+from jaxspark.calibration import measuring
+from jaxspark.calibration.measuring import measure_costs, pareto_buckets
 from tests import zoo
 
 
@@ -30,7 +30,7 @@ def test_one_request_with_little_room_is_measured_too():
 def test_long_rounds_are_timed_one_by_one(seconds, rounds, monkeypatch):
     """A fake clock; all runs but the two that find out how long rounds are."""
     asked, clock = [], itertools.count()
-    compiled = profiles.compiled
+    compiled = measuring.compiled
 
     def counting(run):
         def counted(model, drafter, state, count, **options):
@@ -39,9 +39,9 @@ def test_long_rounds_are_timed_one_by_one(seconds, rounds, monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(profiles, "compiled", counting)
+    monkeypatch.setattr(measuring, "compiled", counting)
     # What lies between two looks at it is a run of as many rounds.
-    monkeypatch.setattr(profiles, "perf_counter", lambda: next(clock) * 4 * seconds)
+    monkeypatch.setattr(measuring, "perf_counter", lambda: next(clock) * 4 * seconds)
     model = zoo.target()
     drafter = zoo.drafter("dspark-vanilla", model)
     measure_costs(
