@@ -116,7 +116,7 @@ def exchange(
     of_model = size(MODEL)
     kept_TX = (experts_TX >= 0) & (holder_TX % of_model == index(MODEL))
     to_TX = jnp.where(kept_TX, holder_TX // of_model, n)
-    transport = partial(jax.lax.ragged_all_to_all, axis_name=EXPERT)
+    transport: Transport = partial(jax.lax.ragged_all_to_all, axis_name=EXPERT)
     if how == "padded":
         transport = _padded_all_to_all
     received = _there_and_back(

@@ -108,9 +108,7 @@ def outputs(
 
 def _products(x_AD, weights, group_sizes_E, offset, limit: float):
     """Of rows in the order of their experts."""
-    multiply = partial(
-        grouped_matmul, group_sizes_E=group_sizes_E, group_offset=offset
-    )
+    multiply = partial(grouped_matmul, group_sizes_E=group_sizes_E, group_offset=offset)
     gate_up, down = weights
     gate_AF, up_AF = jnp.split(multiply(x_AD, gate_up), 2, axis=1)
     return multiply(clamped_swiglu(gate_AF, up_AF, limit), down)
