@@ -28,7 +28,7 @@ Rows of width D that a shard with T tokens receives of others, of n shards:
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ from pallas_kernels.dispatch import expected_platform
 from pallas_kernels.precision import upcast
 
 
+@runtime_checkable
 class Local(Protocol):
     """The experts that a shard has."""
 
