@@ -28,7 +28,7 @@ Rows of width D that a shard with T tokens receives of others, of n shards:
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ from pallas_kernels.dispatch import expected_platform
 from pallas_kernels.precision import upcast
 
 
+@runtime_checkable
 class Local(Protocol):
     """The experts that a shard has."""
 
@@ -116,7 +117,7 @@ def exchange(
     of_model = size(MODEL)
     kept_TX = (experts_TX >= 0) & (holder_TX % of_model == index(MODEL))
     to_TX = jnp.where(kept_TX, holder_TX // of_model, n)
-    transport = partial(jax.lax.ragged_all_to_all, axis_name=EXPERT)
+    transport: Transport = partial(jax.lax.ragged_all_to_all, axis_name=EXPERT)
     if how == "padded":
         transport = _padded_all_to_all
     received = _there_and_back(

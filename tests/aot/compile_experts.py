@@ -22,6 +22,7 @@ from jaxspark.models.layers.experts import Experts, Routing
 from jaxspark.parallel.axes import EXPERTS, SLOTS
 from jaxspark.simulation.chips import abstract, parse_slice
 from jaxspark.simulation.traffic import LocalExperts, traffic
+from tests.aot.hlo import new_arrays
 
 LAYERS = 2
 
@@ -74,16 +75,19 @@ def report(topology: str, mesh: str, tokens: str, file: str = "") -> dict:
     text = compiled.as_text()
     if file:
         Path(file).write_text(text)
-    holders = grid.shape["expert"] * grid.shape["model"]
-    config = deepseek_v4_flash()
-    count = config.n_routed_experts // holders
+    config, shards = deepseek_v4_flash(), grid.shape["expert"]
+    count = config.n_routed_experts // (shards * grid.shape["model"])
     size = 3 * 2 * config.hidden_size * config.moe_intermediate_size
+    worst = int(tokens) * shards * config.num_experts_per_tok * config.hidden_size
     found = traffic(text, devices=grid.size, experts=LocalExperts(count, 1 / SLACK))
     return {
         "moved": found.memory,
         "weights": count * size,
         "sent": found.by_kind(),
         "temporary": compiled.memory_analysis().temp_size_in_bytes,
+        "worst_case": [
+            line for line in new_arrays(text, worst) if "AllocateBuffer" not in line
+        ],
     }
 
 

@@ -62,13 +62,17 @@ gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
 
 def test_blocks_are_as_many_as_pairs_need():
     """A shard of 8 takes one for its share, all that it takes if it gets everything."""
+
+    def pairs_of(experts_RX):
+        return Pairs.of(jnp.asarray(experts_RX), 4)
+
     size = block_size(1024, share=8)
     assert size == SLACK * 1024 / 8
     experts_RX = np.full((512, 2), -1)
     experts_RX[::8] = [0, 3]
-    assert Pairs.of(experts_RX, 4).blocks(size) == 1
+    assert pairs_of(experts_RX).blocks(size) == 1
     experts_RX[:, 1] = 2
-    pairs = Pairs.of(experts_RX, 4)
+    pairs = pairs_of(experts_RX)
     number = int(pairs.blocks(size))
     assert number == np.ceil((512 + 64) / size)
     blocks = [pairs.block(jnp.int32(each), size) for each in range(number)]
@@ -78,7 +82,7 @@ def test_blocks_are_as_many_as_pairs_need():
     ranks = np.concatenate([block.rank_A for block in blocks])
     assert len(set(ranks)) == len(ranks)
     np.testing.assert_array_equal(np.sort(ranks)[: 512 + 64], np.arange(512 + 64))
-    assert Pairs.of(np.full((512, 2), -1), 4).blocks(size) == 0
+    assert pairs_of(np.full((512, 2), -1)).blocks(size) == 0
 
 
 @pytest.mark.parametrize("skew", SKEWS)

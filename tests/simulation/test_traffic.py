@@ -139,3 +139,18 @@ def test_a_prefetch_for_the_next_run_counts_once():
         "",
     ]
     assert traffic("\n".join(lines)).memory == 32
+
+
+def test_a_ragged_exchange_moves_what_may_go_and_come():
+    """Not the room for everything that any other shard could send."""
+    rooms = "f32[16,8] %x, f32[64,8] %room"
+    lines = [
+        "ENTRY %main (x: f32[16,8]) -> f32[64,8] {",
+        "  %x = f32[16,8] parameter(0)",
+        '  %room = f32[64,8] custom-call(), custom_call_target="AllocateBuffer"',
+        f"  ROOT %y = f32[64,8] ragged-all-to-all({rooms}), replica_groups={{{{0,1}}}}",
+        "}",
+        "",
+    ]
+    found = traffic("\n".join(lines), devices=2)
+    assert found.memory == 2 * 16 * 8 * 4

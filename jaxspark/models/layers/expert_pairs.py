@@ -25,7 +25,7 @@ from pallas_kernels.precision import accum_dtype
 from pallas_kernels.quantized import Quantized
 
 # Matrices [G, 2 F, D] and [G, D, F] of groups of experts.
-type Matrices = tuple[Float[Array, "G O I"] | Quantized, ...]
+type Matrices = tuple[Float[Array, "G _ _"] | Quantized, ...]
 # How uneven routing may be before a shard takes a second block.
 SLACK = 1.5
 # A TPU's tile has as many rows of bfloat16.
