@@ -27,7 +27,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.compress.mosaic_tpu_kernel import TILE, Sizes, kernel
+from pallas_kernels.compress.mosaic_tpu_kernel import kernel
+from pallas_kernels.compress.mosaic_tpu_sizes import TILE, Sizes
 from pallas_kernels.compress.ref import compress_xla, windows
 from pallas_kernels.gradients import with_gradients_of
 from pallas_kernels.ragged import LANES, Ragged, Table

@@ -6,61 +6,14 @@ is one stretch of arithmetic. The last turn is filled up with its last window. E
 have buffers of their own, and leave while others are made.
 """
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.compress.mosaic_tpu_append import Appending
 from pallas_kernels.compress.mosaic_tpu_entry import entry_lanes
-
-# Windows of a turn, if they are small; turns on their way and in work, of others too.
-TOGETHER, SMALL = 8, 128 << 10
-FEW, MANY = 2, 8
-# Rows around an entry that are written together.
-TILE = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """Static sizes.
-
-    Attributes:
-      ratio, series, width: m; series of a row; H.
-      slots, slots_per_core: B; slots of a core, those that fill up the last included.
-      windows: most that end of a slot.
-      length: S, rows of the ring.
-      piece: positions that lie together in the ring wherever a window begins.
-      shared: whether an entry is written with the rows around it.
-      eps: of the norm.
-    """
-
-    ratio: int
-    series: int
-    width: int
-    slots: int
-    slots_per_core: int
-    windows: int
-    length: int
-    piece: int
-    shared: bool
-    eps: float
-
-    @property
-    def span(self) -> int:
-        """Rows of a window, of all series."""
-        return self.series * self.ratio
-
-    @property
-    def together(self) -> int:
-        """Windows of a turn."""
-        return TOGETHER if 8 * self.span * self.width <= SMALL else 1
-
-    @property
-    def depth(self) -> int:
-        """Turns on their way and in work."""
-        return FEW if self.together > 1 else MANY
+from pallas_kernels.compress.mosaic_tpu_sizes import TILE, Sizes
 
 
 def kernel(
@@ -112,23 +65,6 @@ def kernel(
     def ring_of(slot):
         """Its first row."""
         return (layer_ref[0] * sizes.slots + slot) * S
-
-    def append(slot):
-        def one(token, place):
-            new = rows_any.at[pl.ds(offsets_ref[slot] + token, 1)]
-            here = ring_any.at[pl.ds(ring_of(slot) + place, 1)]
-            pltpu.make_async_copy(new, here, append_sem).start()
-            return jnp.where(place == S - 1, 0, place + 1)
-
-        place = jax.lax.rem(starts_ref[slot], S)
-        jax.lax.fori_loop(0, tokens_of(counts_ref, slot), one, place)
-
-    def await_append(slot):
-        row = ring_any.at[pl.ds(0, 1)]
-
-        @pl.loop(0, tokens_of(counts_ref, slot))
-        def _(_):
-            pltpu.make_async_copy(row, row, append_sem).wait()
 
     def list_windows(slot, count):
         for i in range(sizes.windows):
@@ -209,10 +145,13 @@ def kernel(
 
     for copy in constants:
         copy.start()
-    pl.loop(*slots)(append)
+    rings = Appending(
+        rows_any, ring_any, starts_ref, counts_ref, offsets_ref, append_sem, sizes
+    )
+    pl.loop(*slots)(lambda slot: rings.start(slot, ring_of(slot)))
     count = jax.lax.fori_loop(*slots, list_windows, jnp.int32(0))
     turns = (count + together - 1) // together
-    pl.loop(*slots)(await_append)
+    pl.loop(*slots)(rings.wait)
 
     def start(turn):
         @pl.when(turn < turns)
@@ -259,11 +198,6 @@ def kernel(
     @pl.loop(0, written)
     def _(_):
         pltpu.make_async_copy(entry_buf.at[0], entry_buf.at[0], write_sem).wait()
-
-
-def tokens_of(counts_ref, slot):
-    """Tokens of a slot."""
-    return counts_ref[slot]
 
 
 def ends(place_ref, window):
