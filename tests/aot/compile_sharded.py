@@ -1,7 +1,7 @@
 """Compiles a DeepSeek-V4's decode loop for several chips; prints what each sends.
 
-    python -m tests.aot.compile_sharded v5p:2x2x2 data:2,expert:4 flash
-    python -m tests.aot.compile_sharded h100:4 expert:4 mini
+python -m tests.aot.compile_sharded v5p:2x2x2 data:2,expert:4 flash
+python -m tests.aot.compile_sharded h100:4 expert:4 mini
 """
 
 import json
@@ -39,7 +39,8 @@ def report(topology: str, mesh: str, preset: str) -> dict:
         program = lower_decoding(
             "decode",
             grid,
-            *abstract_models(config, block_length=BLOCK),
+            # Flash as it is released: in bfloat16 four chips cannot hold it.
+            *abstract_models(config, quantized=preset == "flash", block_length=BLOCK),
             block_length=BLOCK,
             **size,
         )
