@@ -104,13 +104,13 @@ def where(config: Config) -> tuple[str, str, Timer]:
         parse_slice(config.topology)
         return chip, "static schedule", by_schedule(config.topology)
     kind = jax.devices()[0].device_kind
-    chip = chip_of(kind)
-    if chip not in CLOCKS:
+    here = chip_of(kind)
+    if here not in CLOCKS:
         raise ValueError(
             f"kernels whose sizes can be tuned are for TPUs, and this is {kind}; for a "
             "chip that is not here, its compiler ranks sizes: --topology=v5p:2x2x1"
         )
-    return chip, f"device {kind}", by_device(config.repeats)
+    return here, f"device {kind}", by_device(config.repeats)
 
 
 def table(found: list[Tuned], least_gain: float) -> dict:

@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import tempfile
+import typing
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import ShapedArray
 from jax.experimental.layout import Format, Layout
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
@@ -62,10 +64,8 @@ def scheduled(onto: Slice, problem: Problem, sizes: Sizes, folder: Path) -> floa
 
         # Operands lie as the kernel wants them: no copies to be profiled either.
         anywhere = Format(Layout.AUTO, place)
-        arguments = [
-            jax.ShapeDtypeStruct(each.aval.shape, each.aval.dtype)
-            for each in kernel.invars
-        ]
+        avals = [typing.cast(ShapedArray, each.aval) for each in kernel.invars]
+        arguments = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in avals]
         jax.jit(alone, in_shardings=anywhere, out_shardings=anywhere).lower(
             *arguments
         ).compile()

@@ -65,15 +65,13 @@ class Tuned:
 
         None where the default has no time: then nothing can be said.
         """
-        if self.default_seconds is None:
+        own = next(t for t in self.timed if t.sizes == self.default)
+        if own.seconds is None:
             return None
-        found = min(
-            (t for t in self.timed if t.seconds is not None),
-            key=lambda t: (t.seconds, t.sizes != self.default),
-        )
-        if found.seconds > (1 - least_gain) * self.default_seconds:
-            return next(t for t in self.timed if t.sizes == self.default)
-        return found
+        seconds = {i: t.seconds for i, t in enumerate(self.timed) if t.seconds}
+        fastest = min(seconds, key=lambda i: seconds[i])
+        gains = seconds[fastest] < (1 - least_gain) * own.seconds
+        return self.timed[fastest] if gains else own
 
 
 type Timer = Callable[[Problem, Sequence[Sizes]], Iterable[Timed]]

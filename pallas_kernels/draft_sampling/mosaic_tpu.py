@@ -70,8 +70,8 @@ def pass_over(base_GBW, latent_BR, weight_WR, columns, ids_W, scalars, *, noisy:
     Slots and ranks are padded, but not those of the base logits.
     """
     (padded, rank), (_, B, W) = latent_BR.shape, base_GBW.shape
-    of = shape(latent_BR.dtype, B=padded, R=rank)
-    [width] = block_sizes("draft_sampling", of, tokens=TOKENS)
+    size = shape(latent_BR.dtype, B=padded, R=rank)
+    [width] = block_sizes("draft_sampling", size, tokens=TOKENS)
     while width > LANES and width * padded > _MOST_LOGITS:
         width //= 2
     tiles = pl.cdiv(W, width)

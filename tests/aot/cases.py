@@ -2,8 +2,8 @@
 
 `make aot` compiles every op for every chip at the sizes of both models, and what is
 special (gradients, long passes, pages, several chips, other types) for one chip each,
-not always the same. All of it, with the rounds, takes two cores a quarter of an hour.
-Other runs compile a few programs, for a TPU v5e and an H100.
+not always the same: on two cores all of it, rounds included, is to take no more than a
+quarter of an hour. Other runs compile a few programs, for a TPU v5e and an H100.
 """
 
 import os

@@ -18,8 +18,10 @@ TILE = 8
     ],
 )
 def test_a_round_sends_what_its_exchange_needs(platform, topology, mesh, slot_shards):
+    """Flash's whole decode loop on one chip's share, kernels inside `shard_map`."""
     n = 4
-    [found] = answers(platform, "compile_sharded", topology, mesh)
+    [found] = answers(platform, "compile_sharded", topology, mesh, "flash")
+    assert found["kernels"]
     assert found["tables"] and not found["whole_caches"] and not found["copies"]
     layers, width = found["depth"] + 3, found["width"]
     tokens = -(-found["tokens"] // slot_shards // TILE) * TILE
