@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import rings
-from pallas_kernels.compress.ref import compress_xla, kept_whole, store, windows
+from pallas_kernels.compress.ref import compress_xla, store, windows
 from pallas_kernels.dispatch import not_hopper
 from pallas_kernels.gradients import with_gradients_of
 from pallas_kernels.ragged import LANES, Ragged, Table
@@ -44,7 +44,7 @@ def supports(
     if H % LANES:
         return f"needs entries that are a multiple of {LANES} wide, got {H}"
     series = rows_TX.shape[1] // (2 * H)
-    if not kept_whole(pending, ragged, series * ratio - 1):
+    if not rings.kept_whole(pending, ragged, series * ratio - 1):
         return (
             f"reads windows of {series * ratio} positions out of a ring, and "
             f"{ragged.rows} tokens do not fit beside one in {pending.length} rows"

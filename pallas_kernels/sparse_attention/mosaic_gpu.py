@@ -8,8 +8,8 @@ A block of threads serves 64 heads of one query (see `mosaic_gpu_kernel`): as ma
 as the smallest product has, and as many sums as the registers of two warpgroups hold.
 So a query reads what it chose, not the union of its neighbours' choices as on TPUs;
 what neighbours of a slot share, they find in the cache of the second level, since their
-blocks run side by side. XLA plans the reading (see `plan`, with groups of one query)
-and puts recent rows in order.
+blocks run side by side. XLA plans the reading (see `plan`, with groups of one query).
+Recent rows are read out of their ring.
 """
 
 import functools
@@ -24,25 +24,28 @@ from pallas_kernels.gradients import with_gradients_of
 from pallas_kernels.indexer_topk.ref import choices_of
 from pallas_kernels.indexer_topk.union import alone
 from pallas_kernels.ragged import LANES, Ragged
+from pallas_kernels.rings import Lookback
 from pallas_kernels.rotary import Rotary, right_angles
 from pallas_kernels.sparse_attention import mosaic_gpu_kernel
 from pallas_kernels.sparse_attention.entries import Entries
-from pallas_kernels.sparse_attention.mosaic_gpu_kernel import (
-    HALVES,
-    HEADS,
-    SIDES,
-    SWIZZLED,
-    TILE_ROWS,
-)
+from pallas_kernels.sparse_attention.mosaic_gpu_kernel import HEADS
 from pallas_kernels.sparse_attention.mosaic_gpu_lists import (
     most_chunks,
     named,
     parts_of,
     per_token,
+    recent,
 )
 from pallas_kernels.sparse_attention.mosaic_gpu_queries import TURNING
+from pallas_kernels.sparse_attention.mosaic_gpu_rows import (
+    HALVES,
+    SIDES,
+    SWIZZLED,
+    TILE_ROWS,
+    arrivals,
+)
 from pallas_kernels.sparse_attention.plan import Plan
-from pallas_kernels.sparse_attention.ref import recent_rows, sparse_attention_xla
+from pallas_kernels.sparse_attention.ref import sparse_attention_xla
 
 # Rows of a chunk: chosen ones, which pass through registers, and others.
 TILES = 32, 64
@@ -53,7 +56,7 @@ _MOST_CHOSEN = 8192
 def supports(
     q_TNH,
     keys_TH,
-    before_BWH,
+    before,
     sinks_N,
     ragged,
     entries,
@@ -66,7 +69,7 @@ def supports(
     """Why the kernel cannot attend over these; None if it can."""
     _, heads, width = q_TNH.shape
     tables = [] if entries is None else [entries.table.rows_LBCH]
-    if reason := no_hopper(q_TNH, keys_TH, before_BWH, *tables):
+    if reason := no_hopper(q_TNH, keys_TH, before, *tables):
         return reason
     for rows in tables:
         if not entries.some and rows.shape[2] % TILE_ROWS:
@@ -89,7 +92,7 @@ def supports(
 def sparse_attention_mosaic_gpu(
     q_TNH: Float[Array, "T N H"],
     keys_TH: Float[Array, "T H"],
-    before_BWH: Float[Array, "B W H"],
+    before: Float[Array, "B W H"] | Lookback,
     sinks_N: Float[Array, " N"],
     ragged: Ragged,
     entries: Entries | None,
@@ -99,7 +102,7 @@ def sparse_attention_mosaic_gpu(
     query_norm: float | None,
 ) -> Float[Array, "T N H"]:
     """See `api.sparse_attention`; gradients are those of the reference."""
-    lookback, union = before_BWH.shape[1], None
+    lookback, union = before.shape[1], None
     if entries is not None and entries.some:
         union = alone(ragged.grouped(choices_of(entries, ragged), -1, 1)[:, 0])
     plan = Plan.of(
@@ -107,17 +110,13 @@ def sparse_attention_mosaic_gpu(
     )
     chosen = plan.chosen
     tile = TILES[0] if chosen else TILES[1]
-    first_B11 = lookback - ragged.starts_B[:, None, None]  # row of position 0
-    unseen_BW1 = jnp.arange(lookback)[:, None] < first_B11
-    before_BWH = jnp.where(unseen_BW1, 0, before_BWH)
-    recent_BRH = recent_rows(before_BWH, keys_TH, ragged)
-    missing = -recent_BRH.shape[1] % TILE_ROWS
+    recent_RH, *where = recent(before, keys_TH, ragged)
     T, N, H = q_TNH.shape
     dtype, width = q_TNH.dtype, H // HALVES
     operands = [
-        per_token(plan, ragged, tile),
+        per_token(plan, ragged, tile, *where),
         q_TNH,
-        jnp.pad(recent_BRH, ((0, 0), (0, missing), (0, 0))),
+        recent_RH,
         mosaic_gpu_kernel.LOG2E * sinks_N.astype(jnp.float32),
     ]
     buffers, turning = [], []
@@ -142,10 +141,9 @@ def sparse_attention_mosaic_gpu(
 
     if rotary is not None:
         turning = [tiled(min(tile, SWIZZLED), TURNING, TURNING)]
-    copies = tile // plan.piece if plan.piece > 1 else 1
     blocks = T * N // HEADS
     parts = parts_of(blocks, most_chunks(plan, tile), tile)
-    static = {"plan": plan.static(), "scale": scale, "parts": parts}
+    static = {"plan": plan.static(), "scale": scale, "parts": parts, "ring": where[0]}
     static |= {"norm": query_norm, "turns": rotary is not None}
     o_PTNH, lse_PTN = plgpu.kernel(
         functools.partial(mosaic_gpu_kernel.attend, **static),
@@ -161,7 +159,7 @@ def sparse_attention_mosaic_gpu(
             *buffers,
             *turning,
             plgpu.Barrier(num_arrivals=HALVES + chosen + len(turning)),
-            plgpu.Barrier(num_arrivals=HALVES * copies, num_barriers=SIDES),
+            plgpu.Barrier(num_arrivals=HALVES * arrivals(tile), num_barriers=SIDES),
             plgpu.Barrier(num_arrivals=HALVES, num_barriers=SIDES),
             plgpu.Barrier(num_arrivals=HALVES),
             plgpu.Barrier(num_arrivals=HALVES),

@@ -53,14 +53,13 @@ def highest(keys_TC: UInt32[Array, "T C"], k: int) -> Int[Array, "T X"]:
     """Places of the k highest keys above 0, in order; -1 behind the last."""
     if keys_TC.shape[1] > MOST:
         return bisection.highest(keys_TC, k)
-    return _highest(keys_TC, k=k)
+    return _highest(jax.lax.bitcast_convert_type(keys_TC, jnp.int32), k=k)
 
 
 @in_32_bits
 def _highest(keys_TC, *, k):
     T, C = keys_TC.shape
     keys_TC = jnp.pad(keys_TC, ((0, 0), (0, MOST - C)))
-    keys_TRC = jax.lax.bitcast_convert_type(keys_TC, jnp.int32).reshape(T, SIDE, SIDE)
     tiles = -(-k // SIDE)
     transforms = (
         plgpu.TilingTransform((8, SIDE)),
@@ -79,7 +78,7 @@ def _highest(keys_TC, *, k):
         grid=(T,),
         grid_names=("row",),
         kernel_name="top_k",
-    )(keys_TRC)
+    )(keys_TC.reshape(T, SIDE, SIDE))
     return places_TX[:, :k]
 
 

@@ -33,6 +33,7 @@ from pallas_kernels.sparse_attention import (
     mosaic_gpu,
     mosaic_gpu_kernel,
     mosaic_gpu_lists,
+    mosaic_gpu_rows,
     mosaic_tpu_chunks,
     mosaic_tpu_kernel,
     mosaic_tpu_queries,
@@ -539,14 +540,16 @@ def test_what_the_kernel_cannot_do_is_said():
 def test_a_gpu_copies_whole_tiles():
     """Which the simulator does not ask for, and a GPU would round down to."""
     attend = Attend("mosaic_gpu")
-    lookback, size = attend.sizes[2], mosaic_gpu_kernel.TILE_ROWS
-    tokens, *_, entries, _, limits = attend.made(11, 1, starts=np.array([0, 5, 20]))
+    lookback, size = attend.sizes[2], mosaic_gpu_rows.TILE_ROWS
+    starts = np.array([0, 5, 20])
+    tokens, _, keys, before, _, entries, _, limits = attend.made(11, 1, starts=starts)
+    _, *where = mosaic_gpu_lists.recent(before, keys, tokens)
     for table in attend.tables(entries, apart=False):
         which = Entries(table, limits_T=limits)
         planned = plan.Plan.of(
             tokens, which, lookback, True, 1, queries=1, tiles=(32, 32)
         )
-        first_T = mosaic_gpu.per_token(planned, tokens, 32)[:, 1]
+        first_T = mosaic_gpu.per_token(planned, tokens, 32, *where)[:, 1]
         for starts in (first_T, planned.pieces, planned.piece):
             assert not (np.asarray(starts) % size).any()
         assert np.asarray(first_T).max() > 0
