@@ -371,6 +371,25 @@ def test_recent_rows_are_read_out_of_their_ring(attend, rows, length, dtype):
     agrees(tokens, mine, expected)
 
 
+def test_what_no_query_sees_of_a_ring_may_be_no_number():
+    attend = Attend("mosaic_gpu")
+    rows, length, lookback = 11, 32, attend.sizes[2]
+    for starts in ([0, 2, 3 * length - 3], [13, 5, length + 2]):
+        tokens, q, keys, before, sinks, entries, _, limits = attend.made(
+            rows, 1, 12, np.array(starts), np.array([rows, 0, rows - 1])
+        )
+        ring = np.full((2, 3, length, q.shape[2]), np.nan)
+        for slot, start in enumerate(starts):
+            for back in range(1, min(lookback, start) + 1):
+                ring[1, slot, (start - back) % length] = before[slot, -back]
+        held = Table(jnp.asarray(ring, attend.dtype), 1)
+        held = rings.append(held, tokens.positions_T, keys, tokens)
+        seen = np.arange(entries.shape[1]) < np.asarray(limits)[:, None]
+        which = Entries(next(attend.tables(entries, apart=False)), limits_T=limits)
+        mine = attend(q, keys, rings.Lookback(held, lookback), sinks, tokens, which)
+        agrees(tokens, mine, plain(tokens, q, keys, before, sinks, entries, seen))
+
+
 @pytest.mark.parametrize("by", ["chosen", "limits"])
 def test_bfloat16_sums_in_float32(attend, by):
     if attend.dtype == jnp.bfloat16:
