@@ -39,7 +39,7 @@ def test_on_gpus_windows_are_read_where_they_end():
     reports = answers("h100", "compile_compress", "h100:1", *CASES)
     for case, report in zip(CASES, reports, strict=True):
         assert report["kernels"] == 1 and not report["copies"], case
-        assert not report["spilled"], report["registers"]
+        assert not report.get("spilled"), case  # a kernel is assembled once
         assert report["temp_bytes"] < 2e6, case
         # Rows come, go into their ring, and are read once when their window ends.
         assert report["bytes"] < 1.2 * 4 * report["row_bytes"] + 1e6, case

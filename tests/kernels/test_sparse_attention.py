@@ -499,6 +499,37 @@ def test_gradients_are_those_of_the_reference(by, kernel):
         np.testing.assert_allclose(mine, expected, atol=1e-5 * scale + 1e-30)
 
 
+@pytest.mark.parametrize("kernel", ["mosaic_tpu", "mosaic_gpu"])
+def test_gradients_reach_rows_in_their_ring(kernel):
+    """Which are those of the rows before the pass; its own have theirs."""
+    attend, length, starts = Attend(kernel), 16, np.array([0, 2, 45])
+    tokens, *arrays = attend.made(4, 1, 13, starts, np.array([4, 0, 3]))
+    q, keys, _, sinks, *_ = (x.astype(attend.dtype) for x in arrays)
+    ring = np.random.default_rng(0).normal(size=(1, 3, length, q.shape[2]))
+    held = rings.append(
+        Table(jnp.asarray(ring, attend.dtype)), tokens.positions_T, keys, tokens
+    )
+    do = np.random.default_rng(1).normal(size=q.shape).astype(q.dtype)
+    do[np.asarray(tokens.slots_T) < 0] = 0
+
+    def gradients(attend):
+        def of(q, keys, rows):
+            back = rings.Lookback(held.having(rows), attend.sizes[2])
+            return attend.run(q, keys, back, sinks, tokens)
+
+        with SIMULATED[kernel]():
+            _, back = jax.vjp(of, q, keys, held.rows_LBCH)
+            return jax.block_until_ready(back(do))
+
+    reference = Attend("xla")
+    reference.sizes = attend.sizes
+    for mine, expected in zip(gradients(attend), gradients(reference), strict=True):
+        mine, expected = (np.asarray(x, np.float32) for x in (mine, expected))
+        tolerance = 1e-2 if attend.dtype == jnp.bfloat16 else 1e-5
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(mine, expected, atol=tolerance * scale)
+
+
 def test_rows_read_as_words_are_the_rows():
     rows = np.arange(2 * 32 * 512.0).reshape(2, 32, 4, 128).astype(jnp.bfloat16)
     halves = rows.view(np.uint16).astype(np.uint32)
