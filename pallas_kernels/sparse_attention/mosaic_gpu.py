@@ -110,11 +110,11 @@ def sparse_attention_mosaic_gpu(
     )
     chosen = plan.chosen
     tile = TILES[0] if chosen else TILES[1]
-    recent_RH, *where = recent(before, keys_TH, ragged)
+    recent_RH, ring, first_B, origin_B = recent(before, keys_TH, ragged)
     T, N, H = q_TNH.shape
     dtype, width = q_TNH.dtype, H // HALVES
     operands = [
-        per_token(plan, ragged, tile, *where),
+        per_token(plan, ragged, tile, ring, first_B, origin_B),
         q_TNH,
         recent_RH,
         mosaic_gpu_kernel.LOG2E * sinks_N.astype(jnp.float32),
@@ -143,7 +143,7 @@ def sparse_attention_mosaic_gpu(
         turning = [tiled(min(tile, SWIZZLED), TURNING, TURNING)]
     blocks = T * N // HEADS
     parts = parts_of(blocks, most_chunks(plan, tile), tile)
-    static = {"plan": plan.static(), "scale": scale, "parts": parts, "ring": where[0]}
+    static = {"plan": plan.static(), "scale": scale, "parts": parts, "ring": ring}
     static |= {"norm": query_norm, "turns": rotary is not None}
     o_PTNH, lse_PTN = plgpu.kernel(
         functools.partial(mosaic_gpu_kernel.attend, **static),

@@ -45,8 +45,9 @@ def top_k_mosaic_gpu(
     k: int,
 ) -> Int[Array, "T X"]:
     """See `api.top_k`; lower entries come first."""
-    k, how = min(k, scores_TC.shape[1]), {"highest": highest, "few": MOST}
-    return two_stage.top_k_two_stage(scores_TC, limits_T, best_Tc, k=k, **how)
+    k = min(k, scores_TC.shape[1])
+    operands = (scores_TC, limits_T, best_Tc)
+    return two_stage.top_k_two_stage(*operands, k=k, highest=highest, few=MOST)
 
 
 def highest(keys_TC: UInt32[Array, "T C"], k: int) -> Int[Array, "T X"]:
