@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 import pallas_kernels
 from jaxspark.configs.targets import deepseek_v4_tiny
 from jaxspark.models import DeepSeekV4Config
-from pallas_kernels.compress import mosaic_tpu_kernel as compression
+from pallas_kernels.compress import mosaic_tpu_sizes as compression
 from pallas_kernels.grouped_matmul import mosaic_tpu_kernel
 from pallas_kernels.sparse_attention import mosaic_tpu_chunks
 

@@ -22,18 +22,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels.compress.mosaic_tpu_kernel import (
-    DEPTH,
-    ENTRIES,
-    TILE,
-    Sizes,
-    kernel,
-)
-from pallas_kernels.compress.ref import angles, compress_xla, windows
+from pallas_kernels.compress.mosaic_tpu_kernel import kernel
+from pallas_kernels.compress.mosaic_tpu_sizes import TILE, Sizes
+from pallas_kernels.compress.ref import compress_xla, windows
 from pallas_kernels.gradients import with_gradients_of
 from pallas_kernels.ragged import LANES, Ragged, Table
 from pallas_kernels.rings import kept_whole
@@ -114,14 +110,15 @@ def compress_mosaic_tpu(
         shared=not apart and table.dtype != jnp.float32,
         eps=eps,
     )
-    span = sizes.series * ratio
     block = (TILE, H) if sizes.shared else (H // LANES, LANES) if apart else (1, H)
-    turns = angles(entry_BC, frequencies_h, ratio=ratio, amplitude=amplitude)
+    turns = turning_lanes(ratio * entry_BC, frequencies_h, amplitude)
     there = pl.BlockSpec(memory_space=pltpu.HBM)
-    here = pl.BlockSpec(memory_space=pltpu.VMEM)
     flat_ring = ring.reshape(-1, X)
     flat_table = table.reshape(-1, *table.shape[3:])
-    visited = B * count * span * H
+    # On the average; XLA wants to know how long it takes.
+    windows_ended = min(B * count, T / ratio)
+    visited = int(windows_ended * sizes.span * H)
+    made = -(-per * count // sizes.together) * sizes.together
     flat_ring, flat_table = pl.pallas_call(
         functools.partial(kernel, sizes=sizes),
         out_shape=[
@@ -130,13 +127,18 @@ def compress_mosaic_tpu(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(_CORES,),
-            in_specs=[there, here, here, here, there, there],
+            in_specs=[there] * 6,
             out_specs=[there, there],
             scratch_shapes=[
-                pltpu.VMEM((DEPTH, 2, span, H), jnp.float32),
-                pltpu.VMEM((ENTRIES, *block), table.dtype),
+                pltpu.VMEM(
+                    (sizes.depth, sizes.together, 2, sizes.span, H),
+                    jnp.float32,
+                ),
+                pltpu.VMEM((made, *block), table.dtype),
+                *[pltpu.VMEM(each.shape, jnp.float32) for each in turns],
+                pltpu.VMEM((1, H), jnp.float32),
                 *[pltpu.SMEM((per * count + 1,), jnp.int32)] * 4,
-                pltpu.SemaphoreType.DMA((1 + DEPTH + ENTRIES,)),
+                pltpu.SemaphoreType.DMA((3 + sizes.depth,)),
             ],
         ),
         input_output_aliases={9: 0, 10: 1},
@@ -148,9 +150,8 @@ def compress_mosaic_tpu(
         cost_estimate=pl.CostEstimate(
             flops=5 * visited,
             transcendentals=visited,
-            # At most: all windows that may end.
             bytes_accessed=8 * (visited + T * X)
-            + 2 * B * count * math.prod(block) * table.dtype.itemsize,
+            + int(2 * windows_ended * math.prod(block)) * table.dtype.itemsize,
         ),
         name="compress",
     )(
@@ -160,7 +161,7 @@ def compress_mosaic_tpu(
         padded(ragged.offsets_B),
         padded(place_N, -1, count),
         rows_TX,
-        *turning_lanes(*turns),
+        *turns,
         weight_H.astype(jnp.float32).reshape(1, H),
         flat_ring,
         flat_table,
@@ -169,11 +170,15 @@ def compress_mosaic_tpu(
 
 
 def turning_lanes(
-    cos_BCh: Float[Array, "B C h"], sin_BCh: Float[Array, "B C h"]
+    position_BC: Int[Array, "B C"], frequencies_h: Float[Array, " h"], amplitude: float
 ) -> tuple[Float[Array, "N R"], Float[Array, "N R"]]:
-    """Factors of the last R channels, and of their neighbours."""
-    wide = 2 * cos_BCh.shape[-1]
-    rest = ((0, 0), (-wide % LANES, 0))
-    cos_NR = jnp.repeat(cos_BCh, 2, axis=-1).reshape(-1, wide)
-    sin_NR = jnp.stack([-sin_BCh, sin_BCh], axis=-1).reshape(-1, wide)
-    return jnp.pad(cos_NR, rest, constant_values=1.0), jnp.pad(sin_NR, rest)
+    """Factors of the last R channels, and of their neighbours, at each position.
+
+    Made as they lie, each angle twice: XLA needs more time to move lanes.
+    """
+    still, h = -2 * len(frequencies_h) % LANES, len(frequencies_h)
+    frequencies_R = jnp.pad(jnp.repeat(frequencies_h, 2), (still, 0))
+    angles_NR = position_BC.reshape(-1, 1).astype(jnp.float32) * frequencies_R
+    sign_R = amplitude * np.pad(np.tile([-1.0, 1.0], h), (still, 0))
+    cos_NR = jnp.where(sign_R == 0, 1.0, amplitude * jnp.cos(angles_NR))
+    return cos_NR, jnp.asarray(sign_R, jnp.float32) * jnp.sin(angles_NR)

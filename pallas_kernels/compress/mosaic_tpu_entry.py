@@ -12,7 +12,7 @@ _UNSEEN = -1e30
 
 def entry_lanes(values_ref, logits_ref, earlier, weight_ref, cos_1R, sin_1R, sizes):
     """A window's entry, 128 channels at a time."""
-    parts, span = range(0, sizes.width, LANES), sizes.series * sizes.ratio
+    parts, span = range(0, sizes.width, LANES), sizes.span
     position_p1 = jax.lax.broadcasted_iota(jnp.int32, (span, 1), 0)
     there_p1 = (position_p1 >= span - sizes.ratio) | earlier
     pooled = []

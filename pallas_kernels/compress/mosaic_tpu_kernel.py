@@ -1,45 +1,19 @@
-"""What a core of a TPU does of `compress`: appends rows, then makes entries."""
+"""What a core of a TPU does of `compress`: appends rows, then makes entries.
 
-from dataclasses import dataclass
+Windows that end are listed in scalar memory and made some at a time, a *turn*: their
+copies are started in one go, a few turns ahead, and awaited as one, so that all between
+is one stretch of arithmetic. The last turn is filled up with its last window. Entries
+have buffers of their own, and leave while others are made.
+"""
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.compress.mosaic_tpu_append import Appending
 from pallas_kernels.compress.mosaic_tpu_entry import entry_lanes
-
-# Windows on their way and in work, of which some are computed together; entries, those
-# that are being written included.
-DEPTH, TOGETHER, ENTRIES = 8, 4, 16
-# Rows around an entry that are written together.
-TILE = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """Static sizes.
-
-    Attributes:
-      ratio, series, width: m; series of a row; H.
-      slots, slots_per_core: B; slots of a core, those that fill up the last included.
-      windows: most that end of a slot.
-      length: S, rows of the ring.
-      piece: positions that lie together in the ring wherever a window begins.
-      shared: whether an entry is written with the rows around it.
-      eps: of the norm.
-    """
-
-    ratio: int
-    series: int
-    width: int
-    slots: int
-    slots_per_core: int
-    windows: int
-    length: int
-    piece: int
-    shared: bool
-    eps: float
+from pallas_kernels.compress.mosaic_tpu_sizes import TILE, Sizes
 
 
 def kernel(
@@ -49,15 +23,18 @@ def kernel(
     offsets_ref,
     place_ref,
     rows_any,
-    cos_ref,
-    sin_ref,
-    weight_ref,
+    cos_any,
+    sin_any,
+    weight_any,
     _ring_in,
     _table_in,
     ring_any,
     table_any,
     window_buf,
     entry_buf,
+    cos_buf,
+    sin_buf,
+    weight_buf,
     list_ref,
     slot_ref,
     first_ref,
@@ -72,55 +49,71 @@ def kernel(
     each slot, and [B windows] where an entry goes, -1 if nowhere.
     """
     m, S, H = sizes.ratio, sizes.length, sizes.width
+    together, ahead = sizes.together, sizes.depth - 1
     first = pl.program_id(0) * sizes.slots_per_core
     slots = (first, first + sizes.slots_per_core)
+    append_sem, constant_sem, write_sem = (sems.at[i] for i in range(3))
+    constants = [
+        pltpu.make_async_copy(there, here, constant_sem)
+        for there, here in (
+            (cos_any, cos_buf),
+            (sin_any, sin_buf),
+            (weight_any, weight_buf),
+        )
+    ]
 
-    def ring_row(slot, place):
-        """Where a place lies that may be past one end of the slot's ring."""
-        place = place + jnp.where(place < 0, S, 0) - jnp.where(place >= S, S, 0)
-        return (layer_ref[0] * sizes.slots + slot) * S + place
-
-    def append(act):
-        @pl.loop(*slots)
-        def _(slot):
-            place = jax.lax.rem(starts_ref[slot], S)
-
-            @pl.loop(0, tokens_of(counts_ref, slot))
-            def _(token):
-                new = rows_any.at[pl.ds(offsets_ref[slot] + token, 1)]
-                here = ring_any.at[pl.ds(ring_row(slot, place + token), 1)]
-                act(pltpu.make_async_copy(new, here, sems.at[0]))
+    def ring_of(slot):
+        """Its first row."""
+        return (layer_ref[0] * sizes.slots + slot) * S
 
     def list_windows(slot, count):
         for i in range(sizes.windows):
             window, entry = slot * sizes.windows + i, starts_ref[slot] // m + i
             list_ref[count] = window
-            slot_ref[count], first_ref[count] = slot, jax.lax.rem(m * entry, S)
+            slot_ref[count] = slot
+            # Entry 0 has no window before it, and reads one all the same.
             earlier_ref[count] = jnp.where(entry > 0, 1, 0)
+            first_ref[count] = jax.lax.rem(m * (entry + 1 - sizes.series) + S, S)
             count += jnp.where(ends(place_ref, window), 1, 0)
         return count
 
-    def read(j, act):
-        side = jax.lax.rem(j, DEPTH)
-
-        def series(s):
+    def read(turn, i):
+        """Starts copies of a window, and of the rows around its entry."""
+        j, side = jnp.minimum(together * turn + i, count - 1), side_of(turn)
+        base, sem = ring_of(slot_ref[j]), sems.at[3 + side]
+        for s in range(sizes.series):
             for begin in range(0, m, sizes.piece):
-                place = first_ref[j] + m * (s + 1 - sizes.series) + begin
-                row = pl.multiple_of(ring_row(slot_ref[j], place), sizes.piece)
+                place = first_ref[j] + s * m + begin
+                place -= jnp.where(place >= S, S, 0)
+                row = pl.multiple_of(base + place, sizes.piece)
                 here = pl.ds(s * m + begin, sizes.piece)
                 for part in range(2):
                     channels = pl.ds((part * sizes.series + s) * H, H)
-                    target = window_buf.at[side, part, here]
                     source = ring_any.at[pl.ds(row, sizes.piece), channels]
-                    act(pltpu.make_async_copy(source, target, sems.at[1 + side]))
-
-        # Entry 0 has no window before it.
-        for s in range(sizes.series - 1):
-            pl.when(earlier_ref[j] > 0)(lambda s=s: series(s))
-        series(sizes.series - 1)
+                    target = window_buf.at[side, i, part, here]
+                    pltpu.make_async_copy(source, target, sem).start()
         if sizes.shared:
-            copy = entry_copy(j, sems.at[1 + side], out=False)
-            pl.when(jnp.logical_not(beside_last(j)))(lambda: act(copy))
+            ends_ = rows_around(j), entry_buf.at[together * turn + i]
+            pltpu.make_async_copy(*ends_, sem).start()
+
+    def await_reads(turn):
+        windows = window_buf.at[side_of(turn)]
+        sem = sems.at[3 + side_of(turn)]
+        pltpu.make_async_copy(windows, windows, sem).wait()
+        if sizes.shared:
+            around = entry_buf.at[pl.ds(together * turn, together)]
+            pltpu.make_async_copy(around, around, sem).wait()
+
+    def side_of(turn):
+        return jax.lax.rem(turn, sizes.depth)
+
+    def rows_around(j):
+        """Where an entry is written, by itself or with the rows around it."""
+        place = place_ref[list_ref[j]]
+        if len(table_any.shape) == 3:
+            return table_any.at[place]
+        rows = TILE if sizes.shared else 1
+        return table_any.at[pl.ds(pl.multiple_of(place // rows * rows, rows), rows)]
 
     def beside_last(j):
         """Whether the entry before this one lies among the same rows."""
@@ -129,94 +122,82 @@ def kernel(
         )
         return (j > 0) & (last == this)
 
-    def entry_copy(j, sem, *, out):
-        place, buffer = place_ref[list_ref[j]], entry_buf.at[entry_side(j)]
-        if len(table_any.shape) == 3:
-            there = table_any.at[place]
-        else:
-            rows = TILE if sizes.shared else 1
-            begin = pl.multiple_of(place // rows * rows, rows)
-            there = table_any.at[pl.ds(begin, rows)]
-        ends_ = (buffer, there) if out else (there, buffer)
-        return pltpu.make_async_copy(*ends_, sem)
-
-    def write(j, act):
-        copy = entry_copy(j, sems.at[1 + DEPTH + entry_side(j)], out=True)
-        if not sizes.shared:
-            return act(copy)
-        # Rows that the next entry is written among are written with it.
-        following = jnp.minimum(j + 1, count - 1)
-        last = jnp.logical_not((following > j) & beside_last(following))
-        pl.when(last)(lambda: act(copy))
-
-    append(lambda copy: copy.start())
-    count = jax.lax.fori_loop(*slots, list_windows, jnp.int32(0))
-    append(lambda copy: copy.wait())
-    turns = (count + TOGETHER - 1) // TOGETHER
-
-    def entry(j):
-        side = jax.lax.rem(j, DEPTH)
-        return entry_lanes(
-            window_buf.at[side, 0],
-            window_buf.at[side, 1],
-            earlier_ref[j] > 0,
-            weight_ref,
-            cos_ref[pl.ds(list_ref[j], 1)],
-            sin_ref[pl.ds(list_ref[j], 1)],
-            sizes,
-        )
-
-    def start(j):
-        pl.when(j < count)(lambda: read(j, lambda copy: copy.start()))
-
-    def await_write(j):
-        pl.when((j >= 0) & (j < count))(lambda: write(j, lambda copy: copy.wait()))
-
     def store(j, lanes):
-        buffer = entry_buf.at[entry_side(j)]
+        buffer = entry_buf.at[j]
         if not sizes.shared:
             axis = 0 if len(table_any.shape) == 3 else 1
             buffer[...] = jnp.concatenate(lanes, axis).astype(buffer.dtype)
             return
-
-        @pl.when(beside_last(j))
-        def _():
-            buffer[...] = entry_buf[entry_side(j - 1)]
-
-        new_1H, rows = jnp.concatenate(lanes, 1), buffer[...].astype(jnp.float32)
-        mine = place_ref[list_ref[j]] % TILE
+        new_1H, last = jnp.concatenate(lanes, 1), jnp.maximum(j - 1, 0)
+        beside = beside_last(jnp.minimum(j, count - 1))
+        rows = jnp.where(beside, entry_buf[last], buffer[...]).astype(jnp.float32)
+        mine = place_ref[list_ref[jnp.minimum(j, count - 1)]] % TILE
         row_R1 = jax.lax.broadcasted_iota(jnp.int32, (TILE, 1), 0)
         buffer[...] = jnp.where(row_R1 == mine, new_1H, rows).astype(buffer.dtype)
 
-    pl.loop(0, DEPTH - TOGETHER)(start)
+    def leaves(j):
+        """Whether an entry is written; rows of several are, with the last of them."""
+        if not sizes.shared:
+            return j < count
+        return (j < count) & ~(
+            (j + 1 < count) & beside_last(jnp.minimum(j + 1, count - 1))
+        )
 
-    @pl.loop(0, turns)
-    def _(turn):
-        windows = [TOGETHER * turn + i for i in range(TOGETHER)]
-        for j in windows:
-            await_write(j - DEPTH - TOGETHER)
-            start(j + DEPTH - TOGETHER)
-        for j in windows:
-            pl.when(j < count)(lambda j=j: read(j, lambda copy: copy.wait()))
-        entries = [entry(jnp.minimum(j, count - 1)) for j in windows]
-        for j, lanes in zip(windows, entries):
+    for copy in constants:
+        copy.start()
+    rings = Appending(
+        rows_any, ring_any, starts_ref, counts_ref, offsets_ref, append_sem, sizes
+    )
+    pl.loop(*slots)(lambda slot: rings.start(slot, ring_of(slot)))
+    count = jax.lax.fori_loop(*slots, list_windows, jnp.int32(0))
+    turns = (count + together - 1) // together
+    pl.loop(*slots)(rings.wait)
 
-            @pl.when(j < count)
-            def _(j=j, lanes=lanes):
-                store(j, lanes)
-                write(j, lambda copy: copy.start())
+    def start(turn):
+        @pl.when(turn < turns)
+        def _():
+            for i in range(together):
+                read(turn, i)
 
-    pl.loop(TOGETHER * (turns - 1) - DEPTH, count)(await_write)
+    pl.loop(0, ahead)(start)
+    for copy in constants:
+        copy.wait()
 
+    def make(turn, written):
+        start(turn + ahead)
+        await_reads(turn)
+        entries = []
+        for i in range(together):
+            j = jnp.minimum(together * turn + i, count - 1)
+            window = list_ref[j]
+            entries.append(
+                entry_lanes(
+                    window_buf.at[side_of(turn), i, 0],
+                    window_buf.at[side_of(turn), i, 1],
+                    earlier_ref[j] > 0,
+                    weight_buf,
+                    cos_buf[pl.ds(window, 1)],
+                    sin_buf[pl.ds(window, 1)],
+                    sizes,
+                )
+            )
+        for i, lanes in enumerate(entries):
+            j = together * turn + i
+            store(j, lanes)
 
-def entry_side(j):
-    """Which buffer an entry is made in."""
-    return jax.lax.rem(j, ENTRIES)
+            @pl.when(leaves(j))
+            def _(j=j):
+                ends_ = entry_buf.at[j], rows_around(j)
+                pltpu.make_async_copy(*ends_, write_sem).start()
 
+            written += jnp.where(leaves(j), 1, 0)
+        return written
 
-def tokens_of(counts_ref, slot):
-    """Tokens of a slot."""
-    return counts_ref[slot]
+    written = jax.lax.fori_loop(0, turns, make, jnp.int32(0))
+
+    @pl.loop(0, written)
+    def _(_):
+        pltpu.make_async_copy(entry_buf.at[0], entry_buf.at[0], write_sem).wait()
 
 
 def ends(place_ref, window):

@@ -46,6 +46,7 @@ from pallas_kernels.sparse_attention.mosaic_tpu_queries import (
     in_tiles,
     turns_of,
 )
+from pallas_kernels.sparse_attention.mosaic_tpu_softmax import LOG2E
 from pallas_kernels.sparse_attention.plan import ROWS, Plan
 from pallas_kernels.sparse_attention.ref import turned_queries
 
@@ -194,7 +195,7 @@ def forward(
     M, dtype = plan.queries * N, q_TNH.dtype
     o_SX = (rows := head_grid(N)[0], N * H // rows)
     q_txL = in_tiles(q_TNH)
-    sinks_N = by_piece(mosaic_tpu_kernel.LOG2E * sinks_N.astype(jnp.float32))
+    sinks_N = by_piece(LOG2E * sinks_N.astype(jnp.float32))
     sinks_M1 = jnp.tile(sinks_N, plan.queries)[:, None]
     per, whole = plan.groups // _CORES, pl.BlockSpec(memory_space=pl.ANY)
     operands = [sinks_M1, q_txL, recent_RH]

@@ -28,9 +28,9 @@ from pallas_kernels.sparse_attention.mosaic_tpu_entries import (
     entry_operands,
     entry_specs,
 )
-from pallas_kernels.sparse_attention.mosaic_tpu_kernel import LOG2E, UNSEEN
 from pallas_kernels.sparse_attention.mosaic_tpu_queries import clear_padding
 from pallas_kernels.sparse_attention.mosaic_tpu_recent import seen_by
+from pallas_kernels.sparse_attention.mosaic_tpu_softmax import LOG2E, UNSEEN
 from pallas_kernels.sparse_attention.plan import ROWS, Plan
 
 _VMEM = 40 << 20

@@ -5,29 +5,21 @@ ahead, the first of them while the recent rows are computed; outputs, which have
 steps to leave. Computed per chunk: scores [queries x heads, rows], an online softmax,
 their product with the same rows.
 
-The softmax of some queries runs on the vector units while the matrix units make the
-scores of the next: so a chunk is done a few queries at a time. Absent queries compute
-whatever their memory holds, and are not written.
+Absent queries compute whatever their memory holds, and are not written.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.precision import precision
 from pallas_kernels.ragged import LANES
 from pallas_kernels.sparse_attention import mosaic_tpu_chunks as chunks
 from pallas_kernels.sparse_attention import mosaic_tpu_queries as queries
 from pallas_kernels.sparse_attention import mosaic_tpu_recent as recent
-
-LOG2E = math.log2(math.e)
-UNSEEN = -1e30
-# Rows (queries x heads) of which scores are made at once.
-BLOCK_ROWS = 192
+from pallas_kernels.sparse_attention.mosaic_tpu_softmax import Softmax
 
 
 def attend(*refs, plan, scale, per, norm, turns):
@@ -47,7 +39,7 @@ def attend(*refs, plan, scale, per, norm, turns):
     g = pl.program_id(0) * per + i
     side = jax.lax.rem(i, 2)
     Q, (M, H) = o_buf.shape[1], q_ref.shape
-    N = M // Q
+    softmax = Softmax(q_ref, sinks_ref, m_ref, l_ref, acc_ref, M // Q, scale)
 
     def each_query(group, act):
         count = tokens_of(count_ref, group)
@@ -79,46 +71,6 @@ def attend(*refs, plan, scale, per, norm, turns):
         buffer, sem = e_buf.at[side], sems.at[2, side]
         chunks.start(j, buffer, table_any, pieces_ref, sem, plan=plan)
 
-    def accumulate(k_SH, seen, *, first=False):
-        """One step of the online softmax, some queries after the other.
-
-        The next queries' scores are asked for before the softmax of these, so that the
-        matrix units work meanwhile.
-        """
-        size = min(max(1, BLOCK_ROWS // N), -(-Q // 2))
-        blocks = [range(q, min(q + size, Q)) for q in range(0, Q, size)]
-        ahead = scores(blocks[0], k_SH, seen)
-        for block, following in zip(blocks, [*blocks[1:], None]):
-            s_MS = ahead
-            if following is not None:
-                ahead = scores(following, k_SH, seen)
-            rows = pl.ds(block[0] * N, len(block) * N)
-            old_M1 = sinks_ref[rows] if first else m_ref[rows]
-            m_M1 = jnp.maximum(old_M1, s_MS.max(-1, keepdims=True))
-            p_MS, keep_M1 = jnp.exp2(s_MS - m_M1), jnp.exp2(old_M1 - m_M1)
-            m_ref[rows] = m_M1
-            l_M1 = keep_M1 if first else keep_M1 * l_ref[rows]
-            l_ref[rows] = l_M1 + p_MS.sum(-1, keepdims=True)
-            o_MH = product(p_MS.astype(k_SH.dtype), k_SH, 0)
-            acc_ref[rows] = o_MH if first else keep_M1 * acc_ref[rows] + o_MH
-
-    def scores(block, k_SH, seen):
-        q_MH = q_ref[pl.ds(block[0] * N, len(block) * N)]
-        s_MS = product(q_MH, k_SH, 1) * (scale * LOG2E)
-        parts = [s_MS[k * N : (k + 1) * N] for k in range(len(block))]
-        return jnp.concatenate(
-            [jnp.where(seen(q), part, UNSEEN) for q, part in zip(block, parts)]
-        )
-
-    def product(x, k_SH, contracted):
-        return jax.lax.dot_general(
-            x,
-            k_SH,
-            (((1,), (contracted,)), ((), ())),
-            precision=precision(x.dtype),
-            preferred_element_type=jnp.float32,
-        )
-
     @pl.when(i == 0)
     def _():
         if plan.recent < plan.recent_columns:
@@ -148,7 +100,7 @@ def attend(*refs, plan, scale, per, norm, turns):
         def seen(query):
             return recent.seen_by(query, before_ref[g], own_ref[g], plan)
 
-        accumulate(k_RH, seen, first=True)
+        softmax.take_in(k_RH, seen, first=True)
 
     pl.when(more)(lambda: fetch_queries(g + 1))
 
@@ -165,7 +117,7 @@ def attend(*refs, plan, scale, per, norm, turns):
             here = pl.ds(pl.multiple_of(j * plan.tile, LANES), plan.tile)
             return (members_ref[0, :, here] & (1 << query)) != 0
 
-        accumulate(k_SH, seen)
+        softmax.take_in(k_SH, seen)
         return _
 
     if plan.piece:

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import Ragged, Table, compress
-from pallas_kernels.compress import mosaic_tpu_kernel
+from pallas_kernels.compress import mosaic_tpu_append, mosaic_tpu_sizes
 from pallas_kernels.compress.api import IMPLEMENTATIONS
 from pallas_kernels.ragged import split_lanes
 
@@ -184,7 +184,7 @@ def implementation(request):
 @pytest.fixture(autouse=True)
 def one_by_one(monkeypatch):
     """Kernels of which little is unrolled."""
-    monkeypatch.setattr(mosaic_tpu_kernel, "TOGETHER", 1)
+    monkeypatch.setattr(mosaic_tpu_sizes, "TOGETHER", 1)
 
 
 def empty_table(case, blocks, size, dtype, apart=False):
@@ -211,7 +211,7 @@ def test_lengths_around_every_boundary(implementation, kind, dtype, apart):
 
 def test_windows_that_end_together_share_rows_of_a_table(implementation, monkeypatch):
     """Thirteen tokens end three or four windows; some are computed together."""
-    monkeypatch.setattr(mosaic_tpu_kernel, "TOGETHER", 2)
+    monkeypatch.setattr(mosaic_tpu_sizes, "TOGETHER", 2)
     kind = KINDS["overlapping"]
     case = Case(kind, implementation, [0, 2, 51, 60, 115], [13] * 5, seed=1)
     table = empty_table(case, 5, kind.entries, "bfloat16")
@@ -298,7 +298,7 @@ def test_a_mistake_in_the_kernel_is_found(monkeypatch):
     kind = KINDS["plain"]
     case = Case(kind, "mosaic_tpu", [12, 30], [5, 2], seed=6)
     monkeypatch.setattr(
-        mosaic_tpu_kernel, "tokens_of", lambda counts_ref, slot: counts_ref[slot] - 1
+        mosaic_tpu_append, "tokens_of", lambda counts_ref, slot: counts_ref[slot] - 1
     )
     table = empty_table(case, 2, kind.entries, "float32")
     run.clear_cache()
