@@ -104,6 +104,7 @@ def index_scores_mosaic_gpu(
         scratch_types=[
             tiled(plan.queries, N, H),
             tiled(2, WARPGROUPS, KEYS, H),
+            plgpu.SMEM((WARPGROUPS, plan.queries, stride, KEYS), jnp.float32),
             plgpu.Barrier(num_arrivals=plan.queries),
             plgpu.Barrier(
                 num_arrivals=copies(plan.piece, stride), num_barriers=2 * WARPGROUPS

@@ -6,9 +6,9 @@ keys of a step are the rows of a product and the heads its columns, so what a ke
 heads add lies in the registers of four threads.
 
 Where the best of every eight neighbours is wanted too, the rows of step i are the i-th
-of 64 neighbours' eights: so a thread finds the scores of an eight one by one, and has
-them all, side by side, in the end. They are written then, 32 bytes together, and their
-maxima cost two exchanges between threads.
+of 64 neighbours' eights: so a thread finds the scores of an eight one by one. They wait
+in shared memory, and are written in the end, 32 bytes together; then their maxima cost
+two exchanges between threads.
 """
 
 import math
@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 # Keys of a warpgroup's step, the rows of the smallest product; steps.
 KEYS, STEPS, WARPGROUPS = 64, 8, 2
 TILE = KEYS * STEPS * WARPGROUPS
-_ROW_OF_HEADS = plgpu.Layout.WGMMA.reduce(0)
+_ROW, _ROW_OF_HEADS = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
 
 
 def copies(piece: int, stride: int) -> int:
@@ -41,11 +41,11 @@ def score(
       weights_ref: [T, N].
       keys_ref: [places / w, w, H]; w is 8, or 1 where no maxima are wanted.
       pieces_ref: [B, n] where the pieces of a slot's keys begin.
-      *refs: scores [T, C / w, w]; of w 8, their maxima [T, C / 8]; buffers of queries
-        and keys; barriers.
+      *refs: scores [T, C / w, w]; of w 8, their maxima [T, C / 8]; buffers of queries,
+        keys, and scores by eights; barriers.
       piece: keys of a piece.
     """
-    *outputs_ref, q_buf, k_buf, loaded, filled = refs
+    *outputs_ref, q_buf, k_buf, eights_buf, loaded, filled = refs
     g, me = jax.lax.axis_index("group"), jax.lax.axis_index("warpgroup")
     first, count, visible, slot = (groups_ref[g, k] for k in range(4))
     begin = jax.lax.axis_index("part") * TILE
@@ -82,20 +82,17 @@ def score(
         weight_SN = jax.lax.broadcast_in_dim(weight_N, dots_SN.shape, [1])
         return (jnp.maximum(dots_SN, 0.0) * weight_SN).sum(1)
 
-    def step(j, eights):
+    def step(j):
         pl.when(j + 1 < STEPS)(lambda: fetch(j + 1))
         plgpu.barrier_wait(filled.at[jax.lax.rem(j, 2) * WARPGROUPS + me])
-        found = [scores(j, query, t) for query, t in enumerate(tokens)]
-        if stride == 1:
-            here = pl.ds(pl.multiple_of(mine + j * KEYS, KEYS), KEYS)
-            for query, (t, score_S) in enumerate(zip(tokens, found)):
+        here = pl.ds(pl.multiple_of(mine + j * KEYS, KEYS), KEYS)
+        for query, t in enumerate(tokens):
+            score_S = scores(j, query, t)
+            if stride > 1:
+                plgpu.store(eights_buf.at[me, query, j], score_S, optimized=False)
+            else:
                 store = _storing(outputs_ref[0].at[t, here, 0], score_S)
                 pl.when(query < count)(store)
-            return eights
-        return [
-            jnp.where(_places(1) == j, _across(score_S), score_Se)
-            for score_S, score_Se in zip(found, eights)
-        ]
 
     @pl.when(begin < visible)
     def _():
@@ -106,12 +103,19 @@ def score(
 
         fetch(0)
         plgpu.barrier_wait(loaded)
-        empty_Se = jnp.zeros((KEYS, 8), jnp.float32)
-        empty_Se = plgpu.layout_cast(empty_Se, plgpu.Layout.WGMMA)
-        eights = [empty_Se] * queries if stride > 1 else []
-        eights = jax.lax.fori_loop(0, STEPS, step, eights)
+        pl.loop(0, STEPS)(step)
+        if stride == 1:
+            return
+        plgpu.commit_smem()
         here = pl.ds(pl.multiple_of(jax.lax.div(mine, 8), KEYS), KEYS)
-        for query, (t, score_Se) in enumerate(zip(tokens, eights)):
+        for query, t in enumerate(tokens):
+            score_Se = jnp.zeros((KEYS, 8), jnp.float32)
+            for e in range(8):
+                score_S = plgpu.load(
+                    eights_buf.at[me, query, e], layout=_ROW, optimized=False
+                )
+                score_S8 = jax.lax.broadcast_in_dim(score_S, (KEYS, 8), [0])
+                score_Se = jnp.where(_places(1) == e, score_S8, score_Se)
             seen_Se = mine + _places(0) * 8 + _places(1) < limits_ref[t]
             best_S = jnp.where(seen_Se, score_Se, -jnp.inf).max(1)
             for ref, x in zip(outputs_ref, (score_Se, best_S)):
@@ -122,10 +126,6 @@ def _places(axis):
     """Of scores by eights: which eight, and where in it."""
     layout = plgpu.Layout.WGMMA
     return plgpu.broadcasted_iota(jnp.int32, (KEYS, 8), axis, layout=layout)
-
-
-def _across(x_S):
-    return jax.lax.broadcast_in_dim(x_S, (KEYS, 8), [0])
 
 
 def _storing(ref, x):

@@ -34,7 +34,7 @@ IMPLEMENTATIONS = {
         supports=mosaic_tpu.supports,
     ),
     "mosaic_gpu": Implementation(
-        run=_in_order(mosaic_gpu.sparse_attention_mosaic_gpu),
+        run=mosaic_gpu.sparse_attention_mosaic_gpu,
         platforms=("cuda",),
         supports=mosaic_gpu.supports,
     ),

@@ -8,8 +8,8 @@ A block of threads serves 64 heads of one query (see `mosaic_gpu_kernel`): as ma
 as the smallest product has, and as many sums as the registers of two warpgroups hold.
 So a query reads what it chose, not the union of its neighbours' choices as on TPUs;
 what neighbours of a slot share, they find in the cache of the second level, since their
-blocks run side by side. XLA plans the reading (see `plan`, with groups of one query)
-and puts recent rows in order.
+blocks run side by side. XLA plans the reading (see `plan`, with groups of one query).
+Recent rows are read out of their ring.
 """
 
 import functools
@@ -25,26 +25,28 @@ from pallas_kernels.indexer_topk.ref import choices_of
 from pallas_kernels.indexer_topk.union import alone
 from pallas_kernels.precision import narrow
 from pallas_kernels.ragged import LANES, Ragged
+from pallas_kernels.rings import Lookback, in_order
 from pallas_kernels.rotary import Rotary, right_angles
 from pallas_kernels.sparse_attention import mosaic_gpu_kernel
 from pallas_kernels.sparse_attention.entries import Entries
 from pallas_kernels.sparse_attention.mosaic_gpu_backward import backward
-from pallas_kernels.sparse_attention.mosaic_gpu_kernel import (
-    HALVES,
-    HEADS,
-    SIDES,
-    SWIZZLED,
-    TILE_ROWS,
-)
+from pallas_kernels.sparse_attention.mosaic_gpu_kernel import HEADS
 from pallas_kernels.sparse_attention.mosaic_gpu_lists import (
     most_chunks,
     named,
     parts_of,
     per_token,
+    recent,
 )
 from pallas_kernels.sparse_attention.mosaic_gpu_queries import TURNING
+from pallas_kernels.sparse_attention.mosaic_gpu_rows import (
+    HALVES,
+    SIDES,
+    SWIZZLED,
+    TILE_ROWS,
+    arrivals,
+)
 from pallas_kernels.sparse_attention.plan import Plan
-from pallas_kernels.sparse_attention.ref import recent_rows
 
 # Rows of a chunk: chosen ones, which pass through registers, and others.
 TILES = 32, 64
@@ -55,7 +57,7 @@ _MOST_CHOSEN = 8192
 def supports(
     q_TNH,
     keys_TH,
-    before_BWH,
+    before,
     sinks_N,
     ragged,
     entries,
@@ -68,7 +70,7 @@ def supports(
     """Why the kernel cannot attend over these; None if it can."""
     _, heads, width = q_TNH.shape
     tables = [] if entries is None else [entries.table.rows_LBCH]
-    if reason := no_hopper(q_TNH, keys_TH, before_BWH, *tables):
+    if reason := no_hopper(q_TNH, keys_TH, before, *tables):
         return reason
     for rows in tables:
         if not entries.some and rows.shape[2] % TILE_ROWS:
@@ -91,7 +93,7 @@ def supports(
 def sparse_attention_mosaic_gpu(
     q_TNH: Float[Array, "T N H"],
     keys_TH: Float[Array, "T H"],
-    before_BWH: Float[Array, "B W H"],
+    before: Float[Array, "B W H"] | Lookback,
     sinks_N: Float[Array, " N"],
     ragged: Ragged,
     entries: Entries | None,
@@ -101,7 +103,7 @@ def sparse_attention_mosaic_gpu(
     query_norm: float | None,
 ) -> Float[Array, "T N H"]:
     """See `api.sparse_attention`; see `mosaic_gpu_backward` for gradients."""
-    operands = (q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, rotary)
+    operands = (q_TNH, keys_TH, before, sinks_N, ragged, entries, rotary)
     return _saving(*operands, scale, causal, query_norm)[0]
 
 
@@ -118,13 +120,20 @@ def _saving(*operands_and_options):
 
 
 def _backward(scale, causal, query_norm, saved, do_TNH):
-    operands, o_TNH, lse_TN = saved
+    """Of recent rows in order, by the kernels; XLA takes them out of their ring."""
+    (q_TNH, keys_TH, before, *operands), o_TNH, lse_TN = saved
+    ordered = functools.partial(in_order, ragged=operands[1])
     with jax.enable_x64(False):
-        options = scale, causal, query_norm
-        *grads, drows = backward(operands, o_TNH, lse_TN, do_TNH, *options)
+        before_BWH, unordered = jax.vjp(ordered, before)
+        dq_TNH, dkeys_TH, dbefore_BWH, dsinks_N, drows = backward(
+            *((q_TNH, keys_TH, before_BWH, *operands), o_TNH, lse_TN, do_TNH),
+            *(scale, causal, query_norm),
+        )
+        [dbefore] = unordered(dbefore_BWH)
+    grads = dq_TNH, dkeys_TH, dbefore, dsinks_N
     if drows is None:
         return *grads, None, None, None
-    table = operands[-2].table
+    table = operands[2].table
     table = replace(table, rows_LBCH=drows, layer=None, pages_BP=None)
     return *grads, None, Entries(table), None
 
@@ -135,7 +144,7 @@ sparse_attention_mosaic_gpu.defvjp(_saving, _backward)
 def forward(
     q_TNH: Float[Array, "T N H"],
     keys_TH: Float[Array, "T H"],
-    before_BWH: Float[Array, "B W H"],
+    before: Float[Array, "B W H"] | Lookback,
     sinks_N: Float[Array, " N"],
     ragged: Ragged,
     entries: Entries | None,
@@ -148,7 +157,7 @@ def forward(
 
     Entries are below a limit, or named.
     """
-    lookback, union = before_BWH.shape[1], None
+    lookback, union = before.shape[1], None
     if entries is not None and entries.chosen_TX is not None:
         union = alone(ragged.grouped(entries.chosen_TX, -1, 1)[:, 0])
     plan = Plan.of(
@@ -156,17 +165,13 @@ def forward(
     )
     chosen = plan.chosen
     tile = TILES[0] if chosen else TILES[1]
-    first_B11 = lookback - ragged.starts_B[:, None, None]  # row of position 0
-    unseen_BW1 = jnp.arange(lookback)[:, None] < first_B11
-    before_BWH = jnp.where(unseen_BW1, 0, before_BWH)
-    recent_BRH = recent_rows(before_BWH, keys_TH, ragged)
-    missing = -recent_BRH.shape[1] % TILE_ROWS
+    recent_RH, ring, first_B, origin_B = recent(before, keys_TH, ragged)
     T, N, H = q_TNH.shape
     dtype, width = q_TNH.dtype, H // HALVES
     operands = [
-        per_token(plan, ragged, tile),
+        per_token(plan, ragged, tile, ring, first_B, origin_B),
         q_TNH,
-        jnp.pad(recent_BRH, ((0, 0), (0, missing), (0, 0))),
+        recent_RH,
         mosaic_gpu_kernel.LOG2E * sinks_N.astype(jnp.float32),
     ]
     buffers, turning = [], []
@@ -191,10 +196,9 @@ def forward(
 
     if rotary is not None:
         turning = [tiled(min(tile, SWIZZLED), TURNING, TURNING)]
-    copies = tile // plan.piece if plan.piece > 1 else 1
     blocks = T * N // HEADS
     parts = parts_of(blocks, most_chunks(plan, tile), tile)
-    static = {"plan": plan.static(), "scale": scale, "parts": parts}
+    static = {"plan": plan.static(), "scale": scale, "parts": parts, "ring": ring}
     static |= {"norm": query_norm, "turns": rotary is not None}
     o_PTNH, lse_PTN = plgpu.kernel(
         functools.partial(mosaic_gpu_kernel.attend, **static),
@@ -210,7 +214,7 @@ def forward(
             *buffers,
             *turning,
             plgpu.Barrier(num_arrivals=HALVES + chosen + len(turning)),
-            plgpu.Barrier(num_arrivals=HALVES * copies, num_barriers=SIDES),
+            plgpu.Barrier(num_arrivals=HALVES * arrivals(tile), num_barriers=SIDES),
             plgpu.Barrier(num_arrivals=HALVES, num_barriers=SIDES),
             plgpu.Barrier(num_arrivals=HALVES),
             plgpu.Barrier(num_arrivals=HALVES),

@@ -39,15 +39,10 @@ from pallas_kernels.sparse_attention.mosaic_gpu_backward_rows import (
 from pallas_kernels.sparse_attention.mosaic_gpu_backward_weights import (
     copies_of,
 )
-from pallas_kernels.sparse_attention.mosaic_gpu_kernel import (
-    HALVES,
-    HEADS,
-    LOG2E,
-    SIDES,
-    TILE_ROWS,
-)
+from pallas_kernels.sparse_attention.mosaic_gpu_kernel import HEADS, LOG2E
 from pallas_kernels.sparse_attention.mosaic_gpu_lists import CORES
 from pallas_kernels.sparse_attention.mosaic_gpu_queries import TURNING
+from pallas_kernels.sparse_attention.mosaic_gpu_rows import HALVES, SIDES, TILE_ROWS
 from pallas_kernels.sparse_attention.ref import recent_rows
 
 # Blocks of threads to each core, so that few are left without work.

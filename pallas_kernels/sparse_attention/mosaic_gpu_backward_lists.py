@@ -16,7 +16,7 @@ from pallas_kernels.sparse_attention.mosaic_gpu_backward_weights import (
     NEWEST,
     OLDEST,
 )
-from pallas_kernels.sparse_attention.mosaic_gpu_kernel import TILE_ROWS
+from pallas_kernels.sparse_attention.mosaic_gpu_rows import TILE_ROWS
 from pallas_kernels.sparse_attention.ref import recent_spans
 
 

@@ -27,13 +27,9 @@ from pallas_kernels.sparse_attention.mosaic_gpu_backward_weights import (
     sees,
     weigh,
 )
-from pallas_kernels.sparse_attention.mosaic_gpu_kernel import (
-    HALVES,
-    HEADS,
-    SIDES,
-    TILE_ROWS,
-)
+from pallas_kernels.sparse_attention.mosaic_gpu_kernel import HEADS
 from pallas_kernels.sparse_attention.mosaic_gpu_queries import COLUMN, ROW, TURNING
+from pallas_kernels.sparse_attention.mosaic_gpu_rows import HALVES, SIDES, TILE_ROWS
 
 CHUNK = 32  # rows
 

@@ -23,8 +23,8 @@ from pallas_kernels.sparse_attention.mosaic_gpu_backward_weights import (
     sees,
     weigh,
 )
-from pallas_kernels.sparse_attention.mosaic_gpu_kernel import HALVES, SIDES
 from pallas_kernels.sparse_attention.mosaic_gpu_queries import COLUMN
+from pallas_kernels.sparse_attention.mosaic_gpu_rows import HALVES, SIDES
 
 BLOCK, TOGETHER, WORD = 64, 32, 32  # rows; heads; bits
 

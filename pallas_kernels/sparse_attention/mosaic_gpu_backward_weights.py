@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.sparse_attention.mosaic_gpu_kernel import HALVES, TILE_ROWS
 from pallas_kernels.sparse_attention.mosaic_gpu_queries import TURNING
+from pallas_kernels.sparse_attention.mosaic_gpu_rows import HALVES, TILE_ROWS
 
 # What is known of a query's heads: for either warpgroup what its products are
 # multiplied by, then what is taken off; and by how much of a query its norm shortens

@@ -193,12 +193,13 @@ class Plan:
     def cost(self, q_TNH, products: int = 2, arrays: int = 2) -> pl.CostEstimate:
         """What a kernel reads and computes at most, by its products and its queries.
 
-        Groups of one query read the recent rows of a slot side by side, out of a cache.
+        Groups of one query read the recent rows of a slot side by side, out of a cache,
+        from where a tile begins.
         """
         T, N, H = q_TNH.shape
         rows = self.groups_real * self.recent
         if self.queries == 1:
-            rows = self.slots * (self.recent + self.blocks)
+            rows = self.slots * (self.recent + self.blocks + ROWS)
         width = self.recent_columns
         if self.pieces is not None:
             rows += self.pieces.size * self.piece

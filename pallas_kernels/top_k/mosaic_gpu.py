@@ -45,22 +45,22 @@ def top_k_mosaic_gpu(
     k: int,
 ) -> Int[Array, "T X"]:
     """See `api.top_k`; lower entries come first."""
-    k, how = min(k, scores_TC.shape[1]), {"highest": highest, "few": MOST}
-    return two_stage.top_k_two_stage(scores_TC, limits_T, best_Tc, k=k, **how)
+    k = min(k, scores_TC.shape[1])
+    operands = (scores_TC, limits_T, best_Tc)
+    return two_stage.top_k_two_stage(*operands, k=k, highest=highest, few=MOST)
 
 
 def highest(keys_TC: UInt32[Array, "T C"], k: int) -> Int[Array, "T X"]:
     """Places of the k highest keys above 0, in order; -1 behind the last."""
     if keys_TC.shape[1] > MOST:
         return bisection.highest(keys_TC, k)
-    return _highest(keys_TC, k=k)
+    return _highest(jax.lax.bitcast_convert_type(keys_TC, jnp.int32), k=k)
 
 
 @in_32_bits
 def _highest(keys_TC, *, k):
     T, C = keys_TC.shape
     keys_TC = jnp.pad(keys_TC, ((0, 0), (0, MOST - C)))
-    keys_TRC = jax.lax.bitcast_convert_type(keys_TC, jnp.int32).reshape(T, SIDE, SIDE)
     tiles = -(-k // SIDE)
     transforms = (
         plgpu.TilingTransform((8, SIDE)),
@@ -79,7 +79,7 @@ def _highest(keys_TC, *, k):
         grid=(T,),
         grid_names=("row",),
         kernel_name="top_k",
-    )(keys_TRC)
+    )(keys_TC.reshape(T, SIDE, SIDE))
     return places_TX[:, :k]
 
 

@@ -1,6 +1,7 @@
-"""compress, compiled for a TPU at DeepSeek-V4's sizes; prints JSON.
+"""compress, compiled for a chip at DeepSeek-V4's sizes; prints JSON.
 
     python -m tests.aot.compile_compress v5e:2x2 "flash csa 32 6 131072" ...
+    python -m tests.aot.compile_compress h100:1 "flash hca 32 6 131072"
 
 A model and which of its tables (csa, index, hca), slots, tokens of each, positions of a
 slot; a sixth word, "pages", has entries in pages. One of two layers.
@@ -9,6 +10,8 @@ slot; a sixth word, "pages", has entries in pages. One of two layers.
 import json
 import sys
 from functools import partial
+
+from tests.aot.assembled import assembled  # isort: skip
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +26,7 @@ from jaxspark.parallel.rules import replicated_specs
 from jaxspark.simulation.chips import abstract, parse_slice
 from jaxspark.simulation.traffic import traffic
 from pallas_kernels import Ragged, Table, compress
-from tests.aot.hlo import new_arrays
+from tests.aot.hlo import KERNELS, new_arrays
 
 LAYERS = 2
 CONFIGS = {"flash": deepseek_v4_flash, "pro": deepseek_v4_pro}
@@ -81,17 +84,18 @@ def report(chip: str, case: str) -> dict:
     )
     mesh = Mesh(np.array(parse_slice(chip).devices[:1]), ("data",))
     arrays = abstract(mesh, arrays, replicated_specs(arrays))
-    with use_abstract_mesh(mesh.abstract_mesh):
+    with use_abstract_mesh(mesh.abstract_mesh), assembled() as notes:
         run = jax.jit(partial(compress, **static), donate_argnums=(1, 2))
         compiled = run.lower(*arrays).compile()
     text, (rows, pending, entries, *_) = compiled.as_text(), arrays
     tables = (pending.rows_LBCH, entries.rows_LBCH)
     return {
-        "kernels": text.count('custom_call_target="tpu_custom_call"'),
+        "kernels": sum(text.count(f'custom_call_target="{name}"') for name in KERNELS),
         "copies": new_arrays(text, min(table.size for table in tables) // LAYERS),
         "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "bytes": traffic(text).memory,
         "row_bytes": 4 * rows.size,
+        **notes,
     }
 
 

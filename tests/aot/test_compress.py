@@ -1,4 +1,4 @@
-"""The kernel of compress, by the real compilers of TPUs."""
+"""The kernels of compress, by the real compilers of TPUs and Hopper GPUs."""
 
 import pytest
 
@@ -31,3 +31,13 @@ def test_windows_are_read_once_and_tables_written_in_place(chip):
         row = report["row_bytes"] / (32 * 6)
         windows = 32 * -(-6 // ratio) * ratio * row
         assert report["bytes"] < 1.2 * (windows + 2 * report["row_bytes"]) + 1e6, case
+
+
+def test_on_gpus_windows_are_read_where_they_end():
+    reports = answers("h100", "compile_compress", "h100:1", *CASES)
+    for case, report in zip(CASES, reports, strict=True):
+        assert report["kernels"] == 1 and not report["copies"], case
+        assert not report.get("spilled"), case  # a kernel is assembled once
+        assert report["temp_bytes"] < 2e6, case
+        # Rows come, go into their ring, and are read once when their window ends.
+        assert report["bytes"] < 1.2 * 4 * report["row_bytes"] + 1e6, case

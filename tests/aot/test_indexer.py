@@ -30,7 +30,8 @@ def test_on_gpus_no_scores_of_single_heads_are_written():
     cases = (FLASH, PAGES)
     reports = answers("h100", "compile_indexer", "h100:1", *cases)
     for case, report in zip(cases, reports, strict=True):
-        assert report["kernels"] == 1, case
+        # Scores, then the choice: of the best of eights, of what those are of.
+        assert report["kernels"] == 3, case
         assert not report["spilled"], report["registers"]
-        # A score of each query and key, and what it is chosen by: 25 MB each.
-        assert report["temp_bytes"] < 60e6, case
+        # A score of each query and key, and what it is chosen by: 25 and 7 MB.
+        assert report["temp_bytes"] < 45e6, case

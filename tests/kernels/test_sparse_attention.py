@@ -33,6 +33,7 @@ from pallas_kernels.sparse_attention import (
     mosaic_gpu,
     mosaic_gpu_kernel,
     mosaic_gpu_lists,
+    mosaic_gpu_rows,
     mosaic_tpu_chunks,
     mosaic_tpu_kernel,
     mosaic_tpu_queries,
@@ -370,6 +371,25 @@ def test_recent_rows_are_read_out_of_their_ring(attend, rows, length, dtype):
     agrees(tokens, mine, expected)
 
 
+def test_what_no_query_sees_of_a_ring_may_be_no_number():
+    attend = Attend("mosaic_gpu")
+    rows, length, lookback = 11, 32, attend.sizes[2]
+    for starts in ([0, 2, 3 * length - 3], [13, 5, length + 2]):
+        tokens, q, keys, before, sinks, entries, _, limits = attend.made(
+            rows, 1, 12, np.array(starts), np.array([rows, 0, rows - 1])
+        )
+        ring = np.full((2, 3, length, q.shape[2]), np.nan)
+        for slot, start in enumerate(starts):
+            for back in range(1, min(lookback, start) + 1):
+                ring[1, slot, (start - back) % length] = before[slot, -back]
+        held = Table(jnp.asarray(ring, attend.dtype), 1)
+        held = rings.append(held, tokens.positions_T, keys, tokens)
+        seen = np.arange(entries.shape[1]) < np.asarray(limits)[:, None]
+        which = Entries(next(attend.tables(entries, apart=False)), limits_T=limits)
+        mine = attend(q, keys, rings.Lookback(held, lookback), sinks, tokens, which)
+        agrees(tokens, mine, plain(tokens, q, keys, before, sinks, entries, seen))
+
+
 @pytest.mark.parametrize("by", ["chosen", "limits"])
 def test_bfloat16_sums_in_float32(attend, by):
     if attend.dtype == jnp.bfloat16:
@@ -479,6 +499,37 @@ def test_gradients_are_those_of_the_reference(by, kernel):
         np.testing.assert_allclose(mine, expected, atol=1e-5 * scale + 1e-30)
 
 
+@pytest.mark.parametrize("kernel", ["mosaic_tpu", "mosaic_gpu"])
+def test_gradients_reach_rows_in_their_ring(kernel):
+    """Which are those of the rows before the pass; its own have theirs."""
+    attend, length, starts = Attend(kernel), 16, np.array([0, 2, 45])
+    tokens, *arrays = attend.made(4, 1, 13, starts, np.array([4, 0, 3]))
+    q, keys, _, sinks, *_ = (x.astype(attend.dtype) for x in arrays)
+    ring = np.random.default_rng(0).normal(size=(1, 3, length, q.shape[2]))
+    held = rings.append(
+        Table(jnp.asarray(ring, attend.dtype)), tokens.positions_T, keys, tokens
+    )
+    do = np.random.default_rng(1).normal(size=q.shape).astype(q.dtype)
+    do[np.asarray(tokens.slots_T) < 0] = 0
+
+    def gradients(attend):
+        def of(q, keys, rows):
+            back = rings.Lookback(held.having(rows), attend.sizes[2])
+            return attend.run(q, keys, back, sinks, tokens)
+
+        with SIMULATED[kernel]():
+            _, back = jax.vjp(of, q, keys, held.rows_LBCH)
+            return jax.block_until_ready(back(do))
+
+    reference = Attend("xla")
+    reference.sizes = attend.sizes
+    for mine, expected in zip(gradients(attend), gradients(reference), strict=True):
+        mine, expected = (np.asarray(x, np.float32) for x in (mine, expected))
+        tolerance = 1e-2 if attend.dtype == jnp.bfloat16 else 1e-5
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(mine, expected, atol=tolerance * scale)
+
+
 def test_rows_read_as_words_are_the_rows():
     rows = np.arange(2 * 32 * 512.0).reshape(2, 32, 4, 128).astype(jnp.bfloat16)
     halves = rows.view(np.uint16).astype(np.uint32)
@@ -539,14 +590,16 @@ def test_what_the_kernel_cannot_do_is_said():
 def test_a_gpu_copies_whole_tiles():
     """Which the simulator does not ask for, and a GPU would round down to."""
     attend = Attend("mosaic_gpu")
-    lookback, size = attend.sizes[2], mosaic_gpu_kernel.TILE_ROWS
-    tokens, *_, entries, _, limits = attend.made(11, 1, starts=np.array([0, 5, 20]))
+    lookback, size = attend.sizes[2], mosaic_gpu_rows.TILE_ROWS
+    starts = np.array([0, 5, 20])
+    tokens, _, keys, before, _, entries, _, limits = attend.made(11, 1, starts=starts)
+    _, *where = mosaic_gpu_lists.recent(before, keys, tokens)
     for table in attend.tables(entries, apart=False):
         which = Entries(table, limits_T=limits)
         planned = plan.Plan.of(
             tokens, which, lookback, True, 1, queries=1, tiles=(32, 32)
         )
-        first_T = mosaic_gpu.per_token(planned, tokens, 32)[:, 1]
+        first_T = mosaic_gpu.per_token(planned, tokens, 32, *where)[:, 1]
         for starts in (first_T, planned.pieces, planned.piece):
             assert not (np.asarray(starts) % size).any()
         assert np.asarray(first_T).max() > 0
