@@ -199,6 +199,13 @@ def test_a_block_sees_all_of_itself():
     agrees(case.mine(*forward, causal=False), expected)
 
 
+def test_windows_that_are_several_blocks_of_rows():
+    """Of which a query sees one, or two; some of those between see none."""
+    case = Case(30, "window", seed=6)
+    *forward, expected = case.expected()
+    agrees(case.mine(*forward), expected)
+
+
 def test_what_no_one_sees_need_not_be_a_number():
     """Padding, entries, and what would lie before position 0."""
     case = Case(3, "chosen", seed=3)
