@@ -19,7 +19,13 @@ from pallas_kernels.sparse_attention import (
     mosaic_gpu_backward,
     mosaic_gpu_kernel,
 )
+from pallas_kernels.sparse_attention.mosaic_gpu_backward_lists import (
+    blocks_of,
+    tokens_of,
+    words_of,
+)
 from pallas_kernels.sparse_attention.mosaic_gpu_backward_weights import CHUNKS
+from pallas_kernels.sparse_attention.ref import recent_spans
 from tests.kernels.test_sparse_attention import (
     accumulate,
     seen_of,
@@ -199,11 +205,31 @@ def test_a_block_sees_all_of_itself():
     agrees(case.mine(*forward, causal=False), expected)
 
 
-def test_windows_that_are_several_blocks_of_rows():
-    """Of which a query sees one, or two; some of those between see none."""
-    case = Case(30, "window", seed=6)
-    *forward, expected = case.expected()
-    agrees(case.mine(*forward), expected)
+@pytest.mark.parametrize("by", ["window", "limits", "chosen"])
+def test_blocks_of_rows_name_the_tokens_that_see_them(by):
+    """All of them, no token of another slot, none too many at either end."""
+    case, (recent, length) = Case(150, by, seed=6), (192, 320)
+    which = (
+        None if case.which is None else Entries(case.table(paged=False), **case.which)
+    )
+    ragged, slots = case.tokens, case.slots
+    tokens_TK = tokens_of(ragged, which, LOOKBACK, True, recent, length)
+    words = [words_of(which.chosen_TX, length - recent)] if by == "chosen" else []
+    blocks = blocks_of(ragged, tokens_TK, *words, recent=recent, length=length)
+    spans = ragged.flat(recent_spans(ragged, LOOKBACK))
+    row = np.arange(recent)
+    sees = (row >= np.asarray(spans)[:, :1]) & (row < np.asarray(spans)[:, 1:])
+    behind = ((0, 0), (0, length - recent - ENTRIES))
+    sees = np.concatenate([sees, np.pad(case.seen, behind)], axis=1)
+    blocks = np.asarray(blocks).reshape(3, length // 64, 3)
+    for (slot, block), (first, count, row) in zip(
+        np.ndindex(blocks.shape[:2]), blocks.reshape(-1, 3)
+    ):
+        assert row == 64 * block
+        here = sees[:, row : row + 64].any(1) & (slots == slot)
+        tokens = np.flatnonzero(here)
+        assert count == (tokens[-1] + 1 - tokens[0] if len(tokens) else 0)
+        assert not len(tokens) or first == tokens[0]
 
 
 def test_what_no_one_sees_need_not_be_a_number():
