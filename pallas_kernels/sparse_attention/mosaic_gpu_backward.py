@@ -18,6 +18,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.precision import upcast
@@ -109,6 +110,8 @@ def backward(operands, o_TNH, lse_TN, do_TNH, scale, causal, query_norm):
             plgpu.SMEM(names_TCX.shape[1:], jnp.int32),
         ]
     static = {"entries": recent, "chosen": chosen}
+    gathered = names_TCX.size if chosen else len(rows_SH)
+    seen = lookback + 1 + (names_TCX[0].size if chosen else length - recent)
     dq_TNH = call(
         functools.partial(differentiate_queries, **static, norm=query_norm is not None),
         out_type=jax.ShapeDtypeStruct((T, N, H), dtype),
@@ -124,12 +127,15 @@ def backward(operands, o_TNH, lse_TN, do_TNH, scale, causal, query_norm):
             plgpu.Barrier(num_arrivals=1, num_barriers=HALVES),
             plgpu.Barrier(num_arrivals=HALVES),
         ],
+        cost_estimate=_cost(q_TNH, 3, 3, T * seen, gathered * H * dtype.itemsize),
         grid=(T * N // HEADS,),
         grid_names=("block",),
         kernel_name="sparse_attention_backward_queries",
     )(tokens_TK, *heads, rows_SH, *names)
     blocks_K3 = blocks_of(ragged, tokens_TK, *words, recent=recent, length=length)
     parts = -(-_WAVES * CORES // len(blocks_K3))
+    met = T * (lookback + BLOCK + length - recent)
+    moved = rows_SH.size * (dtype.itemsize + 4 * parts)
     drows_PSH = call(
         functools.partial(differentiate_rows, **static, parts=parts),
         out_type=jax.ShapeDtypeStruct((parts, *rows_SH.shape), jnp.float32),
@@ -144,6 +150,7 @@ def backward(operands, o_TNH, lse_TN, do_TNH, scale, causal, query_norm):
             plgpu.Barrier(num_arrivals=HALVES),
             plgpu.Barrier(num_arrivals=1, num_barriers=HALVES),
         ],
+        cost_estimate=_cost(q_TNH, 4, 2, met, moved),
         grid=(parts, len(blocks_K3)),
         grid_names=("part", "block"),
         kernel_name="sparse_attention_backward_rows",
@@ -156,6 +163,16 @@ def backward(operands, o_TNH, lse_TN, do_TNH, scale, causal, query_norm):
     dsinks_TN = -jnp.exp2(LOG2E * upcast(sinks_N) - lse_TN) * mean_TN
     dsinks_N = jnp.where(real_T1, dsinks_TN, 0).sum(0).astype(sinks_N.dtype)
     return dq_TNH, dkeys_TH, dbefore_BWH, dsinks_N, dtable
+
+
+def _cost(q_TNH, products, arrays, pairs, moved):
+    """Of products over pairs of a token and a row, and of some arrays of queries."""
+    _, N, H = q_TNH.shape
+    return pl.CostEstimate(
+        flops=2 * products * pairs * N * H,
+        transcendentals=pairs * N,
+        bytes_accessed=arrays * q_TNH.size * q_TNH.dtype.itemsize + moved,
+    )
 
 
 def _rows(keys_TH, before_BWH, rows_LBCH, *, ragged, entries, recent):

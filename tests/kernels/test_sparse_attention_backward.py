@@ -13,9 +13,25 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxspark.models import FlatTokens
-from pallas_kernels import Entries, Rotary, Table
-from pallas_kernels.sparse_attention import mosaic_gpu_backward
-from tests.kernels.test_sparse_attention import seen_of, seen_wgmma, turned
+from pallas_kernels import Entries, Rotary, Table, sparse_attention
+from pallas_kernels.sparse_attention import (
+    mosaic_gpu,
+    mosaic_gpu_backward,
+    mosaic_gpu_kernel,
+)
+from pallas_kernels.sparse_attention.mosaic_gpu_backward_lists import (
+    blocks_of,
+    tokens_of,
+    words_of,
+)
+from pallas_kernels.sparse_attention.mosaic_gpu_backward_weights import CHUNKS
+from pallas_kernels.sparse_attention.ref import recent_spans
+from tests.kernels.test_sparse_attention import (
+    accumulate,
+    seen_of,
+    seen_wgmma,
+    turned,
+)
 
 HEADS, LOOKBACK, ENTRIES, PAGE = 64, 11, 80, 16
 TOLERANCE = 1e-2
@@ -26,6 +42,12 @@ NAMES = "queries", "keys", "before", "sinks", "entries"
 def seen_products(monkeypatch):
     monkeypatch.setattr(plgpu, "wgmma", partial(seen_wgmma, plgpu.wgmma))
     monkeypatch.setattr(mosaic_gpu_backward, "CORES", 7)
+
+
+def simulated():
+    return plgpu.force_gpu_interpret_mode(
+        plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+    )
 
 
 class Case:
@@ -89,10 +111,7 @@ class Case:
         def run(operands, *saved):
             return mosaic_gpu_backward.backward(operands, *saved, scale, causal, norm)
 
-        simulated = plgpu.InterpretGPUParams(
-            detect_races=True, uninitialized_memory="nan"
-        )
-        with plgpu.force_gpu_interpret_mode(simulated):
+        with simulated():
             grads = jax.block_until_ready(run(operands, *saved, self.do))
         grads = [None if x is None else np.asarray(x, np.float64) for x in grads]
         if entries is not None:
@@ -186,15 +205,89 @@ def test_a_block_sees_all_of_itself():
     agrees(case.mine(*forward, causal=False), expected)
 
 
-def test_long_passes_have_several_blocks_of_rows_and_windows_between_them():
-    case = Case(58, "window", seed=3)
+@pytest.mark.parametrize("by", ["window", "limits", "chosen"])
+def test_blocks_of_rows_name_the_tokens_that_see_them(by):
+    """All of them, no token of another slot, none too many at either end."""
+    case, (recent, length) = Case(150, by, seed=6), (192, 320)
+    which = (
+        None if case.which is None else Entries(case.table(paged=False), **case.which)
+    )
+    ragged, slots = case.tokens, case.slots
+    tokens_TK = tokens_of(ragged, which, LOOKBACK, True, recent, length)
+    words = [words_of(which.chosen_TX, length - recent)] if by == "chosen" else []
+    blocks = blocks_of(ragged, tokens_TK, *words, recent=recent, length=length)
+    spans = ragged.flat(recent_spans(ragged, LOOKBACK))
+    row = np.arange(recent)
+    sees = (row >= np.asarray(spans)[:, :1]) & (row < np.asarray(spans)[:, 1:])
+    behind = ((0, 0), (0, length - recent - ENTRIES))
+    sees = np.concatenate([sees, np.pad(case.seen, behind)], axis=1)
+    blocks = np.asarray(blocks).reshape(3, length // 64, 3)
+    for (slot, block), (first, count, row) in zip(
+        np.ndindex(blocks.shape[:2]), blocks.reshape(-1, 3)
+    ):
+        assert row == 64 * block
+        here = sees[:, row : row + 64].any(1) & (slots == slot)
+        tokens = np.flatnonzero(here)
+        assert count == (tokens[-1] + 1 - tokens[0] if len(tokens) else 0)
+        assert not len(tokens) or first == tokens[0]
+
+
+def test_what_no_one_sees_need_not_be_a_number():
+    """Padding, entries, and what would lie before position 0."""
+    case = Case(3, "chosen", seed=3)
+    *forward, expected = case.expected(norm=0.1)
+    slots = [case.slots == slot for slot in range(3)]
+    hidden = np.array([~case.seen[each].any(0) for each in slots])
+    missing = LOOKBACK - np.asarray(case.tokens.starts_B)[:, None]
+    q, keys, before, sinks, entries = case.arrays
+    q = q.at[case.slots < 0].set(jnp.nan)
+    before = jnp.where((np.arange(LOOKBACK) < missing)[..., None], jnp.nan, before)
+    entries = jnp.where(hidden[..., None], jnp.nan, entries)
+    case.arrays = [q, keys, before, sinks, entries]
+    agrees(case.mine(*forward, norm=0.1), expected)
+
+
+def test_the_op_keeps_what_its_gradients_need(monkeypatch):
+    """Also where a query's rows were read in parts."""
+    monkeypatch.setattr(mosaic_gpu, "TILES", (32, 32))
+    monkeypatch.setattr(mosaic_gpu_kernel, "accumulate", accumulate)
+    monkeypatch.setattr(mosaic_gpu, "parts_of", lambda *args: 2)
+    case = Case(2, "limits", seed=4)
+    table = case.table(paged=False)
+
+    @jax.jit
+    def gradients(arrays, rows, do):
+        def of(*arrays):
+            *others, rows = arrays
+            which = Entries(table.having(rows), **case.which)
+            return sparse_attention(
+                *others, case.tokens, which, scale=0.3, implementation="mosaic_gpu"
+            )
+
+        return jax.vjp(of, *arrays, rows)[1](do)
+
+    with simulated():
+        mine = jax.block_until_ready(
+            gradients(case.arrays[:4], table.rows_LBCH, case.do)
+        )
+    *mine, (_, rows) = (np.asarray(x, np.float64) for x in mine)
+    *_, expected = case.expected()
+    agrees([*mine, rows], expected)
+
+
+@pytest.mark.parametrize(
+    ("what", "column", "wrong"),
+    [("tokens_of", CHUNKS, "queries"), ("blocks_of", 1, "keys")],
+)
+def test_a_mistake_is_found(monkeypatch, what, column, wrong):
+    """A chunk too few for a token, a token too few for a block of rows."""
+    right = getattr(mosaic_gpu_backward, what)
+    monkeypatch.setattr(
+        mosaic_gpu_backward,
+        what,
+        lambda *args, **options: right(*args, **options).at[:, column].add(-1),
+    )
+    case = Case(2, "window", seed=5)
     *forward, expected = case.expected()
-    agrees(case.mine(*forward), expected)
-
-
-def test_gradients_are_the_same_every_time_and_on_any_number_of_parts():
-    pass
-
-
-def test_a_mistake_is_found(monkeypatch):
-    """A chunk too few, or a query too few for a block of rows."""
+    with pytest.raises(AssertionError, match=wrong):
+        agrees(case.mine(*forward), expected)
