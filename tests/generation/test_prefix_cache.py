@@ -203,7 +203,7 @@ def test_a_mix_of_lengths_fits_three_times_the_requests():
         chunk=256,
     )
     held = 0
-    while pages.admit(held, [held] * lengths[held], int(lengths[held]), None) == 0:
+    while pages.admit([held], [held] * lengths[held], int(lengths[held]), None):
         held += 1
     assert np.mean(lengths[:held]) == pytest.approx(longest / 4, rel=0.15)
     assert held >= 3 * slots
@@ -269,7 +269,7 @@ class TestPrefixTree:
         for n, own in pages.items():
             tree.insert(None, text(n, n), own)
         pool.drop([page for n in (1, 2) for page in pages[n]])
-        tree.match(None, text(1, 1), 2)
+        tree.use(tree.match(None, text(1, 1), 2))
         assert tree.evict(1) == 1
         assert len(tree.match(None, text(2, 2), 2)) == 1
         assert len(tree.match(None, text(1, 1), 2)) == 2
