@@ -26,7 +26,7 @@ from jaxspark.decoding.schedule_state import ScheduleState
 from jaxspark.drafters import Drafter
 from jaxspark.models.base import TargetModel
 from jaxspark.models.pages import in_pages, pages_for
-from jaxspark.parallel.mesh import create, place, slots_per_shard
+from jaxspark.parallel.mesh import create, place, slot_shards, slots_per_shard
 from jaxspark.parallel.rules import state_specs
 from jaxspark.settings import standard_settings
 
@@ -152,21 +152,18 @@ class DecodeState:
           accepted: whether to keep which output tokens are accepted drafts.
           adjustments: what requests may do to their logits.
           likeliest: what to keep of the most likely tokens.
-          pages: pages that caches have in all, page 0 among them, which nobody owns;
-            no slot has one yet. None: every slot has rows of its own.
+          pages: pages that caches have, page 0 among them, which nobody owns; no slot
+            has one yet. On a mesh every shard of slots has as many, with numbers of its
+            own. None: every slot has rows of its own.
           estimator: that of the options it will be decoded with.
 
         Raises:
-          ValueError: no slots, pages on a mesh that shares out slots, or more drafts
-            per round than the target's caches can forget.
+          ValueError: no slots, or such that shards cannot have equally many, or more
+            drafts per round than the target's caches can forget.
         """
         if slots < 1:
             raise ValueError(f"a state needs at least 1 slot, got {slots}")
-        if slots_per_shard(slots) < slots and pages is not None:
-            raise ValueError(
-                "pages belong to the slots of one shard; on a mesh with axes data or "
-                "expert, give every slot rows of its own (pages None)"
-            )
+        slots_per_shard(slots)  # which must be even
         most = target.max_rewind
         if most is not None and block_length > most:
             raise ValueError(
@@ -185,7 +182,8 @@ class DecodeState:
             if pages is None:
                 return owner.init_cache(slots, capacity)
             # Under `jit`, so that the tables that pools replace are never made.
-            return jax.jit(lambda: in_pages(owner.init_cache(slots, capacity), pages))()
+            every = pages * slot_shards()
+            return jax.jit(lambda: in_pages(owner.init_cache(slots, capacity), every))()
 
         def make():
             return cls(

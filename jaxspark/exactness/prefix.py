@@ -24,6 +24,7 @@ from jaxspark.generation import Completion, ContinuousBatch, Request
 from jaxspark.generation.slot_pages import SlotPages
 from jaxspark.models import DeepSeekV4
 from jaxspark.models.pages import PAGE
+from jaxspark.parallel.mesh import slot_shards
 
 VOCAB, BLOCK, NEW = 61, 4, 24
 SLOTS, TOGETHER, CAPACITY = 3, 2, 640
@@ -91,20 +92,32 @@ class PrefixAudit:
         chunk: int = 32,
         pages: int = SLOTS * CAPACITY // PAGE,
         coupling: Coupling = "gumbel",
+        per_shard: int = SLOTS,
     ):
-        """Empty caches of so many pages; prompts are read by `chunk` tokens."""
+        """Empty caches on the mesh in use, if any.
+
+        Args:
+          target: a bare model.
+          drafter: of its outputs.
+          chunk: tokens by which prompts are read.
+          pages: of each shard of slots.
+          coupling: of rounds.
+          per_shard: slots of each.
+        """
         self.target, self.coupling = target, coupling
+        self.slots = per_shard * slot_shards()
         self.pages = SlotPages(
-            slots=SLOTS,
+            slots=self.slots,
             capacity=CAPACITY,
             pages=pages + 1,
             chunk=chunk,
+            shards=slot_shards(),
             lookahead=drafter.lookahead,
         )
         self.batch = ContinuousBatch(
             target,
             drafter,
-            slots=SLOTS,
+            slots=self.slots,
             capacity=CAPACITY,
             options=DecodeOptions(block_length=BLOCK, coupling=coupling),
             together=TOGETHER,
@@ -208,7 +221,7 @@ class PrefixAudit:
 
         for _ in range(30):
             alive = [index for index in asked if index not in ended]
-            if random.random() < 0.5 and len(alive) < 6:
+            if random.random() < 0.5 and len(alive) < 2 * self.slots:
                 which = int(random.integers(len(self.requests)))
                 asked[batch.submit(self.requests[which])] = which
             elif random.random() < 0.1 and alive:

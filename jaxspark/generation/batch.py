@@ -53,7 +53,7 @@ from jaxspark.generation.slots import (
     prefill_chunk,
 )
 from jaxspark.models import TargetModel
-from jaxspark.parallel.mesh import shard, slots_per_shard
+from jaxspark.parallel.mesh import shard, slot_shards, slots_per_shard
 from jaxspark.settings import standard_settings
 from jaxspark.target import Target
 
@@ -86,6 +86,20 @@ class Update:
     prompt_log_probs: list[PromptLogProb | None] | None = None
     counts: Counts = Counts()
     cached: int = 0
+
+
+def _check_pages(pages: SlotPages, chunk: int | None) -> None:
+    """Raises `ValueError` for pages that are not those of a batch."""
+    if chunk != pages.chunk:
+        raise ValueError(
+            f"pages are shared at multiples of {pages.chunk} tokens, prompts are read "
+            f"by {chunk}; give both the same chunk"
+        )
+    if pages.shards != slot_shards():
+        raise ValueError(
+            f"pages are for {pages.shards} shards of slots, the mesh in use has "
+            f"{slot_shards()}"
+        )
 
 
 class ContinuousBatch:
@@ -156,11 +170,8 @@ class ContinuousBatch:
                 "has none; give it those of jaxspark.calibration.measure_costs, or add "
                 "them with jaxspark.calibration.with_measured_costs"
             )
-        if pages is not None and chunk != pages.chunk:
-            raise ValueError(
-                f"pages are shared at multiples of {pages.chunk} tokens, prompts are "
-                f"read by {chunk}; give both the same chunk"
-            )
+        if pages is not None:
+            _check_pages(pages, chunk)
         self.slots = slots
         self.together = max(1, slots // 4) if together is None else min(together, slots)
         self.chunk = chunk
@@ -333,10 +344,10 @@ class ContinuousBatch:
                 count = min(count, self.together - self.prefilling)
                 if not count:
                     return
-            arrived = self._next(free[:count])
+            arrived = self._next(free, count)
             if not arrived:
                 return  # They need pages that others have.
-            free = free[len(arrived) :]
+            free = [slot for slot in free if slot not in arrived]
             newcomers = list(arrived.values())
             self._running |= arrived
             # One shape for any number of newcomers: no slot has the last number.
@@ -355,25 +366,30 @@ class ContinuousBatch:
                 for each in newcomers:
                     each.processed += each.unread
 
-    def _next(self, slots: Sequence[int]) -> dict[int, Running]:
-        """Who waits longest, in these slots; fewer where pages are too few."""
+    def _next(self, free: Sequence[int], count: int) -> dict[int, Running]:
+        """Who waits longest, in free slots; fewer than asked for if pages are few."""
         arrived: dict[int, Running] = {}
-        for slot in slots:
-            each, processed = self._waiting[0], 0
-            if self._pages is not None:
-                there = self._pages.admit(
-                    slot,
-                    each.request.ids + each.tokens,
-                    self._positions(each, rounds=1),
-                    each.salt,
-                    share=not each.wants_prompt,
-                )
-                if there is None:
-                    break
-                processed = there
+        while len(arrived) < count:
+            each = self._waiting[0]
+            place = self._place(each, [slot for slot in free if slot not in arrived])
+            if place is None:
+                break
+            slot, processed = place
             each.begin(processed)
             arrived[slot] = self._waiting.popleft()
         return arrived
+
+    def _place(self, each: Running, free: Sequence[int]) -> tuple[int, int] | None:
+        """One of free slots for a request, and tokens whose rows are there already."""
+        if self._pages is None:
+            return free[0], 0
+        return self._pages.admit(
+            free,
+            each.request.ids + each.tokens,
+            self._positions(each, rounds=1),
+            each.salt,
+            share=not each.wants_prompt,
+        )
 
     def _positions(self, each: Running, rounds: int) -> int:
         """Positions that a request writes to in so many rounds."""
@@ -383,11 +399,12 @@ class ContinuousBatch:
     def _make_room(self, rounds: int) -> int:
         """Pages for the next rounds, which are fewer where pages are.
 
-        Where they do not suffice for one, the youngest request gives its own up.
+        Where they do not suffice for one, the youngest request that has some of those
+        that are too few gives its own up.
         """
         if self._pages is None:
             return rounds
-        while not self._pages.reserve(
+        while short := self._pages.reserve(
             {
                 slot: self._positions(each, rounds)
                 for slot, each in self._running.items()
@@ -396,12 +413,12 @@ class ContinuousBatch:
             if rounds > 1:
                 rounds //= 2
             else:
-                self._preempt()
+                self._preempt(short)
         return rounds
 
-    def _preempt(self) -> None:
-        """The youngest request waits again; it goes on from what it has said."""
-        slot = max(self._running, key=lambda slot: self._running[slot].request.index)
+    def _preempt(self, slots: Sequence[int]) -> None:
+        """The youngest of requests waits again; it goes on from what it has said."""
+        slot = max(slots, key=lambda slot: self._running[slot].request.index)
         each = self._vacate([slot])[slot]
         self._waiting.appendleft(each)
         self.preemptions += 1

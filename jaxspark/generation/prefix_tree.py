@@ -11,7 +11,7 @@ rows of all rings of a slot that had come exactly to the node's end.
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ class Node:
       parent: None of a root.
       end: positions up to its last.
       children: by key.
-      used: when it was last looked up or inserted, in counts of the tree.
+      used: when it was last used or inserted, in counts of the tree.
       snapshot: rows of rings at its end, if kept.
     """
 
@@ -64,7 +64,17 @@ class PrefixTree:
 
     def match(self, salt: Salt, tokens: Sequence[int], pages: int) -> list[Node]:
         """The path of a text's longest known prefix, at most so many pages long."""
-        return list(self._walk(salt, tokens, pages))
+        path, node = [], self._roots.get(salt)
+        while node is not None and node.end < PAGE * pages:
+            node = node.children.get(self._key(tokens, node.end))
+            path += [node] if node is not None else []
+        return path
+
+    def use(self, path: Iterable[Node]) -> None:
+        """Others are evicted before these from now on."""
+        self._clock += 1
+        for node in path:
+            node.used = self._clock
 
     def insert(
         self, salt: Salt, tokens: Sequence[int], pages: Sequence[int]
@@ -75,6 +85,7 @@ class PrefixTree:
           The path, a node for each of the pages.
         """
         path = self.match(salt, tokens, len(pages))
+        self.use(path)
         node = path[-1] if path else self._root(salt)
         for page in pages[len(path) :]:
             key = self._key(tokens, node.end)
@@ -150,12 +161,3 @@ class PrefixTree:
 
     def _key(self, tokens: Sequence[int], start: int) -> tuple[int, ...]:
         return tuple(tokens[start : start + PAGE + self._lookahead])
-
-    def _walk(self, salt: Salt, tokens: Sequence[int], pages: int) -> Iterator[Node]:
-        self._clock += 1
-        node = self._roots.get(salt)
-        while node is not None and node.end < PAGE * pages:
-            node = node.children.get(self._key(tokens, node.end))
-            if node is not None:
-                node.used = self._clock
-                yield node

@@ -72,15 +72,15 @@ class ServeOptions(common.TargetOptions, common.DraftOptions, common.ScheduleOpt
         16,
         at_least=1,
     )
-    prefix_cache: bool | None = option(
+    prefix_cache: bool = option(
         "Whether prompts that begin alike share what was computed; outputs stay the "
-        "same to the last bit. By default yes, on meshes with axes data or expert no.",
-        None,
+        "same to the last bit.",
+        True,
     )
     cache_pages: int | None = option(
         "Memory for all outputs and shared prefixes, in pages of 128 tokens; when it "
-        "runs out, the youngest outputs wait and go on later. By default as many as "
-        "all slots can fill.",
+        "runs out, the youngest outputs wait and go on later. Shards of slots have "
+        "equally many. By default as many as all slots can fill.",
         None,
         at_least=1,
     )

@@ -9,7 +9,8 @@ table [B, P] names the page of each 128 positions of a slot:
 
 so no program can change what a slot does not own. Page 0 belongs to nobody. Tables are
 made by the host between two calls of the loop. Only tables that grow with positions are
-paged; rings are not.
+paged; rings are not. On a mesh every shard of slots has a pool, and numbers in its
+slots' tables are those of its own pages.
 """
 
 from typing import Any

@@ -78,7 +78,7 @@ class Engine:
         adjustments: AdjustmentLimits = SERVING,
         top_log_probs: int = MAX_TOP_LOG_PROBS,
         prompt_log_probs: bool = True,
-        prefix_cache: bool | None = None,
+        prefix_cache: bool = True,
         cache_pages: int | None = None,
         grammars: bool = True,
         queue: QueueLimits = QueueLimits(),
@@ -102,11 +102,10 @@ class Engine:
           adjustments: what requests may do to logits.
           top_log_probs: most likely tokens that they may ask for beside each.
           prompt_log_probs: whether they may ask for those of prompts.
-          prefix_cache: whether prompts that begin alike share cache rows; None does
-            where one shard has all slots.
-          cache_pages: pages of 128 positions for all outputs and shared prefixes; when
-            they run out, the youngest outputs wait. None has as many as all slots can
-            fill.
+          prefix_cache: whether prompts that begin alike share cache rows.
+          cache_pages: pages of 128 positions for all outputs and shared prefixes, which
+            shards of slots have equally many of; when they run out, the youngest
+            outputs wait. None has as many as all slots can fill.
           grammars: whether they may have grammars; costs programs to compile.
           queue: what may wait.
           pace: rounds per call.
@@ -281,7 +280,7 @@ class Engine:
             pages, used = self._batch.slots, len(self._desk.running)
             return {"pages": pages, "pages_used": used, "pages_cached": 0}
         return {
-            "pages": self.pages.pages - 1,
+            "pages": self.pages.size,
             "pages_used": self.pages.used,
             "pages_cached": self.pages.cached,
         }
@@ -390,30 +389,30 @@ def _slot_pages(
     slots: int,
     capacity: int,
     chunk: int,
-    prefix_cache: bool | None,
+    prefix_cache: bool,
     cache_pages: int | None,
 ) -> SlotPages | None:
     """Who hands out pages; None where every slot has rows of its own.
 
     Raises:
-      ValueError: pages are asked for on a mesh that shares out slots.
+      ValueError: pages that shards cannot have equally many of.
     """
-    if slot_shards() > 1:
-        if prefix_cache or cache_pages is not None:
-            raise ValueError(
-                "prefix_cache and cache_pages need all slots on one shard; leave them "
-                "out on a mesh with axes data or expert"
-            )
-        return None
-    if prefix_cache is False and cache_pages is None:
+    if not prefix_cache and cache_pages is None:
         return None
     if cache_pages is None:
         cache_pages = slots * pages_for(capacity)
+    shards = slot_shards()
+    if cache_pages % shards:
+        raise ValueError(
+            f"cache_pages is {cache_pages}; the mesh has {shards} shards of slots, "
+            "which have equally many"
+        )
     return SlotPages(
         slots=slots,
         capacity=capacity,
-        pages=cache_pages + 1,  # page 0 is nobody's
+        pages=cache_pages // shards + 1,  # page 0 is nobody's
         chunk=chunk,
+        shards=shards,
         lookahead=drafter.lookahead,
-        prefix_cache=prefix_cache is not False,
+        prefix_cache=prefix_cache,
     )

@@ -3,6 +3,7 @@
 The grids are those of `jaxspark audit --suite=prefix`, on the smallest models.
 """
 
+import jax
 import numpy as np
 import pytest
 
@@ -22,6 +23,7 @@ from jaxspark.generation.prefix_tree import PrefixTree
 from jaxspark.generation.request import RequestError, check
 from jaxspark.generation.slot_pages import SlotPages
 from jaxspark.models.pages import PAGE, pages_for
+from jaxspark.parallel.mesh import make_mesh
 
 
 def made(family, name, **options):
@@ -87,6 +89,53 @@ def test_any_sequence_says_what_plain_decoding_says_and_loses_no_page(audited):
         assert not result.violations
         preempted += times
     assert preempted > 0 and audited.pages.hits > before
+
+
+def test_on_a_mesh_every_shard_of_slots_has_pages_and_prefixes_of_its_own():
+    with jax.set_mesh(make_mesh("data:4,expert:2")):
+        audited = made("dense", "ngram", pages=5, per_shard=2)
+        hits = [
+            hit
+            for index, shared in enumerate((131, 385))
+            for hit in audited.hits(Alignment(shared=shared, own=40), index)
+        ]
+        assert [hit.cached for hit in hits] == [128, 128, 384, 384]
+        assert not [each for hit in hits for each in hit.differences]
+        preempted, before = 0, audited.pages.hits
+        for seed in range(4):
+            result, times, lost = audited.sequence(seed)
+            assert not lost
+            assert not result.violations
+            preempted += times
+        assert preempted > 0 and audited.pages.hits > before
+
+
+def test_a_request_goes_to_the_shard_that_has_most_of_its_text():
+    pages = SlotPages(slots=6, capacity=640, pages=6, chunk=128, shards=3)
+
+    def admitted(*numbers, free):
+        slot, there = pages.admit(free, text(*numbers), 128 * len(numbers) + 1, None)
+        for processed in range(128, 128 * len(numbers) + 1, 128):
+            pages.progress(None, slot, processed)
+        return slot, there
+
+    assert admitted(1, 2, free=[0, 2, 4]) == (0, 0)
+    assert admitted(3, free=[2, 1, 4]) == (2, 0)
+    assert admitted(1, 2, 9, free=[3, 4, 1]) == (1, 256)
+    # Where it is there is no slot, or there are no pages for the rest.
+    assert admitted(3, 1, 1, 1, free=[3, 4]) == (4, 0)
+    assert pages.admit([5, 3], text(1, 2, 9), 385, None) is None
+    assert pages.reserve({0: 641, 2: 256}) == [0]
+    for slot in (0, 1, 2, 4):
+        pages.release(slot, 0)
+    assert not pages.leaks() and pages.used == 0
+
+
+def test_pages_are_those_of_the_mesh():
+    model, drafter = audited_pair("dense", "ngram")
+    pages = SlotPages(slots=4, capacity=256, pages=5, chunk=32, shards=2)
+    with pytest.raises(ValueError, match="for 2 shards of slots, the mesh.*has 1"):
+        ContinuousBatch(model, drafter, slots=4, capacity=256, chunk=32, pages=pages)
 
 
 @pytest.mark.parametrize("coupling", ["gumbel", "rejection"])
@@ -203,7 +252,7 @@ def test_a_mix_of_lengths_fits_three_times_the_requests():
         chunk=256,
     )
     held = 0
-    while pages.admit(held, [held] * lengths[held], int(lengths[held]), None) == 0:
+    while pages.admit([held], [held] * lengths[held], int(lengths[held]), None):
         held += 1
     assert np.mean(lengths[:held]) == pytest.approx(longest / 4, rel=0.15)
     assert held >= 3 * slots
@@ -269,7 +318,7 @@ class TestPrefixTree:
         for n, own in pages.items():
             tree.insert(None, text(n, n), own)
         pool.drop([page for n in (1, 2) for page in pages[n]])
-        tree.match(None, text(1, 1), 2)
+        tree.use(tree.match(None, text(1, 1), 2))
         assert tree.evict(1) == 1
         assert len(tree.match(None, text(2, 2), 2)) == 1
         assert len(tree.match(None, text(1, 1), 2)) == 2

@@ -158,10 +158,18 @@ def test_without_a_prefix_cache_slots_have_rows_of_their_own():
     assert limited._batch._state.pages_BP is not None
 
 
-def test_pages_need_all_slots_on_one_shard():
-
+def test_prefixes_are_cached_on_a_mesh_and_everything_is_compiled_before():
     with jax.set_mesh(make_mesh("data:2", jax.devices()[:2])):
-        assert engine("ngram", slots=4).pages is None
-        for asked in ({"prefix_cache": True}, {"cache_pages": 9}):
-            with pytest.raises(ValueError, match="all slots on one shard"):
-                engine("ngram", slots=4, **asked)
+        with pytest.raises(ValueError, match="cache_pages is 9; the mesh has 2 shards"):
+            engine("ngram", slots=4, cache_pages=9)
+        made = engine("ngram", slots=4, cache_pages=10)
+    with made:
+        asked = [request(i) for i in (1, 2, 3)]
+        cold = told(made, asked[0])
+        assert [told(made, each)[0] for each in asked] == [256] * 3
+        assert told(made, asked[0])[1:] == cold[1:]
+        streams = [made.submit(Demand(group="g", choice=0, request=r)) for r in asked]
+        assert [read(stream)[1] for stream in streams] == list(map(plain, asked))
+        assert made.wait_idle(10)
+        assert made.stats().pages == 10 and made.stats().late_compilations == 0
+        assert not made.pages.leaks()
