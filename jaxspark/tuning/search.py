@@ -6,6 +6,7 @@ own sizes by enough. Whatever cannot be compiled or timed is left out, and why i
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -108,7 +109,7 @@ def by_schedule(topology: str) -> Timer:
                 text=True,
             )
             if done.returncode:
-                why = _reason(done.stderr) or f"ended by {done.returncode}"
+                why = reason(done.stderr) or f"ended by {done.returncode}"
                 yield Timed(sizes=sizes, seconds=None, why=why)
             else:
                 seconds = json.loads(done.stdout.splitlines()[-1])
@@ -117,11 +118,12 @@ def by_schedule(topology: str) -> Timer:
     return timer
 
 
-def _reason(errors: str) -> str:
-    """The line that says most: libtpu's fatal one, or the exception."""
-    lines = [line for line in errors.splitlines() if line.strip()]
-    fatal = [line.partition("] ")[2] for line in lines if line.startswith("F")]
-    return (fatal or lines[-1:] or [""])[0][:200]
+def reason(errors: str) -> str | None:
+    """The line of errors that says most: libtpu's fatal one, or Python's."""
+    for says in (r"^F\d{4} .*?\] (.*)", r"^([\w.]*(?:Error|Exception): .*)"):
+        if found := re.findall(says, errors, re.MULTILINE):
+            return found[-1][:200]
+    return None
 
 
 def by_device(repeats: int) -> Timer:

@@ -10,7 +10,7 @@ import pytest
 from jaxspark.progress import CellProgress
 from jaxspark.tuning import schedule
 from jaxspark.tuning.problems import PROBLEMS, Problem
-from jaxspark.tuning.search import Timed, Tuned, by_device, tune
+from jaxspark.tuning.search import Timed, Tuned, by_device, reason, tune
 from pallas_kernels.block_sizes import PACKAGED, block_sizes, shape
 
 TRIED = (8, 16, 32)
@@ -92,6 +92,28 @@ def test_a_device_times_what_compiles_and_says_what_does_not():
     times = {each.sizes["width"]: each for each in found}
     assert times[8].seconds > 0 and times[16].seconds > 0
     assert times[32].seconds is None and times[32].why == "blocks of 32 do not fit"
+
+
+@pytest.mark.parametrize(
+    ("errors", "says"),
+    [
+        (
+            "Traceback (most recent call last):\n  File x\nValueError: has 'width'\n"
+            "--------------------\nFor simplicity, JAX has removed its frames.\n",
+            "ValueError: has 'width'",
+        ),
+        (
+            "W1130 1 a.cc:1] a warning\nF1130 05:01:02.3 77 llo.cc:17] no such DMA\n"
+            "=== Source Location Trace: ===\nE1130 1 b.cc:2] RAW: Raising signal 6\n",
+            "no such DMA",
+        ),
+        ("jax.errors.JaxRuntimeError: RESOURCE: vmem", "jax.errors.JaxRuntimeError: "),
+        ("Killed\n", None),
+    ],
+)
+def test_the_line_that_says_most_is_kept(errors, says):
+    found = reason(errors)
+    assert found is None if says is None else found.startswith(says)
 
 
 @pytest.fixture(scope="module")
