@@ -6,17 +6,17 @@ The E experts of a layer are shared out over the mesh axes `expert` and `model`,
 over `data` and `expert`; so tokens travel along `expert` alone, and shards along
 `model`, which hold the same tokens, sum what their experts make of them. A pair is a
 token and one of its experts. No buffer can overflow, so no pair is ever dropped,
-however skewed the routing; but nothing runs over room that is empty: a shard works
-through the pairs that it got (see `models.layers.experts`).
+however skewed the routing; but products do not run over room that is empty: a shard
+works through the pairs that it got (see `models.layers.expert_pairs`).
 
     gather   every token goes to every shard, which returns the weighted sums of its
-             pairs by a reduce-scatter; runs everywhere
+             pairs, over all R X of them, by a reduce-scatter; runs everywhere
     ragged   a token goes once to each shard that has one of its experts, and outputs
              of its pairs come back, to be summed in the order of one device
     padded   the same with all-to-alls of buffers for the worst case instead of ragged
              ones; runs everywhere, for tests
 
-Rows of width D that a shard with T tokens receives of others, of n shards:
+Rows of width D that a shard receives of others, if routing is even:
 
     gather   (n - 1) T in the tokens' type, and as many sums in float32 back
     ragged   at most (n - 1) min(n, X) / n T, and (n - 1) X / n T back, in their type

@@ -25,6 +25,8 @@ from jaxspark.simulation.traffic import LocalExperts, traffic
 from tests.aot.hlo import new_arrays
 
 LAYERS = 2
+# Neither writes the room that it names.
+UNWRITTEN = ("AllocateBuffer", "ragged-all-to-all-start(")
 
 
 def described(config):
@@ -86,7 +88,9 @@ def report(topology: str, mesh: str, tokens: str, file: str = "") -> dict:
         "sent": found.by_kind(),
         "temporary": compiled.memory_analysis().temp_size_in_bytes,
         "worst_case": [
-            line for line in new_arrays(text, worst) if "AllocateBuffer" not in line
+            line
+            for line in new_arrays(text, worst)
+            if not any(each in line for each in UNWRITTEN)
         ],
     }
 
