@@ -43,6 +43,7 @@ def tokens_of(
         used_T = jnp.where(entries.chosen_TX >= 0, place_X, 0).max(1)
         limits_T = jnp.full_like(slots_T, length - recent)
     elif entries is not None:
+        assert entries.limits_T is not None
         limits_T = used_T = entries.limits_T
     chunks_T = jnp.where(ragged.slots_T >= 0, recent_T - (-used_T // CHUNK), 0)
     columns = (
