@@ -88,14 +88,15 @@ class Drafted:
 
 def drafted_specs(_: Drafted | None = None) -> Drafted:
     """How what the first half leaves is shared out; vocabularies as logits are."""
-    by_slot = PartitionSpec(SLOTS)
-    q: Any = DraftDistribution(
-        log_q_BGW=PartitionSpec(SLOTS, None, MODEL),
-        ids_W=PartitionSpec(MODEL),
+    axes: Any = PartitionSpec  # Shardings stand where arrays do.
+    by_slot = axes(SLOTS)
+    q = DraftDistribution(
+        log_q_BGW=axes(SLOTS, None, MODEL),
+        ids_W=axes(MODEL),
         deterministic_B=by_slot,
     )
-    each: Any = Proposal(by_slot, by_slot, by_slot, by_slot, q)
-    return Drafted(each, Verification(by_slot, PartitionSpec()))
+    proposal = Proposal(by_slot, by_slot, by_slot, by_slot, q)
+    return Drafted(proposal, Verification(by_slot, axes()))
 
 
 def _round(target, drafter, options, draft_length: int, state, lagged) -> DecodeState:

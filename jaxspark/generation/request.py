@@ -9,7 +9,7 @@ import numpy as np
 from jaxspark.decoding import Adjustment, AdjustmentLimits
 from jaxspark.generation.adjusting import adjustment_of
 from jaxspark.generation.params import SamplingParams
-from jaxspark.generation.values import number, whole
+from jaxspark.generation.values import FieldError, about, number, whole
 from jaxspark.grammars import Matcher, matcher_of
 from jaxspark.models.pages import PAGE, pages_for
 from jaxspark.target import Target
@@ -20,7 +20,15 @@ UNLIMITED = 2**30
 
 
 class RequestError(ValueError):
-    """A request that cannot be served; names it, the value and what is expected."""
+    """A request that cannot be served; names it, the value and what is expected.
+
+    Attributes:
+      field: of `SamplingParams`, or "prompt"; None where it is not one alone.
+    """
+
+    def __init__(self, message: str, field: str | None = None):
+        super().__init__(message)
+        self.field = field
 
 
 @dataclass(frozen=True, init=False)
@@ -127,31 +135,16 @@ def check(
     try:
         return _checked(request, index, target, limits)
     except ValueError as error:
-        raise RequestError(f"{name}: {error}") from error
+        field = error.field if isinstance(error, FieldError) else None
+        raise RequestError(f"{name}: {error}", field) from error
 
 
 def _checked(request: Request, index: int, target: Target, limits: Limits):
     params, config = request.params, target.model.config
-    ids = token_ids(target, request.prompt)
     budget = whole("max_new_tokens", params.max_new_tokens, 1, None)
-    needed = len(ids) + budget
-    if needed > config.max_position_embeddings:
-        raise ValueError(
-            f"a prompt of {len(ids)} tokens and {budget} new ones exceed the target's "
-            f"{config.max_position_embeddings} positions"
-        )
-    if needed + limits.block_length > limits.capacity:
-        raise ValueError(
-            f"it needs {needed + limits.block_length} positions ({len(ids)} of its "
-            f"prompt, {budget} new, a block of {limits.block_length}), each slot has "
-            f"{limits.capacity}"
-        )
-    if pages_for(needed + limits.block_length) > limits.pages:
-        raise ValueError(
-            f"it needs {pages_for(needed + limits.block_length)} pages of {PAGE} "
-            f"positions ({len(ids)} of its prompt, {budget} new, a block of "
-            f"{limits.block_length}), the caches have {limits.pages} in all"
-        )
+    with about("prompt"):
+        ids = token_ids(target, request.prompt)
+        _check_room(len(ids), budget, target, limits)
     number("temperature", params.temperature, 0, float(np.finfo(np.float32).max))
     whole("top_k", params.top_k, 0, 2**31 - 1)
     number("min_p", params.min_p, 0, 1)
@@ -159,11 +152,12 @@ def _checked(request: Request, index: int, target: Target, limits: Limits):
         raise ValueError("top_p must be positive, got 0")
     seed = spread_seed(0, index) if params.seed is None else params.seed
     stop_ids = target.stop_ids if params.stop_ids is None else params.stop_ids
-    stop_ids = check_ids(target, "stop_ids", stop_ids)
-    if len(stop_ids) > limits.stop_ids:
-        raise ValueError(
-            f"{len(stop_ids)} stop ids, this batch has room for {limits.stop_ids}"
-        )
+    with about("stop_ids"):
+        stop_ids = check_ids(target, "stop_ids", stop_ids)
+        if len(stop_ids) > limits.stop_ids:
+            raise ValueError(
+                f"{len(stop_ids)} stop ids, this batch has room for {limits.stop_ids}"
+            )
     most = limits.block_length
     if params.max_drafts is not None:
         most = min(whole("max_drafts", params.max_drafts, 0, None), most)
@@ -197,6 +191,27 @@ def _checked(request: Request, index: int, target: Target, limits: Limits):
         matcher=matcher,
         params=params,
     )
+
+
+def _check_room(prompt: int, budget: int, target: Target, limits: Limits) -> None:
+    """Raises `ValueError` if a prompt and its new tokens fit no slot."""
+    positions, needed = target.model.config.max_position_embeddings, prompt + budget
+    if needed > positions:
+        raise ValueError(
+            f"a prompt of {prompt} tokens and {budget} new ones exceed the target's "
+            f"{positions} positions"
+        )
+    needed += limits.block_length
+    parts = f"({prompt} of its prompt, {budget} new, a block of {limits.block_length})"
+    if needed > limits.capacity:
+        raise ValueError(
+            f"it needs {needed} positions {parts}, each slot has {limits.capacity}"
+        )
+    if pages_for(needed) > limits.pages:
+        raise ValueError(
+            f"it needs {pages_for(needed)} pages of {PAGE} positions {parts}, the "
+            f"caches have {limits.pages} in all"
+        )
 
 
 def _check_told(params: SamplingParams, limits: Limits) -> None:

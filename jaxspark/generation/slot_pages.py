@@ -176,12 +176,12 @@ class SlotPages:
             by_shard[number][own] = count
         short = {
             number
-            for number, own in by_shard.items()
-            if not self._shards[number].has_room(own)
+            for number, counts in by_shard.items()
+            if not self._shards[number].has_room(counts)
         }
         if not short:
-            for number, own in by_shard.items():
-                self._shards[number].extend(own)
+            for number, counts in by_shard.items():
+                self._shards[number].extend(counts)
         return [slot for slot in positions if slot // self._per_shard in short]
 
     def progress(self, state: DecodeState, slot: int, processed: int) -> None:

@@ -6,8 +6,23 @@ whose automata are built as they are needed, and walks the trie of all tokens fo
 mask.
 """
 
-from jaxspark.grammars.grammar import Calls, Grammar, GrammarKind
+from jaxspark.grammars.grammar import (
+    Calls,
+    Grammar,
+    GrammarKind,
+    StructuralTags,
+    Tag,
+)
 from jaxspark.grammars.matcher import GrammarError, Matcher
 from jaxspark.grammars.source import matcher_of
 
-__all__ = ["Calls", "Grammar", "GrammarError", "GrammarKind", "Matcher", "matcher_of"]
+__all__ = [
+    "Calls",
+    "Grammar",
+    "GrammarError",
+    "GrammarKind",
+    "Matcher",
+    "StructuralTags",
+    "Tag",
+    "matcher_of",
+]

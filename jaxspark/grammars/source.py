@@ -6,8 +6,9 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxspark.grammars.calls import calls_lark
-from jaxspark.grammars.grammar import Calls, Grammar
+from jaxspark.grammars.grammar import Calls, Grammar, StructuralTags
 from jaxspark.grammars.matcher import GrammarError, Matcher
+from jaxspark.grammars.tags import tags_lark
 from jaxspark.grammars.vocabulary import control, library, quoted, vocabulary
 from jaxspark.text import Tokenizer
 
@@ -115,6 +116,12 @@ def _answer(grammar: Grammar, tokens: "LLTokenizer") -> dict[str, Any]:
             if not isinstance(value, Calls):
                 raise GrammarError(f"calls must be `Calls`, got {value!r}")
             return {"lark_grammar": calls_lark(value, tokens, schema)}
+        case "structural_tag":
+            if not isinstance(value, StructuralTags):
+                raise GrammarError(
+                    f"structural_tag must be `StructuralTags`, got {value!r}"
+                )
+            return {"lark_grammar": tags_lark(value, tokens, schema)}
     raise GrammarError(f"unknown kind of grammar {grammar.kind!r}")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxspark.generation import ContinuousBatch, Request, SamplingParams, Update
 from jaxspark.generation.request import CheckedRequest, check
-from jaxspark.grammars import Calls, Grammar
+from jaxspark.grammars import Calls, Grammar, StructuralTags, Tag
 from jaxspark.text.thinking import ThinkFormat
 
 # Instead of a command: there are no more.
@@ -93,9 +93,14 @@ def _grammar(told: Mapping[str, Any] | None) -> Grammar | None:
     if told is None:
         return None
     value, thinking = told["value"], told["thinking"]
+    if told["kind"] == "calls":
+        value = Calls(**value)
+    elif told["kind"] == "structural_tag":
+        tags = [Tag(**each) for each in value["structures"]]
+        value = StructuralTags(structures=tags, triggers=value["triggers"])
     return Grammar(
         kind=told["kind"],
-        value=Calls(**value) if told["kind"] == "calls" else value,
+        value=value,
         thinking=None if thinking is None else ThinkFormat(**thinking),
         opened=told["opened"],
     )

@@ -53,6 +53,14 @@ from jaxspark.target import Target
 log = logging.getLogger(__name__)
 # Seconds between two looks at what was learned of acceptance.
 _LOOK_S = 1.0
+# What clients call fields of `SamplingParams`.
+FIELDS = {
+    "max_new_tokens": "max_tokens",
+    "stop_ids": "stop_token_ids",
+    "allowed_ids": "allowed_token_ids",
+    "top_log_probs": "top_logprobs",
+    "prompt_log_probs": "prompt_logprobs",
+}
 # All that requests may do to logits is compiled; nobody pays for what no one asks for.
 SERVING = AdjustmentLimits.serving()
 
@@ -294,11 +302,13 @@ class Engine:
             checked = check(request, next(self._indices), batch.target, batch.limits)
         except RequestError as error:
             # Its cause does not begin with our number of the request.
-            raise ApiError(str(error.__cause__ or error)) from error
+            param = FIELDS.get(error.field or "", error.field)
+            raise ApiError(str(error.__cause__ or error), param=param) from error
         if checked.limit > self.context:
             raise ApiError(
                 f"prompt and output need {checked.limit} tokens, the context has "
                 f"{self.context}",
+                param="prompt",
                 code="context_length_exceeded",
             )
         late = None if demand.deadline_s is None else now + demand.deadline_s

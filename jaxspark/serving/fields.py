@@ -100,14 +100,33 @@ class JsonOfSchema(Wire):
     json_schema: NamedSchema
 
 
+class TagFields(Wire):
+    """JSON within a text; see `jaxspark.grammars.Tag`."""
+
+    begin: Text
+    # `schema` is a method of pydantic's.
+    schema_: dict[str, Any] = Field(alias="schema", default_factory=dict)
+    end: str
+
+
+class TextWithTags(Wire):
+    """Text in which triggers oblige, in vLLM's and SGLang's form."""
+
+    type: Literal["structural_tag"]
+    structures: list[TagFields] = Field(min_length=1)
+    triggers: list[Text] = Field(min_length=1)
+
+
 type ResponseFormat = Annotated[
     Annotated[Plain, Tag("@text")]
     | Annotated[AnyJson, Tag("@json_object")]
-    | Annotated[JsonOfSchema, Tag("@json_schema")],
+    | Annotated[JsonOfSchema, Tag("@json_schema")]
+    | Annotated[TextWithTags, Tag("@structural_tag")],
     Discriminator(
         _type_of,
         custom_error_type="response_format",
-        custom_error_message="type should be 'text', 'json_object' or 'json_schema'",
+        custom_error_message="type should be 'text', 'json_object', 'json_schema' or "
+        "'structural_tag'",
     ),
 ]
 

@@ -3,10 +3,15 @@
 from dataclasses import replace
 from typing import Any
 
-from jaxspark.grammars import Calls, Grammar, matcher_of
+from jaxspark.grammars import Calls, Grammar, StructuralTags, Tag, matcher_of
 from jaxspark.serving.conversation import ToolUse
 from jaxspark.serving.errors import ApiError
-from jaxspark.serving.fields import AnyJson, JsonOfSchema, SamplingFields
+from jaxspark.serving.fields import (
+    AnyJson,
+    JsonOfSchema,
+    SamplingFields,
+    TextWithTags,
+)
 from jaxspark.serving.sampling import stop_ids
 from jaxspark.serving.served import Served
 
@@ -65,6 +70,14 @@ def _formats(fields: SamplingFields) -> list[tuple[str, Grammar]]:
             formats.append(("response_format", Grammar(kind="json_object")))
         case JsonOfSchema(json_schema=named):
             grammar = Grammar(kind="json_schema", value=named.schema_)
+            formats.append(("response_format", grammar))
+        case TextWithTags(structures=structures, triggers=triggers):
+            tags = [
+                Tag(begin=each.begin, schema=each.schema_, end=each.end)
+                for each in structures
+            ]
+            tagged = StructuralTags(structures=tags, triggers=triggers)
+            grammar = Grammar(kind="structural_tag", value=tagged)
             formats.append(("response_format", grammar))
     said: Any = fields.structured_outputs
     if said is None:

@@ -102,7 +102,7 @@ def test_on_a_mesh_every_shard_of_slots_has_pages_and_prefixes_of_its_own():
         assert [hit.cached for hit in hits] == [128, 128, 384, 384]
         assert not [each for hit in hits for each in hit.differences]
         preempted, before = 0, audited.pages.hits
-        for seed in range(4):
+        for seed in range(3):
             result, times, lost = audited.sequence(seed)
             assert not lost
             assert not result.violations

@@ -269,25 +269,27 @@ def test_a_request_that_waits_too_long_fails_and_one_that_runs_too_long_is_cut(
 
 def test_what_cannot_be_served_is_refused_by_name_and_harms_nobody(running, plain):
     good = request(0)
-    for bad, match in (
+    for bad, match, param in (
         (
-            demand(request(0, grammar=Grammar(kind="json_object"), stop_ids=(1,))),
+            request(0, grammar=Grammar(kind="json_object"), stop_ids=(1,)),
             "no tokenizer",
+            None,
         ),
-        (demand(request(0, presence_penalty=2.1)), "presence_penalty"),
-        (demand(request(0, bad_words=SIXTY_FIVE)), "65 bad_words"),
-        (demand(request(0, bad_words=["a"])), "no tokenizer"),
-        (demand(request(0, allowed_ids=[3], bad_words=[[3]])), "leave no token"),
-        (demand(request(1, top_log_probs=2)), "log_probs is not set"),
-        (demand(Request([0] * 90, max_new_tokens=20)), "positions|context"),
-        (demand(Request([0] * 80, max_new_tokens=17)), "context"),
-        (demand(Request([zoo.VOCAB], max_new_tokens=4)), "token id"),
-        (demand(Request([0], max_new_tokens=4, temperature=-1.0)), "temperature"),
-        (demand(Request([0], max_new_tokens=4, stop_ids=range(17))), "stop ids"),
+        (request(0, presence_penalty=2.1), "presence_penalty", "presence_penalty"),
+        (request(0, bad_words=SIXTY_FIVE), "65 bad_words", None),
+        (request(0, bad_words=["a"]), "no tokenizer", None),
+        (request(0, allowed_ids=[3], bad_words=[[3]]), "leave no token", None),
+        (request(0, allowed_ids=[-3]), "token id", "allowed_token_ids"),
+        (request(1, top_log_probs=2), "log_probs is not set", None),
+        (Request([0] * 90, max_new_tokens=20), "positions|context", "prompt"),
+        (Request([0] * 80, max_new_tokens=17), "context", "prompt"),
+        (Request([zoo.VOCAB], max_new_tokens=4), "token id", "prompt"),
+        (Request([0], max_new_tokens=4, temperature=-1.0), "temper", "temperature"),
+        (Request([0], max_new_tokens=4, stop_ids=range(17)), "ids", "stop_token_ids"),
     ):
         with pytest.raises(ApiError, match=match) as error:
-            running.submit(demand(good), bad)
-        assert error.value.status == 400
+            running.submit(demand(good), demand(bad))
+        assert (error.value.status, error.value.param) == (400, param)
     told, _ = tokens_of(list(running.submit(demand(good))))
     assert [t.token for t in told] == plain(good).tokens
 

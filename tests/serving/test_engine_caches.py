@@ -146,8 +146,9 @@ def test_a_request_that_no_cache_could_hold_is_refused_when_it_comes():
     made = engine(cache_pages=2)
     with pytest.raises(
         ApiError, match="needs 3 pages of 128.*the caches have 2 in all"
-    ):
+    ) as error:
         made.submit(Demand(group="g", choice=0, request=request(1)))
+    assert error.value.param == "prompt"
 
 
 def test_without_a_prefix_cache_slots_have_rows_of_their_own():

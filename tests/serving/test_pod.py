@@ -17,7 +17,7 @@ from jaxspark.exactness.prefix import BLOCK, VOCAB, audited_pair
 from jaxspark.generation import ContinuousBatch, Request, generate
 from jaxspark.generation.request import check
 from jaxspark.generation.slot_pages import SlotPages
-from jaxspark.grammars import Calls, Grammar
+from jaxspark.grammars import Calls, Grammar, StructuralTags, Tag
 from jaxspark.grammars.source import source
 from jaxspark.grammars.vocabulary import vocabulary
 from jaxspark.parallel.mesh import make_mesh
@@ -153,11 +153,15 @@ def test_a_process_that_decided_otherwise_does_not_go_on():
 def test_grammars_are_told_as_they_are_meant():
     batch = ContinuousBatch(hosting.target(), slots=1, capacity=64)
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    tags = StructuralTags(
+        structures=[Tag(begin="<f>", schema={"const": 1}, end="</f>")], triggers=["<"]
+    )
     grammars = [
         Grammar(**DIGITS),
         Grammar(kind="choice", value=("one", "two")),
         Grammar(kind="json_schema", value={"enum": [1.5, None, "é"]}),
         Grammar(kind="calls", value=Calls(form="llama3", tools=[tool], parallel=False)),
+        Grammar(kind="structural_tag", value=tags),
         Grammar(kind="json_object", thinking=ThinkFormat(newlines=False), opened=True),
     ]
     for grammar in grammars:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from jaxspark.checkpoints import Tokenizer
-from jaxspark.grammars import Calls, Grammar
+from jaxspark.grammars import Calls, Grammar, StructuralTags, Tag
 from jaxspark.serving import (
     ApiError,
     ChatRequest,
@@ -145,6 +145,22 @@ def test_several_outputs_have_seeds_of_their_own():
             },
             Grammar(kind="json_schema", value={"type": "object"}),
         ),
+        (
+            {
+                "response_format": {
+                    "type": "structural_tag",
+                    "structures": [{"begin": "<f>", "schema": {}, "end": "</f>"}],
+                    "triggers": ["<f"],
+                }
+            },
+            Grammar(
+                kind="structural_tag",
+                value=StructuralTags(
+                    structures=[Tag(begin="<f>", schema={}, end="</f>")],
+                    triggers=["<f"],
+                ),
+            ),
+        ),
         ({"structured_outputs": {"regex": "a+"}}, Grammar(kind="regex", value="a+")),
         (
             {"structured_outputs": {"choice": ["a", "b"]}},
@@ -238,8 +254,20 @@ def test_formats_are_grammars(fields, grammar):
         ({"response_format": {"type": "xml"}}, "response_format", "should be 'text'"),
         (
             {"response_format": {"type": "structural_tag", "format": {}}},
+            "response_format.structures",
+            "the field is missing (also wrong: response_format.triggers, "
+            "response_format.format)",
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "structural_tag",
+                    "structures": [{"begin": "[f]", "end": ""}],
+                    "triggers": ["<"],
+                }
+            },
             "response_format",
-            "should be 'text', 'json_object' or 'json_schema'",
+            "'[f]' begins with none of the triggers ['<']",
         ),
         ({"structured_outputs": {"regex": "(a"}}, "structured_outputs", "unclosed"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs", "no JSON"),
