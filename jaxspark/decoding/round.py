@@ -12,7 +12,6 @@ halves as programs of their own.
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +39,7 @@ from jaxspark.parallel.axes import MODEL, SLOTS, any_of, max_of, sum_of
 from jaxspark.parallel.mesh import over_mesh
 from jaxspark.parallel.rules import (
     parameter_specs,
+    path_name,
     replicated_specs,
     row_specs,
     state_specs,
@@ -88,15 +88,23 @@ class Drafted:
 
 def drafted_specs(_: Drafted | None = None) -> Drafted:
     """How what the first half leaves is shared out; vocabularies as logits are."""
-    axes: Any = PartitionSpec  # Shardings stand where arrays do.
-    by_slot = axes(SLOTS)
-    q = DraftDistribution(
-        log_q_BGW=axes(SLOTS, None, MODEL),
-        ids_W=axes(MODEL),
-        deterministic_B=by_slot,
-    )
-    proposal = Proposal(by_slot, by_slot, by_slot, by_slot, q)
-    return Drafted(proposal, Verification(by_slot, axes()))
+    axes = {"B": SLOTS, "W": MODEL}
+
+    def everything() -> Drafted:
+        q = DraftDistribution(
+            log_q_BGW=jnp.zeros((1, 0, 1)),
+            ids_W=jnp.zeros((1,), jnp.int32),
+            deterministic_B=jnp.zeros((1,), bool),
+        )
+        proposal = replace(Proposal.empty(1), q=q)
+        bucket = jnp.zeros((), jnp.int32)
+        return Drafted(proposal, Verification(proposal.lengths_B, bucket))
+
+    def spec(path, leaf) -> PartitionSpec:
+        letters = path_name(path).rpartition("_")[2] if leaf.ndim else ""
+        return PartitionSpec(*map(axes.get, letters))
+
+    return jax.tree_util.tree_map_with_path(spec, jax.eval_shape(everything))
 
 
 def _round(target, drafter, options, draft_length: int, state, lagged) -> DecodeState:
