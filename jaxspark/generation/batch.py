@@ -5,12 +5,9 @@ The host only admits, collects and releases; what a step reads from the device a
 tokens that are new since the last one.
 """
 
-import zlib
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,7 +16,6 @@ from jaxspark.decoding import (
     DecodeOptions,
     DecodeState,
     LikeliestLimits,
-    Phase,
     admit,
     decode,
     prefill,
@@ -28,12 +24,7 @@ from jaxspark.decoding import (
 from jaxspark.decoding.compiling import compiled
 from jaxspark.decoding.estimator import EstimatorState
 from jaxspark.drafters import Drafter, PlainDrafter
-from jaxspark.generation.completion import (
-    Completion,
-    FinishReason,
-    Likely,
-    PromptLogProb,
-)
+from jaxspark.generation.completion import Completion, FinishReason
 from jaxspark.generation.grammar_rounds import grammar_rounds
 from jaxspark.generation.request import (
     UNLIMITED,
@@ -42,16 +33,10 @@ from jaxspark.generation.request import (
     Request,
     check,
 )
+from jaxspark.generation.seats import Seats
 from jaxspark.generation.slot_pages import SlotPages
-from jaxspark.generation.slots import (
-    Counts,
-    Ring,
-    Running,
-    admission_of,
-    newest,
-    newest_likeliest,
-    prefill_chunk,
-)
+from jaxspark.generation.slots import Running, admission_of, prefill_chunk
+from jaxspark.generation.updates import Update, collect, completion_of
 from jaxspark.models import TargetModel
 from jaxspark.parallel.mesh import shard, slot_shards, slots_per_shard
 from jaxspark.settings import standard_settings
@@ -59,33 +44,6 @@ from jaxspark.target import Target
 
 # Most stop ids of a request, where a batch is made before its requests are known.
 MAX_STOP_IDS = 8
-
-
-@dataclass(frozen=True)
-class Update:
-    """What a step brought for one request.
-
-    Attributes:
-      index: the request.
-      tokens: new output tokens.
-      completion: all of it, once it has ended.
-      log_probs: of the new tokens, where the batch keeps them.
-      accepted: which of them are accepted drafts, where the batch keeps that.
-      top_log_probs: likely tokens beside each, if asked for.
-      prompt_log_probs: of the prompt, if asked for, in the first update with tokens.
-      counts: what the step's rounds did.
-      cached: tokens of its prompt whose cache rows were there already.
-    """
-
-    index: int
-    tokens: list[int]
-    completion: Completion | None = None
-    log_probs: list[float] = field(default_factory=list)
-    accepted: list[bool] = field(default_factory=list)
-    top_log_probs: list[Likely] = field(default_factory=list)
-    prompt_log_probs: list[PromptLogProb | None] | None = None
-    counts: Counts = Counts()
-    cached: int = 0
 
 
 def _check_pages(pages: SlotPages, chunk: int | None) -> None:
@@ -162,8 +120,8 @@ class ContinuousBatch:
         self.target = Target.of(target)
         self.drafter = PlainDrafter() if drafter is None else drafter
         self.drafter.check_target(self.target.model.config)
-        self._per_shard = slots_per_shard(slots)
-        self.options = options.resolve(self.drafter, self._per_shard)
+        per_shard = slots_per_shard(slots)
+        self.options = options.resolve(self.drafter, per_shard)
         if self.options.schedule.needs_costs:
             raise ValueError(
                 f"the schedule {type(self.options.schedule).__name__} weighs costs and "
@@ -179,7 +137,7 @@ class ContinuousBatch:
         self.limits = Limits(
             capacity=capacity,
             block_length=self.options.block,
-            min_drafts=self.options.max_min_drafts(self._per_shard),
+            min_drafts=self.options.max_min_drafts(per_shard),
             stop_ids=max_stop_ids,
             log_probs=log_probs,
             top_log_probs=top_log_probs,
@@ -215,26 +173,26 @@ class ContinuousBatch:
         self._pages = pages
         if pages is not None:
             self._state = pages.attach(self._state)
-        self.preemptions = 0
+        self._seats = Seats(
+            slots, per_shard=per_shard, block=self.options.block, pages=pages
+        )
         self._submitted = 0
-        self._waiting: deque[Running] = deque()
-        self._running: dict[int, Running] = {}
         self._cancelled: set[int] = set()
 
     @property
     def free(self) -> int:
         """Slots without a request."""
-        return self.slots - len(self._running)
+        return self.slots - len(self._seats.running)
 
     @property
     def prefilling(self) -> int:
         """Slots whose prompts are not read to their ends."""
-        return sum(each.unread > 0 for each in self._running.values())
+        return len(self._seats.reading)
 
     @property
     def room(self) -> int:
         """Requests that the next step would admit, if there are pages for them."""
-        if self._pages is not None and self._waiting:
+        if self._pages is not None and self.waiting:
             return 0  # Those that wait here do so for pages.
         lanes = self.slots if self.chunk is None else self.together - self.prefilling
         return max(0, min(self.free, lanes) - self.waiting)
@@ -242,29 +200,22 @@ class ContinuousBatch:
     @property
     def waiting(self) -> int:
         """Requests that have no slot yet."""
-        return len(self._waiting)
+        return len(self._seats.waiting)
 
     @property
     def idle(self) -> bool:
         """Whether nothing waits or runs."""
-        return not self._waiting and not self._running
+        return not self.waiting and self.free == self.slots
+
+    @property
+    def preemptions(self) -> int:
+        """Times that a request gave its slot up."""
+        return self._seats.preemptions
 
     @property
     def decisions(self) -> int:
         """A checksum of what this host has decided: who is where, with which pages."""
-        running = [
-            (
-                slot,
-                each.request.index,
-                each.processed,
-                len(each.tokens),
-                each.tokens[-1:],
-            )
-            for slot, each in sorted(self._running.items())
-        ]
-        waiting = [each.request.index for each in self._waiting]
-        pages = 0 if self._pages is None else self._pages.checksum
-        return zlib.crc32(repr((running, waiting, pages)).encode())
+        return self._seats.checksum
 
     @property
     def estimator(self) -> EstimatorState | None:
@@ -284,7 +235,7 @@ class ContinuousBatch:
 
     def enqueue(self, request: CheckedRequest, salt: str | None = None) -> None:
         """Queues a request that was checked against this batch's limits."""
-        self._waiting.append(Running(request, salt))
+        self._seats.waiting.append(Running(request, salt))
 
     def cancel(self, index: int) -> None:
         """Ends a request at the next step, with what it has; ended ones stay as is."""
@@ -303,20 +254,21 @@ class ContinuousBatch:
         """
         updates = self._drop_cancelled()
         self._admit()
-        if not self._running:
+        if self.free == self.slots:
             return updates
         if self.chunk is not None:
             self._prefill_some(self.chunk)
         if max_finished is None:
             # With others waiting, ended slots are refilled soon.
-            max_finished = self.together if self._waiting else self.slots
+            max_finished = self.together if self.waiting else self.slots
         rounds = self.rounds_per_step if rounds is None else rounds
-        rounds = self._make_room(min(rounds, self.rounds_per_step))
+        rounds, vacated = self._seats.make_room(min(rounds, self.rounds_per_step))
+        self._empty(vacated)
         self._state, rounds = grammar_rounds(
             self.target.model,
             self.drafter,
             self._placed(),
-            self._running,
+            self._seats.running,
             rounds=rounds,
             max_finished=max_finished,
             options=self.options,
@@ -334,22 +286,17 @@ class ContinuousBatch:
 
     def _admit(self) -> None:
         """Fills free slots, some at a time, so that they are prefilled together."""
-        free = [slot for slot in range(self.slots) if slot not in self._running]
-        # Shards in turn: their work is the same if they have equally many requests.
-        free.sort(key=lambda slot: slot % self._per_shard)
-        while self._waiting and len(free) >= min(self.together, len(self._waiting)):
-            count = min(self.together, len(self._waiting))
+        while self.waiting and self.free >= min(self.together, self.waiting):
+            count = min(self.together, self.waiting)
             if self.chunk is not None:
                 # All that are being read go on in every step: nobody is left behind.
                 count = min(count, self.together - self.prefilling)
                 if not count:
                     return
-            arrived = self._next(free, count)
+            arrived = self._seats.seat(count)
             if not arrived:
                 return  # They need pages that others have.
-            free = [slot for slot in free if slot not in arrived]
             newcomers = list(arrived.values())
-            self._running |= arrived
             # One shape for any number of newcomers: no slot has the last number.
             missing = self.together - len(arrived)
             slots_N = jnp.array([*arrived, *[self.slots] * missing], jnp.int32)
@@ -366,63 +313,6 @@ class ContinuousBatch:
                 for each in newcomers:
                     each.processed += each.unread
 
-    def _next(self, free: Sequence[int], count: int) -> dict[int, Running]:
-        """Who waits longest, in free slots; fewer than asked for if pages are few."""
-        arrived: dict[int, Running] = {}
-        while len(arrived) < count:
-            each = self._waiting[0]
-            place = self._place(each, [slot for slot in free if slot not in arrived])
-            if place is None:
-                break
-            slot, processed = place
-            each.begin(processed)
-            arrived[slot] = self._waiting.popleft()
-        return arrived
-
-    def _place(self, each: Running, free: Sequence[int]) -> tuple[int, int] | None:
-        """One of free slots for a request, and tokens whose rows are there already."""
-        if self._pages is None:
-            return free[0], 0
-        return self._pages.admit(
-            free,
-            each.request.ids + each.tokens,
-            self._positions(each, rounds=1),
-            each.salt,
-            share=not each.wants_prompt,
-        )
-
-    def _positions(self, each: Running, rounds: int) -> int:
-        """Positions that a request writes to in so many rounds."""
-        block = self.options.block
-        return min(each.length + rounds * (block + 1), each.request.limit) + block
-
-    def _make_room(self, rounds: int) -> int:
-        """Pages for the next rounds, which are fewer where pages are.
-
-        Where they do not suffice for one, the youngest request that has some of those
-        that are too few gives its own up.
-        """
-        if self._pages is None:
-            return rounds
-        while short := self._pages.reserve(
-            {
-                slot: self._positions(each, rounds)
-                for slot, each in self._running.items()
-            }
-        ):
-            if rounds > 1:
-                rounds //= 2
-            else:
-                self._preempt(short)
-        return rounds
-
-    def _preempt(self, slots: Sequence[int]) -> None:
-        """The youngest of requests waits again; it goes on from what it has said."""
-        slot = max(slots, key=lambda slot: self._running[slot].request.index)
-        each = self._vacate([slot])[slot]
-        self._waiting.appendleft(each)
-        self.preemptions += 1
-
     def _placed(self) -> DecodeState:
         """The state, with the pages that were handed out."""
         if self._pages is not None:
@@ -434,9 +324,7 @@ class ContinuousBatch:
 
         Whatever prompts are beside it, one is cut at multiples of the longest chunk.
         """
-        reading = {
-            slot: each for slot, each in self._running.items() if each.unread > 0
-        }
+        reading = self._seats.reading
         if not reading:
             return
         chunk = prefill_chunk((each.unread + 1 for each in reading.values()), most)
@@ -455,45 +343,13 @@ class ContinuousBatch:
 
     def _collect(self) -> list[Update]:
         """New tokens of every slot; releases those that are finished."""
-        since_B = np.zeros((self.slots,), np.int32)
-        for slot, each in self._running.items():
-            since_B[slot] = each.length
-        phase_B, lengths_B, counters, tokens_BW, log_probs_BW, accepted_BW = (
-            jax.device_get(newest(self._state, jnp.asarray(since_B), self._window))
+        running, vocab = self._seats.running, self.target.model.config.vocab_size
+        updates, finished = collect(
+            self._state, running, window=self._window, vocab=vocab
         )
-        likeliest = None
-        if any(each.asks_likeliest for each in self._running.values()):
-            likeliest = jax.device_get(newest_likeliest(self._state))
-        vocab = self.target.model.config.vocab_size
-        updates: dict[int, Update] = {}
-        for slot, each in self._running.items():
-            first = not each.tokens
-            gained = slice(int(lengths_B[slot] - since_B[slot]))
-            if each.failure is not None:
-                gained = slice(0)
-            counts, before = each.before.plus(Counts.of(counters, slot)), each.counts
-            each.counts = counts
-            updates[slot] = update = Update(
-                each.request.index,
-                tokens_BW[slot, gained].tolist(),
-                log_probs=log_probs_BW[slot, gained].tolist(),
-                accepted=accepted_BW[slot, gained].tolist(),
-                counts=counts.since(before),
-                cached=each.cached or 0,
-            )
-            each.tokens += update.tokens
-            each.log_probs += update.log_probs
-            if likeliest is not None:
-                ring = Ring(likeliest, slot, vocab)
-                top = each.take_likeliest(ring, len(update.tokens))
-                updates[slot] = update = replace(update, top_log_probs=top)
-            if each.request.params.prompt_log_probs is not None and first:
-                told = each.prompt_log_probs
-                updates[slot] = replace(update, prompt_log_probs=told)
-        failed = [slot for slot in updates if self._running[slot].failure]
-        ended = [slot for slot in updates if phase_B[slot] == Phase.FINISHED]
+        failed = [slot for slot in updates if running[slot].failure]
         completions = self._release(failed, reason="error")
-        completions |= self._release([slot for slot in ended if slot not in failed])
+        completions |= self._release([each for each in finished if each not in failed])
         return [
             replace(update, completion=completions.get(slot))
             for slot, update in updates.items()
@@ -502,67 +358,31 @@ class ContinuousBatch:
 
     def _drop_cancelled(self) -> list[Update]:
         """Takes cancelled requests out of the queue and out of their slots."""
-
-        def unwanted(each: Running) -> bool:
-            return each.request.index in self._cancelled
-
-        updates = [
-            Update(each.request.index, [], self._completion(each, "cancelled"))
-            for each in self._waiting
-            if unwanted(each)
-        ]
-        self._waiting = deque(each for each in self._waiting if not unwanted(each))
-        slots = {
-            slot: each.request.index
-            for slot, each in self._running.items()
-            if unwanted(each)
-        }
+        gone, slots = self._seats.withdraw(self._cancelled)
         self._cancelled.clear()
-        completions = self._release(list(slots), reason="cancelled")
-        return updates + [
-            Update(slots[slot], [], completion)
+        indices = {slot: self._seats.running[slot].request.index for slot in slots}
+        completions = self._release(slots, reason="cancelled")
+        return [
+            Update(each.request.index, [], self._completion(each, "cancelled"))
+            for each in gone
+        ] + [
+            Update(indices[slot], [], completion)
             for slot, completion in completions.items()
         ]
 
     def _release(
         self, slots: Sequence[int], reason: FinishReason | None = None
     ) -> dict[int, Completion]:
-        """Empties slots; what they hold, which tells its reason where none is given."""
-        left = self._vacate(slots)
+        """Empties slots; what they held, which tells its reason where none is given."""
+        self._empty(slots)
+        left = self._seats.vacate(slots)
         return {slot: self._completion(each, reason) for slot, each in left.items()}
 
-    def _vacate(self, slots: Sequence[int]) -> dict[int, Running]:
-        """Empties slots; who was there."""
-        if not slots:
-            return {}
-        released_B = np.isin(np.arange(self.slots), slots)
-        self._state = release(self._state, jnp.asarray(released_B))
-        left = {slot: self._running.pop(slot) for slot in slots}
-        if self._pages is not None:
-            for slot, each in left.items():
-                read = each.processed if each.unread > 0 else each.length - 1
-                self._pages.release(slot, read)
-        return left
+    def _empty(self, slots: Sequence[int]) -> None:
+        """Slots decode no more."""
+        if slots:
+            released_B = np.isin(np.arange(self.slots), slots)
+            self._state = release(self._state, jnp.asarray(released_B))
 
     def _completion(self, each: Running, reason: FinishReason | None) -> Completion:
-        """What a request became that no longer runs."""
-        tokens, counts, tokenizer = each.tokens, each.counts, self.target.tokenizer
-        params = each.request.params
-        stopped = bool(tokens) and tokens[-1] in each.request.stop_ids
-        shown = tokens[:-1] if stopped else tokens
-        return Completion(
-            tokens=tokens,
-            text=tokenizer.decode(shown) if tokenizer else None,
-            finish_reason=reason or ("stop" if stopped else "length"),
-            error=each.failure,
-            log_probs=each.log_probs if params.log_probs else None,
-            top_log_probs=each.top_log_probs if params.top_log_probs else None,
-            prompt_log_probs=None
-            if params.prompt_log_probs is None
-            else each.prompt_log_probs,
-            rounds=counts.rounds,
-            drafted=counts.drafted,
-            verified=counts.verified,
-            reached=list(counts.reached),
-            accepted=list(counts.accepted),
-        )
+        return completion_of(each, reason, self.target.tokenizer)
