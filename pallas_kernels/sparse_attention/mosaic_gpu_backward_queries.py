@@ -200,7 +200,11 @@ def differentiate_queries(
         d_NL = gradient(each)
         if norm:
             d_NL -= query(each) * jax.lax.broadcast_in_dim(along_N, d_NL.shape, [0])
-            d_NL = jnp.where(chunks > 0, d_NL, 0.0)  # Padding may be no number.
+            # Padding, which has no chunks, may be no number.
+            head_NL = plgpu.broadcasted_iota(
+                jnp.int32, d_NL.shape, 0, layout=plgpu.Layout.WGMMA
+            )
+            d_NL = jnp.where(head_NL < chunks * HEADS, d_NL, 0.0)
         of_query(each)[...] = d_NL.astype(both_buf.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(both_buf.at[0, me], dq_ref.at[t, heads, my_columns])
