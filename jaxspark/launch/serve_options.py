@@ -170,7 +170,7 @@ def make_service(
     check_packages()
     from jaxspark.serving import Engine, Pace, QueueLimits, Served
     from jaxspark.serving.app import AppOptions, make_app
-    from jaxspark.serving.arenas import share_arena
+    from jaxspark.serving.memory import keep_everything, share_arena
     from jaxspark.serving.metrics import Metrics
     from jaxspark.serving.tracing import Tracing
 
@@ -223,6 +223,7 @@ def make_service(
         queue=QueueLimits(requests=config.max_queued, tokens=config.max_queued_tokens),
         pace=Pace(most=config.rounds_per_call, seconds=config.call_seconds),
         observers=[metrics],
+        on_ready=keep_everything,
         on_failure=on_failure,
         others=others,
     )

@@ -92,6 +92,7 @@ class Engine:
         queue: QueueLimits = QueueLimits(),
         pace: Pace = Pace(),
         observers: Sequence[Observer] = (),
+        on_ready: Callable[[], None] = lambda: None,
         on_failure: Callable[[], None] = lambda: None,
         others: Sender | None = None,
     ):
@@ -118,6 +119,7 @@ class Engine:
           queue: what may wait.
           pace: rounds per call.
           observers: are told of what happens.
+          on_ready: called once everything is compiled.
           on_failure: called if the device fails, or another process is lost.
           others: the other processes of this one's job, which are told what to do and
             `follow`; None if there are none.
@@ -165,7 +167,7 @@ class Engine:
         self._mesh = jax.sharding.get_mesh() if mesh_in_use() is not None else None
         self._pacer = Pacer(pace)
         self._tally = Tally(self.options.block)
-        self._on_failure = on_failure
+        self._on_ready, self._on_failure = on_ready, on_failure
         self._compilations = Compilations()
         self._compiled: int | None = None
         self._estimate: Estimate | None = None
@@ -347,6 +349,7 @@ class Engine:
         if self.pages is not None:
             self.pages.forget()
         self._compiled = self._compilations.count
+        self._on_ready()
         log.info("compiled %d programs; ready", self._compiled)
 
     @contextlib.contextmanager

@@ -1,16 +1,18 @@
-"""A server's threads share an arena of glibc's, unless its environment differs."""
+"""A server's threads share an arena of glibc's, and what it begins with is kept."""
 
+import gc
 import re
 import subprocess
 import sys
 
 import pytest
 
+from jaxspark.serving.memory import keep_everything
 from tests.programs import environment
 
 SCRIPT = """
 import ctypes, sys, threading
-from jaxspark.serving.arenas import share_arena
+from jaxspark.serving.memory import share_arena
 
 def used(barrier):
     barrier.wait()  # All threads at once: one alone could take another's arena.
@@ -40,3 +42,12 @@ def test_threads_share_the_main_arena_unless_the_environment_says_otherwise(told
     shared = found.stdout.strip() == "shared"
     assert shared == (not told)
     assert arenas == 1 if shared else arenas > 1
+
+
+def test_what_is_there_is_not_looked_through_again():
+    try:
+        keep_everything()
+        kept = gc.get_freeze_count()
+        assert kept > 10_000 and len(gc.get_objects()) < kept / 10
+    finally:
+        gc.unfreeze()
