@@ -33,7 +33,7 @@ from pallas_kernels import (
     verify,
 )
 from pallas_kernels.block_sizes import Sizes, Trial, trying
-from pallas_kernels.cached_attention import mosaic_tpu as cached
+from pallas_kernels.cached_attention import mosaic_tpu_kernel as attention
 from pallas_kernels.grouped_matmul import mosaic_tpu as grouped
 from pallas_kernels.grouped_matmul.visits import Visits
 from pallas_kernels.indexer_topk import mosaic_tpu as indexer
@@ -262,7 +262,7 @@ def _dense_attention(name: str, slots: int, rows: int, positions: int) -> Proble
         operands=operands,
         run=run,
         known=(
-            (cached, "chunks_of", lambda sizes, *_: positions // sizes["positions"]),
+            (attention, "chunks_of", lambda sizes, *_: positions // sizes["positions"]),
         ),
     )
 

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxspark.models import FlatTokens
 from pallas_kernels import cached_attention
-from pallas_kernels.cached_attention import mosaic_tpu
+from pallas_kernels.cached_attention import mosaic_tpu, mosaic_tpu_kernel
 from pallas_kernels.cached_attention.api import IMPLEMENTATIONS
 
 B, K, G, COUNTS = 3, 3, 2, np.array([4, 0, 2])
@@ -146,7 +146,7 @@ def test_gradients_are_those_of_the_reference(arrays, implementation):
 def test_a_mistake_in_the_kernel_is_found(arrays, monkeypatch):
     """A chunk too few."""
     monkeypatch.setattr(
-        mosaic_tpu, "chunks_of", lambda chunks_ref, group: chunks_ref[group] - 1
+        mosaic_tpu_kernel, "chunks_of", lambda chunks_ref, group: chunks_ref[group] - 1
     )
     if arrays[0].shape[-1] % 128:
         pytest.skip("of the kernel")
