@@ -18,6 +18,7 @@ if ALL:
     PROGRAMS += [("tpu", "mini pages"), ("h100", "mini")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("platform, preset", PROGRAMS)
 def test_no_cache_is_copied(platform, preset, record_property):
     [report] = answers(platform, "compile_deepseek_v4", platform, *preset.split())

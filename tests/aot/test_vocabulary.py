@@ -24,6 +24,7 @@ def test_no_logits_are_written(chip):
         assert report["temp_bytes"] < 0.15 * report["logits_bytes"], case
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("coupling", ["rejection", "gumbel"] if ALL else ["rejection"])
 def test_a_round_of_flash_writes_its_drafts_base_logits_and_no_others(coupling):
     """Unless a slot asks for what needs them: then they are there to be seen."""

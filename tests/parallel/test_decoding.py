@@ -78,6 +78,7 @@ def allowed(place):
     return int(np.random.default_rng(place).integers(1, 2**16))
 
 
+@pytest.mark.long
 def test_outputs_under_grammars_are_those_of_one_device(monkeypatch):
     """Shards have masks and q of their own."""
     monkeypatch.setattr(
