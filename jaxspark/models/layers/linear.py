@@ -20,7 +20,7 @@ _STREAMED_ROWS = 16
 
 
 def matmul(
-    x: Float[Array, "..."], w_OI: Float[Array, "O *I"], dtype=None
+    x: Float[Array, "..."], w_OI: Float[Array, "O I *J"], dtype=None
 ) -> Float[Array, "*T O"]:
     """x W^T as `dtype`; float32 in full precision (no TF32 or bfloat16 passes).
 
