@@ -50,7 +50,6 @@ from pallas_kernels.sparse_attention.mosaic_tpu_queries import (
 )
 from pallas_kernels.sparse_attention.mosaic_tpu_softmax import LOG2E
 from pallas_kernels.sparse_attention.plan import ROWS, Plan
-from pallas_kernels.sparse_attention.ref import turned_queries
 
 _VMEM = 32 << 20
 _CORES = 2
@@ -151,20 +150,17 @@ def _united(entries: Entries | None, ragged: Ragged) -> Union | None:
 
 
 def _backward(scale, causal, query_norm, saved, do_TNH):
-    """Of queries as they meet keys, by the kernel; XLA does what lies around it."""
+    """By the kernel, of recent rows in order; XLA takes them out of their ring."""
     (q_TNH, keys_TH, before, *operands, rotary), united = saved
     ordered = functools.partial(in_order, ragged=operands[1])
     before_BWH, unordered = jax.vjp(ordered, before)
-    turn = functools.partial(turned_queries, rotary=rotary, query_norm=query_norm)
-    q_TNH, unturned = jax.vjp(turn, q_TNH)
-    if rotary is not None:  # The transpose of turning back.
-        do_TNH = rotary(do_TNH)
     with jax.enable_x64(False):
-        narrowed = narrow((q_TNH, keys_TH, before_BWH, *operands))
+        narrowed = narrow((q_TNH, keys_TH, before_BWH, *operands, rotary))
+        options = scale, causal, query_norm
         dq_TNH, dkeys_TH, dbefore_BWH, dsinks_N, drows = backward(
-            narrowed, united, do_TNH, scale, causal, _CORES
+            narrowed, united, do_TNH, *options, _CORES
         )
-    [dq_TNH], [dbefore] = unturned(dq_TNH), unordered(dbefore_BWH)
+    [dbefore] = unordered(dbefore_BWH)
     grads = dq_TNH, dkeys_TH, dbefore, dsinks_N
     if drows is None:
         return *grads, None, None, None

@@ -5,6 +5,9 @@ are laid out, and what it gives is handed back to where rows came from. No two p
 a group are the same, and the groups of a core follow each other, so the gradients of
 entries add up without conflict; each core has its own, which XLA adds. So memory holds
 queries' gradients and a float32 copy of entries, no scores, and no gathered entries.
+
+Queries are normed in the kernel. Of them and of the outputs' gradients XLA turns the
+last 128 channels, which the kernel puts in their place.
 """
 
 import functools
@@ -14,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.ragged import LANES
 from pallas_kernels.sparse_attention.mosaic_tpu_backward_kernel import differentiate
 from pallas_kernels.sparse_attention.mosaic_tpu_entries import (
     entry_operands,
@@ -25,9 +29,9 @@ from pallas_kernels.sparse_attention.plan import Plan
 _VMEM = 40 << 20
 
 
-def backward(operands, union, do_TNH, scale, causal, cores):
+def backward(operands, union, do_TNH, scale, causal, query_norm, cores):
     """Gradients of queries, keys, rows before them, sinks and entries (or None)."""
-    q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries = operands
+    q_TNH, keys_TH, before_BWH, sinks_N, ragged, entries, rotary = operands
     lookback = before_BWH.shape[1]
     plan = Plan.of(ragged, entries, lookback, causal, cores, union=union)
     recent_BRH = plan.recent_rows(before_BWH, keys_TH, ragged)
@@ -38,6 +42,9 @@ def backward(operands, union, do_TNH, scale, causal, cores):
     whole = pl.BlockSpec(memory_space=pl.ANY)
     inputs = [sinks_M1, q_TNH, do_TNH, recent_RH]
     in_specs = [pl.BlockSpec((M, 1), lambda c, i, *_: (0, 0)), whole, whole, whole]
+    if rotary is not None:  # Turning outputs back has the transpose of turning.
+        inputs += [rotary(each[..., -LANES:]) for each in (q_TNH, do_TNH)]
+        in_specs += [whole, whole]
     sums = [jnp.zeros((cores, *recent_RH.shape), jnp.float32)]
     scratch = [(Q, N, H), (Q, N, H), (plan.recent_columns, H)]
     scratch = [pltpu.VMEM(shape, dtype) for shape in scratch]
@@ -50,7 +57,7 @@ def backward(operands, union, do_TNH, scale, causal, cores):
         scratch += [pltpu.VMEM((1, *chunk), dtype)]
         added += [chunk]
     scratch += [pltpu.VMEM(shape, jnp.float32) for shape in added]
-    scratch += [pltpu.VMEM((M, 1), jnp.float32)] * 3
+    scratch += [pltpu.VMEM((M, 1), jnp.float32)] * (3 + (query_norm is not None))
     scratch += [pltpu.VMEM((M, H), jnp.float32), pltpu.SemaphoreType.DMA]
     first = len(plan.scalars) + len(inputs)
     shapes = [
@@ -60,6 +67,7 @@ def backward(operands, union, do_TNH, scale, causal, cores):
     ]
     per = plan.groups // cores
     static = {"plan": plan.static(), "scale": scale, "per": per}
+    static |= {"norm": query_norm, "turned": rotary is not None}
     dq_TNH, dsinks_cM1, drecent_cRH, *dtable = pl.pallas_call(
         functools.partial(differentiate, **static),
         out_shape=shapes,
@@ -83,6 +91,9 @@ def backward(operands, union, do_TNH, scale, causal, cores):
         cost_estimate=plan.cost(q_TNH, products=7, arrays=3),
         name="sparse_attention_backward",
     )(*plan.scalars, *inputs, *sums)
+    if rotary is not None:
+        unturned_TNL = rotary.inverse(dq_TNH[..., -LANES:])
+        dq_TNH = dq_TNH.at[..., -LANES:].set(unturned_TNL)
     real_T = ragged.slots_T >= 0
     drecent_BRH = drecent_cRH.sum(0).reshape(recent_BRH.shape)
     dkeys_TH = ragged.flat(drecent_BRH[:, lookback : lookback + ragged.rows])

@@ -23,11 +23,12 @@ from pallas_kernels.sparse_attention.mosaic_tpu_softmax import LOG2E, UNSEEN
 from pallas_kernels.sparse_attention.plan import ROWS
 
 
-def differentiate(*refs, plan, scale, per):
+def differentiate(*refs, plan, scale, per, norm, turned):
     """A group of queries; see the top of the file."""
     first_ref, count_ref, before_ref, own_ref, chunks_ref, limit_ref, *refs = refs
     used_ref, slot_ref, recent_ref, *refs = refs
     sinks_ref, q_any, do_any, recent_any, *refs = refs
+    tails, refs = (refs[:2], refs[2:]) if turned else ([], refs)
     tables, lists = [], []
     if plan.piece:
         tables, lists, refs = (
@@ -40,7 +41,7 @@ def differentiate(*refs, plan, scale, per):
     dq_any, dsinks_ref, *refs = refs
     totals, (q_buf, do_buf, r_buf, *refs) = refs[:sums], refs[sums:]
     e_bufs, refs = refs[: len(tables)], refs[len(tables) :]
-    add_bufs, (m_ref, l_ref, d_ref, dq_ref, sem) = refs[:sums], refs[sums:]
+    add_bufs, (m_ref, l_ref, d_ref, *norms, dq_ref, sem) = refs[:sums], refs[sums:]
     core, i = pl.program_id(0), pl.program_id(1)
     g = core * per + i
     Q, N, H = q_buf.shape
@@ -63,10 +64,14 @@ def differentiate(*refs, plan, scale, per):
             preferred_element_type=jnp.float32,
         )
 
+    def factor(scale):
+        """Of products with queries, which are not normed: of each row, or of all."""
+        return norms[0][...] * scale if norms else scale
+
     def scores(k_SH, seen):
         """In units of log 2, and the gradients of their weights."""
         q_MH, do_MH = q_buf[...].reshape(-1, H), do_buf[...].reshape(-1, H)
-        s_MS = dot(q_MH, k_SH, (1, 1)) * (scale * LOG2E)
+        s_MS = dot(q_MH, k_SH, (1, 1)) * factor(scale * LOG2E)
         parts = [s_MS[q * N : (q + 1) * N] for q in range(Q)]
         parts = [jnp.where(seen(q), part, UNSEEN) for q, part in enumerate(parts)]
         return jnp.concatenate(parts), dot(do_MH, k_SH, (1, 1))
@@ -83,7 +88,7 @@ def differentiate(*refs, plan, scale, per):
         """Adds to the queries' gradients; returns those of the rows."""
         s_MS, dp_MS = scores(k_SH, seen)
         p_MS = jnp.exp2(s_MS - m_ref[...])
-        ds_MS = (p_MS * (dp_MS - d_ref[...]) * scale).astype(k_SH.dtype)
+        ds_MS = (p_MS * (dp_MS - d_ref[...]) * factor(scale)).astype(k_SH.dtype)
         dq_ref[...] += dot(ds_MS, k_SH, (1, 0))
         q_MH, do_MH = q_buf[...].reshape(-1, H), do_buf[...].reshape(-1, H)
         dk_SH = dot(ds_MS, q_MH, (0, 0))
@@ -150,12 +155,19 @@ def differentiate(*refs, plan, scale, per):
             def _(query=query):
                 at = first_ref[g] + query
                 move((q_any.at[at], q_buf.at[query]), (do_any.at[at], do_buf.at[query]))
+                if tails:
+                    last = (query, slice(None), pl.ds(H - LANES, LANES))
+                    ends = zip(tails, (q_buf, do_buf))
+                    move(*[(tail.at[at], buffer.at[last]) for tail, buffer in ends])
 
             @pl.when(query >= count)
             def _(query=query):
                 q_buf[query] = jnp.zeros((N, H), q_buf.dtype)
                 do_buf[query] = jnp.zeros((N, H), do_buf.dtype)
 
+        if norm is not None:
+            squares_MH = jnp.square(q_buf[...].reshape(-1, H).astype(jnp.float32))
+            norms[0][...] = jax.lax.rsqrt(squares_MH.mean(-1, keepdims=True) + norm)
         sinks_M1 = sinks_ref[...]
         m_ref[...] = sinks_M1
         l_ref[...] = jnp.ones(l_ref.shape, jnp.float32)
@@ -181,7 +193,12 @@ def differentiate(*refs, plan, scale, per):
             def _(j):
                 add(j, gradients(*of_chunk(j)))
 
-        q_buf[...] = dq_ref[...].astype(q_buf.dtype).reshape(Q, N, H)
+        dq_MH = dq_ref[...]
+        if norm is not None:  # A longer query is the same query.
+            q_MH = q_buf[...].reshape(-1, H).astype(jnp.float32)
+            along_M1 = (dq_MH * q_MH).sum(-1, keepdims=True) / H
+            dq_MH -= along_M1 * jnp.square(norms[0][...]) * q_MH
+        q_buf[...] = dq_MH.astype(q_buf.dtype).reshape(Q, N, H)
         for query in range(Q):
 
             @pl.when(query < count)
