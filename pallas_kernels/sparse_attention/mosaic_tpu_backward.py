@@ -6,8 +6,7 @@ a group are the same, and the groups of a core follow each other, so the gradien
 entries add up without conflict; each core has its own, which XLA adds. So memory holds
 queries' gradients and a float32 copy of entries, no scores, and no gathered entries.
 
-Queries are normed in the kernel. Of them and of the outputs' gradients XLA turns the
-last 128 channels, which the kernel puts in their place.
+Queries are normed and turned in the kernel, so XLA writes none that are.
 """
 
 import functools
@@ -17,12 +16,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ragged import LANES
+from pallas_kernels.groups import group_block
 from pallas_kernels.sparse_attention.mosaic_tpu_backward_kernel import differentiate
 from pallas_kernels.sparse_attention.mosaic_tpu_entries import (
     entry_operands,
     entry_specs,
 )
+from pallas_kernels.sparse_attention.mosaic_tpu_queries import turns_of
 from pallas_kernels.sparse_attention.mosaic_tpu_softmax import LOG2E
 from pallas_kernels.sparse_attention.plan import Plan
 
@@ -40,11 +40,14 @@ def backward(operands, union, do_TNH, scale, causal, query_norm, cores):
     M, Q, dtype = plan.queries * N, plan.queries, q_TNH.dtype
     sinks_M1 = jnp.tile(LOG2E * sinks_N.astype(jnp.float32), Q)[:, None]
     whole = pl.BlockSpec(memory_space=pl.ANY)
+    per = plan.groups // cores
     inputs = [sinks_M1, q_TNH, do_TNH, recent_RH]
     in_specs = [pl.BlockSpec((M, 1), lambda c, i, *_: (0, 0)), whole, whole, whole]
-    if rotary is not None:  # Turning outputs back has the transpose of turning.
-        inputs += [rotary(each[..., -LANES:]) for each in (q_TNH, do_TNH)]
-        in_specs += [whole, whole]
+    if rotary is not None:
+        turns_G2QL = turns_of(rotary, ragged)
+        inputs += [turns_G2QL]
+        block = (1, *turns_G2QL.shape[1:])
+        in_specs += [group_block(block, per=per, groups=plan.groups_real)]
     sums = [jnp.zeros((cores, *recent_RH.shape), jnp.float32)]
     scratch = [(Q, N, H), (Q, N, H), (plan.recent_columns, H)]
     scratch = [pltpu.VMEM(shape, dtype) for shape in scratch]
@@ -65,7 +68,6 @@ def backward(operands, union, do_TNH, scale, causal, query_norm, cores):
         jax.ShapeDtypeStruct((cores, M, 1), jnp.float32),
         *[jax.ShapeDtypeStruct(each.shape, each.dtype) for each in sums],
     ]
-    per = plan.groups // cores
     static = {"plan": plan.static(), "scale": scale, "per": per}
     static |= {"norm": query_norm, "turned": rotary is not None}
     dq_TNH, dsinks_cM1, drecent_cRH, *dtable = pl.pallas_call(
@@ -91,9 +93,6 @@ def backward(operands, union, do_TNH, scale, causal, query_norm, cores):
         cost_estimate=plan.cost(q_TNH, products=7, arrays=3),
         name="sparse_attention_backward",
     )(*plan.scalars, *inputs, *sums)
-    if rotary is not None:
-        unturned_TNL = rotary.inverse(dq_TNH[..., -LANES:])
-        dq_TNH = dq_TNH.at[..., -LANES:].set(unturned_TNL)
     real_T = ragged.slots_T >= 0
     drecent_BRH = drecent_cRH.sum(0).reshape(recent_BRH.shape)
     dkeys_TH = ragged.flat(drecent_BRH[:, lookback : lookback + ragged.rows])

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.precision import precision
 from pallas_kernels.ragged import LANES
 from pallas_kernels.sparse_attention import mosaic_tpu_chunks as chunks
-from pallas_kernels.sparse_attention.mosaic_tpu_queries import clear_padding
+from pallas_kernels.sparse_attention.mosaic_tpu_queries import clear_padding, turn
 from pallas_kernels.sparse_attention.mosaic_tpu_recent import seen_by
 from pallas_kernels.sparse_attention.mosaic_tpu_softmax import LOG2E, UNSEEN
 from pallas_kernels.sparse_attention.plan import ROWS
@@ -28,7 +28,7 @@ def differentiate(*refs, plan, scale, per, norm, turned):
     first_ref, count_ref, before_ref, own_ref, chunks_ref, limit_ref, *refs = refs
     used_ref, slot_ref, recent_ref, *refs = refs
     sinks_ref, q_any, do_any, recent_any, *refs = refs
-    tails, refs = (refs[:2], refs[2:]) if turned else ([], refs)
+    turns_ref, refs = (refs[0], refs[1:]) if turned else (None, refs)
     tables, lists = [], []
     if plan.piece:
         tables, lists, refs = (
@@ -155,10 +155,10 @@ def differentiate(*refs, plan, scale, per, norm, turned):
             def _(query=query):
                 at = first_ref[g] + query
                 move((q_any.at[at], q_buf.at[query]), (do_any.at[at], do_buf.at[query]))
-                if tails:
-                    last = (query, slice(None), pl.ds(H - LANES, LANES))
-                    ends = zip(tails, (q_buf, do_buf))
-                    move(*[(tail.at[at], buffer.at[last]) for tail, buffer in ends])
+                if turns_ref is not None:
+                    # Turning outputs back has the transpose of turning.
+                    turn(q_buf, query, turns_ref)
+                    turn(do_buf, query, turns_ref)
 
             @pl.when(query >= count)
             def _(query=query):
@@ -203,4 +203,6 @@ def differentiate(*refs, plan, scale, per, norm, turned):
 
             @pl.when(query < count)
             def _(query=query):
+                if turns_ref is not None:
+                    turn(q_buf, query, turns_ref, back=True)
                 move((q_buf.at[query], dq_any.at[first_ref[g] + query]))

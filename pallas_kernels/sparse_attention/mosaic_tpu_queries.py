@@ -199,6 +199,15 @@ def _turned(x_NH, across_NL, turns_ref, query):
     return jnp.concatenate([x_NH[:, :-LANES], x_NL], axis=1)
 
 
+def turn(rows_ref, query, turns_ref, *, back: bool = False):
+    """Turns a query's heads where they lie, in [Q, N, H]; `turns_ref` as above."""
+    last = (query, slice(None), pl.ds(rows_ref.shape[2] - LANES, LANES))
+    x_NL = rows_ref[last]
+    across_NL = _across(x_NL)
+    x_NL = _turned(x_NL, -across_NL if back else across_NL, turns_ref, query)
+    rows_ref[last] = x_NL.astype(rows_ref.dtype)
+
+
 def clear_padding(slot_ref, out_any, row_ref, sem):
     """Zeros to where no slot's tokens lie; each core does its share, through a row."""
     T, core = len(slot_ref), pl.program_id(0)

@@ -37,10 +37,11 @@ def test_a_layer_is_read_where_it_lies(chip):
         assert not report.get("spilled"), (case, report["registers"])
         backward = 2 if platform == "h100" else 1
         assert report["kernels"] == 1 + backward * ("gradients" in case), case
-        # A layer's entries are 34 MB. Long passes have larger things than that; what
-        # gradients of 4,096 queries take, with the output, is an eighth of XLA's 4 GB,
-        # and of its 9.7 GB on a GPU a twentieth.
+        # A layer's entries are 34 MB. Long passes have larger things than that. What
+        # gradients of 4,096 queries take is an eighth of XLA's 10.4 GB: the output,
+        # and on TPUs queries, outputs' gradients and queries' in the kernel's order.
         large = "long" in case or "gradients" in case
-        assert report["temp_bytes"] < (500e6 if large else 16e6), case
+        most = 1.3e9 if "train" in case and platform == "tpu" else 500e6
+        assert report["temp_bytes"] < (most if large else 16e6), case
         copies = "\n".join(line[:300] for line in report["copies"])
         assert large or not copies, f"{case}:\n{copies}"
