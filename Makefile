@@ -67,7 +67,7 @@ format: $(VENV)/.test ## Format the code
 	@$(BIN)/ruff format .
 
 aot: $(VENV)/.test aot-tpu $(AOT)/.cuda ## Compile for TPUs and Hopper GPUs with their real compilers (2 GB of packages)
-	@JAXSPARK_AOT_ALL=1 $(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal -q -rs --durations=10 tests/aot $(ARGS)
+	@JAXSPARK_AOT_ALL=1 $(PYTEST) tests/aot $(ARGS)
 
 # Without these two environments the tests that need them are skipped, and say so.
 oracle: $(VENV)/.test

@@ -23,6 +23,19 @@ def precision(dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if accum_dtype(dtype) == dtype else None
 
 
+def product(
+    a: Float[Array, "..."], b: Float[Array, "..."], axes: tuple[int, int]
+) -> Float[Array, "..."]:
+    """Of two matrices, summed over an axis of each, in float32: a kernel's product."""
+    return jax.lax.dot_general(
+        a,
+        b,
+        ((axes[:1], axes[1:]), ((), ())),
+        precision=precision(a.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
 def narrow(operands):
     """Integers in 32 bits: kernels know no others, whatever the program's setting."""
 

@@ -84,7 +84,7 @@ def tune(problem: Problem, timer: Timer, progress: CellProgress) -> Tuned:
     candidates = problem.candidates()
     cells = {f"{problem.name} {json.dumps(each)}": each for each in candidates}
     missing = [each for cell, each in cells.items() if cell not in progress.cells]
-    for found in timer(problem, missing):
+    for found in timer(problem, missing) if missing else ():
         cell = f"{problem.name} {json.dumps(found.sizes)}"
         progress.add({"cell": cell, **asdict(found)})
     timed = [

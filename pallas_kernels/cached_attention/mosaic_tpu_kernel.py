@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.precision import precision
+from pallas_kernels.precision import product
 
 # Heads whose scores are made before the first one's softmax.
 _AHEAD = 2
@@ -107,7 +107,7 @@ def attend(
         return _
 
     def scores(head, side, seen_MS):
-        s_MS = _dot(q_ref[0, head], k_buf[side, head], 1) * (scale * _LOG2E)
+        s_MS = product(q_ref[0, head], k_buf[side, head], (1, 1)) * (scale * _LOG2E)
         return jnp.where(seen_MS, s_MS, _UNSEEN)
 
     def accumulate(head, s_MS, v_SH):
@@ -116,7 +116,9 @@ def attend(
         p_MS, keep_M1 = jnp.exp2(s_MS - m_M1), jnp.exp2(old_M1 - m_M1)
         m_ref[head] = m_M1
         l_ref[head] = keep_M1 * l_ref[head] + p_MS.sum(-1, keepdims=True)
-        acc_ref[head] = keep_M1 * acc_ref[head] + _dot(p_MS.astype(v_SH.dtype), v_SH, 0)
+        acc_ref[head] = keep_M1 * acc_ref[head] + product(
+            p_MS.astype(v_SH.dtype), v_SH, (1, 0)
+        )
 
     jax.lax.fori_loop(0, there, visit, 0)
     side = jax.lax.rem(begin + there, 2)
@@ -129,13 +131,3 @@ def attend(
 def chunks_of(chunks_ref, group):
     """Chunks of positions that a group reads."""
     return chunks_ref[group]
-
-
-def _dot(x, rows, contracted):
-    return jax.lax.dot_general(
-        x,
-        rows,
-        (((1,), (contracted,)), ((), ())),
-        precision=precision(x.dtype),
-        preferred_element_type=jnp.float32,
-    )

@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import rings
-from pallas_kernels.compress.ref import compress_xla, store, windows
+from pallas_kernels.compress.ref import compress_xla, misfit, store, windows
 from pallas_kernels.dispatch import not_hopper
 from pallas_kernels.gradients import with_gradients_of
 from pallas_kernels.ragged import LANES, Ragged, Table
@@ -36,20 +36,7 @@ def supports(
     rows_TX, pending, entries, weight_H, frequencies_h, ragged, *, ratio, eps, amplitude
 ) -> str | None:
     """Why the kernel cannot compress these; None if it can."""
-    (H,), ring = weight_H.shape, pending.rows_LBCH
-    if reason := not_hopper():
-        return reason
-    if rows_TX.dtype != jnp.float32 or ring.dtype != jnp.float32:
-        return f"remembers rows in float32, not {rows_TX.dtype} in {ring.dtype}"
-    if H % LANES:
-        return f"needs entries that are a multiple of {LANES} wide, got {H}"
-    series = rows_TX.shape[1] // (2 * H)
-    if not rings.kept_whole(pending, ragged, series * ratio - 1):
-        return (
-            f"reads windows of {series * ratio} positions out of a ring, and "
-            f"{ragged.rows} tokens do not fit beside one in {pending.length} rows"
-        )
-    return None
+    return not_hopper() or misfit(rows_TX, pending, weight_H, ragged, ratio)
 
 
 @with_gradients_of(compress_xla)

@@ -29,10 +29,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.compress.mosaic_tpu_kernel import kernel
 from pallas_kernels.compress.mosaic_tpu_sizes import TILE, Sizes
-from pallas_kernels.compress.ref import compress_xla, windows
+from pallas_kernels.compress.ref import compress_xla, misfit, windows
 from pallas_kernels.gradients import with_gradients_of
 from pallas_kernels.ragged import LANES, Ragged, Table
-from pallas_kernels.rings import kept_whole
 
 _CORES = 2
 _VMEM = 16 << 20
@@ -46,21 +45,14 @@ def supports(
     rows_TX, pending, entries, weight_H, frequencies_h, ragged, *, ratio, eps, amplitude
 ) -> str | None:
     """Why the kernel cannot compress these; None if it can."""
-    (H,), ring, table = weight_H.shape, pending.rows_LBCH, entries.rows_LBCH
-    if rows_TX.dtype != jnp.float32 or ring.dtype != jnp.float32:
-        return f"remembers rows in float32, not {rows_TX.dtype} in {ring.dtype}"
+    if reason := misfit(rows_TX, pending, weight_H, ragged, ratio):
+        return reason
+    (H,), table = weight_H.shape, entries.rows_LBCH
     if table.dtype not in (jnp.float32, jnp.bfloat16):
         return f"writes entries in float32 or bfloat16, not {table.dtype}"
-    if H % LANES:
-        return f"needs entries that are a multiple of {LANES} wide, got {H}"
     if table.ndim == 4 and table.dtype != jnp.float32 and table.shape[2] % TILE:
         return f"writes entries by {TILE}, got {table.shape[2]} of a slot or page"
     series = rows_TX.shape[1] // (2 * H)
-    if not kept_whole(pending, ragged, series * ratio - 1):
-        return (
-            f"reads windows of {series * ratio} positions out of a ring, and "
-            f"{ragged.rows} tokens do not fit beside one in {pending.length} rows"
-        )
     if (size := 8 * series * ratio * H) > _MOST_BYTES:
         return f"holds windows of up to {_MOST_BYTES:,} bytes, got {size:,}"
     if series * ratio // math.gcd(ratio, pending.length) > _MOST_COPIES:

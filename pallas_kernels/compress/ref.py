@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import rings
 from pallas_kernels.channels import normalize, turn_neighbours
 from pallas_kernels.precision import upcast
-from pallas_kernels.ragged import Ragged, Table
+from pallas_kernels.ragged import LANES, Ragged, Table
 
 
 def compress_xla(
@@ -59,6 +59,22 @@ def compress_xla(
         amplitude=amplitude,
     )
     return pending.rows_LBCH, entries.rows_LBCH
+
+
+def misfit(rows_TX, pending: Table, weight_H, ragged: Ragged, ratio: int) -> str | None:
+    """Why a kernel cannot read windows out of their ring; None if it may."""
+    (H,), ring = weight_H.shape, pending.rows_LBCH
+    if rows_TX.dtype != jnp.float32 or ring.dtype != jnp.float32:
+        return f"remembers rows in float32, not {rows_TX.dtype} in {ring.dtype}"
+    if H % LANES:
+        return f"needs entries that are a multiple of {LANES} wide, got {H}"
+    series = rows_TX.shape[1] // (2 * H)
+    if not rings.kept_whole(pending, ragged, series * ratio - 1):
+        return (
+            f"reads windows of {series * ratio} positions out of a ring, and "
+            f"{ragged.rows} tokens do not fit beside one in {pending.length} rows"
+        )
+    return None
 
 
 def store(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.precision import precision
+from pallas_kernels.precision import product
 from pallas_kernels.transposed import CHUNK, FP8, factors, halves
 
 LANES = 128
@@ -33,7 +33,7 @@ BROADCAST_LOADS = True
 
 def multiply(groups_ref, x_ref, w_ref, y_ref, *, axis: int):
     """A step with plain weights, summed over their `axis`."""
-    y_ref[...] = product(x_ref[...], w_ref[0], axis).astype(y_ref.dtype)
+    y_ref[...] = product(x_ref[...], w_ref[0], (1, axis)).astype(y_ref.dtype)
 
 
 def multiply_blocks(
@@ -87,7 +87,7 @@ def multiply_blocks(
         for chunk in range(chunks):
             y = jnp.zeros((tile, CHUNK), jnp.float32)
             for part in range(parts):
-                y += product(x_ref[:, columns(part)], scaled(chunk, part), 1)
+                y += product(x_ref[:, columns(part)], scaled(chunk, part), (1, 1))
             y_ref[:, rows_of(chunk)] = y.astype(y_ref.dtype)
         return
 
@@ -103,10 +103,10 @@ def multiply_blocks(
         y = jnp.zeros((tile, width), jnp.float32)
         for chunk in range(chunks):
             if not blocks:
-                y += product(x_ref[:, rows_of(chunk)], scaled(chunk, part), 0)
+                y += product(x_ref[:, rows_of(chunk)], scaled(chunk, part), (1, 0))
                 continue
             w = jnp.concatenate(elements(chunk, part)).astype(dtype)
-            sums = product(blocks_ref[:, rows_of(chunk)], w, 0)
+            sums = product(blocks_ref[:, rows_of(chunk)], w, (1, 0))
             for n in range(per):
                 of_block = sums[n * tile : (n + 1) * tile]
                 y += of_block * row(chunk * per + n, part, tile)
@@ -114,14 +114,3 @@ def multiply_blocks(
         return _
 
     jax.lax.fori_loop(0, parts, outputs, 0)
-
-
-def product(x, w, axis):
-    """Rows times weights, summed over the weights' `axis`, in float32."""
-    return jax.lax.dot_general(
-        x,
-        w,
-        (((1,), (axis,)), ((), ())),
-        precision=precision(x.dtype),
-        preferred_element_type=jnp.float32,
-    )

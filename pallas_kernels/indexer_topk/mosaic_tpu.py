@@ -25,7 +25,7 @@ from pallas_kernels.groups import group_block
 from pallas_kernels.indexer_topk import selection
 from pallas_kernels.indexer_topk.index import Index
 from pallas_kernels.indexer_topk.union import Union
-from pallas_kernels.precision import in_32_bits, precision
+from pallas_kernels.precision import in_32_bits, product
 from pallas_kernels.ragged import LANES, Ragged
 from pallas_kernels.sparse_attention import mosaic_tpu_chunks
 from pallas_kernels.sparse_attention.entries import Entries
@@ -161,13 +161,7 @@ def _step(
         mosaic_tpu_chunks.wait(keys_buf.at[side], sem.at[side])
         keys_SH = keys_buf[side]
         for query in range(Q):
-            dots_NS = jax.lax.dot_general(
-                q_ref[0, query],
-                keys_SH,
-                (((1,), (1,)), ((), ())),
-                precision=precision(keys_SH.dtype),
-                preferred_element_type=jnp.float32,
-            )
+            dots_NS = product(q_ref[0, query], keys_SH, (1, 1))
             weight_N1 = w_ref[0, :, query : query + 1]
             score_NS = jnp.maximum(dots_NS, 0) * weight_N1
             score_1S = jnp.sum(score_NS, axis=0, keepdims=True)

@@ -13,7 +13,6 @@ Recent rows are read out of their ring.
 """
 
 import functools
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +24,11 @@ from pallas_kernels.indexer_topk.ref import choices_of
 from pallas_kernels.indexer_topk.union import alone
 from pallas_kernels.precision import narrow
 from pallas_kernels.ragged import LANES, Ragged
-from pallas_kernels.rings import Lookback, in_order
+from pallas_kernels.rings import Lookback
 from pallas_kernels.rotary import Rotary, right_angles
 from pallas_kernels.sparse_attention import mosaic_gpu_kernel
 from pallas_kernels.sparse_attention.entries import Entries
+from pallas_kernels.sparse_attention.gradients import gradients_of
 from pallas_kernels.sparse_attention.mosaic_gpu_backward import backward
 from pallas_kernels.sparse_attention.mosaic_gpu_kernel import HEADS
 from pallas_kernels.sparse_attention.mosaic_gpu_lists import (
@@ -120,22 +120,11 @@ def _saving(*operands_and_options):
 
 
 def _backward(scale, causal, query_norm, saved, do_TNH):
-    """Of recent rows in order, by the kernels; XLA takes them out of their ring."""
-    (q_TNH, keys_TH, before, *operands), o_TNH, lse_TN = saved
-    ordered = functools.partial(in_order, ragged=operands[1])
-    with jax.enable_x64(False):
-        before_BWH, unordered = jax.vjp(ordered, before)
-        dq_TNH, dkeys_TH, dbefore_BWH, dsinks_N, drows = backward(
-            *((q_TNH, keys_TH, before_BWH, *operands), o_TNH, lse_TN, do_TNH),
-            *(scale, causal, query_norm),
-        )
-        [dbefore] = unordered(dbefore_BWH)
-    grads = dq_TNH, dkeys_TH, dbefore, dsinks_N
-    if drows is None:
-        return *grads, None, None, None
-    table = operands[2].table
-    table = replace(table, rows_LBCH=drows, layer=None, pages_BP=None)
-    return *grads, None, Entries(table), None
+    operands, o_TNH, lse_TN = saved
+    options = scale, causal, query_norm
+    return gradients_of(
+        operands, lambda ordered: backward(ordered, o_TNH, lse_TN, do_TNH, *options)
+    )
 
 
 sparse_attention_mosaic_gpu.defvjp(_saving, _backward)

@@ -15,7 +15,6 @@ group's queries meanwhile. A TPU of two cores gives each half of the groups.
 """
 
 import functools
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +30,13 @@ from pallas_kernels.indexer_topk.ref import choices_of
 from pallas_kernels.indexer_topk.union import MOST_ENTRIES, Union, union
 from pallas_kernels.precision import narrow
 from pallas_kernels.ragged import LANES, Ragged
-from pallas_kernels.rings import Lookback, in_order
+from pallas_kernels.rings import Lookback
 from pallas_kernels.rotary import Rotary
 from pallas_kernels.sparse_attention import mosaic_tpu_kernel
 from pallas_kernels.sparse_attention import mosaic_tpu_recent as recent
 from pallas_kernels.sparse_attention import plan as plans
 from pallas_kernels.sparse_attention.entries import Entries
+from pallas_kernels.sparse_attention.gradients import gradients_of
 from pallas_kernels.sparse_attention.mosaic_tpu_backward import backward
 from pallas_kernels.sparse_attention.mosaic_tpu_entries import (
     entry_operands,
@@ -130,11 +130,11 @@ def sparse_attention_mosaic_tpu(
 def _saving(*operands_and_options):
     *operands, scale, causal, query_norm = operands_and_options
     with jax.enable_x64(False):
-        narrowed = narrow(operands)
-        *_, ragged, entries, _ = narrowed
+        operands = narrow(operands)
+        *_, ragged, entries, _ = operands
         united = _united(entries, ragged)
         options = scale, causal, query_norm
-        return forward(*narrowed, united, *options), (operands, united)
+        return forward(*operands, united, *options), (operands, united)
 
 
 def _united(entries: Entries | None, ragged: Ragged) -> Union | None:
@@ -150,23 +150,11 @@ def _united(entries: Entries | None, ragged: Ragged) -> Union | None:
 
 
 def _backward(scale, causal, query_norm, saved, do_TNH):
-    """By the kernel, of recent rows in order; XLA takes them out of their ring."""
-    (q_TNH, keys_TH, before, *operands, rotary), united = saved
-    ordered = functools.partial(in_order, ragged=operands[1])
-    before_BWH, unordered = jax.vjp(ordered, before)
-    with jax.enable_x64(False):
-        narrowed = narrow((q_TNH, keys_TH, before_BWH, *operands, rotary))
-        options = scale, causal, query_norm
-        dq_TNH, dkeys_TH, dbefore_BWH, dsinks_N, drows = backward(
-            narrowed, united, do_TNH, *options, _CORES
-        )
-    [dbefore] = unordered(dbefore_BWH)
-    grads = dq_TNH, dkeys_TH, dbefore, dsinks_N
-    if drows is None:
-        return *grads, None, None, None
-    table = operands[-1].table
-    table = replace(table, rows_LBCH=drows, layer=None, pages_BP=None)
-    return *grads, None, Entries(table), None
+    operands, united = saved
+    options = scale, causal, query_norm, _CORES
+    return gradients_of(
+        operands, lambda ordered: backward(ordered, united, do_TNH, *options)
+    )
 
 
 sparse_attention_mosaic_tpu.defvjp(_saving, _backward)

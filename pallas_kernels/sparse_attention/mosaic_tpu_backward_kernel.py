@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.precision import precision
+from pallas_kernels.precision import product
 from pallas_kernels.ragged import LANES
 from pallas_kernels.sparse_attention import mosaic_tpu_chunks as chunks
 from pallas_kernels.sparse_attention.mosaic_tpu_queries import clear_padding, turn
@@ -55,15 +55,6 @@ def differentiate(*refs, plan, scale, per, norm, turned):
         for copy in copies:
             copy.wait()
 
-    def dot(a, b, contracted):
-        return jax.lax.dot_general(
-            a,
-            b,
-            ((contracted[:1], contracted[1:]), ((), ())),
-            precision=precision(a.dtype),
-            preferred_element_type=jnp.float32,
-        )
-
     def factor(scale):
         """Of products with queries, which are not normed: of each row, or of all."""
         return norms[0][...] * scale if norms else scale
@@ -71,10 +62,10 @@ def differentiate(*refs, plan, scale, per, norm, turned):
     def scores(k_SH, seen):
         """In units of log 2, and the gradients of their weights."""
         q_MH, do_MH = q_buf[...].reshape(-1, H), do_buf[...].reshape(-1, H)
-        s_MS = dot(q_MH, k_SH, (1, 1)) * factor(scale * LOG2E)
+        s_MS = product(q_MH, k_SH, (1, 1)) * factor(scale * LOG2E)
         parts = [s_MS[q * N : (q + 1) * N] for q in range(Q)]
         parts = [jnp.where(seen(q), part, UNSEEN) for q, part in enumerate(parts)]
-        return jnp.concatenate(parts), dot(do_MH, k_SH, (1, 1))
+        return jnp.concatenate(parts), product(do_MH, k_SH, (1, 1))
 
     def measure(k_SH, seen):
         s_MS, dp_MS = scores(k_SH, seen)
@@ -89,10 +80,10 @@ def differentiate(*refs, plan, scale, per, norm, turned):
         s_MS, dp_MS = scores(k_SH, seen)
         p_MS = jnp.exp2(s_MS - m_ref[...])
         ds_MS = (p_MS * (dp_MS - d_ref[...]) * factor(scale)).astype(k_SH.dtype)
-        dq_ref[...] += dot(ds_MS, k_SH, (1, 0))
+        dq_ref[...] += product(ds_MS, k_SH, (1, 0))
         q_MH, do_MH = q_buf[...].reshape(-1, H), do_buf[...].reshape(-1, H)
-        dk_SH = dot(ds_MS, q_MH, (0, 0))
-        return dk_SH + dot(p_MS.astype(k_SH.dtype), do_MH, (0, 0))
+        dk_SH = product(ds_MS, q_MH, (0, 0))
+        return dk_SH + product(p_MS.astype(k_SH.dtype), do_MH, (0, 0))
 
     def recent(query):
         return seen_by(query, before_ref[g], own_ref[g], plan)

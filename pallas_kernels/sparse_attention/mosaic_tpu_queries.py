@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.precision import precision
+from pallas_kernels.precision import product
 from pallas_kernels.ragged import LANES, Ragged
 from pallas_kernels.rotary import Rotary, right_angles
 
@@ -182,12 +182,7 @@ def give_out(sums_ref, weights_ref, o_ref, turns_ref):
 
 def _across(x_NL):
     """Every pair of lanes turned by a right angle."""
-    return jax.lax.dot(
-        x_NL,
-        right_angles(LANES).astype(x_NL.dtype),
-        precision=precision(x_NL.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    return product(x_NL, right_angles(LANES).astype(x_NL.dtype), (1, 0))
 
 
 def _turned(x_NH, across_NL, turns_ref, query):

@@ -7,11 +7,10 @@ scores of the next: so a chunk is done a few queries at a time.
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.precision import precision
+from pallas_kernels.precision import product
 
 LOG2E = math.log2(math.e)
 UNSEEN = -1e30
@@ -60,24 +59,14 @@ class Softmax(NamedTuple):
             self.highest[rows] = m_M1
             l_M1 = keep_M1 if first else keep_M1 * self.weights[rows]
             self.weights[rows] = l_M1 + p_MS.sum(-1, keepdims=True)
-            o_MH = _product(p_MS.astype(k_SH.dtype), k_SH, 0)
+            o_MH = product(p_MS.astype(k_SH.dtype), k_SH, (1, 0))
             self.sums[rows] = o_MH if first else keep_M1 * self.sums[rows] + o_MH
 
     def _scores(self, block, k_SH, seen):
         N = self.heads
         q_MH = self.queries[pl.ds(block[0] * N, len(block) * N)]
-        s_MS = _product(q_MH, k_SH, 1) * (self.scale * LOG2E)
+        s_MS = product(q_MH, k_SH, (1, 1)) * (self.scale * LOG2E)
         parts = [s_MS[k * N : (k + 1) * N] for k in range(len(block))]
         return jnp.concatenate(
             [jnp.where(seen(q), part, UNSEEN) for q, part in zip(block, parts)]
         )
-
-
-def _product(x, k_SH, contracted):
-    return jax.lax.dot_general(
-        x,
-        k_SH,
-        (((1,), (contracted,)), ((), ())),
-        precision=precision(x.dtype),
-        preferred_element_type=jnp.float32,
-    )
