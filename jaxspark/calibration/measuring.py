@@ -34,6 +34,7 @@ from jaxspark.decoding.compiling import compiled
 from jaxspark.decoding.costs import bucket_ladder, draft_ladder, within_ladder
 from jaxspark.decoding.couplings import Coupling
 from jaxspark.decoding.options import check_block_length
+from jaxspark.decoding.rehearsal import lead
 from jaxspark.decoding.schedule import CostAware
 from jaxspark.drafters import Drafter
 from jaxspark.parallel.agreement import agreed
@@ -129,7 +130,7 @@ def measure_costs(
         capacity=capacity,
     )
     state = prefill(model, drafter, state, chunk=64)
-    holder, begun_B = [state], np.array(readable(state.lengths_B))
+    holder, begun_B = [state], readable(state.lengths_B).tolist()
     total, done = sum(map(len, sizes.values())) * (repeats + 1), [0]
 
     def contestant(length, size):
@@ -140,15 +141,11 @@ def measure_costs(
             schedule=Fixed(length),
             buckets=sizes[length],
         )
-        caps_B = (max(size - own, 0) + np.arange(slots) % own) // own
 
         def run():
             # Rows past the length are never read: the rounds of a run are undone.
-            state = holder[0].rewind(jnp.array(begun_B))
-            schedule = replace(
-                state.schedule, max_drafts_B=jnp.array(caps_B, jnp.int32)
-            )
-            state = replace(state, schedule=schedule)
+            state = lead(holder[0], begun_B, draft_length=length, size=size)
+            jax.block_until_ready(state)
             begin = perf_counter()
             state = compiled(decode)(
                 model, drafter, state, jnp.int32(rounds), options=options

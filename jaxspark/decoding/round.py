@@ -231,9 +231,7 @@ def schedule_round(
     most_B = jnp.minimum(current.max_drafts_B, proposal.lengths_B)
     least_B = jnp.minimum(current.min_drafts_B, most_B)
     current = replace(current, max_drafts_B=most_B, min_drafts_B=least_B)
-    verification = options.schedule(
-        current, memory.for_verification(lagged, drafted), sizes
-    )
+    verification = options.schedule(current, lagged.first(drafted), sizes)
     memory = memory.after_drafts(survival_Bg, lagged.survival_BG, state.live_B)
     return verification, memory
 

@@ -69,8 +69,7 @@ class Scheduler(Protocol):
 
         Args:
           lagged: survival of earlier rounds. New requests have that of the request
-            before them in the slot, or the prior: whether to draft at all is decided
-            for the whole batch, which they join.
+            before them in the slot, or the prior.
           rounds_since_BG: rounds since so many drafts were last proposed.
         """
 
@@ -81,7 +80,7 @@ class Scheduler(Protocol):
 
         Args:
           current: survival of this round's drafts.
-          lagged: survival of as many drafts in earlier rounds, 1 for new requests.
+          lagged: survival of as many drafts in earlier rounds.
           sizes: the token buckets of this round, ascending.
         """
 

@@ -25,14 +25,12 @@ class ScheduleState:
       max_drafts_B: most drafts that are.
       history_BnG: survival in the last rounds that drafted, the newest first; estimated
         for positions they did not draft, -1 for rounds before the first.
-      has_history_B: whether the slot's request has had such a round.
       rounds_since_BG: rounds since that many drafts were last proposed.
     """
 
     min_drafts_B: Int[Array, " B"]
     max_drafts_B: Int[Array, " B"]
     history_BnG: Float[Array, "B n G"]
-    has_history_B: Bool[Array, " B"]
     rounds_since_BG: Int[Array, "B G"]
 
     @classmethod
@@ -45,7 +43,6 @@ class ScheduleState:
             history_BnG=jnp.full(
                 (slots, remembered(slots), block_length), -1.0, jnp.float32
             ),
-            has_history_B=jnp.zeros((slots,), bool),
             rounds_since_BG=jnp.zeros((slots, block_length), jnp.int32),
         )
 
@@ -75,7 +72,6 @@ class ScheduleState:
             min_drafts_B=put(self.min_drafts_B, min_drafts_N),
             max_drafts_B=put(self.max_drafts_B, max_drafts_N),
             history_BnG=put(self.history_BnG, kept_NnG),
-            has_history_B=put(self.has_history_B, False),
             rounds_since_BG=jnp.broadcast_to(shared_1G, self.rounds_since_BG.shape),
         )
 
@@ -104,14 +100,6 @@ class ScheduleState:
         history_nBG = jnp.moveaxis(self.history_BnG, 1, 0)
         return recall(history_nBG, prior_BUG)[schedule.lag - 1 :]
 
-    def for_verification(self, lagged: Forecast, draft_length: int) -> Forecast:
-        """Earlier survival as a schedule sees it when it decides what is verified.
-
-        Until a request has completed a round, all its drafts are assumed to survive.
-        """
-        survival_nBG = jnp.where(self.has_history_B[:, None], lagged.survival_BG, 1.0)
-        return replace(lagged, survival_BG=survival_nBG).first(draft_length)
-
     def after_drafts(
         self,
         survival_Bg: Float[Array, "B g"],
@@ -127,7 +115,6 @@ class ScheduleState:
         return replace(
             self,
             history_BnG=jnp.where(live_B[:, None, None], history_BnG, self.history_BnG),
-            has_history_B=self.has_history_B | live_B,
             rounds_since_BG=(self.rounds_since_BG + 1).at[:, :drafted].set(0),
         )
 

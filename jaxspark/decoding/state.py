@@ -191,7 +191,7 @@ class DecodeState:
                 lengths_B=counts_B(),
                 processed_B=counts_B(),
                 limits_B=counts_B(),
-                phase_B=jnp.full((slots,), Phase.EMPTY, jnp.int32),
+                phase_B=counts_B(),  # Phase.EMPTY
                 stop_ids_BX=jnp.full((slots, stop_ids), -1, jnp.int32),
                 sampling=Sampling.of(slots),
                 target_cache=cache_of(target),

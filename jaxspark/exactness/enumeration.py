@@ -128,7 +128,6 @@ class EnumeratedRound:
                 history_BnG=jnp.broadcast_to(
                     earlier_G, state.schedule.history_BnG.shape
                 ),
-                has_history_B=jnp.ones_like(state.schedule.has_history_B),
             )
             state = replace(state, schedule=remembered)
         options = DecodeOptions(

@@ -65,23 +65,18 @@ FINE_COSTS = Costs(
 
 
 def _neighbour(name: str, state: DecodeState) -> DecodeState:
-    """Another second request: new, done, or with bounds of its own; or a new first."""
-    schedule = state.schedule
+    """Another second request: done, or with bounds of its own."""
     if name == "done":
         return replace(state, phase_B=jnp.array([Phase.DECODING, Phase.FINISHED]))
-    if name == "bounded":
-        one_B = jnp.array([0, 1])
-        bounded = replace(
-            schedule,
-            min_drafts_B=one_B,
-            max_drafts_B=jnp.array([BLOCK_LENGTH, 1]),
-        )
-        return replace(state, schedule=bounded)
-    known_B = jnp.array([name != "first new", name == "first new"])
-    return replace(state, schedule=replace(schedule, has_history_B=known_B))
+    bounded = replace(
+        state.schedule,
+        min_drafts_B=jnp.array([0, 1]),
+        max_drafts_B=jnp.array([BLOCK_LENGTH, 1]),
+    )
+    return replace(state, schedule=bounded)
 
 
-NEIGHBOURS = ("new", "first new", "done", "bounded")
+NEIGHBOURS = ("done", "bounded")
 
 
 @jax.tree_util.register_dataclass

@@ -8,6 +8,7 @@ tokens that are new since the last one.
 from collections.abc import Sequence
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,9 +24,11 @@ from jaxspark.decoding import (
 )
 from jaxspark.decoding.compiling import compiled
 from jaxspark.decoding.estimator import EstimatorState
+from jaxspark.decoding.rehearsal import lead
+from jaxspark.decoding.schedule_state import ScheduleState
 from jaxspark.drafters import Drafter, PlainDrafter
 from jaxspark.generation.completion import Completion, FinishReason
-from jaxspark.generation.grammar_rounds import grammar_rounds
+from jaxspark.generation.grammar_rounds import grammar_rounds, masked_round
 from jaxspark.generation.request import (
     UNLIMITED,
     CheckedRequest,
@@ -38,7 +41,7 @@ from jaxspark.generation.slot_pages import SlotPages
 from jaxspark.generation.slots import Running, admission_of, prefill_chunk
 from jaxspark.generation.updates import Update, collect, completion_of
 from jaxspark.models import TargetModel
-from jaxspark.parallel.mesh import shard, slot_shards, slots_per_shard
+from jaxspark.parallel.mesh import readable, shard, slot_shards, slots_per_shard
 from jaxspark.settings import standard_settings
 from jaxspark.target import Target
 
@@ -273,7 +276,7 @@ class ContinuousBatch:
             max_finished=max_finished,
             options=self.options,
         )
-        if rounds:
+        if rounds and len(self._seats.reading) < len(self._seats.running):
             self._state = compiled(decode)(
                 self.target.model,
                 self.drafter,
@@ -283,6 +286,52 @@ class ContinuousBatch:
                 options=self.options,
             )
         return updates + self._collect()
+
+    @standard_settings()
+    def rehearse(self, *, grammars: bool) -> None:
+        """Decodes a round in every branch of the loop, so that none is a first one.
+
+        What runs has been read, and can only be cancelled afterwards.
+
+        Args:
+          grammars: whether rounds in two halves are decoded as well.
+        """
+        options, per_shard = self.options, slots_per_shard(self.slots)
+        lengths_B = readable(self._state.lengths_B).tolist()
+        branches = [
+            (length, size)
+            for length in options.draft_lengths
+            for size in options.sizes(per_shard, length)
+        ]
+
+        def led(length: int, size: int) -> DecodeState:
+            return lead(self._placed(), lengths_B, draft_length=length, size=size)
+
+        for length, size in branches:
+            self._state = compiled(decode)(
+                self.target.model,
+                self.drafter,
+                led(length, size),
+                jnp.int32(1),
+                jnp.int32(self.slots),
+                options=options,
+            )
+        # Its halves always draft whole blocks.
+        for length, size in branches if grammars else ():
+            if length == options.draft_lengths[-1]:
+                self._state = masked_round(
+                    self.target.model, self.drafter, led(length, size), {}, options
+                )
+
+    def learned(self) -> tuple[ScheduleState, EstimatorState | None]:
+        """A copy of what rounds taught scheduling and the estimator."""
+        # What is donated is gone.
+        return jax.tree.map(jnp.copy, (self._state.schedule, self._state.estimator))
+
+    def relearn(self, learned: tuple[ScheduleState, EstimatorState | None]) -> None:
+        """Goes back to what was learned at another time; it must be idle."""
+        schedule, estimator = learned
+        self._state = replace(self._state, schedule=schedule, estimator=estimator)
 
     def _admit(self) -> None:
         """Fills free slots, some at a time, so that they are prefilled together."""

@@ -57,7 +57,7 @@ def grammar_rounds(
         if each.matcher is not None and each.unread <= 0
     }
     while rounds and masked:
-        state = _round(target, drafter, state, masked, options)
+        state = masked_round(target, drafter, state, masked, options)
         rounds -= 1
         phase_B = _advance(state, masked)
         if any(each.failure for each in masked.values()):
@@ -70,8 +70,14 @@ def grammar_rounds(
     return state, rounds
 
 
-def _round(target, drafter, state, masked: Mapping[int, Running], options):
-    """One round, masked between its halves."""
+def masked_round(
+    target: TargetModel,
+    drafter: Drafter,
+    state: DecodeState,
+    masked: Mapping[int, Running],
+    options: DecodeOptions,
+) -> DecodeState:
+    """One round, masked between its halves; donates `state`."""
     size = words(target.config.vocab_size)
     first_BU = np.full((state.slots, size), ALL)
     for slot, each in masked.items():

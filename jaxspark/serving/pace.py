@@ -4,6 +4,7 @@ Many save the host's work between them; few let others in, and tokens out, soone
 a call takes about a fixed time, and is short while prompts are read between calls.
 """
 
+import math
 from dataclasses import dataclass
 
 # Weight of the newest measurement.
@@ -40,7 +41,7 @@ class Pacer:
         """Rounds of the next call; `reading` says whether prompts are being read."""
         if reading or not self.round_seconds:
             return self.pace.few
-        fit = int(self.pace.seconds / self.round_seconds)
+        fit = math.ceil(self.pace.seconds / self.round_seconds)
         return min(max(fit, self.pace.few), self.pace.most)
 
     def note(self, rounds: int, seconds: float) -> None:

@@ -229,8 +229,6 @@ def simulate(
         place_B[free] = trace.begin_R[chosen] + offset
         end_B[free] = trace.begin_R[chosen] + trace.count_R[chosen]
         left_B[free] = random.geometric(1 / load.tokens, size=len(free))
-        new_B = np.isin(np.arange(slots), free)
-        memory = replace(memory, has_history_B=memory.has_history_B & ~new_B)
         live_B = left_B > 0
         if not live_B.any():
             # Nobody asks for a while, which passes all the same.
@@ -312,7 +310,7 @@ def _verify(
     """Verification lengths that it would choose, and what it would remember."""
     drafted = survival_Bg.shape[1]
     current = replace(lagged, survival_BG=survival_Bg).first(drafted)
-    chosen = schedule(current, memory.for_verification(lagged, drafted), sizes)
+    chosen = schedule(current, lagged.first(drafted), sizes)
     return chosen.lengths_B, memory.after_drafts(
         survival_Bg, lagged.survival_BG, lagged.live_B
     )

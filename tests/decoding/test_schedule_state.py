@@ -58,7 +58,6 @@ def test_rounds_leave_what_they_saw_to_the_slots_that_took_part():
     assert jnp.all(drafted.history_BnG[0, 1:] == -1) and jnp.all(
         drafted.history_BnG[1] == -1
     )
-    assert drafted.has_history_B.tolist() == [True, False]
     rested = drafted.after_none()
     assert rested.rounds_since_BG.tolist() == [[1, 1, 2]] * 2
     np.testing.assert_array_equal(rested.history_BnG, drafted.history_BnG)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxspark.decoding import AdjustmentLimits, DecodeOptions, Fixed, Lagged
+from jaxspark.decoding.rehearsal import lead
 from jaxspark.generation import ContinuousBatch, Request, generate
 from jaxspark.grammars import Grammar
 from jaxspark.serving import (
@@ -405,6 +406,30 @@ def test_draining_finishes_what_is_there_and_stopping_ends_it():
         ends = [tokens_of(list(stream))[1] for stream in streams]
         assert {each.status for each in ends if each.reason == "error"} <= {503}
         assert all(stream.ended for stream in streams)
+
+
+def test_when_an_engine_is_ready_it_has_decoded_in_every_branch_and_learned_nothing(
+    monkeypatch,
+):
+    taken = []
+
+    def led(state, lengths, **branch):
+        taken.append(tuple(branch.values()))
+        return lead(state, lengths, **branch)
+
+    monkeypatch.setattr("jaxspark.generation.batch.lead", led)
+    with engine("dspark-vanilla") as made:
+        options = made.options
+        branches = {
+            (length, size)
+            for length in options.draft_lengths
+            for size in options.sizes(SETTINGS["slots"], length)
+        }
+        assert set(taken) == branches and len(branches) > 1
+        memory, _ = made._batch.learned()
+        assert (memory.history_BnG == -1).all()
+        assert not memory.rounds_since_BG.any()
+        assert made._batch.idle
 
 
 def test_requests_with_one_seed_are_not_drawn_together_where_that_would_matter():
