@@ -8,9 +8,10 @@ from jaxspark.decoding.estimator import Estimator
 from jaxspark.decoding.forecast import Forecast, Verification
 from jaxspark.decoding.lifecycle import admit, init_state, release
 from jaxspark.decoding.likeliest import LikeliestLimits
+from jaxspark.decoding.loop import decode, draft, verify
 from jaxspark.decoding.options import DecodeOptions
 from jaxspark.decoding.prefilling import prefill
-from jaxspark.decoding.round import decode, decode_round, draft, verify
+from jaxspark.decoding.round import decode_round
 from jaxspark.decoding.sampling import Sampling
 from jaxspark.decoding.schedule import (
     Causal,

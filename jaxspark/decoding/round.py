@@ -1,13 +1,9 @@
-"""One round of speculative decoding, and the loop over it.
+"""One round of speculative decoding.
 
     anchor -> propose -> schedule -> pack -> target (by bucket) -> verify -> commit
 
-`decode_round(state) -> state` is pure; `decode` is `lax.while_loop` over it. There is
-no other decode path: plain decoding is a round whose drafter proposes nothing.
-
-A round has two halves, up to the proposal and from it on. Between them a host can say
-which tokens may come along the drafts, which takes `draft` and `verify`: the same
-halves as programs of their own.
+`decode_round(state) -> state` is pure; `loop` has the programs made of it. A round has
+two halves, up to the proposal and from it on.
 """
 
 from dataclasses import dataclass, replace
@@ -16,7 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Int, UInt
+from jaxtyping import Array, UInt
 
 from jaxspark.decoding.acceptance import (
     acceptance_logits,
@@ -24,25 +20,20 @@ from jaxspark.decoding.acceptance import (
     observe,
 )
 from jaxspark.decoding.adjusted_logits import Adjuster
+from jaxspark.decoding.commit import commit
 from jaxspark.decoding.couplings import CoupledSampler
 from jaxspark.decoding.couplings import verify as verdict_of
 from jaxspark.decoding.forecast import Forecast, Verification, smallest_bucket
 from jaxspark.decoding.grammar_masks import MaskedAdjuster
 from jaxspark.decoding.options import DecodeOptions
 from jaxspark.decoding.schedule_state import ScheduleState
-from jaxspark.decoding.state import Counters, DecodeState, Phase
+from jaxspark.decoding.state import DecodeState
 from jaxspark.decoding.streamed import streams_vocabulary
-from jaxspark.decoding.verdicts import Verdict, emitted
 from jaxspark.drafters import DraftContext, DraftDistribution, Drafter, Proposal
 from jaxspark.models import FlatTokens, TargetModel
-from jaxspark.parallel.axes import MODEL, SLOTS, any_of, max_of, sum_of
-from jaxspark.parallel.mesh import over_mesh
+from jaxspark.parallel.axes import MODEL, SLOTS, max_of
 from jaxspark.parallel.rules import (
-    parameter_specs,
     path_name,
-    replicated_specs,
-    row_specs,
-    state_specs,
 )
 from jaxspark.settings import standard_settings
 
@@ -111,13 +102,13 @@ def _round(target, drafter, options, draft_length: int, state, lagged) -> Decode
     """A round that drafts so many tokens for every slot."""
     with jax.named_scope("adjust"):
         adjuster = adjuster_for(state)
-    state, drafted = _drafted(
+    state, drafted = draft_half(
         target, drafter, options, draft_length, state, lagged, adjuster
     )
-    return _verified(target, drafter, options, state, drafted, adjuster)
+    return verify_half(target, drafter, options, state, drafted, adjuster)
 
 
-def _drafted(
+def draft_half(
     target, drafter, options, draft_length: int, state, lagged, adjuster
 ) -> tuple[DecodeState, Drafted]:
     """The first half of a round: drafts, and decides how many are verified."""
@@ -236,7 +227,7 @@ def schedule_round(
     return verification, memory
 
 
-def _verified(target, drafter, options, state, drafted, adjuster) -> DecodeState:
+def verify_half(target, drafter, options, state, drafted, adjuster) -> DecodeState:
     """The second half: packs anchors and drafts, verifies and commits."""
     proposal, verification = drafted.proposal, drafted.verification
     anchors_B, lengths_B = state.processed_B, verification.lengths_B
@@ -285,178 +276,3 @@ def _verified(target, drafter, options, state, drafted, adjuster) -> DecodeState
         state = observe(state, proposal, lengths_B, verdict.accepted_B, options)
     with jax.named_scope("commit"):
         return commit(state, proposal, lengths_B, verdict)
-
-
-def commit(
-    state: DecodeState,
-    proposal: Proposal,
-    lengths_B: Int[Array, " B"],
-    verdict: Verdict,
-) -> DecodeState:
-    """Appends accepted drafts and the next token, up to a stop token or the limit."""
-    emitted_BQ = emitted(proposal.tokens_BG, verdict.accepted_B, verdict.next_B)
-    Q = emitted_BQ.shape[1]
-    row_Q = jnp.arange(Q)
-    is_stop_BQ = jnp.any(emitted_BQ[..., None] == state.stop_ids_BX[:, None], axis=-1)
-    is_stop_BQ &= row_Q <= verdict.accepted_B[:, None]
-    stopped_B = jnp.any(is_stop_BQ, axis=1)
-    until_stop_B = jnp.argmax(is_stop_BQ, axis=1) + 1
-    count_B = jnp.where(stopped_B, until_stop_B, verdict.accepted_B + 1)
-    count_B = jnp.where(state.live_B, count_B, 0).astype(jnp.int32)
-
-    place_BQ = state.lengths_B[:, None] + row_Q
-    # Entries that are not committed go out of range and are dropped.
-    place_BQ = jnp.where(row_Q < count_B[:, None], place_BQ, state.tokens_BS.shape[1])
-    slot_B1 = jnp.arange(len(count_B))[:, None]
-    grown_B = state.lengths_B + count_B
-    finished_B = state.live_B & (stopped_B | (grown_B >= state.limits_B))
-    log_probs_BS = state.log_probs_BS
-    if log_probs_BS.shape[1]:
-        log_probs_BS = log_probs_BS.at[slot_B1, place_BQ].set(
-            verdict.log_probs_BQ, mode="drop"
-        )
-    accepted_BS = state.accepted_BS
-    if accepted_BS.shape[1]:
-        is_draft_BQ = row_Q < verdict.accepted_B[:, None]
-        accepted_BS = accepted_BS.at[slot_B1, place_BQ].set(is_draft_BQ, mode="drop")
-    return replace(
-        state,
-        tokens_BS=state.tokens_BS.at[slot_B1, place_BQ].set(emitted_BQ, mode="drop"),
-        log_probs_BS=log_probs_BS,
-        accepted_BS=accepted_BS,
-        lengths_B=grown_B,
-        processed_B=jnp.where(state.live_B, grown_B - 1, state.processed_B),
-        phase_B=jnp.where(finished_B, Phase.FINISHED, state.phase_B),
-        likeliest=verdict.likeliest,
-        counters=_count(state, proposal, lengths_B, verdict.accepted_B),
-    )
-
-
-def _count(state, proposal, lengths_B, accepted_B) -> Counters:
-    draft_G, live_B = jnp.arange(state.block_length), state.live_B
-    reached_BG = live_B[:, None] & (draft_G < lengths_B[:, None])
-    reached_BG &= draft_G <= accepted_B[:, None]
-    accepted_BG = live_B[:, None] & (draft_G < accepted_B[:, None])
-    counters = state.counters
-    drafted = proposal.tokens_BG.shape[1] > 0
-    return Counters(
-        rounds_B=counters.rounds_B + live_B,
-        reached_BG=counters.reached_BG + reached_BG,
-        accepted_BG=counters.accepted_BG + accepted_BG,
-        drafted_B=counters.drafted_B + (live_B if drafted else 0),
-        verified_B=counters.verified_B + jnp.where(live_B, lengths_B, 0),
-    )
-
-
-@partial(jax.jit, static_argnames=("options",), donate_argnames=("state",))
-@standard_settings()
-@over_mesh(
-    parameter_specs,
-    parameter_specs,
-    state_specs,
-    replicated_specs,
-    replicated_specs,
-    out=2,
-)
-def decode(
-    target: TargetModel,
-    drafter: Drafter,
-    state: DecodeState,
-    max_rounds: Int[Array, ""],
-    max_finished: Int[Array, ""] | None = None,
-    *,
-    options: DecodeOptions,
-) -> DecodeState:
-    """Rounds until no slot decodes, or as bounded; donates `state`.
-
-    Args:
-      target: the model.
-      drafter: what proposes.
-      state: the slots; those that do not decode stay as they are.
-      max_rounds: most rounds.
-      max_finished: returns once as many slots are finished, so that a host can refill
-        them; None goes on.
-      options: resolved, see `DecodeOptions.resolve`.
-    """
-
-    def unfinished(carry):
-        count, state = carry
-        go_on = (count < max_rounds) & any_of(state.live_B)
-        if max_finished is None:
-            return go_on
-        return go_on & (sum_of(state.finished_B) < max_finished)
-
-    def body(carry):
-        count, state = carry
-        return count + 1, decode_round(target, drafter, state, options)
-
-    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
-
-
-@partial(jax.jit, static_argnames=("options",), donate_argnames=("state",))
-@standard_settings()
-@over_mesh(
-    parameter_specs,
-    parameter_specs,
-    state_specs,
-    row_specs,
-    out=(2, drafted_specs()),
-)
-def draft(
-    target: TargetModel,
-    drafter: Drafter,
-    state: DecodeState,
-    masks_BU: UInt[Array, "B U"],
-    *,
-    options: DecodeOptions,
-) -> tuple[DecodeState, Drafted]:
-    """The first half of a round by itself, a whole block; donates `state`.
-
-    Args:
-      target: the model.
-      drafter: what proposes.
-      state: the slots.
-      masks_BU: bits of the tokens that may come next, for the first drafts.
-      options: resolved, see `DecodeOptions.resolve`.
-    """
-    check_estimator(state, options)
-    lagged = lagged_forecast(state, options)
-    with jax.named_scope("adjust"):
-        adjuster = adjuster_for(state, masks_BU[:, None])
-    length = max(options.draft_lengths)
-    return _drafted(target, drafter, options, length, state, lagged, adjuster)
-
-
-@partial(jax.jit, static_argnames=("options",), donate_argnames=("state",))
-@standard_settings()
-@over_mesh(
-    parameter_specs,
-    parameter_specs,
-    state_specs,
-    drafted_specs,
-    row_specs,
-    out=2,
-)
-def verify(
-    target: TargetModel,
-    drafter: Drafter,
-    state: DecodeState,
-    drafted: Drafted,
-    masks_BQU: UInt[Array, "B Q U"],
-    *,
-    options: DecodeOptions,
-) -> DecodeState:
-    """The second half by itself; donates `state`.
-
-    Args:
-      target: the model.
-      drafter: what proposed.
-      state: the slots as `draft` left them.
-      drafted: what it proposed.
-      masks_BQU: bits of the tokens that may come behind each anchor and each draft;
-        only these are put out.
-      options: those of `draft`.
-    """
-    with jax.named_scope("adjust"):
-        adjuster = adjuster_for(state, masks_BQU)
-    return _verified(target, drafter, options, state, drafted, adjuster)

@@ -15,7 +15,7 @@ from scipy.special import chdtrc
 
 from jaxspark.decoding import DecodeOptions, init_state, prefill
 from jaxspark.decoding.couplings import Coupling
-from jaxspark.decoding.round import decode, draft, verify
+from jaxspark.decoding.loop import decode, draft, verify
 from jaxspark.decoding.sampling import Sampling
 from jaxspark.drafters import DraftDistribution
 from jaxspark.exactness.draft_blocks import draft_blocks

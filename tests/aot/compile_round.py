@@ -18,7 +18,7 @@ from flax import nnx
 
 from jaxspark.decoding import DecodeOptions, DecodeState
 from jaxspark.decoding.compiling import compiler_options
-from jaxspark.decoding.round import decode
+from jaxspark.decoding.loop import decode
 from jaxspark.drafters import (
     DSparkConfig,
     DSparkDrafter,
