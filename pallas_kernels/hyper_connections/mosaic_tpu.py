@@ -6,8 +6,9 @@ iterations, and the sum.
 
 Tokens lie in lanes while coefficients are made: each of the M x M is a row, so that
 forty normalizations are plain arithmetic between rows. XLA makes a program of each,
-which takes longer than its few numbers need. For the sum the M weights are turned to
-columns. Streams are blocks [M, 128, D]: so XLA lays them out where it mixes them.
+which takes longer than its few numbers need. For the sum each of the M weights of a
+token is spread over a row of lanes, once, and meets all columns of 16 tokens. Streams
+are blocks [M, 128, D]: so XLA lays them out where it mixes them.
 """
 
 import functools
@@ -25,11 +26,13 @@ from pallas_kernels.ragged import LANES
 # At most; and of it for what is not a window on the operands.
 VMEM, _SPARE = 32 << 20, 4 << 20
 _SUBLANES = 8
-# Rows of a tile of bfloat16.
+# Rows of a tile of bfloat16; tokens that are summed at once.
 _PACKED = 16
 # Of a float32: a bfloat16.
 _UPPER_HALF = -(1 << 16)
 _WIDTHS = (512, 256, LANES)
+# Of these widths, one after the other: the matrix units fill and drain less often.
+_UNROLL = 4
 
 
 def supports(x_TMD, fn_XY, scale, base_X, *, iterations, eps, norm_eps) -> str | None:
@@ -88,6 +91,7 @@ def hyper_connections_mosaic_tpu(
             pl.BlockSpec((LANES, D), lambda i: (i, 0)),
             pl.BlockSpec((X, LANES), lambda i: (0, i)),
         ],
+        scratch_shapes=[pltpu.VMEM((M, LANES, LANES), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=VMEM
         ),
@@ -104,7 +108,7 @@ def hyper_connections_mosaic_tpu(
 
 def _before(affine_ref, fn_ref, *refs, iterations, eps, norm_eps):
     """128 tokens; see the top of the file."""
-    *x_refs, h_ref, z_ref = refs
+    *x_refs, h_ref, z_ref, pre_ref = refs
     M, (tokens, D) = len(x_refs), h_ref.shape
     width = columns_at_once(D)
 
@@ -125,7 +129,9 @@ def _before(affine_ref, fn_ref, *refs, iterations, eps, norm_eps):
         jnp.zeros(shape, jnp.float32)
         for shape in ((fn_ref.shape[0], tokens), (tokens, LANES))
     ]
-    product_XT, squares_TL = jax.lax.fori_loop(0, D // width, measure, tuple(zeros))
+    product_XT, squares_TL = jax.lax.fori_loop(
+        0, D // width, measure, tuple(zeros), unroll=min(_UNROLL, D // width)
+    )
     mean_1T = squares_TL.T.sum(0, keepdims=True) / (M * D)
     product_XT *= jax.lax.rsqrt(mean_1T + norm_eps)
     z_XT = product_XT * affine_ref[:, :1] + affine_ref[:, 1:]
@@ -137,14 +143,20 @@ def _before(affine_ref, fn_ref, *refs, iterations, eps, norm_eps):
     for row, value in enumerate(rows):
         z_ref[row : row + 1] = value
     pre_TM = z_ref[:_SUBLANES].T[:, :M]
+    for m in range(M):
+        pre_ref[m] = jnp.broadcast_to(pre_TM[:, m : m + 1], pre_ref.shape[1:])
 
-    @pl.loop(0, D // width)
-    def _(chunk):
-        h_TC = sum(
-            pre_TM[:, m : m + 1] * x_ref[:, columns(chunk)].astype(jnp.float32)
-            for m, x_ref in enumerate(x_refs)
-        )
-        h_ref[:, columns(chunk)] = h_TC.astype(h_ref.dtype)
+    @pl.loop(0, tokens // _PACKED)
+    def _(group):
+        here = pl.ds(pl.multiple_of(group * _PACKED, _PACKED), _PACKED)
+        pre = [pre_ref[m, here] for m in range(M)]
+        for at in range(0, D, LANES):
+            there = here, slice(at, at + LANES)
+            h_TL = sum(
+                pre_TL * x_ref[there].astype(jnp.float32)
+                for pre_TL, x_ref in zip(pre, x_refs)
+            )
+            h_ref[there] = h_TL.astype(h_ref.dtype)
 
 
 def _product(fn_XC, x_TC):
@@ -204,5 +216,6 @@ def _sinkhorn(z, iterations, eps):
 
 
 def _divided(row, by):
-    inverse = 1 / by
+    # Sums of what is positive: no infinity, no zero, which a division looks out for.
+    inverse = pltpu.reciprocal(by, full_range=False)
     return [each * inverse for each in row]

@@ -42,6 +42,18 @@ def work_meanwhile(text: str, scope: str) -> dict[str, bool]:
     return seen
 
 
+def kernels_of(text: str, scope: str) -> list[str]:
+    """Names of the Pallas kernels that a compiled program calls in a named scope."""
+    scopes = [
+        line.origin.split("/")
+        for body in Program.of(text).computations.values()
+        for line in body.values()
+        if any(f'custom_call_target="{name}"' in line.attributes for name in KERNELS)
+    ]
+    # The last is how it is called.
+    return [within[-2] for within in scopes if scope in within]
+
+
 def branches_of(program: Program, scope: str) -> set[str]:
     """Branches that do something of a named scope, and all that they call."""
     todo = [
