@@ -9,7 +9,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from jaxspark.decoding.adjustments import Adjustment, AdjustmentLimits
@@ -19,9 +18,9 @@ from jaxspark.decoding.sampling import Sampling
 from jaxspark.decoding.state import DecodeState, Phase
 from jaxspark.drafters import Drafter
 from jaxspark.models import TargetModel
-from jaxspark.parallel.axes import SLOTS, own_slots
+from jaxspark.parallel.axes import own_slots
 from jaxspark.parallel.mesh import over_mesh
-from jaxspark.parallel.rules import replicated_specs, state_specs
+from jaxspark.parallel.rules import replicated_specs, row_specs, state_specs
 from jaxspark.settings import standard_settings
 
 
@@ -85,13 +84,9 @@ def admit(
     )
 
 
-def _by_slot(_: Bool[Array, " B"]) -> PartitionSpec:
-    return PartitionSpec(SLOTS)
-
-
 @partial(jax.jit, donate_argnames=("state",))
 @standard_settings()
-@over_mesh(state_specs, _by_slot, out=0)
+@over_mesh(state_specs, row_specs, out=0)
 def release(state: DecodeState, released_B: Bool[Array, " B"]) -> DecodeState:
     """Empties slots, whatever their phase: finished ones, or cancelled. Donates it."""
     count_B = jnp.where(released_B, 0, 1)

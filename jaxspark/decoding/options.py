@@ -73,8 +73,7 @@ class DecodeOptions:
 
     def check(self, slots: int) -> None:
         """Raises `ValueError` if they do not do for so many slots."""
-        for length in self.draft_lengths:
-            self.sizes(slots, length)
+        self.branches(slots)
 
     @property
     def block(self) -> int:
@@ -129,6 +128,18 @@ class DecodeOptions:
                 f"of {slots} slots"
             )
         return sizes
+
+    def branches(self, slots: int) -> list[tuple[int, int]]:
+        """Draft lengths and token buckets of `slots` slots that a loop has code for.
+
+        Raises:
+          ValueError: see `sizes`.
+        """
+        return [
+            (length, size)
+            for length in self.draft_lengths
+            for size in self.sizes(slots, length)
+        ]
 
     def max_min_drafts(self, slots: int) -> int:
         """The most drafts that a round can verify of every slot, whatever survives."""

@@ -12,13 +12,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 
 from jaxspark.decoding.state import DecodeState, Phase
-from jaxspark.parallel.axes import SLOTS
 from jaxspark.parallel.mesh import over_mesh, slots_per_shard
-from jaxspark.parallel.rules import replicated_specs, state_specs
+from jaxspark.parallel.rules import replicated_specs, row_specs, state_specs
 from jaxspark.settings import standard_settings
 
 # Rounds since any other number of drafts was proposed.
@@ -53,13 +51,9 @@ def lead(
     )
 
 
-def _by_slot(_: Array) -> PartitionSpec:
-    return PartitionSpec(SLOTS)
-
-
 @partial(jax.jit, donate_argnames=("state",))
 @standard_settings()
-@over_mesh(state_specs, _by_slot, _by_slot, replicated_specs, out=0)
+@over_mesh(state_specs, row_specs, row_specs, replicated_specs, out=0)
 def _led(
     state: DecodeState,
     lengths_B: Int[Array, " B"],

@@ -109,7 +109,13 @@ def _round(target, drafter, options, draft_length: int, state, lagged) -> Decode
 
 
 def draft_half(
-    target, drafter, options, draft_length: int, state, lagged, adjuster
+    target: TargetModel,
+    drafter: Drafter,
+    options: DecodeOptions,
+    draft_length: int,
+    state: DecodeState,
+    lagged: Forecast,
+    adjuster: Adjuster | MaskedAdjuster | None,
 ) -> tuple[DecodeState, Drafted]:
     """The first half of a round: drafts, and decides how many are verified."""
     if draft_length:
@@ -227,7 +233,14 @@ def schedule_round(
     return verification, memory
 
 
-def verify_half(target, drafter, options, state, drafted, adjuster) -> DecodeState:
+def verify_half(
+    target: TargetModel,
+    drafter: Drafter,
+    options: DecodeOptions,
+    state: DecodeState,
+    drafted: Drafted,
+    adjuster: Adjuster | MaskedAdjuster | None,
+) -> DecodeState:
     """The second half: packs anchors and drafts, verifies and commits."""
     proposal, verification = drafted.proposal, drafted.verification
     anchors_B, lengths_B = state.processed_B, verification.lengths_B

@@ -296,13 +296,9 @@ class ContinuousBatch:
         Args:
           grammars: whether rounds in two halves are decoded as well.
         """
-        options, per_shard = self.options, slots_per_shard(self.slots)
+        options = self.options
+        branches = options.branches(slots_per_shard(self.slots))
         lengths_B = readable(self._state.lengths_B).tolist()
-        branches = [
-            (length, size)
-            for length in options.draft_lengths
-            for size in options.sizes(per_shard, length)
-        ]
 
         def led(length: int, size: int) -> DecodeState:
             return lead(self._placed(), lengths_B, draft_length=length, size=size)
