@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
 from jaxspark.configs import drafters as draft_configs
+from jaxspark.decoding import decode
 from jaxspark.decoding import round as rounds
 from jaxspark.drafters import DSparkDrafter
 from jaxspark.exactness.audit import decode_requests
@@ -48,7 +49,7 @@ def model():
 def both_ways(model, monkeypatch):
     """Decodes requests with logits written, then without; and counts the latter."""
 
-    def decode(name, coupling, mix):
+    def both(name, coupling, mix):
         asked = [
             Request(prompt, max_new_tokens=16, seed=i, name=str(i), **settings)
             for i, (prompt, settings) in enumerate(
@@ -58,14 +59,14 @@ def both_ways(model, monkeypatch):
         drafter, found = zoo.drafter(name, model), []
         for streams in (False, True):
             monkeypatch.setattr(rounds, "streams_vocabulary", lambda _, s=streams: s)
-            rounds.decode.clear_cache()
+            decode.clear_cache()
             found.append(
                 decode_requests(model, asked, drafter, coupling=coupling, **OPTIONS)
             )
-        rounds.decode.clear_cache()
+        decode.clear_cache()
         return found
 
-    return decode
+    return both
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_simulated_kernels_change_no_token(coupling, monkeypatch):
     ]
 
     def decoded():
-        rounds.decode.clear_cache()
+        decode.clear_cache()
         return [
             each.tokens
             for each in decode_requests(
@@ -126,7 +127,7 @@ def test_simulated_kernels_change_no_token(coupling, monkeypatch):
     simulated = pltpu.InterpretParams(uninitialized_memory="nan")
     with pltpu.force_tpu_interpret_mode(simulated):
         assert decoded() == expected
-    rounds.decode.clear_cache()
+    decode.clear_cache()
     assert len(set(map(id, ran))) == 2
 
 
