@@ -17,6 +17,7 @@ from jaxspark.configuration import option
 from jaxspark.decoding import DecodeOptions
 from jaxspark.drafters import NgramDrafter, PlainDrafter
 from jaxspark.models import FlatTokens
+from jaxspark.parallel import vocabulary
 from jaxspark.timing import alternate, medians
 
 PROMPTS = (
@@ -121,7 +122,7 @@ def _bench_rows(console: Console, model, options: SequenceOptions) -> dict:
             ids_1Q, cache = carry
             tokens = FlatTokens.from_rows(ids_1Q, jnp.array([64]) + i, counts_1)
             x_TD, _, cache = model(tokens, cache)
-            return jnp.argmax(model.logits(x_TD), -1)[None].astype(jnp.int32), cache
+            return vocabulary.argmax(model.logits(x_TD))[None], cache
 
         return jax.lax.fori_loop(0, count, body, (ids_1Q, cache))[0]
 

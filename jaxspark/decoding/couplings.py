@@ -30,6 +30,7 @@ from jaxspark.decoding.sampling import (
     keys,
     position_noise,
     warp,
+    warped_at,
 )
 from jaxspark.decoding.streamed import (
     MOST_ODDS,
@@ -281,17 +282,18 @@ def _gumbel(logits_TV, tokens, rows, sampling):
 
 def _rejection(logits_TV, tokens, rows, proposal, sampling, adjuster):
     """Accepts with probability min(1, p/q), then samples the residual or p itself."""
-    log_p_TV = warp(logits_TV, sampling.at(tokens.slots_T))
     B, G = rows.drafts_BG.shape
     anchors_B = tokens.starts_B
+    accepted_B = jnp.zeros((B,), jnp.int32)
+    if G:
+        row_BG = jnp.minimum(rows.index_BQ[:, :-1], len(logits_TV) - 1)
+        own = sampling.at(tokens.slots_T)
+        log_p_BG = warped_at(logits_TV, own, row_BG, rows.drafts_BG)
+        accepted_B = rows.accept_by_chance(log_p_BG, proposal.q, sampling, anchors_B)
+    log_p_BV = warp(rows.pick(logits_TV, accepted_B), sampling)
     if not G:
         keys_B = keys(Stream.CORRECT, sampling.seed, anchors_B)
-        log_p_BV = rows.pick(log_p_TV, jnp.zeros((B,), jnp.int32))
-        return jnp.zeros((B,), jnp.int32), categorical(keys_B, log_p_BV)
-    row_BG = jnp.minimum(rows.index_BQ[:, :-1], log_p_TV.shape[0] - 1)
-    log_p_BG = vocabulary.pick(log_p_TV, row_BG, rows.drafts_BG)
-    accepted_B = rows.accept_by_chance(log_p_BG, proposal.q, sampling, anchors_B)
-    log_p_BV = rows.pick(log_p_TV, accepted_B)
+        return accepted_B, categorical(keys_B, log_p_BV)
     width = log_p_BV.shape[-1]
     q_BV = q_row(proposal.q, rows, accepted_B, width, sampling, adjuster)
     rejected_B = accepted_B < rows.lengths_B

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import scipy
 
+from jaxspark.decoding import sampling as sampling_module
 from jaxspark.decoding.couplings import CoupledSampler
-from jaxspark.decoding.sampling import Sampling, position_noise, warp
+from jaxspark.decoding.sampling import Sampling, position_noise, warp, warped_at
+from jaxspark.parallel import vocabulary
 
 
 def sorted_warp(logits_V, temperature, top_k, top_p, min_p):
@@ -60,6 +62,27 @@ def test_each_slot_has_its_own_parameters():
     assert support == [1, 2, 2, 8]
 
 
+@pytest.mark.parametrize("top_k", [[0, 0, 0, 0], [0, 3, 0, 2]], ids=str)
+def test_single_tokens_have_the_probability_that_warp_gives_them(top_k):
+    logits_RV = np.random.default_rng(4).normal(0, 3, (4, 200)).astype(np.float32)
+    logits_RV[0, 150:153] = 20  # the first of these is the greedy token
+    sampling = Sampling.of(4, temperature=[0, 1, 1e-37, 1.3], top_k=top_k)
+    row_NM = np.arange(4)[:, None]
+    token_NM = np.argsort(-logits_RV, axis=1, kind="stable")[:, :6]
+    seen_NM = warped_at(jnp.asarray(logits_RV), sampling, row_NM, token_NM)
+    expected_RV = warp(jnp.asarray(logits_RV), sampling)
+    np.testing.assert_allclose(seen_NM, expected_RV[row_NM, token_NM], rtol=1e-6)
+    assert seen_NM[0].tolist() == [0.0] + 5 * [-np.inf]
+
+
+def test_the_largest_of_a_vocabulary_is_the_first_of_equals():
+    x = np.random.default_rng(5).integers(0, 4, (50, 30)).astype(np.float32)
+    x[0], x[1], x[2, 4:] = -np.inf, np.inf, np.nan
+    found = vocabulary.argmax(jnp.asarray(x)).tolist()
+    assert found[:2] == [0, 0] and found[3:] == x[3:].argmax(axis=1).tolist()
+    assert 0 <= found[2] < 30  # whatever it is, it is a token
+
+
 def test_greedy_ties_go_to_the_lowest_id():
     log_p_RV = warp(jnp.array([[1.0, 3.0, 3.0, 0.0]]), Sampling.of(1))
     assert np.exp(log_p_RV).tolist() == [[0, 1, 0, 0]]
@@ -81,6 +104,16 @@ def test_noise_belongs_to_seed_and_position_alone():
     alone = position_noise(seeds[1:2], positions[1:2], 16)
     np.testing.assert_array_equal(noise[1:2], alone)
     assert len({row.tobytes() for row in np.asarray(noise)}) == 3
+
+
+def test_noise_that_is_made_piece_by_piece_is_the_same(monkeypatch):
+    seeds, positions = jnp.arange(5, dtype=jnp.uint32), jnp.arange(5) + 9
+    whole = position_noise(seeds, positions, 16)
+    monkeypatch.setattr(sampling_module, "CACHED_NOISE", 40)
+    program = jax.make_jaxpr(position_noise, static_argnums=2)(seeds, positions, 16)
+    assert "scan" in str(program)
+    pieces = position_noise(seeds, positions, 16)
+    np.testing.assert_array_equal(pieces, whole)
 
 
 @pytest.mark.parametrize(
