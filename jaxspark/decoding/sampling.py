@@ -134,7 +134,7 @@ def warped_at(
     row_N: Int[Array, "*N"],
     token_N: Int[Array, "*N"],
 ) -> Float[Array, "*N"]:
-    """What `warp` has at some tokens; none of it is written unless rows are filtered."""
+    """What `warp` has at some tokens; written out only where rows are filtered."""
 
     def filtered():
         return vocabulary.pick(warp(logits_RV, sampling), row_N, token_N)
