@@ -39,7 +39,7 @@ test: $(VENV)/.test oracle aot-tpu lint ## The same environment plus what tests 
 	@echo "==> tests"
 	@$(PYTEST) -m 'not long' $(ARGS)
 
-test-long: $(VENV)/.test oracle aot-tpu ## The tests that take half a minute or more each
+test-long: $(VENV)/.test oracle aot-tpu ## The tests that take longest, and cases like those of quicker ones
 	@echo "==> long tests"
 	@$(PYTEST) -m long $(ARGS)
 

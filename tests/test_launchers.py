@@ -120,6 +120,7 @@ def flags(**options):
     return " ".join(f"--{name}={value}" for name, value in options.items())
 
 
+@pytest.mark.long
 def test_a_study_compares_equal_runs(place):
     train = {"target": "target", "data": "questions.jsonl", "optimizer": "adam"}
     options = {

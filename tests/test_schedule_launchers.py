@@ -65,6 +65,7 @@ def test_calibration_is_kept_beside_the_drafter(place):
         load_calibration(place.folder / "run/drafter", "gumbel")
 
 
+@pytest.mark.long
 def test_thresholds_are_swept(place):
     place.run(
         evaluate,
@@ -118,6 +119,7 @@ def test_a_profile_of_another_drafter_is_refused(place):
     assert "made for another device: '4 x TPU v9'" in said
 
 
+@pytest.mark.long
 def test_load_is_swept(place):
     sweep = OWN | {
         **{"suite": "load", "concurrency": (1,), "fixed_lengths": (1,)},

@@ -6,6 +6,7 @@ from tests.aot.compilers import answers
 
 
 @pytest.mark.aot
+@pytest.mark.long
 def test_what_does_not_fit_is_said_with_what_is_missing():
     fits, large, *refused = answers("tpu", "compile_misfits")
     assert fits["status"] == 0 and "fits, " in fits["said"]

@@ -26,6 +26,7 @@ def test_nothing_is_sorted_and_no_scores_are_written(chip):
         assert report["temp_bytes"] < 1e6 + 1e5 * slots * rows, case
 
 
+@pytest.mark.long
 def test_on_gpus_no_scores_of_single_heads_are_written():
     cases = (FLASH, PAGES)
     reports = answers("h100", "compile_indexer", "h100:1", *cases)

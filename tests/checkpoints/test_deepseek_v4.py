@@ -143,6 +143,7 @@ def test_quantized_agrees_to_the_rounding_of_its_storage(model, quantized):
     assert 0 < np.abs(logits(loaded) - logits(model)).max()
 
 
+@pytest.mark.long
 def test_matrices_may_stay_quantized_in_memory(quantized, tmp_path):
     """As the files hold them, to the bit; the model's numbers are the same."""
     plain = load_target(str(quantized)).model
@@ -175,7 +176,9 @@ def test_matrices_may_stay_quantized_in_memory(quantized, tmp_path):
         np.testing.assert_array_equal(again.read(name), first.read(name), name)
 
 
-@pytest.mark.parametrize("mesh", [None, "data:1,expert:8"])
+@pytest.mark.parametrize(
+    "mesh", [None, pytest.param("data:1,expert:8", marks=pytest.mark.long)]
+)
 def test_experts_are_turned_over_for_tpus(tmp_path, monkeypatch, mesh):
     """They are the same to the bit, and are written as they came."""
     config = replace(

@@ -98,6 +98,7 @@ def test_what_was_learned_can_be_told(learned):
         np.testing.assert_array_equal(x[0], x[1])
 
 
+@pytest.mark.long
 def test_calls_may_be_cut_anywhere(model):
     """Under rejection sampling tokens depend on lengths, so on what was learned."""
     options = replace(OPTIONS, coupling="rejection", schedule=Threshold(0.4))

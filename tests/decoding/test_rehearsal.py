@@ -38,7 +38,18 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fixed",
+        "lagged",
+        "free",
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("threshold", "causal")
+        ),
+    ],
+)
 def test_rounds_take_the_branch_that_they_are_led_into(name):
     target = zoo.target()
     drafter = zoo.drafter("dspark-vanilla", target)

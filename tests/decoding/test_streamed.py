@@ -74,10 +74,10 @@ def both_ways(model, monkeypatch):
     [
         ("dspark-rnn", "rejection", "mixed"),
         ("dspark-rnn", "gumbel", "told"),
-        ("dspark-pruned", "rejection", "told"),
+        pytest.param("dspark-pruned", "rejection", "told", marks=pytest.mark.long),
         ("dspark-pruned", "gumbel", "mixed"),
-        ("dspark-vanilla", "rejection", "greedy"),
-        ("dspark-gated", "rejection", "filtered"),
+        pytest.param("dspark-vanilla", "rejection", "greedy", marks=pytest.mark.long),
+        pytest.param("dspark-gated", "rejection", "filtered", marks=pytest.mark.long),
         ("hybrid", "rejection", "sampled"),
     ],
 )

@@ -122,6 +122,7 @@ def logits_of(drafter, model, cache, ids, length):
     return propose(drafter, model, cache).q.log_q_BGW[0, 0]
 
 
+@pytest.mark.long
 def test_mtp_drafts_what_its_training_forward_says(model, chunk=7):
     """From a cache filled in chunks, and of the whole text at once."""
     drafter = MTPDrafter(CONFIG, rngs=nnx.Rngs(1))

@@ -125,6 +125,7 @@ def test_confidence_is_the_rate_of_the_match_length(pair):
     )
 
 
+@pytest.mark.long
 def test_it_beats_its_parts_on_a_text_that_repeats():
     model = zoo.target()
     prompts = zoo.prompts(5, 9, 7)

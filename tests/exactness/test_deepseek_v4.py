@@ -53,7 +53,7 @@ def asked(request, models):
 
 @pytest.mark.parametrize(
     ("asked", "name"),
-    [("gumbel", "hybrid"), ("greedy", "mtp")],
+    [("gumbel", "hybrid"), pytest.param("greedy", "mtp", marks=pytest.mark.long)],
     indirect=["asked"],
 )
 def test_slots_are_refilled_and_not_one_token_changes(models, asked, name):

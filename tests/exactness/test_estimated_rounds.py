@@ -45,6 +45,7 @@ def test_the_law_of_two_rounds_is_the_target_s(models, drafter):
     assert max(moved.values()) > 0.1, moved
 
 
+@pytest.mark.long
 def test_a_certainty_that_tells_the_draft_biases_the_second_round(models):
     target, made = models
     rounds = EnumeratedRounds(target, made["eagle3"], SAMPLING, telling)

@@ -23,7 +23,9 @@ LAGGED = {"lagged": schedules_for_rejection()["lagged"]}
 pytestmark = pytest.mark.usefixtures("compiled_soon")
 
 
-@pytest.mark.parametrize("drafter", ["dspark-pruned", "ngram"])
+@pytest.mark.parametrize(
+    "drafter", [pytest.param("dspark-pruned", marks=pytest.mark.long), "ngram"]
+)
 def test_sampling_is_exact_by_enumeration(drafter):
     checks = grammars.enumeration_checks([drafter], schedules=LAGGED)
     assert len(checks) == len(grammars.CASES)

@@ -64,7 +64,9 @@ def test_enumeration_catches_a_biased_rule():
     assert [check.figure > 1e-3 and not check.holds for check in checks] == [True]
 
 
-@pytest.mark.parametrize("name", ["dspark-gated", "ngram"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("dspark-gated", marks=pytest.mark.long), "ngram"]
+)
 def test_frequencies_of_first_tokens_and_acceptance_formulas(name):
     """Drafts of a distribution, and of point masses."""
     assert_all_hold(rejection.frequency_checks(SAMPLES, [name]))

@@ -35,8 +35,13 @@ def made(family, name, **options):
 
 @pytest.fixture(
     scope="module",
-    params=[("dense", "eagle3"), ("dense", "hybrid-asks"), ("deepseek_v4", "mtp")],
-    ids=" ".join,
+    params=[
+        pytest.param(("dense", "eagle3"), id="dense eagle3"),
+        pytest.param(
+            ("dense", "hybrid-asks"), id="dense hybrid-asks", marks=pytest.mark.long
+        ),
+        pytest.param(("deepseek_v4", "mtp"), id="deepseek_v4 mtp"),
+    ],
 )
 def audited(request):
     return made(*request.param, pages=FEW_PAGES)
@@ -91,6 +96,7 @@ def test_any_sequence_says_what_plain_decoding_says_and_loses_no_page(audited):
     assert preempted > 0 and audited.pages.hits > before
 
 
+@pytest.mark.long
 def test_on_a_mesh_every_shard_of_slots_has_pages_and_prefixes_of_its_own():
     with jax.set_mesh(make_mesh("data:4,expert:2")):
         audited = made("dense", "ngram", pages=5, per_shard=2)
@@ -164,6 +170,7 @@ def test_a_preempted_request_goes_on_with_the_same_tokens(coupling):
         assert one.rounds == other.rounds and one.accepted == other.accepted
 
 
+@pytest.mark.long
 def test_a_preempted_request_is_penalized_for_its_own_output_alone():
     """What it said before it waited is output still; its prompt is told once."""
     model, drafter = audited_pair("dense", "ngram")

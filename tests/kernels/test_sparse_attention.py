@@ -497,7 +497,9 @@ def test_gradients_are_those_of_the_reference(by):
         np.testing.assert_allclose(mine, expected, atol=1e-5 * scale + 1e-30)
 
 
-@pytest.mark.parametrize("kernel", ["mosaic_tpu", "mosaic_gpu"])
+@pytest.mark.parametrize(
+    "kernel", ["mosaic_tpu", pytest.param("mosaic_gpu", marks=pytest.mark.long)]
+)
 def test_gradients_reach_rows_in_their_ring(kernel):
     """Which are those of the rows before the pass; its own have theirs."""
     attend, length, starts = Attend(kernel), 16, np.array([0, 2, 45])

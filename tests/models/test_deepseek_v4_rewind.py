@@ -65,6 +65,7 @@ def test_rewind_equals_never_having_seen(model, random):
     print(f"largest difference {worst:.1e}")
 
 
+@pytest.mark.long
 def test_a_long_pass_forgets_what_no_query_sees(model, random):
     """Passes longer than the rings write their newest rows only."""
     rows = [random.integers(0, VOCAB, 150), random.integers(0, VOCAB, 140)]

@@ -32,7 +32,9 @@ def same_in_shards(mine, whole):
             np.testing.assert_array_equal(leaf, expected, err_msg=path)
 
 
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(
+    "quantized", [pytest.param(False, marks=pytest.mark.long), True]
+)
 def test_deepseek_v4_is_loaded_into_shards(tmp_path, quantized):
     model = DeepSeekV4(deepseek_v4_tiny(16), rngs=nnx.Rngs(0))
     stages = DeepSeekV4DSpark(deepseek_v4_dspark(model.config), rngs=nnx.Rngs(1))

@@ -134,7 +134,7 @@ def test_two_processes_say_what_one_says_and_one_of_them_says_it(folder):
     assert texts(second[1]) == []
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_lost_process_ends_the_others_with_its_name(folder, killed):
     pair = Pair(folder, *GENERATE, "--max_new_tokens=100000", "--heartbeat_seconds=5")
     # Once it says so, they are in the middle of their collectives.

@@ -41,7 +41,9 @@ def stepped(mesh, kind):
         return run()
 
 
-@pytest.mark.parametrize("kind", ["dspark-gated", "eagle3-pruned"])
+@pytest.mark.parametrize(
+    "kind", ["dspark-gated", pytest.param("eagle3-pruned", marks=pytest.mark.long)]
+)
 def test_a_step_on_a_mesh_is_that_of_one_device(kind):
     alone, sums = stepped(None, kind)
     state, there = stepped("data:2,expert:4", kind)
@@ -52,7 +54,9 @@ def test_a_step_on_a_mesh_is_that_of_one_device(kind):
     assert part == largest.size // 8
 
 
-@pytest.mark.parametrize("family", ["dense", "deepseek_v4"])
+@pytest.mark.parametrize(
+    "family", ["dense", pytest.param("deepseek_v4", marks=pytest.mark.long)]
+)
 def test_a_sharded_target_says_what_one_device_hears(family):
     """Each shard its own sequences, of different numbers of documents."""
     model, _ = tiny_models(family, zoo.VOCAB + 3, drafters=(), shards=8)

@@ -46,6 +46,7 @@ def test_random_models_equal_transformers(chunks, oracle, seed):
             assert set(ours) - {-1} == set(expected) - {-1}, (seed, layer, query)
 
 
+@pytest.mark.long
 def test_what_transformers_saves_is_read(oracle, seed, tmp_path):
     """It mixes released names with its own."""
     tokens = [np.random.RandomState(seed).randint(0, 61, 40).tolist()]

@@ -86,6 +86,7 @@ def test_smollm2_equals_transformers(oracle, smollm2, smollm2_path, record_prope
     assert worst <= TOLERANCE
 
 
+@pytest.mark.long
 def test_exported_smollm2_loads_in_transformers(
     oracle, smollm2, smollm2_path, tmp_path, record_property
 ):

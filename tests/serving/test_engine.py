@@ -163,7 +163,9 @@ def slowed(engine, monkeypatch, seconds=0.03):
     monkeypatch.setattr(engine._batch, "step", slow)
 
 
-@pytest.mark.parametrize("drafter", [None, "ngram", "dspark-gated"])
+@pytest.mark.parametrize(
+    "drafter", [pytest.param(None, marks=pytest.mark.long), "ngram", "dspark-gated"]
+)
 def test_tokens_and_log_probs_are_those_of_plain_decoding(drafter, plain, running):
     made = running if drafter == "ngram" else engine(drafter, **EVERYTHING)
     if made is not running:

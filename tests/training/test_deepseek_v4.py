@@ -189,6 +189,7 @@ def test_documents_do_not_see_each_other():
     assert np.abs(first[others] - second[others]).max() > 1e-2
 
 
+@pytest.mark.long
 def test_the_indexers_loss_reaches_the_indexer_alone():
     model = DeepSeekV4(replace(SMALL, compress_ratios=(4,)), rngs=nnx.Rngs(0))
     model.embed_tokens.weight[...] *= 30.0

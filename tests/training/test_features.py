@@ -41,7 +41,9 @@ def v4():
     return DeepSeekV4(config, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("target", [zoo.target, v4])
+@pytest.mark.parametrize(
+    "target", [zoo.target, pytest.param(v4, marks=pytest.mark.long)]
+)
 def test_features_are_those_of_each_document_alone(packed, target):
     model = target()
     features = FeatureSource(model, TAPS)(packed)

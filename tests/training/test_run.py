@@ -263,6 +263,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(place):
     assert metrics(place, "damaged") == metrics(place, "whole")
 
 
+@pytest.mark.long
 def test_a_full_disk_loses_no_checkpoint(place, monkeypatch):
     """Files may not grow beyond a limit, as on a full disk."""
     code, printed = stop(place, "full", monkeypatch, after=12)
