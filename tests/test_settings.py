@@ -30,8 +30,15 @@ def target():
     return tiny.target()
 
 
-def noise():
-    return np.asarray(sampling.position_noise(SEEDS, POSITIONS, 300))
+def noise(rows=slice(None)):
+    ids = np.arange(300, dtype=np.int32)
+    return np.asarray(sampling.position_noise(SEEDS[rows], POSITIONS[rows], ids))
+
+
+def uniform(rows=slice(None)):
+    """Random numbers such as decide what is accepted."""
+    keys = sampling.keys(sampling.Stream.ACCEPT, SEEDS[rows], POSITIONS[rows])
+    return np.asarray(jax.vmap(lambda key: jax.random.uniform(key, (4,)))(keys))
 
 
 @pytest.mark.parametrize("setting", JITTED, ids=lambda each: each.name)
@@ -41,9 +48,9 @@ def test_the_noise_of_a_position_is_the_same_under_every_setting(setting):
         np.testing.assert_array_equal(noise(), expected)
 
 
-def test_a_row_is_the_same_alone_and_beside_others():
-    alone = sampling.position_noise(SEEDS[1:2], POSITIONS[1:2], 300)
-    np.testing.assert_array_equal(noise()[1:2], alone)
+@pytest.mark.parametrize("drawn", [noise, uniform])
+def test_a_row_is_the_same_alone_and_beside_others(drawn):
+    np.testing.assert_array_equal(drawn()[1:2], drawn(slice(1, 2)))
 
 
 def test_another_generator_would_be_noticed(monkeypatch):
@@ -52,7 +59,7 @@ def test_another_generator_would_be_noticed(monkeypatch):
         sampling, "random_key", lambda seed: jax.random.key(seed, impl="rbg")
     )
     with pytest.raises(AssertionError):
-        test_a_row_is_the_same_alone_and_beside_others()
+        test_a_row_is_the_same_alone_and_beside_others(uniform)
 
 
 @pytest.mark.parametrize(

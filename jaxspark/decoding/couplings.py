@@ -52,7 +52,6 @@ from jaxspark.drafters.block_logits import BlockLogits
 from jaxspark.models import FlatTokens
 from jaxspark.models.layers.linear import head_logits
 from jaxspark.parallel import vocabulary
-from jaxspark.parallel.axes import MODEL, size
 from jaxspark.settings import standard_settings
 
 Coupling = Literal["rejection", "gumbel"]
@@ -70,7 +69,6 @@ class CoupledSampler:
     coupling: Coupling
     sampling: Sampling
     positions_B: Int[Array, " B"]  # of the anchors
-    vocab: int  # of the target
     adjuster: Adjuster | MaskedAdjuster | None = None
     streams: bool = False
 
@@ -157,8 +155,9 @@ class CoupledSampler:
             certainty_B = jnp.where(greedy_B, _best(logits_BW)[1], -entropy(log_q_BW))
             return Drawn(categorical(keys_B, log_q_BW), log_q_BW, certainty_B)
         # The noise belongs to the position that the draft would take.
-        noise_BV = position_noise(seed_B, positions_B + 1 + j, self.vocab)
-        noise_BW = vocabulary.part(noise_BV) if ids_W is None else noise_BV[:, ids_W]
+        if ids_W is None:
+            ids_W = vocabulary.places(logits_BW.shape[-1])
+        noise_BW = position_noise(seed_B, positions_B + 1 + j, ids_W)
         score_BW = jnp.where(greedy_B[:, None], logits_BW, log_q_BW + noise_BW)
         places_B, odds_B = _best(score_BW)
         return Drawn(places_B, log_q_BW, odds_B)
@@ -274,10 +273,9 @@ def _written_verdict(
 def _gumbel(logits_TV, tokens, rows, sampling):
     """The target's own choice under each position's noise; drafts must equal it."""
     row_sampling = sampling.at(tokens.slots_T)
-    vocab = logits_TV.shape[-1] * size(MODEL)
-    noise_TV = position_noise(row_sampling.seed, tokens.positions_T + 1, vocab)
-    score_TV = warp(logits_TV, row_sampling) + vocabulary.part(noise_TV)
-    return rows.follow(vocabulary.argmax(score_TV))
+    ids_V = vocabulary.places(logits_TV.shape[-1])
+    noise_TV = position_noise(row_sampling.seed, tokens.positions_T + 1, ids_V)
+    return rows.follow(vocabulary.argmax(warp(logits_TV, row_sampling) + noise_TV))
 
 
 def _rejection(logits_TV, tokens, rows, proposal, sampling, adjuster):

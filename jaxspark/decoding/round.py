@@ -190,7 +190,6 @@ def _propose(target, drafter, state: DecodeState, adjuster, options, length: int
         options.coupling,
         state.sampling,
         positions_B,
-        target.config.vocab_size,
         adjuster,
         streams=_streams(target, adjuster),
     )

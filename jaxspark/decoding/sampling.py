@@ -12,7 +12,6 @@ is the distribution that stays.
 
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from jaxspark.parallel import vocabulary
 from jaxspark.parallel.axes import MODEL, size
 from jaxspark.settings import random_key, standard_settings
-from pallas_kernels.dispatch import expected_platform
-
-# Named, since the program that imports us may have chosen another default.
-GUMBEL_MODE = "low"
-# Random bits are made in 20 passes over them. As many numbers at a time stay in a CPU's
-# cache, which for 80 rows of 49,152 takes 18 ms instead of 63.
-CACHED_NOISE = 2**18
+from pallas_kernels.gumbel import gumbel
 
 
 class Stream(IntEnum):
@@ -214,25 +207,27 @@ def keys(stream: Stream, seed_R: UInt[Array, " R"], *indices_R: Int[Array, " R"]
 
 @standard_settings()
 def position_noise(
-    seed_R: UInt[Array, " R"], positions_R: Int[Array, " R"], vocab: int
-) -> Float[Array, "R V"]:
-    """The Gumbel noise vector that an output position of a request owns.
+    seed_R: UInt[Array, " R"], positions_R: Int[Array, " R"], ids_W: Int[Array, " W"]
+) -> Float[Array, "R W"]:
+    """Of the Gumbel noise vector that an output position owns, what some tokens have.
 
     Plain sampling, the draft and the verification all take argmax(log-prob + this).
     """
-    return _gumbel(keys(Stream.NOISE, seed_R, positions_R), vocab)
-
-
-def _gumbel(keys_R, vocab: int) -> Float[Array, "R V"]:
-    draw = partial(jax.random.gumbel, shape=(vocab,), mode=GUMBEL_MODE)
-    at_once = max(1, CACHED_NOISE // vocab)
-    if at_once < len(keys_R) and expected_platform() == "cpu":
-        return jax.lax.map(draw, keys_R, batch_size=at_once)
-    return jax.vmap(draw)(keys_R)
+    return _noise(keys(Stream.NOISE, seed_R, positions_R), ids_W)
 
 
 @standard_settings()
 def categorical(keys_R, log_p_RV: Float[Array, "R V"]) -> Int[Array, " R"]:
     """One sample per row; entries at -inf are never drawn."""
-    noise_RV = _gumbel(keys_R, log_p_RV.shape[-1] * size(MODEL))
-    return vocabulary.argmax(log_p_RV + vocabulary.part(noise_RV))
+    noise_RV = _noise(keys_R, vocabulary.places(log_p_RV.shape[-1]))
+    return vocabulary.argmax(log_p_RV + noise_RV)
+
+
+def _noise(keys_R, ids_W: Int[Array, " W"]) -> Float[Array, "R W"]:
+    words_R2 = key_words(keys_R)
+    return gumbel(words_R2[:, :1], words_R2[:, 1:], ids_W)
+
+
+def key_words(keys_R) -> Int[Array, "R 2"]:
+    """Keys as `pallas_kernels.gumbel` takes them."""
+    return jax.lax.bitcast_convert_type(jax.random.key_data(keys_R), jnp.int32)

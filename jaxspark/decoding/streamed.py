@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxspark.decoding.adjusted_logits import Adjuster
 from jaxspark.decoding.grammar_masks import MaskedAdjuster
 from jaxspark.decoding.likeliest import Likeliest
-from jaxspark.decoding.sampling import Sampling, Stream, keys, warp
+from jaxspark.decoding.sampling import Sampling, Stream, key_words, keys, warp
 from jaxspark.decoding.verdicts import Verdict, VerifiedRows, corrected
 from jaxspark.drafters import DraftDistribution, Drawn, Proposal
 from jaxspark.drafters.base import Streamed
@@ -206,10 +206,7 @@ def q_row(
 
 def _rows(sampling: Sampling, keys_R: Any = None) -> Rows:
     """How rows are drawn, with the noise of keys."""
-    keys_R2 = None
-    if keys_R is not None:
-        words_R2 = jax.random.key_data(keys_R)
-        keys_R2 = jax.lax.bitcast_convert_type(words_R2, jnp.int32)
+    keys_R2 = None if keys_R is None else key_words(keys_R)
     return Rows(sampling.temperature, keys_R2)
 
 

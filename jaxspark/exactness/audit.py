@@ -247,7 +247,8 @@ def _logits(model, ids_1T, first, count: int):
 
 @jax.jit
 def _two_best(logits_1V, position, sampling):
-    noise_1V = position_noise(sampling.seed, position[None], logits_1V.shape[-1])
+    ids_V = jnp.arange(logits_1V.shape[-1])
+    noise_1V = position_noise(sampling.seed, position[None], ids_V)
     sampled_1V = warp(logits_1V, sampling) + noise_1V
     greedy_1V = jax.nn.log_softmax(logits_1V)
     score_1V = jnp.where(sampling.greedy[:, None], greedy_1V, sampled_1V)

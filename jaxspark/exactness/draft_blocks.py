@@ -133,7 +133,6 @@ def _proposed(
         "rejection",
         state.sampling,
         context.positions_B,
-        target.config.vocab_size,
         adjuster_for(state, masks_BQU),
     )
     sampler = ForcedSampler(decoder, forced_G)

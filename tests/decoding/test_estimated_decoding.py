@@ -141,7 +141,7 @@ def test_without_a_head_certainty_suggests_confidence(
     sampling = Sampling.of(2, temperature=[temperature, 0.0])
     tokens_BS = jnp.array([PROMPTS[0][:3], PROMPTS[1][:3]])
     lengths_B = jnp.array([2, 3])
-    sampler = CoupledSampler(coupling, sampling, lengths_B - 1, zoo.VOCAB)
+    sampler = CoupledSampler(coupling, sampling, lengths_B - 1)
     cache = drafter.init_cache(2, 32)
     proposal, _ = drafter.propose(
         model, cache, DraftContext.of(tokens_BS, lengths_B), sampler, 3

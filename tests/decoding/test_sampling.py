@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 import scipy
 
-from jaxspark.decoding import sampling as sampling_module
 from jaxspark.decoding.couplings import CoupledSampler
-from jaxspark.decoding.sampling import Sampling, position_noise, warp, warped_at
+from jaxspark.decoding.sampling import (
+    Sampling,
+    Stream,
+    keys,
+    position_noise,
+    warp,
+    warped_at,
+)
 from jaxspark.parallel import vocabulary
 
 
@@ -100,20 +106,20 @@ def test_extreme_values_keep_the_best_token(settings):
 
 def test_noise_belongs_to_seed_and_position_alone():
     seeds, positions = jnp.array([5, 5, 6], jnp.uint32), jnp.array([9, 10, 9])
-    noise = position_noise(seeds, positions, 16)
-    alone = position_noise(seeds[1:2], positions[1:2], 16)
+    ids = jnp.arange(16)
+    noise = position_noise(seeds, positions, ids)
+    alone = position_noise(seeds[1:2], positions[1:2], ids)
     np.testing.assert_array_equal(noise[1:2], alone)
     assert len({row.tobytes() for row in np.asarray(noise)}) == 3
 
 
-def test_noise_that_is_made_piece_by_piece_is_the_same(monkeypatch):
+def test_noise_is_that_of_jax_whichever_tokens_are_asked_for():
     seeds, positions = jnp.arange(5, dtype=jnp.uint32), jnp.arange(5) + 9
-    whole = position_noise(seeds, positions, 16)
-    monkeypatch.setattr(sampling_module, "CACHED_NOISE", 40)
-    program = jax.make_jaxpr(position_noise, static_argnums=2)(seeds, positions, 16)
-    assert "scan" in str(program)
-    pieces = position_noise(seeds, positions, 16)
-    np.testing.assert_array_equal(pieces, whole)
+    keys_R = keys(Stream.NOISE, seeds, positions)
+    whole = jax.vmap(lambda key: jax.random.gumbel(key, (300,), mode="low"))(keys_R)
+    for ids in (np.arange(300), np.array([299, 0, 77]), np.array([], int)):
+        seen = position_noise(seeds, positions, jnp.asarray(ids, jnp.int32))
+        np.testing.assert_array_equal(seen, whole[:, ids])
 
 
 @pytest.mark.parametrize(
@@ -155,7 +161,7 @@ LOGITS_BW = np.random.default_rng(8).normal(0, 2, (3, 50)).astype(np.float32)
 
 def drafted(coupling, seed=0, **settings):
     sampling = Sampling.of(3, seed=seed + np.arange(3), **settings)
-    sampler = CoupledSampler(coupling, sampling, jnp.arange(3) + 7, 50)
+    sampler = CoupledSampler(coupling, sampling, jnp.arange(3) + 7)
     drawn = sampler(jnp.asarray(LOGITS_BW), 2, None)
     return [np.asarray(each) for each in jax.tree.leaves(drawn)]
 
@@ -177,7 +183,7 @@ def odds_of_the_best(score_BW):
 def test_under_gumbel_sharpness_is_the_odds_of_the_draft_noise_included():
     tokens, log_q_BW, certainty = drafted("gumbel", temperature=1.0)
     score_BW = log_q_BW + position_noise(
-        np.arange(3, dtype=np.uint32), jnp.arange(3) + 10, 50
+        np.arange(3, dtype=np.uint32), jnp.arange(3) + 10, jnp.arange(50)
     )
     assert tokens.tolist() == np.argmax(score_BW, axis=1).tolist()
     np.testing.assert_allclose(certainty, odds_of_the_best(score_BW), rtol=1e-4)
@@ -186,7 +192,7 @@ def test_under_gumbel_sharpness_is_the_odds_of_the_draft_noise_included():
 def test_these_odds_are_what_gumbel_noise_on_the_target_leaves_the_draft():
     _, log_q_BW, certainty = drafted("gumbel", temperature=1.0)
     score_BW = log_q_BW + position_noise(
-        np.arange(3, dtype=np.uint32), jnp.arange(3) + 10, 50
+        np.arange(3, dtype=np.uint32), jnp.arange(3) + 10, jnp.arange(50)
     )
     errors_NBW = np.random.default_rng(0).gumbel(size=(20_000, *score_BW.shape))
     stays_NB = np.argmax(score_BW + errors_NBW, axis=2) == np.argmax(score_BW, axis=1)

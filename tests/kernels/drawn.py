@@ -34,8 +34,7 @@ def rows_of(count, *, noisy=True):
     def noise(ids_V):
         if not noisy:
             return np.zeros((count, len(ids_V)))
-        noise_RV = position_noise(seeds, positions, int(max(ids_V)) + 1)
-        noise_RV = np.asarray(noise_RV, np.float64)[:, ids_V]
+        noise_RV = np.asarray(position_noise(seeds, positions, ids_V), np.float64)
         return np.where(temperature_R[:, None] > 0, noise_RV, 0)
 
     return rows, noise
