@@ -97,7 +97,9 @@ def test_regenerating_again_adds_nothing(place):
     assert (place.folder / "answers.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("draft", ["run/drafter", "ngram"])
+@pytest.mark.parametrize(
+    "draft", ["run/drafter", pytest.param("ngram", marks=pytest.mark.long)]
+)
 def test_evaluation_reports_every_domain(place, draft):
     place.run(
         evaluate,
@@ -187,6 +189,7 @@ def test_a_drafter_changes_its_format(place):
     assert named == str(place.folder / "target")
 
 
+@pytest.mark.long
 def test_drafters_are_timed_beside_each_other(place):
     said = place.run(
         bench,

@@ -85,6 +85,7 @@ GENERATE = {"prompt": "abc", "max_new_tokens": 8}
 LAGGED = {"schedule": "lagged", "costs": "costs.json"}
 
 
+@pytest.mark.long
 def test_text_is_generated_by_cost(place):
     plain = place.run(generate, **GENERATE, draft="none")
     place.run(generate, **GENERATE, **OWN, **LAGGED, temperature=1.0)

@@ -47,7 +47,12 @@ if not ALL:
 
 def cases(table):
     return [
-        pytest.param(platform, case, id=" ".join([platform, *map(str, case.values())]))
+        pytest.param(
+            platform,
+            case,
+            id=" ".join([platform, *map(str, case.values())]),
+            marks=[pytest.mark.long] if platform == "tpu" and not ALL else [],
+        )
         for platform, rows in table.items()
         for case in rows
     ]

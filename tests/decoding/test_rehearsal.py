@@ -43,10 +43,9 @@ SCHEDULES = {
     [
         "fixed",
         "lagged",
-        "free",
         *(
             pytest.param(name, marks=pytest.mark.long)
-            for name in ("threshold", "causal")
+            for name in ("threshold", "causal", "free")
         ),
     ],
 )

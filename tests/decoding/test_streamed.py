@@ -90,7 +90,9 @@ def test_tokens_rounds_and_log_probs_are_the_same(both_ways, name, coupling, mix
             np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
 
 
-@pytest.mark.parametrize("coupling", ["rejection", "gumbel"])
+@pytest.mark.parametrize(
+    "coupling", [pytest.param("rejection", marks=pytest.mark.long), "gumbel"]
+)
 def test_simulated_kernels_change_no_token(coupling, monkeypatch):
     """One greedy request beside one that samples, in small tiles."""
     config = replace(zoo.TARGETS["llama"], hidden_size=128, num_hidden_layers=1)

@@ -40,7 +40,9 @@ def made(family, name, **options):
         pytest.param(
             ("dense", "hybrid-asks"), id="dense hybrid-asks", marks=pytest.mark.long
         ),
-        pytest.param(("deepseek_v4", "mtp"), id="deepseek_v4 mtp"),
+        pytest.param(
+            ("deepseek_v4", "mtp"), id="deepseek_v4 mtp", marks=pytest.mark.long
+        ),
     ],
 )
 def audited(request):
@@ -144,7 +146,9 @@ def test_pages_are_those_of_the_mesh():
         ContinuousBatch(model, drafter, slots=4, capacity=256, chunk=32, pages=pages)
 
 
-@pytest.mark.parametrize("coupling", ["gumbel", "rejection"])
+@pytest.mark.parametrize(
+    "coupling", ["gumbel", pytest.param("rejection", marks=pytest.mark.long)]
+)
 def test_a_preempted_request_goes_on_with_the_same_tokens(coupling):
     """Two requests that together outgrow the pages; rounds of both begin as before."""
     prompts = np.random.default_rng(2).integers(0, VOCAB, (2, 240)).tolist()

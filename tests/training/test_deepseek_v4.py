@@ -163,6 +163,7 @@ def test_gradients_equal_finite_differences(name):
         check_grads(loss, (parts, x), 1, ["rev"], atol=1e-5, rtol=1e-5, eps=1e-6)
 
 
+@pytest.mark.long
 def test_the_training_forward_is_the_models():
     """Whole texts give the logits of prefill."""
     model = DeepSeekV4(SMALL, rngs=nnx.Rngs(0))
