@@ -18,11 +18,11 @@ _TINY = 2.0**-126
 
 def gumbel(
     first: Int[Array, "*R"], second: Int[Array, "*R"], counters: Int[Array, "*N"]
-) -> Float[Array, "*N"]:
-    """Noise in float32.
+) -> Float[Array, "..."]:
+    """Noise in float32, in the shape that keys and counters broadcast to.
 
     Args:
-      first: the first words of keys, in a shape that broadcasts.
+      first: the first words of keys.
       second: their second words.
       counters: token ids.
     """
