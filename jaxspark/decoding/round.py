@@ -32,9 +32,7 @@ from jaxspark.decoding.streamed import streams_vocabulary
 from jaxspark.drafters import DraftContext, DraftDistribution, Drafter, Proposal
 from jaxspark.models import FlatTokens, TargetModel
 from jaxspark.parallel.axes import MODEL, SLOTS, max_of
-from jaxspark.parallel.rules import (
-    path_name,
-)
+from jaxspark.parallel.rules import path_name
 from jaxspark.settings import standard_settings
 
 

@@ -117,8 +117,7 @@ def warp(logits_RV: Float[Array, "R V"], sampling: Sampling) -> Float[Array, "R 
     )
     best_R1 = vocabulary.argmax(logits_RV)[:, None]
     is_best_RV = vocabulary.places(logits_RV.shape[-1]) == best_R1
-    point_RV = jnp.where(is_best_RV, 0.0, -jnp.inf)
-    return jnp.where(sampling.greedy[:, None], point_RV, log_p_RV)
+    return or_best(log_p_RV, is_best_RV, sampling.greedy[:, None])
 
 
 def warped_at(
@@ -137,10 +136,16 @@ def warped_at(
         norm_R = vocabulary.logsumexp(tempered_RV)
         log_p_N = vocabulary.pick(tempered_RV, row_N, token_N) - norm_R[row_N]
         is_best_N = vocabulary.argmax(logits_RV)[row_N] == token_N
-        point_N = jnp.where(is_best_N, 0.0, -jnp.inf)
-        return jnp.where(sampling.greedy[row_N], point_N, log_p_N)
+        return or_best(log_p_N, is_best_N, sampling.greedy[row_N])
 
     return jax.lax.cond(jnp.any(sampling.filtered), filtered, whole)
+
+
+def or_best(
+    log_p: Float[Array, "..."], is_best: Bool[Array, "..."], greedy: Bool[Array, "..."]
+) -> Float[Array, "..."]:
+    """Log-probabilities; where greedy, all mass is on the best token."""
+    return jnp.where(greedy, jnp.where(is_best, 0.0, -jnp.inf), log_p)
 
 
 def _tempered(logits_RV, sampling):

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxspark.decoding.adjusted_logits import Adjuster
 from jaxspark.decoding.grammar_masks import MaskedAdjuster
 from jaxspark.decoding.likeliest import Likeliest
-from jaxspark.decoding.sampling import Sampling, Stream, key_words, keys, warp
+from jaxspark.decoding.sampling import Sampling, Stream, key_words, keys, or_best, warp
 from jaxspark.decoding.verdicts import Verdict, VerifiedRows, corrected
 from jaxspark.drafters import DraftDistribution, Drawn, Proposal
 from jaxspark.drafters.base import Streamed
@@ -147,13 +147,11 @@ def stream_verdict(
         return accepted_B, next_B, model_T[index_BQ]
 
     def by_chance():
-        log_p_T = draws.log_prob(draws.named_R, drawn_as.rate_R)
-        same_T = draws.place_R == named_T
-        point_T = jnp.where(same_T, 0.0, -jnp.inf)
-        log_p_T = jnp.where(own.greedy, point_T, log_p_T)
         anchors_B = tokens.starts_B
         accepted_B = jnp.zeros((B,), jnp.int32)
         if G:
+            log_p_T = draws.log_prob(draws.named_R, drawn_as.rate_R)
+            log_p_T = or_best(log_p_T, draws.place_R == named_T, own.greedy)
             log_p_BG = log_p_T[index_BQ[:, :-1]]
             accepted_B = rows.accept_by_chance(
                 log_p_BG, proposal.q, sampling, anchors_B

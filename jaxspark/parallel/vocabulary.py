@@ -3,7 +3,7 @@
 Logits are the largest thing a round makes, so each shard keeps those of its own rows of
 the LM head, and only numbers per token travel. The last axis W is a shard's part of the
 vocabulary; places and token ids count through the whole of it. On one device every
-function is the plain one of `jax.numpy`.
+function gives what the plain one of `jax.numpy` does.
 
     argmax      the pair (value, -place) that is largest on any shard: ties go to the
                 lowest place, as on one device

@@ -68,11 +68,7 @@ def test_rounds_take_the_branch_that_they_are_led_into(name):
     )
     state = prefill(target, drafter, state, chunk=8)
     lengths = state.lengths_B.tolist()
-    branches = [
-        (length, size)
-        for length in options.draft_lengths
-        for size in options.sizes(SLOTS, length)
-    ]
+    branches = options.branches(SLOTS)
     assert len(branches) == (3 if schedule.costs is None else 6)
     programs = set()
     for length, size in branches:
