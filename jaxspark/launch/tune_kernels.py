@@ -46,6 +46,10 @@ class Config(Configuration):
         (),
     )
     repeats: int = option("Timed runs of each candidate on a device.", 5, at_least=1)
+    schedule_seconds: int = option(
+        "Longest that a compiler may take for a candidate's schedule.", 600, at_least=1
+    )
+    schedule_gigabytes: int = option("Most memory that it may take.", 12, at_least=1)
     least_gain: float = option(
         "Part of the time that other sizes must save to replace a kernel's own.",
         0.02,
@@ -102,7 +106,10 @@ def where(config: Config) -> tuple[str, str, Timer]:
         # Only compilers are wanted, whatever this machine has.
         jax.config.update("jax_platforms", "cpu")
         parse_slice(config.topology)
-        return chip, "static schedule", by_schedule(config.topology)
+        timer = by_schedule(
+            config.topology, config.schedule_seconds, config.schedule_gigabytes
+        )
+        return chip, "static schedule", timer
     kind = jax.devices()[0].device_kind
     here = chip_of(kind)
     if here not in CLOCKS:

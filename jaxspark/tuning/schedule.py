@@ -1,6 +1,6 @@
 """Times of kernels on a TPU that need not be here, by its compiler's static schedule.
 
-    python -m jaxspark.tuning.schedule v5p:2x2x1 "verify flash" '{"tokens": 1024}'
+    python -m jaxspark.tuning.schedule v5p:2x2x1 "verify flash" '{"tokens": 1024}' 12
 
 Prints the kernel's time in seconds, as JSON. libtpu writes what it expects of each
 instruction (`--xla_jf_dump_static_llo_profile_to`): it executes the scalar side of a
@@ -16,6 +16,7 @@ it are nothing that libtpu can profile.
 import json
 import os
 import re
+import resource
 import sys
 import tempfile
 import typing
@@ -107,8 +108,9 @@ def _is_program(value: Any) -> bool:
     return isinstance(value, ClosedJaxpr | Jaxpr)
 
 
-def main(topology: str, problem: str, sizes: str) -> None:
-    """Prints the time of one candidate."""
+def main(topology: str, problem: str, sizes: str, gigabytes: str) -> None:
+    """Prints the time of one candidate, or ends where that takes too much memory."""
+    resource.setrlimit(resource.RLIMIT_DATA, (int(gigabytes) * 10**9,) * 2)
     with tempfile.TemporaryDirectory() as folder:
         flags = os.environ.get("LIBTPU_INIT_ARGS", "")
         os.environ["LIBTPU_INIT_ARGS"] = (

@@ -96,24 +96,36 @@ def tune(problem: Problem, timer: Timer, progress: CellProgress) -> Tuned:
     )
 
 
-def by_schedule(topology: str) -> Timer:
-    """By the static schedule of a chip's compiler; a process for each candidate."""
+def by_schedule(topology: str, seconds: int, gigabytes: int) -> Timer:
+    """By the static schedule of a chip's compiler; a process for each candidate.
+
+    Args:
+      topology: chips, such as v5p:2x2x1.
+      seconds: that the compiler may take for a candidate; some never end.
+      gigabytes: of memory that it may take.
+    """
 
     def timer(problem, candidates):
         for sizes in candidates:
-            arguments = (topology, problem.name, json.dumps(sizes))
-            done = subprocess.run(
-                [sys.executable, "-m", "jaxspark.tuning.schedule", *arguments],
-                env=os.environ | {"JAX_PLATFORMS": "cpu"},
-                capture_output=True,
-                text=True,
-            )
+            arguments = (topology, problem.name, json.dumps(sizes), str(gigabytes))
+            try:
+                done = subprocess.run(
+                    [sys.executable, "-m", "jaxspark.tuning.schedule", *arguments],
+                    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+                    capture_output=True,
+                    text=True,
+                    timeout=seconds,
+                )
+            except subprocess.TimeoutExpired:
+                why = f"its compiler took more than {seconds} seconds"
+                yield Timed(sizes=sizes, seconds=None, why=why)
+                continue
             if done.returncode:
                 why = reason(done.stderr) or f"ended by {done.returncode}"
                 yield Timed(sizes=sizes, seconds=None, why=why)
             else:
-                seconds = json.loads(done.stdout.splitlines()[-1])
-                yield Timed(sizes=sizes, seconds=seconds)
+                taken = json.loads(done.stdout.splitlines()[-1])
+                yield Timed(sizes=sizes, seconds=taken)
 
     return timer
 

@@ -10,7 +10,7 @@ import pytest
 from jaxspark.progress import CellProgress
 from jaxspark.tuning import schedule
 from jaxspark.tuning.problems import PROBLEMS, Problem
-from jaxspark.tuning.search import Timed, Tuned, by_device, reason, tune
+from jaxspark.tuning.search import Timed, Tuned, by_device, by_schedule, reason, tune
 from pallas_kernels.block_sizes import PACKAGED, block_sizes, shape
 
 TRIED = (8, 16, 32)
@@ -114,6 +114,13 @@ def test_a_device_times_what_compiles_and_says_what_does_not():
 def test_the_line_that_says_most_is_kept(errors, says):
     found = reason(errors)
     assert found is None if says is None else found.startswith(says)
+
+
+def test_a_compiler_that_does_not_end_is_stopped():
+    timer = by_schedule("v5p:2x2x1", seconds=0, gigabytes=1)
+    [found] = timer(PROBLEMS[0], [{"tokens": 128}])
+    assert found.seconds is None
+    assert found.why == "its compiler took more than 0 seconds"
 
 
 @pytest.fixture(scope="module")
