@@ -170,11 +170,10 @@ def make_service(
     check_packages()
     from jaxspark.serving import Engine, Pace, QueueLimits, Served
     from jaxspark.serving.app import AppOptions, make_app
-    from jaxspark.serving.memory import keep_everything, share_arena
+    from jaxspark.serving.memory import keep_everything
     from jaxspark.serving.metrics import Metrics
     from jaxspark.serving.tracing import Tracing
 
-    share_arena()  # Before XLA has threads.
     app_options = AppOptions(
         api_keys=config.keys(),
         most_body_bytes=config.max_body_bytes,

@@ -43,6 +43,7 @@ from jaxspark.serving.demands import Demand
 from jaxspark.serving.desk import Desk, Turn
 from jaxspark.serving.errors import ApiError
 from jaxspark.serving.jobs import Job
+from jaxspark.serving.memory import apart
 from jaxspark.serving.observing import Observer, State, Stats, Tally
 from jaxspark.serving.pace import Pace, Pacer
 from jaxspark.serving.stream import Stream
@@ -345,12 +346,17 @@ class Engine:
                 self._others.send(STOP)
 
     def _warm_up(self) -> None:
-        warm_up(self._batch)
+        def compile_all() -> int:
+            with self._devices(), Compilations() as compilations:
+                warm_up(self._batch)
+            return compilations.count
+
+        programs = apart(compile_all)
         if self.pages is not None:
             self.pages.forget()
         self._compiled = self._compilations.count
         self._on_ready()
-        log.info("compiled %d programs; ready", self._compiled)
+        log.info("compiled %d programs; ready", programs)
 
     @contextlib.contextmanager
     def _devices(self) -> Iterator[None]:
