@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, UInt
 
 from jaxspark.decoding.acceptance import check_estimator
+from jaxspark.decoding.flattened import unflattens
 from jaxspark.decoding.options import DecodeOptions
 from jaxspark.decoding.round import (
     Drafted,
@@ -37,6 +38,7 @@ from jaxspark.settings import standard_settings
 
 
 @partial(jax.jit, static_argnames=("options",), donate_argnames=("state",))
+@unflattens
 @standard_settings()
 @over_mesh(
     parameter_specs,
@@ -82,6 +84,7 @@ def decode(
 
 
 @partial(jax.jit, static_argnames=("options",), donate_argnames=("state",))
+@unflattens
 @standard_settings()
 @over_mesh(
     parameter_specs,
@@ -116,6 +119,7 @@ def draft(
 
 
 @partial(jax.jit, static_argnames=("options",), donate_argnames=("state",))
+@unflattens
 @standard_settings()
 @over_mesh(
     parameter_specs,

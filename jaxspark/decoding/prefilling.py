@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jaxspark.decoding.flattened import unflattens
 from jaxspark.decoding.likeliest import Likeliest
 from jaxspark.decoding.state import DecodeState, Phase
 from jaxspark.drafters import Drafter
@@ -24,6 +25,7 @@ from jaxspark.settings import standard_settings
     static_argnames=("chunk", "together"),
     donate_argnames=("state",),
 )
+@unflattens
 @standard_settings()
 @over_mesh(parameter_specs, parameter_specs, state_specs, replicated_specs, out=2)
 def prefill(

@@ -24,6 +24,7 @@ from jaxspark.decoding import (
 )
 from jaxspark.decoding.compiling import compiled
 from jaxspark.decoding.estimator import EstimatorState
+from jaxspark.decoding.flattened import flattened
 from jaxspark.decoding.rehearsal import lead
 from jaxspark.decoding.schedule_state import ScheduleState
 from jaxspark.drafters import Drafter, PlainDrafter
@@ -154,6 +155,7 @@ class ContinuousBatch:
         read = capacity if chunk is None else chunk
         self.target = replace(self.target, model=shard(self.target.model))
         self.drafter = shard(self.drafter)
+        self._models = flattened(self.target.model), flattened(self.drafter)
         self._state = DecodeState.empty(
             self.target.model,
             self.drafter,
@@ -278,8 +280,7 @@ class ContinuousBatch:
         )
         if rounds and len(self._seats.reading) < len(self._seats.running):
             self._state = compiled(decode)(
-                self.target.model,
-                self.drafter,
+                *self._models,
                 self._state,
                 jnp.int32(rounds),
                 jnp.int32(max_finished),
@@ -305,8 +306,7 @@ class ContinuousBatch:
 
         for length, size in branches:
             self._state = compiled(decode)(
-                self.target.model,
-                self.drafter,
+                *self._models,
                 led(length, size),
                 jnp.int32(1),
                 jnp.int32(self.slots),
@@ -349,8 +349,7 @@ class ContinuousBatch:
             self._state = admit(self._state, slots_N, admission_of(padded, self._state))
             if self.chunk is None:
                 self._state = prefill(
-                    self.target.model,
-                    self.drafter,
+                    *self._models,
                     self._state,
                     chunk=prefill_chunk(each.goal for each in newcomers),
                     together=self.together,
@@ -374,8 +373,7 @@ class ContinuousBatch:
             return
         chunk = prefill_chunk((each.unread + 1 for each in reading.values()), most)
         self._state = prefill(
-            self.target.model,
-            self.drafter,
+            *self._models,
             self._placed(),
             jnp.int32(1),
             chunk=chunk,
