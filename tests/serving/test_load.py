@@ -6,10 +6,12 @@ import time
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from jaxspark.benchmark.serving.client import Question, Timeline
 from jaxspark.benchmark.serving.figures import figures_of
 from jaxspark.benchmark.serving.loads import Load
+from jaxspark.benchmark.serving.suite import report
 from jaxspark.benchmark.serving.trace import Prose, drawn_lengths
 from jaxspark.checkpoints import save_target
 from jaxspark.launch import bench
@@ -121,6 +123,17 @@ def test_figures_count_what_arrives_together_once_and_errors_apart():
     assert found["per_token_seconds"]["99"] == 0.5
     assert (found["requests"], found["failed"]) == (3, 1)
     assert found["errors"] == ["503: full"]
+
+
+def test_long_prompts_that_fail_are_told():
+    good = Timeline(sent=0.0, arrivals=[1.0, 1.5], ended=2.0, output_tokens=4)
+    bad = Timeline(sent=0.0, ended=0.1, error="400: too long")
+    found = {"ours": figures_of([[good]]) | {"long": figures_of([[bad]])}}
+    console = Console(record=True, width=150)
+    report(console, "closed:1+long", found)
+    said = console.export_text()
+    assert "0 of 1" in said and "1 of 1" in said and "nan" not in said
+    assert "ours, long prompts: 400: too long" in said
 
 
 def test_any_server_is_measured_and_a_stopped_run_goes_on(tmp_path):

@@ -7,6 +7,7 @@ the same times, so that a machine that changes its pace does so for all.
 
 import asyncio
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,8 +32,11 @@ from jaxspark.progress import CellProgress, bars
 KEY = "OPENAI_API_KEY"
 # Answers to the long prompts of a load.
 _LONG_OUTPUT = 8
-# Text that was cut by tokens is not always read as so many.
-_SLACK = 16
+
+
+def _slack(tokens: int) -> int:
+    """Room for text that was cut by tokens, and is read as a few more."""
+    return 16 + tokens // 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +93,7 @@ def bench_serving(
                 found = _under(console, load, servers, tokenizer, texts, options)
                 finished.add({"cell": load.name, "found": found})
             figures[load.name] = finished.cells[load.name]["found"]
-            _report(console, load.name, figures[load.name])
+            report(console, load.name, figures[load.name])
             on_figures(figures)
     return figures
 
@@ -101,7 +105,8 @@ def _servers(
     """All contestants, ready and warm."""
     context = options.capacity
     if any(name.endswith("+long") for name in options.arrivals):
-        context = max(context, options.long_prompt + _LONG_OUTPUT + _SLACK)
+        long = options.long_prompt
+        context = max(context, long + _slack(long) + _LONG_OUTPUT)
     flags += (f"--slots={options.serving_slots}", f"--context={context}")
     with contextlib.ExitStack() as stack:
         found = []
@@ -154,7 +159,7 @@ def _under(
             lengths = drawn_lengths(
                 options.serving_requests,
                 scale=options.length_scale,
-                context=options.capacity - _SLACK,
+                context=options.capacity - _slack(options.capacity),
                 random=random,
             )
             questions = _questions(prose, lengths, options)
@@ -236,7 +241,7 @@ def _texts(prompts_dir: str | None) -> list[str]:
     return texts
 
 
-def _report(console: Console, load: str, found: Mapping[str, Any]) -> None:
+def report(console: Console, load: str, found: Mapping[str, Any]) -> None:
     """The table of a load; waits in milliseconds, by percentile."""
     table = Table(
         title=f"{load} · milliseconds at {', '.join(map(str, PERCENTILES))} %"
@@ -245,9 +250,13 @@ def _report(console: Console, load: str, found: Mapping[str, Any]) -> None:
                "whole answer", "failed")  # fmt: skip
     for column in columns:
         table.add_column(column, justify="left" if column == "server" else "right")
+    rows = dict(found)
     for name, each in found.items():
+        if "long" in each:
+            rows[f"{name}, long prompts"] = each["long"]
+    for name, each in rows.items():
         waits = (
-            " ".join(f"{1e3 * value:.0f}" for value in each[key].values())
+            " ".join(_shown(value, 1e3, 0) for value in each[key].values())
             for key in (
                 "first_seconds",
                 "between_seconds",
@@ -256,8 +265,13 @@ def _report(console: Console, load: str, found: Mapping[str, Any]) -> None:
             )  # fmt: skip
         )
         failed = f"{each['failed']} of {each['requests']}"
-        table.add_row(name, f"{each['tokens_per_second']:.1f}", *waits, failed)
+        table.add_row(name, _shown(each["tokens_per_second"], 1, 1), *waits, failed)
     console.print(table)
-    for name, each in found.items():
+    for name, each in rows.items():
         for error in each["errors"][:3]:
             console.print(f"{name}: {error}", style="red", markup=False)
+
+
+def _shown(value: float, times: float, digits: int) -> str:
+    """A figure; a dash where nothing was measured."""
+    return "-" if math.isnan(value) else f"{value * times:.{digits}f}"
