@@ -84,7 +84,6 @@ def decode(
 
 
 @partial(jax.jit, static_argnames=("options",), donate_argnames=("state",))
-@unflattens
 @standard_settings()
 @over_mesh(
     parameter_specs,
@@ -119,7 +118,6 @@ def draft(
 
 
 @partial(jax.jit, static_argnames=("options",), donate_argnames=("state",))
-@unflattens
 @standard_settings()
 @over_mesh(
     parameter_specs,

@@ -169,8 +169,7 @@ class Engine:
         self._pacer = Pacer(pace)
         self._tally = Tally(self.options.block)
         self._on_ready, self._on_failure = on_ready, on_failure
-        self._compilations = Compilations()
-        self._compiled: int | None = None
+        self._early, self._late = Compilations(), Compilations()
         self._estimate: Estimate | None = None
         self._looked = 0.0
         self._indices = itertools.count()
@@ -202,7 +201,7 @@ class Engine:
         Raises:
           RuntimeError: process 0 is lost, or this one has decided otherwise.
         """
-        with self._devices(), self._compilations:
+        with self._devices(), self._late:
             self._warm_up()
             while (message := receiver.receive()) != STOP:
                 Command.decode(message, self._batch).apply(self._batch)
@@ -269,8 +268,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """What it does, at a glance."""
-        desk, before = self._desk, self._compiled
-        compilations = self._compilations.count
+        desk = self._desk
         return Stats(
             state=desk.state,
             slots=self._batch.slots,
@@ -280,8 +278,8 @@ class Engine:
             preempted=self._batch.preemptions,
             **self._page_figures(),
             **self._tally.figures(),
-            compilations=compilations if before is None else before,
-            late_compilations=0 if before is None else compilations - before,
+            compilations=self._early.count,
+            late_compilations=self._late.count,
             estimate=self._estimate,
         )
 
@@ -328,7 +326,7 @@ class Engine:
 
     def _main(self) -> None:
         try:
-            with self._devices(), self._compilations:
+            with self._devices(), self._late:
                 self._warm_up()
                 if self.state == "starting":
                     self._desk.become("ready")
@@ -346,17 +344,15 @@ class Engine:
                 self._others.send(STOP)
 
     def _warm_up(self) -> None:
-        def compile_all() -> int:
-            with self._devices(), Compilations() as compilations:
+        def compile_all() -> None:
+            with self._devices(), self._early:
                 warm_up(self._batch)
-            return compilations.count
+                if self.pages is not None:
+                    self.pages.forget()
 
-        programs = apart(compile_all)
-        if self.pages is not None:
-            self.pages.forget()
-        self._compiled = self._compilations.count
+        apart(compile_all)
         self._on_ready()
-        log.info("compiled %d programs; ready", programs)
+        log.info("compiled %d programs; ready", self._early.count)
 
     @contextlib.contextmanager
     def _devices(self) -> Iterator[None]:

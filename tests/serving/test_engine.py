@@ -60,7 +60,7 @@ def running():
     with engine("ngram", **EVERYTHING) as made:
         yield made
         assert made.wait_idle(10)
-        assert made.stats().late_compilations == 0
+        assert made.stats().compilations > 0 == made.stats().late_compilations
         assert made._batch.idle and made._batch.free == 3
 
 
