@@ -5,7 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from jaxspark.decoding.flattened import unflattens
 from jaxspark.decoding.likeliest import Likeliest
@@ -16,7 +16,12 @@ from jaxspark.models.base import at_slots, with_slots
 from jaxspark.models.layers.linear import head_logits
 from jaxspark.parallel.axes import any_of
 from jaxspark.parallel.mesh import over_mesh
-from jaxspark.parallel.rules import parameter_specs, replicated_specs, state_specs
+from jaxspark.parallel.rules import (
+    parameter_specs,
+    replicated_specs,
+    row_specs,
+    state_specs,
+)
 from jaxspark.settings import standard_settings
 
 
@@ -27,12 +32,15 @@ from jaxspark.settings import standard_settings
 )
 @unflattens
 @standard_settings()
-@over_mesh(parameter_specs, parameter_specs, state_specs, replicated_specs, out=2)
+@over_mesh(
+    parameter_specs, parameter_specs, state_specs, replicated_specs, row_specs, out=2
+)
 def prefill(
     target: TargetModel,
     drafter: Drafter,
     state: DecodeState,
     max_chunks: Int[Array, ""] | None = None,
+    reading_B: Bool[Array, " B"] | None = None,
     *,
     chunk: int,
     together: int | None = None,
@@ -47,33 +55,37 @@ def prefill(
       drafter: observes every token too.
       state: some of whose slots are being prefilled; others are left alone.
       max_chunks: most chunks that each slot advances by; None for all it needs.
+      reading_B: slots whose prompts are processed, of those that need it; None takes
+        all that do.
       chunk: tokens of a slot that are processed in one pass.
-      together: slots that are prefilled in one pass, the first that need it; None takes
-        all slots. Passes over a few do not pay for those that decode.
+      together: slots of a shard that are prefilled in one pass, the first of them; None
+        takes all slots. Passes over a few do not pay for those that decode.
     """
     slots, paged = state.slots, state.pages_BP is not None
     together = slots if together is None else min(together, slots)
+    waiting_B = state.phase_B == Phase.PREFILLING
+    if reading_B is not None:
+        waiting_B &= reading_B
     if together == slots:
         slots_N = jnp.arange(slots)
         caches = state.target_cache, state.draft_cache
     else:
-        waiting_B = state.phase_B == Phase.PREFILLING
         order_B = jnp.argsort(~waiting_B, stable=True)
         slots_N = jnp.where(waiting_B[order_B], order_B, slots)[:together]
         caches = (state.target_cache, state.draft_cache)
         caches = at_slots(caches, slots_N, paged=paged)
     pages_NP = at_slots(state.pages_BP, slots_N)
-    tokens_NS, ends_N, processed_N, phase_N = (
+    tokens_NS, ends_N, processed_N, reading_N = (
         each.at[slots_N].get(mode="fill", fill_value=0)
         for each in (
             state.tokens_BS,
             state.lengths_B - 1,
             state.processed_B,
-            state.phase_B,
+            waiting_B,
         )
     )
     # Slots that need nothing have nothing left.
-    ends_N = jnp.where(phase_N == Phase.PREFILLING, ends_N, processed_N)
+    ends_N = jnp.where(reading_N, ends_N, processed_N)
 
     def unfinished(carry):
         count, processed_N, *_ = carry
@@ -102,8 +114,10 @@ def prefill(
     if together < slots:
         whole = (state.target_cache, state.draft_cache)
         caches = with_slots(whole, slots_N, caches, paged=paged)
-    ready_N = (phase_N == Phase.PREFILLING) & (processed_N >= ends_N)
-    phase_N = jnp.where(ready_N, Phase.DECODING, phase_N)
+    ready_N = reading_N & (processed_N >= ends_N)
+    phase_N = jnp.where(
+        ready_N, Phase.DECODING, state.phase_B.at[slots_N].get(mode="clip")
+    )
     return replace(
         state,
         processed_B=state.processed_B.at[slots_N].set(processed_N, mode="drop"),

@@ -110,8 +110,9 @@ class ContinuousBatch:
           top_log_probs: most likely tokens that they may ask for beside each.
           prompt_log_probs: whether they may ask for those of prompts.
           grammars: whether outputs may be under grammars.
-          together: requests prefilled together; None takes a quarter of the slots.
-          chunk: most tokens of each prompt that a step reads, so that prompts delay no
+          together: requests of a shard of slots that are prefilled together; None
+            takes a quarter of all slots.
+          chunk: most tokens of each of them that a step reads, so that prompts delay no
             step for longer; None reads them whole.
           rounds_per_step: most rounds between two looks at what has come.
           pages: hands out pages, of which there may be fewer than all slots could
@@ -190,17 +191,16 @@ class ContinuousBatch:
         return self.slots - len(self._seats.running)
 
     @property
-    def prefilling(self) -> int:
-        """Slots whose prompts are not read to their ends."""
-        return len(self._seats.reading)
+    def unread(self) -> list[int]:
+        """Tokens that are left of every prompt in a slot that is not read yet."""
+        return [each.unread for each in self._seats.reading.values()]
 
     @property
     def room(self) -> int:
         """Requests that the next step would admit, if there are pages for them."""
         if self._pages is not None and self.waiting:
             return 0  # Those that wait here do so for pages.
-        lanes = self.slots if self.chunk is None else self.together - self.prefilling
-        return max(0, min(self.free, lanes) - self.waiting)
+        return max(0, self.free - self.waiting)
 
     @property
     def waiting(self) -> int:
@@ -332,13 +332,7 @@ class ContinuousBatch:
     def _admit(self) -> None:
         """Fills free slots, some at a time, so that they are prefilled together."""
         while self.waiting and self.free >= min(self.together, self.waiting):
-            count = min(self.together, self.waiting)
-            if self.chunk is not None:
-                # All that are being read go on in every step: nobody is left behind.
-                count = min(count, self.together - self.prefilling)
-                if not count:
-                    return
-            arrived = self._seats.seat(count)
+            arrived = self._seats.seat(min(self.together, self.waiting))
             if not arrived:
                 return  # They need pages that others have.
             newcomers = list(arrived.values())
@@ -364,11 +358,11 @@ class ContinuousBatch:
         return self._state
 
     def _prefill_some(self, most: int) -> None:
-        """Reads on in every prompt, by at most one chunk.
+        """Reads on in some prompts, by at most one chunk.
 
         Whatever prompts are beside it, one is cut at multiples of the longest chunk.
         """
-        reading = self._seats.reading
+        reading = self._seats.readers(self.together)
         if not reading:
             return
         chunk = prefill_chunk((each.unread + 1 for each in reading.values()), most)
@@ -376,6 +370,7 @@ class ContinuousBatch:
             *self._models,
             self._placed(),
             jnp.int32(1),
+            jnp.asarray(np.isin(np.arange(self.slots), list(reading))),
             chunk=chunk,
             together=self.together,
         )

@@ -33,6 +33,7 @@ class Seats:
         self.preemptions = 0
         self._slots, self._per_shard, self._block = slots, per_shard, block
         self._pages = pages
+        self._turns = 0
 
     @property
     def free(self) -> list[int]:
@@ -74,6 +75,26 @@ class Seats:
             each.begin(processed)
             arrived[slot] = self.running[slot] = self.waiting.popleft()
         return arrived
+
+    def readers(self, lanes: int) -> dict[int, Running]:
+        """Requests whose prompts are read on now, by slot.
+
+        Lanes go by turns to the request that came first and to the one that has least
+        left: so short prompts pass long ones, and no long one is left behind.
+
+        Args:
+          lanes: prompts of a shard that can be read at once.
+        """
+        chosen: dict[int, Running] = {}
+        self._turns += 1
+        for first in range(0, self._slots, self._per_shard):
+            shard = range(first, first + self._per_shard)
+            left = [each for each in self.reading.items() if each[0] in shard]
+            for lane in range(self._turns, self._turns + min(lanes, len(left))):
+                slot, each = min(left, key=_came_first if lane % 2 else _has_least_left)
+                left.remove((slot, each))
+                chosen[slot] = each
+        return chosen
 
     def make_room(self, rounds: int) -> tuple[int, list[int]]:
         """Pages for the next rounds, which are fewer where pages are.
@@ -137,3 +158,11 @@ class Seats:
         """Positions that a request writes to in so many rounds."""
         most = each.length + rounds * (self._block + 1)
         return min(most, each.request.limit) + self._block
+
+
+def _came_first(item: tuple[int, Running]) -> tuple[int, ...]:
+    return (item[1].request.index,)
+
+
+def _has_least_left(item: tuple[int, Running]) -> tuple[int, ...]:
+    return (item[1].unread, item[1].request.index)

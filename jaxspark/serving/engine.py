@@ -52,6 +52,8 @@ from jaxspark.serving.warmup import warm_up
 from jaxspark.target import Target
 
 log = logging.getLogger(__name__)
+# Chunks of a prompt that is long: few of them are read at once.
+_LONG_CHUNKS = 8
 # Seconds between two looks at what was learned of acceptance.
 _LOOK_S = 1.0
 # What clients call fields of `SamplingParams`.
@@ -107,7 +109,8 @@ class Engine:
           options: how rounds draft, schedule and verify; see `with_buckets`.
           chunk: most tokens of each prompt that are read between two calls; None takes
             32 on CPUs, where they cost as much as some rounds, and 256 elsewhere.
-          together: prompts that are read at once; None takes a quarter of the slots.
+          together: prompts that are read at once, and long ones that have slots before
+            they are read; None takes a quarter of the slots.
           max_stop_ids: most tokens that may end an output.
           adjustments: what requests may do to logits.
           top_log_probs: most likely tokens that they may ask for beside each.
@@ -134,6 +137,7 @@ class Engine:
         self.context = context
         if chunk is None:
             chunk = 32 if jax.default_backend() == "cpu" else 256
+        self._chunk = chunk
         drafter = PlainDrafter() if drafter is None else drafter
         block = check_block_length(drafter, options.block_length)
         options = with_buckets(options, drafter, slots_per_shard(slots))
@@ -364,19 +368,27 @@ class Engine:
                 yield
 
     def _next_turn(self) -> Turn | None:
-        seeds = {job.request.seed for job in self._desk.running.values()}
+        batch, running = self._batch, self._desk.running.values()
+        seeds = {job.request.seed for job in running} if self._own_seeds else set()
+        long = _LONG_CHUNKS * self._chunk
+        lanes = batch.together - sum(unread > long for unread in batch.unread)
 
         def may(job: Job) -> bool:
-            taken = self._own_seeds and job.request.seed in seeds
-            seeds.add(job.request.seed)
-            return not taken
+            nonlocal lanes
+            is_long = job.prompt > long
+            if job.request.seed in seeds or (is_long and lanes <= 0):
+                return False
+            lanes -= is_long
+            if self._own_seeds:
+                seeds.add(job.request.seed)
+            return True
 
-        return self._desk.next_turn(self._batch.room, may)
+        return self._desk.next_turn(batch.room, may)
 
     def _step(self, turn: Turn) -> list[Update]:
         """Lets newcomers in, reads on in prompts, decodes a few rounds."""
         batch = self._batch
-        reading = bool(turn.arriving) or batch.prefilling > 0
+        reading = bool(turn.arriving or batch.unread)
         begun = time.monotonic()
         before = batch.preemptions
         command = Command(

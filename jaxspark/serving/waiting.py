@@ -3,7 +3,8 @@
 Lower priorities go first. Within one, the client goes next that has been served least:
 a virtual token counter (Sheng et al. 2024, "Fairness in Serving Large Language
 Models"). A client that comes back is lifted to the least counter of those that are
-there, so that nobody saves up service. A client's own requests keep their order.
+there, so that nobody saves up service. A client's own requests keep their order, but
+for those that cannot run yet.
 """
 
 import math
@@ -110,24 +111,24 @@ class WaitingLine:
 
         Args:
           count: most of them.
-          may: whether a job may run now; with one that may not, its client waits.
+          may: whether a job may run now, as the next; others pass those that may not.
         """
         taken: list[Job] = []
         for priority in sorted(self._lines):
-            line = self._lines[priority]
-            blocked: set[str] = set()
-            while len(taken) < count and len(blocked) < len(line):
+            left = {
+                client: deque(jobs) for client, jobs in self._lines[priority].items()
+            }
+            while len(taken) < count and left:
                 client = min(
-                    (each for each in line if each not in blocked),
-                    key=lambda each: (self._served[each], line[each][0].arrived),
+                    left, key=lambda each: (self._served[each], left[each][0].arrived)
                 )
-                job = line[client][0]
+                job = left[client].popleft()
+                if not left[client]:
+                    del left[client]
                 if may(job):
                     taken.append(job)
                     self._remove(job)
                     self.charge(job, job.prompt)
-                else:
-                    blocked.add(client)
         return taken
 
     def withdraw(self, job: Job) -> bool:

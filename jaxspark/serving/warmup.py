@@ -58,7 +58,7 @@ def _rehearse(batch: ContinuousBatch, *, grammars: bool) -> None:
     count = min(batch.slots, limits.pages * slot_shards())
     for index in range(count):
         batch.enqueue(replace(checked, index=-1 - index))
-    while batch.waiting or batch.prefilling:
+    while batch.waiting or batch.unread:
         batch.step(1)
     batch.rehearse(grammars=grammars)
     for index in range(count):

@@ -116,6 +116,23 @@ def test_few_slots_are_prefilled_at_a_time(pair, expected):
         assert output(state, slot, prompt).tolist() == expected[slot]
 
 
+def test_a_host_says_whose_prompts_are_read(pair, expected):
+    state = admitted(empty(pair), [0, 1, 2], PROMPTS)
+    for reading, together in (([1], 1), ([2], 2), ([0], SLOTS)):
+        reading_B = jnp.isin(jnp.arange(SLOTS), jnp.array(reading))
+        before = state.processed_B.tolist()
+        state = prefill(
+            *pair, state, jnp.int32(1), reading_B, chunk=CHUNK, together=together
+        )
+        for slot, prompt in enumerate(PROMPTS):
+            gained = int(state.processed_B[slot]) - before[slot]
+            left = len(prompt) - 1 - before[slot]
+            assert gained == (min(CHUNK, left) if slot in reading else 0)
+    state = decoded(pair, prefilled(pair, state))
+    for slot, prompt in enumerate(PROMPTS):
+        assert output(state, slot, prompt).tolist() == expected[slot]
+
+
 def test_decoding_returns_once_enough_slots_are_finished(pair):
     state = empty(pair)
     limits = [len(prompt) + n for prompt, n in zip(PROMPTS, (1, 30, 60))]

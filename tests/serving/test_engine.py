@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from jaxspark.decoding import AdjustmentLimits, DecodeOptions, Fixed, Lagged
 from jaxspark.decoding.rehearsal import lead
 from jaxspark.generation import ContinuousBatch, Request, generate
+from jaxspark.generation.seats import Seats
+from jaxspark.generation.slots import Running
 from jaxspark.grammars import Grammar
 from jaxspark.serving import (
     ApiError,
@@ -323,7 +326,7 @@ def test_a_long_prompt_delays_others_by_a_chunk_at_a_time(running):
     between, rounds, flags, completions = 0, 0, [], {}
     while not batch.idle:
         updates = {each.index: each for each in batch.step(rounds=1)}
-        if batch.prefilling:
+        if batch.unread:
             assert len(updates[short].tokens) > 0 and long not in updates
             between += 1
         for index, each in updates.items():
@@ -337,6 +340,46 @@ def test_a_long_prompt_delays_others_by_a_chunk_at_a_time(running):
     # Every round brings one token that is no draft.
     assert rounds == completions[long].rounds == flags.count(False)
     assert len(flags) == 4 == len(completions[long].tokens)
+
+
+def test_short_prompts_pass_long_ones_and_none_is_left_behind():
+    """As many long ones as there are lanes have slots before they are read."""
+    model = zoo.target()
+    made = Engine(
+        Target(model=model), **(SETTINGS | {"slots": 8, "chunk": 4, "together": 2})
+    )
+    made._desk.become("ready")
+    few = {"max_new_tokens": 2, "stop_ids": ()}
+    for seed in range(3):
+        made.submit(demand(Request(zoo.prompts(70)[0], seed=seed, **few)))
+    for seed in range(3, 7):
+        made.submit(demand(Request(zoo.prompts(8)[0], seed=seed, **few)))
+    arrived, ended = [], []
+    while not made._desk.idle:
+        turn = made._next_turn()
+        arrived += [each.request.seed for each in turn.arriving]
+        for update in made._step(turn):
+            if update.completion:
+                ended.append(made._desk.running[update.index].request.seed)
+            made._desk.tell(update)
+    # The third waited for the first, and others did not wait for it.
+    assert arrived == [0, 1, 3, 4, 5, 6, 2]
+    assert ended == [3, 4, 5, 6, 0, 1, 2]
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_lanes_go_to_the_first_and_to_the_shortest_of_every_shard(lanes):
+    seats = Seats(6, per_shard=3, block=0, pages=None)
+    unread = {0: 30, 1: 20, 2: 10, 4: 50, 5: 40}
+    for slot, goal in unread.items():
+        request = SimpleNamespace(index=slot, ids=[], matcher=None)
+        seats.running[slot] = Running(request, goal=goal + 1)
+    first, shortest = {0, 4}, {2, 5}
+    turns = [set(seats.readers(lanes)) for _ in range(4)]
+    if lanes == 1:
+        assert turns == [first, shortest] * 2
+    else:
+        assert turns == [first | shortest] * 4
 
 
 def test_a_device_that_fails_ends_every_request_with_an_error(monkeypatch):
@@ -437,7 +480,7 @@ def test_when_an_engine_is_ready_it_has_decoded_in_every_branch_and_learned_noth
 def test_requests_with_one_seed_are_not_drawn_together_where_that_would_matter():
     """A schedule under rejection sampling must not see draws that depend."""
     costs = zoo.costs((3, 12), (1.5, 2.0), plain=1.0, length=3)
-    for schedule, together in ((Lagged(costs=costs), [1, 2]), (Fixed(), [1, 1])):
+    for schedule, together in ((Lagged(costs=costs), [1, 2]), (Fixed(), [1, 1, 2])):
         options = DecodeOptions(block_length=3, schedule=schedule)
         model = zoo.target()
         made = Engine(

@@ -87,13 +87,13 @@ def test_lower_priorities_go_first():
     assert order(line) == ["c", "b", "a"]
 
 
-def test_a_job_that_may_not_run_blocks_only_its_client():
+def test_others_pass_a_job_that_may_not_run():
     line = WaitingLine()
     line.push([job("a", seed=1), job("a", seed=2), job("b", seed=3)])
-    assert [each.client for each in line.take(3, lambda j: j.request.seed != 1)] == [
-        "b"
-    ]
-    assert len(line) == 2
+    taken = line.take(3, lambda each: each.request.seed != 1)
+    assert [each.request.seed for each in taken] == [2, 3]
+    assert [each.request.seed for each in line.take(1)] == [1]
+    assert (len(line), line.tokens) == (0, 0)
 
 
 def test_all_of_a_request_waits_or_none():
