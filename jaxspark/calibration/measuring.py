@@ -31,7 +31,12 @@ from jaxspark.decoding import (
     prefill,
 )
 from jaxspark.decoding.compiling import compiled
-from jaxspark.decoding.costs import bucket_ladder, draft_ladder, within_ladder
+from jaxspark.decoding.costs import (
+    bucket_ladder,
+    draft_ladder,
+    holding_buckets,
+    within_ladder,
+)
 from jaxspark.decoding.couplings import Coupling
 from jaxspark.decoding.options import check_block_length
 from jaxspark.decoding.rehearsal import lead
@@ -45,7 +50,7 @@ from jaxspark.timing import alternate
 # Text of drafters that may skip rounds repeats itself after as many tokens.
 _PERIOD = 16
 # Rounds that take longer are timed one by one: a call itself takes a hundredth of that.
-_LONG_RUN_S = 0.1
+RUN_S = 0.1
 
 
 def measure_costs(
@@ -98,7 +103,7 @@ def measure_costs(
     if buckets is None:
         buckets = bucket_ladder(own, block_length)
     sizes = {
-        length: _holding(within_ladder(buckets, own * (length + 1)), own)
+        length: holding_buckets(within_ladder(buckets, own * (length + 1)), own)
         for length in draft_ladder(block_length)
     }
     adapt = rounds is None
@@ -167,7 +172,7 @@ def measure_costs(
         total += 2
         longest()  # Compiles it.
         [taken] = agreed(np.array([longest()])).tolist()
-        rounds = max(1, min(rounds, math.ceil(_LONG_RUN_S / taken)))
+        rounds = max(1, min(rounds, math.ceil(RUN_S / taken)))
     runs = alternate(contestants, repeats)
     # Buckets follow from these, so the processes of a job take those of one.
     quartiles = agreed(np.array([np.quantile(each, 0.25) for each in runs.values()]))
@@ -177,11 +182,6 @@ def measure_costs(
         for length, each in sizes.items()
     )
     return CostProfile(setting=setting, costs=Costs(tuple(curves)))
-
-
-def _holding(sizes: tuple[int, ...], slots: int) -> tuple[int, ...]:
-    """Those that a round of all slots can use; the last one is checked elsewhere."""
-    return tuple(size for size in sizes if size >= slots) or sizes[-1:]
 
 
 def pareto_buckets(

@@ -38,12 +38,13 @@ def chosen_options(
     temperature: float,
     slots: int = 1,
     confidences: Confidences = "auto",
+    measure: bool = True,
 ) -> tuple[DecodeOptions, int]:
     """How requests are decoded; a schedule that weighs costs gets them.
 
     Args:
       schedule: its name, as for `parse_schedule`.
-      costs: a file of `save_profiles`; None measures costs where a schedule needs some.
+      costs: a file of `save_profiles`, for a schedule that needs some.
       target: a loaded target.
       drafter: what drafts.
       draft: its name, as for `load_drafter`.
@@ -53,6 +54,7 @@ def chosen_options(
       temperature: of sampling.
       slots: requests decoded together.
       confidences: see `chosen_confidences`.
+      measure: whether costs are measured where there is no file.
 
     Returns:
       options: with calibration and estimator, where they are needed.
@@ -92,14 +94,15 @@ def chosen_options(
         calibration=calibration,
         estimator=estimator,
     )
-    options = with_measured_costs(
-        options,
-        target,
-        drafter,
-        slots=slots,
-        capacity=capacity,
-        temperature=temperature,
-    )
+    if measure:
+        options = with_measured_costs(
+            options,
+            target,
+            drafter,
+            slots=slots,
+            capacity=capacity,
+            temperature=temperature,
+        )
     return options, capacity
 
 

@@ -4,7 +4,8 @@ Measured by `jaxspark.calibration.profile`, or taken from a roofline.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -20,7 +21,8 @@ class CostCurve:
     Attributes:
       draft_length: drafts proposed for each slot; 0 for rounds without a drafter.
       sizes: token buckets, ascending.
-      seconds: of a round with each bucket; never falling.
+      seconds: of a round with each bucket; never falling. Inside a program an array
+        where they are told while it runs, see `Costs.timed`.
     """
 
     draft_length: int
@@ -36,6 +38,8 @@ class CostCurve:
                 f"{len(self.sizes)} token buckets, but seconds for "
                 f"{len(self.seconds)}; give one each"
             )
+        if isinstance(self.seconds, Array):
+            return
         if not all(0 < t < math.inf for t in self.seconds):
             raise ValueError(f"seconds must be positive and finite, got {self.seconds}")
         if any(a > b for a, b in zip(self.seconds, self.seconds[1:])):
@@ -44,7 +48,7 @@ class CostCurve:
     def interpolate(self, tokens: Int[Array, "..."]) -> Float[Array, "..."]:
         """Seconds, linear between buckets."""
         sizes = jnp.array(self.sizes, jnp.float32)
-        return jnp.interp(tokens, sizes, jnp.array(self.seconds, jnp.float32))
+        return jnp.interp(tokens, sizes, jnp.asarray(self.seconds, jnp.float32))
 
     def best_bucket(
         self, forecast: Forecast
@@ -61,7 +65,7 @@ class CostCurve:
         sizes = jnp.array(self.sizes)
         drafts = jnp.clip(sizes - forecast.anchors, 0, len(tau_N) - 1)
         fits = sizes >= max_of(forecast.anchors + jnp.sum(forecast.min_drafts_B))
-        rates = total(tau_N[drafts], SLOTS) / jnp.array(self.seconds, jnp.float32)
+        rates = total(tau_N[drafts], SLOTS) / jnp.asarray(self.seconds, jnp.float32)
         rates = jnp.where(fits, rates, -1.0)
         index = jnp.argmax(rates)
         return index, rates[index]
@@ -88,6 +92,11 @@ class Costs:
         """Draft lengths whose costs are known."""
         return tuple(curve.draft_length for curve in self.curves)
 
+    @property
+    def seconds(self) -> list[float]:
+        """Of every branch: of each curve's buckets in turn."""
+        return [seconds for curve in self.curves for seconds in curve.seconds]
+
     def curve_for(self, length: int) -> CostCurve:
         """Costs of rounds that draft so many tokens, or the next more that is known.
 
@@ -100,6 +109,39 @@ class Costs:
         raise ValueError(
             f"costs are known of draft lengths {self.draft_lengths}, not of {length}"
         )
+
+    def timed(self, seconds_J: Float[Array, " J"]) -> "Costs":
+        """The same branches with other `seconds`."""
+        curves, begin = [], 0
+        for curve in self.curves:
+            end = begin + len(curve.sizes)
+            seconds = cast(tuple[float, ...], seconds_J[begin:end])
+            curves.append(replace(curve, seconds=seconds))
+            begin = end
+        return Costs(tuple(curves))
+
+
+def guessed_costs(
+    slots: int, block_length: int, sizes: tuple[int, ...] | None = None
+) -> Costs:
+    """Costs until rounds are timed: draft lengths and token buckets worth a program.
+
+    A round of one token per slot takes 1; every further token a tenth of a slot's, and
+    every draft as much.
+
+    Args:
+      slots: of one shard.
+      block_length: most drafts per round.
+      sizes: token buckets; None takes a ladder up to every draft.
+    """
+    if sizes is None:
+        sizes = bucket_ladder(slots, block_length)
+    curves = []
+    for length in draft_ladder(block_length):
+        holding = holding_buckets(within_ladder(sizes, slots * (length + 1)), slots)
+        seconds = (1 + 0.1 * (size / slots - 1 + length) for size in holding)
+        curves.append(CostCurve(length, holding, tuple(seconds)))
+    return Costs(tuple(curves))
 
 
 def check_buckets(sizes: tuple[int, ...]) -> None:
@@ -125,6 +167,11 @@ def bucket_ladder(slots: int, draft_length: int) -> tuple[int, ...]:
 def within_ladder(sizes: tuple[int, ...], full: int) -> tuple[int, ...]:
     """Those of `sizes` that a round of at most `full` tokens can use."""
     return tuple(sorted({min(size, full) for size in sizes}))
+
+
+def holding_buckets(sizes: tuple[int, ...], slots: int) -> tuple[int, ...]:
+    """Those that a round of all slots can use; the last one is checked elsewhere."""
+    return tuple(size for size in sizes if size >= slots) or sizes[-1:]
 
 
 def draft_ladder(block_length: int) -> tuple[int, ...]:

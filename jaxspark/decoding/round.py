@@ -57,7 +57,8 @@ def decode_round(
     ]
     if len(rounds) == 1:
         return rounds[0](state, lagged)
-    index = options.schedule.draft(lagged, state.schedule.rounds_since_BG)
+    schedule = state.schedule.informed(options.schedule)
+    index = schedule.draft(lagged, state.schedule.rounds_since_BG)
     return jax.lax.switch(max_of(index), rounds, state, lagged)
 
 
@@ -225,7 +226,8 @@ def schedule_round(
     most_B = jnp.minimum(current.max_drafts_B, proposal.lengths_B)
     least_B = jnp.minimum(current.min_drafts_B, most_B)
     current = replace(current, max_drafts_B=most_B, min_drafts_B=least_B)
-    verification = options.schedule(current, lagged.first(drafted), sizes)
+    schedule = memory.informed(options.schedule)
+    verification = schedule(current, lagged.first(drafted), sizes)
     memory = memory.after_drafts(survival_Bg, lagged.survival_BG, state.live_B)
     return verification, memory
 

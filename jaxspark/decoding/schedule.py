@@ -24,11 +24,11 @@ nothing waits for the host.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol, Self, runtime_checkable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jaxspark.decoding.costs import CostCurve, Costs, draft_ladder
 from jaxspark.decoding.couplings import COUPLINGS
@@ -199,6 +199,10 @@ class CostAware(ABC):
             )
         return self.costs
 
+    def timed(self, seconds_J: Float[Array, " J"]) -> Self:
+        """With the seconds that rounds took in each branch, see `Costs.timed`."""
+        return replace(self, costs=self.known.timed(seconds_J))
+
     def draft_lengths(self, block_length: int) -> tuple[int, ...]:
         """Those whose costs are known, or would be measured."""
         if self.costs is None:
@@ -217,7 +221,7 @@ class CostAware(ABC):
             length = curve.draft_length
             allowed = not length or all_of(lagged.min_drafts_B <= length)
             rates.append(jnp.where(allowed, rate, -1.0))
-            seconds.append(jnp.array(curve.seconds)[index])
+            seconds.append(jnp.asarray(curve.seconds)[index])
             # Unused for length 0, which is never probed.
             since.append(since_G[length - 1])
         rate_L, seconds_L = jnp.stack(rates), jnp.stack(seconds)

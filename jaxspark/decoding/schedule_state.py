@@ -4,6 +4,7 @@ Decisions rest on the mean over all that is remembered. One block predicts the n
 poorly, and with few blocks the best-looking choice is often just lucky.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspark.decoding.forecast import Forecast
-from jaxspark.decoding.schedule import Scheduler
+from jaxspark.decoding.schedule import CostAware, Scheduler
 from jaxspark.parallel.axes import SLOTS, largest, size, total
 
 
@@ -26,15 +27,20 @@ class ScheduleState:
       history_BnG: survival in the last rounds that drafted, the newest first; estimated
         for positions they did not draft, -1 for rounds before the first.
       rounds_since_BG: rounds since that many drafts were last proposed.
+      seconds_BJ: of a round in each branch, see `DecodeOptions.branches`, alike for all
+        slots; None where the schedule's own are taken.
     """
 
     min_drafts_B: Int[Array, " B"]
     max_drafts_B: Int[Array, " B"]
     history_BnG: Float[Array, "B n G"]
     rounds_since_BG: Int[Array, "B G"]
+    seconds_BJ: Float[Array, "B J"] | None = None
 
     @classmethod
-    def empty(cls, slots: int, block_length: int) -> "ScheduleState":
+    def empty(
+        cls, slots: int, block_length: int, seconds: Sequence[float] | None = None
+    ) -> "ScheduleState":
         """No history, and no bounds."""
         return cls(
             min_drafts_B=jnp.zeros((slots,), jnp.int32),
@@ -44,7 +50,16 @@ class ScheduleState:
                 (slots, remembered(slots), block_length), -1.0, jnp.float32
             ),
             rounds_since_BG=jnp.zeros((slots, block_length), jnp.int32),
+            seconds_BJ=None
+            if seconds is None
+            else jnp.tile(jnp.array(seconds, jnp.float32), (slots, 1)),
         )
+
+    def informed(self, schedule: Scheduler) -> Scheduler:
+        """A schedule, with the seconds that are remembered."""
+        if self.seconds_BJ is None or not isinstance(schedule, CostAware):
+            return schedule
+        return schedule.timed(self.seconds_BJ[0])
 
     def admit(
         self,
@@ -68,7 +83,8 @@ class ScheduleState:
         kept_NnG = jnp.where(same_temperature_N[:, None, None], kept_NnG, -1.0)
         shared_1G = jnp.max(self.rounds_since_BG, axis=0, keepdims=True)
         shared_1G = largest(shared_1G, SLOTS)
-        return ScheduleState(
+        return replace(
+            self,
             min_drafts_B=put(self.min_drafts_B, min_drafts_N),
             max_drafts_B=put(self.max_drafts_B, max_drafts_N),
             history_BnG=put(self.history_BnG, kept_NnG),

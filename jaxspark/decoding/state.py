@@ -8,6 +8,7 @@ All transitions are pure functions of the state: see `lifecycle` for the first a
 last, `prefilling` for the second, `round` for the third.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
@@ -137,6 +138,7 @@ class DecodeState:
         likeliest: LikeliestLimits = LikeliestLimits(),
         pages: int | None = None,
         estimator: Estimator | None = None,
+        seconds: Sequence[float] | None = None,
     ) -> "DecodeState":
         """A state without requests; pure, so it may be made under a caller's `jit`.
 
@@ -156,6 +158,8 @@ class DecodeState:
             has one yet. On a mesh every shard of slots has as many, with numbers of its
             own. None: every slot has rows of its own.
           estimator: that of the options it will be decoded with.
+          seconds: of a round in each branch, which may be told otherwise later, see
+            `ScheduleState`; None takes the schedule's own.
 
         Raises:
           ValueError: no slots, or such that shards cannot have equally many, or more
@@ -198,7 +202,7 @@ class DecodeState:
                 draft_cache=cache_of(drafter),
                 confidence_BG=logits_BG(),
                 certainty_BG=logits_BG(),
-                schedule=ScheduleState.empty(slots, block_length),
+                schedule=ScheduleState.empty(slots, block_length, seconds),
                 log_probs_BS=jnp.zeros(
                     (slots, capacity if log_probs else 0), jnp.float32
                 ),

@@ -42,7 +42,8 @@ from jaxspark.generation.slot_pages import SlotPages
 from jaxspark.generation.slots import Running, admission_of, prefill_chunk
 from jaxspark.generation.updates import Update, collect, completion_of
 from jaxspark.models import TargetModel
-from jaxspark.parallel.mesh import readable, shard, slot_shards, slots_per_shard
+from jaxspark.parallel.mesh import put, readable, shard, slot_shards, slots_per_shard
+from jaxspark.parallel.rows import row_sharding
 from jaxspark.settings import standard_settings
 from jaxspark.target import Target
 
@@ -93,6 +94,7 @@ class ContinuousBatch:
         chunk: int | None = None,
         rounds_per_step: int = 8,
         pages: SlotPages | None = None,
+        retimed: bool = False,
     ):
         """Makes an empty state.
 
@@ -118,6 +120,8 @@ class ContinuousBatch:
           pages: hands out pages, of which there may be fewer than all slots could
             use: then the youngest requests wait for others. None gives every slot rows
             for its whole capacity.
+          retimed: whether what its schedule knows of costs is replaced later, see
+            `retime`.
 
         Raises:
           ValueError: options, drafter and target that do not go together.
@@ -133,6 +137,7 @@ class ContinuousBatch:
                 "has none; give it those of jaxspark.calibration.measure_costs, or add "
                 "them with jaxspark.calibration.with_measured_costs"
             )
+        costs = self.options.schedule.costs
         if pages is not None:
             _check_pages(pages, chunk)
         self.slots = slots
@@ -175,6 +180,7 @@ class ContinuousBatch:
             ),
             pages=None if pages is None else pages.pages,
             estimator=self.options.estimator,
+            seconds=costs.seconds if retimed and costs is not None else None,
         )
         self._pages = pages
         if pages is not None:
@@ -288,36 +294,53 @@ class ContinuousBatch:
             )
         return updates + self._collect()
 
+    @property
+    def branches(self) -> list[tuple[int, int]]:
+        """Draft lengths and token buckets of all branches of its loop."""
+        return self.options.branches(slots_per_shard(self.slots))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every slot; waits for what is being decoded."""
+        return readable(self._state.lengths_B).tolist()
+
     @standard_settings()
-    def rehearse(self, *, grammars: bool) -> None:
-        """Decodes a round in every branch of the loop, so that none is a first one.
+    def round_in(
+        self, branch: tuple[int, int], lengths_B: Sequence[int], *, halves: bool = False
+    ) -> None:
+        """Decodes a round in one of the branches, whatever the schedule.
 
         What runs has been read, and can only be cancelled afterwards.
 
         Args:
-          grammars: whether rounds in two halves are decoded as well.
+          branch: one of `branches`.
+          lengths_B: earlier `lengths`, to which slots go back before.
+          halves: whether in the two halves of rounds under grammars, which draft whole
+            blocks.
         """
-        options = self.options
-        branches = options.branches(slots_per_shard(self.slots))
-        lengths_B = readable(self._state.lengths_B).tolist()
-
-        def led(length: int, size: int) -> DecodeState:
-            return lead(self._placed(), lengths_B, draft_length=length, size=size)
-
-        for length, size in branches:
+        length, size = branch
+        state = lead(self._placed(), lengths_B, draft_length=length, size=size)
+        if halves:
+            self._state = masked_round(
+                self.target.model, self.drafter, state, {}, self.options
+            )
+        else:
             self._state = compiled(decode)(
                 *self._models,
-                led(length, size),
+                state,
                 jnp.int32(1),
                 jnp.int32(self.slots),
-                options=options,
+                options=self.options,
             )
-        # Its halves always draft whole blocks.
-        for length, size in branches if grammars else ():
-            if length == options.draft_lengths[-1]:
-                self._state = masked_round(
-                    self.target.model, self.drafter, led(length, size), {}, options
-                )
+
+    def retime(self, seconds: Sequence[float]) -> None:
+        """Rounds of every branch take so long; its schedule is one that weighs that."""
+        schedule = self._state.schedule
+        old = schedule.seconds_BJ
+        assert old is not None
+        new = np.tile(np.array(seconds, np.float32), (self.slots, 1))
+        schedule = replace(schedule, seconds_BJ=put(new, row_sharding()))
+        self._state = replace(self._state, schedule=schedule)
 
     def learned(self) -> tuple[ScheduleState, EstimatorState | None]:
         """A copy of what rounds taught scheduling and the estimator."""

@@ -196,6 +196,7 @@ def make_service(
         temperature=1.0,
         slots=config.slots,
         confidences=config.confidences,
+        measure=False,  # The engine times its own rounds.
     )
     changes = {"name": config.served_name} if config.served_name else {}
     served = Served.of(

@@ -3,7 +3,9 @@
 from dataclasses import replace
 
 from jaxspark.decoding import DecodeOptions, Fixed
+from jaxspark.decoding.costs import guessed_costs
 from jaxspark.decoding.options import check_block_length
+from jaxspark.decoding.schedule import CostAware
 from jaxspark.drafters import Drafter
 
 
@@ -31,3 +33,21 @@ def with_buckets(options: DecodeOptions, drafter: Drafter, slots: int) -> Decode
     if drafter.may_skip:  # Rounds in which nobody has a draft.
         sizes.add(slots)
     return replace(options, buckets=tuple(sorted(sizes)))
+
+
+def with_guessed_costs(
+    options: DecodeOptions, drafter: Drafter, slots: int
+) -> DecodeOptions:
+    """Options whose schedule can decide, until its rounds are timed.
+
+    Args:
+      options: how rounds draft, schedule and verify.
+      drafter: what proposes.
+      slots: of one shard.
+    """
+    schedule = options.schedule
+    if not isinstance(schedule, CostAware) or not schedule.needs_costs:
+        return options
+    length = check_block_length(drafter, options.block_length)
+    costs = guessed_costs(slots, length, options.buckets)
+    return replace(options, schedule=replace(schedule, costs=costs), buckets=None)

@@ -36,7 +36,7 @@ from jaxspark.generation.slot_pages import SlotPages
 from jaxspark.models.pages import pages_for
 from jaxspark.parallel.mesh import mesh_in_use, slot_shards, slots_per_shard
 from jaxspark.parallel.messages import Receiver, Sender
-from jaxspark.serving.buckets import with_buckets
+from jaxspark.serving.buckets import with_buckets, with_guessed_costs
 from jaxspark.serving.commands import STOP, Command
 from jaxspark.serving.compilations import Compilations
 from jaxspark.serving.demands import Demand
@@ -52,7 +52,7 @@ from jaxspark.serving.warmup import warm_up
 from jaxspark.target import Target
 
 log = logging.getLogger(__name__)
-# Chunks of a prompt that is long: few of them are read at once.
+# Chunks of a prompt that is not long yet.
 _LONG_CHUNKS = 8
 # Seconds between two looks at what was learned of acceptance.
 _LOOK_S = 1.0
@@ -106,11 +106,12 @@ class Engine:
           drafter: what proposes; None decodes plainly.
           slots: outputs decoded at once.
           context: most tokens of a prompt and its output.
-          options: how rounds draft, schedule and verify; see `with_buckets`.
+          options: how rounds draft, schedule and verify; see `with_buckets`. A
+            schedule that weighs costs and has none gets those of its own rounds.
           chunk: most tokens of each prompt that are read between two calls; None takes
             32 on CPUs, where they cost as much as some rounds, and 256 elsewhere.
-          together: prompts that are read at once, and long ones that have slots before
-            they are read; None takes a quarter of the slots.
+          together: prompts that are read at once; None takes a quarter of the slots. A
+            long one gets no slot while as many are in theirs that have less to read.
           max_stop_ids: most tokens that may end an output.
           adjustments: what requests may do to logits.
           top_log_probs: most likely tokens that they may ask for beside each.
@@ -140,7 +141,10 @@ class Engine:
         self._chunk = chunk
         drafter = PlainDrafter() if drafter is None else drafter
         block = check_block_length(drafter, options.block_length)
-        options = with_buckets(options, drafter, slots_per_shard(slots))
+        own = slots_per_shard(slots)
+        options = with_buckets(options, drafter, own)
+        self._retimes = options.schedule.needs_costs
+        options = with_guessed_costs(options, drafter, own)
         capacity = round_capacity(context + block)
         self.pages = _slot_pages(
             drafter, slots, capacity, chunk, prefix_cache, cache_pages
@@ -162,6 +166,7 @@ class Engine:
             chunk=chunk,
             rounds_per_step=pace.most,
             pages=self.pages,
+            retimed=self._retimes,
         )
         self.options = self._batch.options
         # Draws of requests with one seed are not independent; a schedule that looks at
@@ -350,7 +355,7 @@ class Engine:
     def _warm_up(self) -> None:
         def compile_all() -> None:
             with self._devices(), self._early:
-                warm_up(self._batch)
+                warm_up(self._batch, retime=self._retimes)
                 if self.pages is not None:
                     self.pages.forget()
 
@@ -371,14 +376,15 @@ class Engine:
         batch, running = self._batch, self._desk.running.values()
         seeds = {job.request.seed for job in running} if self._own_seeds else set()
         long = _LONG_CHUNKS * self._chunk
-        lanes = batch.together - sum(unread > long for unread in batch.unread)
+        unread = [tokens for tokens in batch.unread if tokens > long]
 
         def may(job: Job) -> bool:
-            nonlocal lanes
-            is_long = job.prompt > long
-            if job.request.seed in seeds or (is_long and lanes <= 0):
+            if job.request.seed in seeds:
                 return False
-            lanes -= is_long
+            if job.prompt > long:
+                if sum(tokens <= job.prompt for tokens in unread) >= batch.together:
+                    return False
+                unread.append(job.prompt)
             if self._own_seeds:
                 seeds.add(job.request.seed)
             return True

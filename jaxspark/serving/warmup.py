@@ -3,23 +3,39 @@
 Devices put work off until code is run, not only compiled, see `decoding.rehearsal`.
 """
 
+import contextlib
 import logging
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from time import perf_counter
 
+import numpy as np
+
+from jaxspark.calibration.measuring import RUN_S
 from jaxspark.generation import ContinuousBatch, Request
 from jaxspark.generation.request import CheckedRequest, RequestError, check
 from jaxspark.generation.slots import prefill_chunk
 from jaxspark.grammars import Grammar
 from jaxspark.models.pages import PAGE
+from jaxspark.parallel.agreement import agreed
 from jaxspark.parallel.mesh import slot_shards
+from jaxspark.timing import alternate
 
 log = logging.getLogger(__name__)
 # Tokens of a prompt of which drafters that copy find something to copy.
 _COPIED = 16
+# Rounds that are timed in a row: so many calls may wait for a device.
+_MOST_ROUNDS = 8
 
 
-def warm_up(batch: ContinuousBatch) -> None:
-    """Reads a prompt of every size, and decodes in every branch; then it is idle."""
+def warm_up(batch: ContinuousBatch, *, retime: bool = False) -> None:
+    """Reads a prompt of every size, and decodes in every branch; then it is idle.
+
+    Args:
+      batch: what will run.
+      retime: whether rounds are timed as well, for a schedule that knows no costs.
+    """
     limits, most = batch.limits, batch.chunk or 128
     learned = batch.learned()
     # Prompts that leave room for a new token and a block.
@@ -41,12 +57,25 @@ def warm_up(batch: ContinuousBatch) -> None:
         )
         _run(batch, check(request, -1, batch.target, limits))
     grammars = limits.grammars and batch.target.tokenizer is not None
-    _rehearse(batch, grammars=grammars and _warm_up_grammars(batch))
+    grammars = grammars and _warm_up_grammars(batch)
+    with _full(batch):
+        rehearse(batch, grammars=grammars)
+        seconds = time_rounds(batch) if retime else None
     batch.relearn(learned)
+    if seconds is not None:
+        batch.retime(seconds)
+        log.info(
+            "milliseconds of a round by drafts and tokens verified: %s",
+            ", ".join(
+                f"{length}:{size} {each * 1e3:.3g}"
+                for (length, size), each in zip(batch.branches, seconds)
+            ),
+        )
 
 
-def _rehearse(batch: ContinuousBatch, *, grammars: bool) -> None:
-    """Rounds of as many outputs as there can be."""
+@contextlib.contextmanager
+def _full(batch: ContinuousBatch) -> Iterator[None]:
+    """With as many outputs as there can be, none of which ends."""
     limits = batch.limits
     # Each needs one page.
     room = min(limits.capacity, PAGE) - limits.block_length
@@ -60,10 +89,59 @@ def _rehearse(batch: ContinuousBatch, *, grammars: bool) -> None:
         batch.enqueue(replace(checked, index=-1 - index))
     while batch.waiting or batch.unread:
         batch.step(1)
-    batch.rehearse(grammars=grammars)
+    yield
     for index in range(count):
         batch.cancel(-1 - index)
     batch.step()
+
+
+def rehearse(batch: ContinuousBatch, *, grammars: bool) -> None:
+    """Decodes a round in every branch of the loop, so that none is a first one.
+
+    Args:
+      batch: whose prompts have been read.
+      grammars: whether rounds in two halves are decoded as well.
+    """
+    lengths_B = batch.lengths
+    for branch in batch.branches:
+        batch.round_in(branch, lengths_B)
+        length, _ = branch
+        if grammars and length == batch.options.draft_lengths[-1]:
+            batch.round_in(branch, lengths_B, halves=True)
+
+
+def time_rounds(batch: ContinuousBatch, *, repeats: int = 5) -> list[float]:
+    """Seconds of a round in every branch of the loop.
+
+    Lower quartiles of alternating runs, see `calibration.measuring`. Rounds of a run
+    are queued on the device together, so that what a call takes counts only where a
+    round takes no longer.
+
+    Args:
+      batch: whose prompts have been read, and whose branches were taken before.
+      repeats: runs of each branch.
+
+    Returns:
+      what process 0 has measured, in the order of `ContinuousBatch.branches`.
+    """
+    lengths_B, rounds = batch.lengths, 1
+
+    def contestant(branch: tuple[int, int]) -> Callable[[], float]:
+        def run() -> float:
+            begun = perf_counter()
+            for _ in range(rounds):
+                batch.round_in(branch, lengths_B)
+            _ = batch.lengths  # which waits
+            return (perf_counter() - begun) / rounds
+
+        return run
+
+    contestants = {str(branch): contestant(branch) for branch in batch.branches}
+    longest = list(contestants.values())[-1]
+    [taken] = agreed(np.array([longest()])).tolist()
+    rounds = min(max(math.ceil(RUN_S / taken), 1), _MOST_ROUNDS)
+    runs = alternate(contestants, repeats)
+    return agreed(np.quantile(list(runs.values()), 0.25, axis=1)).tolist()
 
 
 def _warm_up_grammars(batch: ContinuousBatch) -> bool:

@@ -1,14 +1,18 @@
 """What scheduling remembers between rounds."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 
+from jaxspark.decoding import Causal, Fixed, Lagged
 from jaxspark.decoding.schedule_state import (
     ScheduleState,
     extend_survival,
     recall,
     remembered,
 )
+from tests import zoo
 
 
 def test_survival_that_was_not_drafted_falls_as_it_last_did():
@@ -46,6 +50,29 @@ def test_rounds_before_the_first_are_like_the_usual_or_like_the_others():
 def test_few_slots_remember_more_rounds():
     rounds = {slots: remembered(slots) for slots in (1, 3, 8, 64, 1000)}
     assert rounds == {1: 64, 3: 22, 8: 8, 64: 8, 1000: 8}
+
+
+def test_a_schedule_takes_the_seconds_that_are_remembered():
+    costs = zoo.costs((2, 8), (2.0, 3.0), plain=1.0, length=3)
+    state = ScheduleState.empty(2, 3, seconds=[1.0, 1.1, 1.2])
+    likely = state.forecast(jnp.full((1, 2, 3), 0.9), live_B=jnp.ones((2,), bool))
+    since = jnp.zeros((2, 3), jnp.int32)
+    for seconds, length in (([1.0, 1.1, 1.2], 3), ([1.0, 90.0, 99.0], 0)):
+        state = replace(state, seconds_BJ=jnp.tile(jnp.array(seconds), (2, 1)))
+        # Nothing of it is lost when requests come.
+        state = state.admit(
+            jnp.array([0]),
+            min_drafts_N=jnp.array([0]),
+            max_drafts_N=jnp.array([3]),
+            same_temperature_N=jnp.array([True]),
+        )
+        for kind in (Lagged, Causal):
+            informed = state.informed(kind(costs=costs))
+            index = int(informed.draft(likely, since))
+            assert informed.draft_lengths(3)[index] == length
+        assert state.informed(Fixed(2)) == Fixed(2)
+    plain = ScheduleState.empty(2, 3)
+    assert plain.informed(Lagged(costs=costs)) == Lagged(costs=costs)
 
 
 def test_rounds_leave_what_they_saw_to_the_slots_that_took_part():

@@ -19,6 +19,8 @@ from tests.programs import environment
 FLAGS = (
     *("--target=target", "--served_name=tiny", "--mesh=model:2", "--slots=2"),
     *("--context=110", "--prefill_chunk=16", "--block_length=2"),
+    # Both take the costs that one of them has measured.
+    "--schedule=lagged",
 )
 
 

@@ -343,7 +343,7 @@ def test_a_long_prompt_delays_others_by_a_chunk_at_a_time(running):
 
 
 def test_short_prompts_pass_long_ones_and_none_is_left_behind():
-    """As many long ones as there are lanes have slots before they are read."""
+    """Slots are not filled by long ones that are not read yet."""
     model = zoo.target()
     made = Engine(
         Target(model=model), **(SETTINGS | {"slots": 8, "chunk": 4, "together": 2})
@@ -352,7 +352,8 @@ def test_short_prompts_pass_long_ones_and_none_is_left_behind():
     few = {"max_new_tokens": 2, "stop_ids": ()}
     for seed in range(3):
         made.submit(demand(Request(zoo.prompts(70)[0], seed=seed, **few)))
-    for seed in range(3, 7):
+    made.submit(demand(Request(zoo.prompts(40)[0], seed=3, **few)))
+    for seed in range(4, 7):
         made.submit(demand(Request(zoo.prompts(8)[0], seed=seed, **few)))
     arrived, ended = [], []
     while not made._desk.idle:
@@ -362,9 +363,9 @@ def test_short_prompts_pass_long_ones_and_none_is_left_behind():
             if update.completion:
                 ended.append(made._desk.running[update.index].request.seed)
             made._desk.tell(update)
-    # The third waited for the first, and others did not wait for it.
+    # The third waited for the first, and those that are shorter did not wait for it.
     assert arrived == [0, 1, 3, 4, 5, 6, 2]
-    assert ended == [3, 4, 5, 6, 0, 1, 2]
+    assert ended == [4, 5, 6, 3, 0, 1, 2]
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
@@ -477,6 +478,34 @@ def test_when_an_engine_is_ready_it_has_decoded_in_every_branch_and_learned_noth
         assert made._batch.idle
 
 
+def test_a_schedule_without_costs_gets_those_of_the_rounds_that_are_served(plain):
+    model = zoo.target()
+    made = Engine(
+        Target(model=model),
+        zoo.drafter("dspark-vanilla", model),
+        options=DecodeOptions(coupling="gumbel", schedule=Lagged()),
+        **SETTINGS,
+    )
+    with made:
+        batch = made._batch
+        guess = batch.options.schedule.costs.seconds
+        memory, _ = batch.learned()
+        [seconds] = np.unique(memory.seconds_BJ, axis=0)
+        assert len(seconds) == len(batch.branches) == len(guess) and len(guess) > 3
+        assert np.all(seconds > 0) and not np.any(seconds == np.float32(guess))
+        drafts = np.array([length for length, _ in batch.branches])
+        for dear, drafted in ((1e4, False), (1e-4, True)):
+            batch.retime(np.where(drafts > 0, dear, 1.0))
+            before = made.stats().drafted
+            for i in range(1, 6):
+                asked = request(i, max_new_tokens=9, stop_ids=(), log_probs=False)
+                told, _ = tokens_of(list(made.submit(demand(asked))))
+                assert [each.token for each in told] == plain(asked).tokens
+            assert made.wait_idle(10)
+            assert (made.stats().drafted > before) == drafted
+        assert made.stats().late_compilations == 0
+
+
 def test_requests_with_one_seed_are_not_drawn_together_where_that_would_matter():
     """A schedule under rejection sampling must not see draws that depend."""
     costs = zoo.costs((3, 12), (1.5, 2.0), plain=1.0, length=3)
@@ -500,7 +529,7 @@ def test_requests_with_one_seed_are_not_drawn_together_where_that_would_matter()
 def test_programs_are_compiled_in_a_thread_that_ends(monkeypatch):
     threads = []
 
-    def warm_up(batch):
+    def warm_up(batch, **changes):
         threads.append(threading.current_thread())
 
     monkeypatch.setattr("jaxspark.serving.engine.warm_up", warm_up)
@@ -510,7 +539,7 @@ def test_programs_are_compiled_in_a_thread_that_ends(monkeypatch):
 
 
 def test_an_engine_that_cannot_be_started_says_so(monkeypatch):
-    def broken(batch):
+    def broken(batch, **changes):
         raise RuntimeError("no memory")
 
     calls = []
