@@ -306,7 +306,12 @@ class ContinuousBatch:
 
     @standard_settings()
     def round_in(
-        self, branch: tuple[int, int], lengths_B: Sequence[int], *, halves: bool = False
+        self,
+        branch: tuple[int, int],
+        lengths_B: Sequence[int],
+        *,
+        rounds: int = 1,
+        halves: bool = False,
     ) -> None:
         """Decodes a round in one of the branches, whatever the schedule.
 
@@ -315,6 +320,7 @@ class ContinuousBatch:
         Args:
           branch: one of `branches`.
           lengths_B: earlier `lengths`, to which slots go back before.
+          rounds: rounds decoded; those after the first are the schedule's.
           halves: whether in the two halves of rounds under grammars, which draft whole
             blocks.
         """
@@ -328,7 +334,7 @@ class ContinuousBatch:
             self._state = compiled(decode)(
                 *self._models,
                 state,
-                jnp.int32(1),
+                jnp.int32(rounds),
                 jnp.int32(self.slots),
                 options=self.options,
             )

@@ -48,7 +48,7 @@ from jaxspark.serving.observing import Observer, State, Stats, Tally
 from jaxspark.serving.pace import Pace, Pacer
 from jaxspark.serving.stream import Stream
 from jaxspark.serving.waiting import Overloaded, QueueLimits
-from jaxspark.serving.warmup import warm_up
+from jaxspark.serving.warmup import retime, warm_up
 from jaxspark.target import Target
 
 log = logging.getLogger(__name__)
@@ -355,11 +355,13 @@ class Engine:
     def _warm_up(self) -> None:
         def compile_all() -> None:
             with self._devices(), self._early:
-                warm_up(self._batch, retime=self._retimes)
-                if self.pages is not None:
-                    self.pages.forget()
+                warm_up(self._batch)
 
         apart(compile_all)
+        if self._retimes:
+            retime(self._batch)
+        if self.pages is not None:
+            self.pages.forget()
         self._on_ready()
         log.info("compiled %d programs; ready", self._early.count)
 

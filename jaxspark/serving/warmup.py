@@ -25,17 +25,12 @@ from jaxspark.timing import alternate
 log = logging.getLogger(__name__)
 # Tokens of a prompt of which drafters that copy find something to copy.
 _COPIED = 16
-# Rounds that are timed in a row: so many calls may wait for a device.
-_MOST_ROUNDS = 8
+# Seconds of a branch that no schedule takes.
+_DEAR = 1e6
 
 
-def warm_up(batch: ContinuousBatch, *, retime: bool = False) -> None:
-    """Reads a prompt of every size, and decodes in every branch; then it is idle.
-
-    Args:
-      batch: what will run.
-      retime: whether rounds are timed as well, for a schedule that knows no costs.
-    """
+def warm_up(batch: ContinuousBatch) -> None:
+    """Reads a prompt of every size, and decodes in every branch; then it is idle."""
     limits, most = batch.limits, batch.chunk or 128
     learned = batch.learned()
     # Prompts that leave room for a new token and a block.
@@ -60,17 +55,26 @@ def warm_up(batch: ContinuousBatch, *, retime: bool = False) -> None:
     grammars = grammars and _warm_up_grammars(batch)
     with _full(batch):
         rehearse(batch, grammars=grammars)
-        seconds = time_rounds(batch) if retime else None
     batch.relearn(learned)
-    if seconds is not None:
-        batch.retime(seconds)
-        log.info(
-            "milliseconds of a round by drafts and tokens verified: %s",
-            ", ".join(
-                f"{length}:{size} {each * 1e3:.3g}"
-                for (length, size), each in zip(batch.branches, seconds)
-            ),
-        )
+
+
+def retime(batch: ContinuousBatch) -> None:
+    """Has the schedule weigh what rounds take, in the thread that will decode them.
+
+    The one that compiled is slower, see `memory`.
+    """
+    learned = batch.learned()
+    with _full(batch):
+        seconds = time_rounds(batch)
+    batch.relearn(learned)
+    batch.retime(seconds)
+    log.info(
+        "milliseconds of a round by drafts and tokens verified: %s",
+        ", ".join(
+            f"{length}:{size} {each * 1e3:.3g}"
+            for (length, size), each in zip(batch.branches, seconds)
+        ),
+    )
 
 
 @contextlib.contextmanager
@@ -111,11 +115,9 @@ def rehearse(batch: ContinuousBatch, *, grammars: bool) -> None:
 
 
 def time_rounds(batch: ContinuousBatch, *, repeats: int = 5) -> list[float]:
-    """Seconds of a round in every branch of the loop.
+    """Seconds of a round in every branch of the loop, without what a call takes.
 
-    Lower quartiles of alternating runs, see `calibration.measuring`. Rounds of a run
-    are queued on the device together, so that what a call takes counts only where a
-    round takes no longer.
+    Lower quartiles of alternating runs, see `calibration.measuring`.
 
     Args:
       batch: whose prompts have been read, and whose branches were taken before.
@@ -124,24 +126,34 @@ def time_rounds(batch: ContinuousBatch, *, repeats: int = 5) -> list[float]:
     Returns:
       what process 0 has measured, in the order of `ContinuousBatch.branches`.
     """
-    lengths_B, rounds = batch.lengths, 1
+    branches, lengths_B = batch.branches, batch.lengths
 
-    def contestant(branch: tuple[int, int]) -> Callable[[], float]:
+    def contestant(branch: tuple[int, int], rounds: int) -> Callable[[], float]:
+        # So all rounds of a call take the branch.
+        told = [1.0 if each == branch else _DEAR for each in branches]
+
         def run() -> float:
+            batch.retime(told)
             begun = perf_counter()
-            for _ in range(rounds):
-                batch.round_in(branch, lengths_B)
+            batch.round_in(branch, lengths_B, rounds=rounds)
             _ = batch.lengths  # which waits
-            return (perf_counter() - begun) / rounds
+            return perf_counter() - begun
 
         return run
 
-    contestants = {str(branch): contestant(branch) for branch in batch.branches}
-    longest = list(contestants.values())[-1]
-    [taken] = agreed(np.array([longest()])).tolist()
-    rounds = min(max(math.ceil(RUN_S / taken), 1), _MOST_ROUNDS)
-    runs = alternate(contestants, repeats)
-    return agreed(np.quantile(list(runs.values()), 0.25, axis=1)).tolist()
+    longest = contestant(branches[-1], 1)
+    [taken] = agreed(np.array([min(longest(), longest())])).tolist()
+    # Outputs have room for them; and text that repeats itself has something to copy
+    # until a round adds to it.
+    room = min(batch.limits.capacity, PAGE) // 2 // (batch.limits.block_length + 1)
+    rounds = 1 if batch.drafter.may_skip else min(math.ceil(RUN_S / taken), room)
+    rounds = max(rounds, 1)
+    contestants = {str(branch): contestant(branch, rounds) for branch in branches}
+    runs = alternate({"none": contestant(branches[0], 0), **contestants}, repeats)
+    call, *calls = np.quantile(list(runs.values()), 0.25, axis=1)
+    # What is no more than a call itself is too short to be told from it.
+    seconds = np.maximum(np.array(calls) - call, call / 10) / rounds
+    return agreed(seconds).tolist()
 
 
 def _warm_up_grammars(batch: ContinuousBatch) -> bool:

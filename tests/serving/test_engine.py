@@ -529,7 +529,7 @@ def test_requests_with_one_seed_are_not_drawn_together_where_that_would_matter()
 def test_programs_are_compiled_in_a_thread_that_ends(monkeypatch):
     threads = []
 
-    def warm_up(batch, **changes):
+    def warm_up(batch):
         threads.append(threading.current_thread())
 
     monkeypatch.setattr("jaxspark.serving.engine.warm_up", warm_up)
@@ -539,7 +539,7 @@ def test_programs_are_compiled_in_a_thread_that_ends(monkeypatch):
 
 
 def test_an_engine_that_cannot_be_started_says_so(monkeypatch):
-    def broken(batch, **changes):
+    def broken(batch):
         raise RuntimeError("no memory")
 
     calls = []
