@@ -486,13 +486,30 @@ def test_a_schedule_without_costs_gets_those_of_the_rounds_that_are_served(plain
         options=DecodeOptions(coupling="gumbel", schedule=Lagged()),
         **SETTINGS,
     )
+    batch, calls = made._batch, []
+    round_in = batch.round_in
+
+    def counted():
+        counters = batch._state.counters
+        return np.array([np.sum(counters.drafted_B), np.sum(counters.verified_B)])
+
+    def watched(branch, lengths_B, rounds=1, **changes):
+        before = counted()
+        round_in(branch, lengths_B, rounds=rounds, **changes)
+        calls.append((branch, rounds, *(counted() - before)))
+
+    batch.round_in = watched
     with made:
-        batch = made._batch
         guess = batch.options.schedule.costs.seconds
         memory, _ = batch.learned()
         [seconds] = np.unique(memory.seconds_BJ, axis=0)
         assert len(seconds) == len(batch.branches) == len(guess) and len(guess) > 3
         assert np.all(seconds > 0) and not np.any(seconds == np.float32(guess))
+        # All rounds that were timed together took the branch.
+        assert max(rounds for _, rounds, *_ in calls) > 1
+        for (length, size), rounds, drafted, verified in calls:
+            assert drafted == (rounds * 3 if length else 0)
+            assert verified == rounds * (size - 3)
         drafts = np.array([length for length, _ in batch.branches])
         for dear, drafted in ((1e4, False), (1e-4, True)):
             batch.retime(np.where(drafts > 0, dear, 1.0))
