@@ -53,19 +53,19 @@ class CostCurve:
     def best_bucket(
         self, forecast: Forecast
     ) -> tuple[Int[Array, ""], Float[Array, ""]]:
-        """The bucket that gains most tokens per second, by index.
+        """The bucket that is worth most per second, by index.
 
         Returns:
           index: of the smallest one among equals.
-          rate: expected tokens per second with it; -1 if drafts that must be verified
-            fit none.
+          rate: its worth per second, see `Forecast.worth`; -1 if drafts that must be
+            verified fit none.
         """
         forecast = forecast.first(self.draft_length)
-        tau_N = forecast.expected_tokens()
+        worth_N = forecast.worth()
         sizes = jnp.array(self.sizes)
-        drafts = jnp.clip(sizes - forecast.anchors, 0, len(tau_N) - 1)
+        drafts = jnp.clip(sizes - forecast.anchors, 0, len(worth_N) - 1)
         fits = sizes >= max_of(forecast.anchors + jnp.sum(forecast.min_drafts_B))
-        rates = total(tau_N[drafts], SLOTS) / jnp.asarray(self.seconds, jnp.float32)
+        rates = total(worth_N[drafts], SLOTS) / jnp.asarray(self.seconds, jnp.float32)
         rates = jnp.where(fits, rates, -1.0)
         index = jnp.argmax(rates)
         return index, rates[index]

@@ -37,12 +37,14 @@ class Forecast:
       max_drafts_B: drafts that may be, at least `min_drafts_B`; 0 for slots that do not
         decode.
       live_B: slots that decode.
+      reading: slots whose prompts are read between rounds, and wait for them.
     """
 
     survival_BG: Float[Array, "*n B G"]
     min_drafts_B: Int[Array, " B"]
     max_drafts_B: Int[Array, " B"]
     live_B: Bool[Array, " B"]
+    reading: Int[Array, ""]
 
     @classmethod
     def of(
@@ -52,6 +54,7 @@ class Forecast:
         min_drafts_B: Int[Array, " B"] | None = None,
         max_drafts_B: Int[Array, " B"] | None = None,
         live_B: Bool[Array, " B"] | None = None,
+        reading: Int[Array, ""] | int = 0,
     ) -> "Forecast":
         """By default all slots decode and any number of drafts may be verified."""
         slots, block_length = survival_BG.shape[-2:]
@@ -67,6 +70,7 @@ class Forecast:
             min_drafts_B=jnp.minimum(min_drafts_B, max_drafts_B),
             max_drafts_B=max_drafts_B,
             live_B=live_B,
+            reading=jnp.asarray(reading, jnp.int32),
         )
 
     @property
@@ -107,6 +111,14 @@ class Forecast:
             return jnp.mean(each(self.survival_BG), axis=0)
         _, gain_N = self.ranked()
         return self.anchors + jnp.concatenate([jnp.zeros((1,)), jnp.cumsum(gain_N)])
+
+    def worth(self) -> Float[Array, " N"]:
+        """What is weighed against seconds: tau, and a token for each slot that waits.
+
+        A longer round is paid for by those too whose prompts are being read. With them,
+        drafts pay where they gain more per second than plain rounds of all slots do.
+        """
+        return self.expected_tokens() + self.reading
 
     def admit(self, count: Int[Array, ""]) -> Int[Array, " B"]:
         """Verification lengths that take the `count` first drafts in order."""

@@ -27,7 +27,7 @@ from jaxspark.decoding.forecast import Forecast, Verification, smallest_bucket
 from jaxspark.decoding.grammar_masks import MaskedAdjuster
 from jaxspark.decoding.options import DecodeOptions
 from jaxspark.decoding.schedule_state import ScheduleState
-from jaxspark.decoding.state import DecodeState
+from jaxspark.decoding.state import DecodeState, Phase
 from jaxspark.decoding.streamed import streams_vocabulary
 from jaxspark.drafters import DraftContext, DraftDistribution, Drafter, Proposal
 from jaxspark.models import FlatTokens, TargetModel
@@ -167,7 +167,12 @@ def adjuster_for(
 def _forecast(state: DecodeState, survival_BG) -> Forecast:
     """Survival, and bounds on drafts: no more than a slot's limit has room for."""
     room_B = jnp.maximum(state.limits_B - state.lengths_B - 1, 0)
-    return state.schedule.forecast(survival_BG, live_B=state.live_B, room_B=room_B)
+    return state.schedule.forecast(
+        survival_BG,
+        live_B=state.live_B,
+        room_B=room_B,
+        reading=jnp.sum(state.phase_B == Phase.PREFILLING),
+    )
 
 
 def lagged_forecast(state: DecodeState, options: DecodeOptions) -> Forecast:

@@ -2,9 +2,10 @@
 
 A round costs what its token bucket costs, plus the drafter. Its worth is the expected
 number of tokens, tau = sum over slots of 1 + a_1 + ... + a_l, with survival a and
-verification length l. Schedulers maximize tau / seconds (paper section 3.2.2), over
-draft lengths too: how many drafts are proposed, perhaps none, is decided before
-anything is drafted, by earlier rounds.
+verification length l. Schedulers maximize tau / seconds (paper section 3.2.2; slots
+that wait meanwhile count as well, see `Forecast.worth`), over draft lengths too: how
+many drafts are proposed, perhaps none, is decided before anything is drafted, by
+earlier rounds.
 
 Under rejection sampling a draft must not influence whether it is verified itself
 (paper appendix A). What may be looked at:
@@ -257,10 +258,10 @@ class Causal(CostAware):
         self, current: Forecast, lagged: Forecast, sizes: tuple[int, ...]
     ) -> Verification:
         """The drafts before the first that lowers the rate."""
-        tau_N = total(current.expected_tokens(), SLOTS)
-        draft_N, anchors = jnp.arange(len(tau_N)), max_of(current.anchors)
+        worth_N = total(current.worth(), SLOTS)
+        draft_N, anchors = jnp.arange(len(worth_N)), max_of(current.anchors)
         seconds_N = self.curve(current).interpolate(anchors + draft_N)
-        rate_N = tau_N / seconds_N
+        rate_N = worth_N / seconds_N
         raises_N = rate_N[1:] > rate_N[:-1]
         # Mandatory drafts are always admitted.
         raises_N |= draft_N[:-1] < max_of(jnp.sum(current.min_drafts_B))

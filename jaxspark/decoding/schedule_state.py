@@ -97,6 +97,7 @@ class ScheduleState:
         *,
         live_B: Bool[Array, " B"],
         room_B: Int[Array, " B"] | None = None,
+        reading: Int[Array, ""] | int = 0,
     ) -> Forecast:
         """Survival and the slots' bounds; `room_B` bounds drafts further."""
         max_drafts_B = self.max_drafts_B
@@ -107,6 +108,7 @@ class ScheduleState:
             min_drafts_B=self.min_drafts_B,
             max_drafts_B=max_drafts_B,
             live_B=live_B,
+            reading=reading,
         )
 
     def lagged_survival(

@@ -75,6 +75,20 @@ def test_a_schedule_takes_the_seconds_that_are_remembered():
     assert plain.informed(Lagged(costs=costs)) == Lagged(costs=costs)
 
 
+def test_those_who_wait_for_a_round_count_as_well():
+    """Two slots of four decode: half a draft more each, for 1.4 times as long."""
+    costs = zoo.costs((4, 8), (1.4, 1.4), plain=1.0, length=3)
+    state, live = ScheduleState.empty(4, 3), jnp.arange(4) < 2
+    survival = jnp.tile(jnp.array([0.5, 0.0, 0.0]), (1, 4, 1))
+    since = jnp.zeros((4, 3), jnp.int32)
+    for reading, drafts in ((0, 3), (1, 0), (2, 0)):
+        seen = state.forecast(survival, live_B=live, reading=reading)
+        for kind in (Lagged, Causal):
+            schedule = kind(costs=costs)
+            index = int(schedule.draft(seen, since))
+            assert schedule.draft_lengths(3)[index] == drafts
+
+
 def test_rounds_leave_what_they_saw_to_the_slots_that_took_part():
     state = ScheduleState.empty(2, 3)
     live = jnp.array([True, False])
