@@ -210,10 +210,11 @@ class Engine:
         Raises:
           RuntimeError: process 0 is lost, or this one has decided otherwise.
         """
-        with self._devices(), self._late:
+        with self._devices():
             self._warm_up()
-            while (message := receiver.receive()) != STOP:
-                Command.decode(message, self._batch).apply(self._batch)
+            with self._late:
+                while (message := receiver.receive()) != STOP:
+                    Command.decode(message, self._batch).apply(self._batch)
 
     def fail(self, why: str) -> None:
         """Ends everything with an error, even if the thread never comes back."""
@@ -335,13 +336,14 @@ class Engine:
 
     def _main(self) -> None:
         try:
-            with self._devices(), self._late:
+            with self._devices():
                 self._warm_up()
                 if self.state == "starting":
                     self._desk.become("ready")
-                while (turn := self._next_turn()) is not None:
-                    for update in self._step(turn):
-                        self._desk.tell(update)
+                with self._late:
+                    while (turn := self._next_turn()) is not None:
+                        for update in self._step(turn):
+                            self._desk.tell(update)
         except BaseException:
             # Without a lost process its collectives fail as well.
             if self.state != "failed":
@@ -359,7 +361,8 @@ class Engine:
 
         apart(compile_all)
         if self._retimes:
-            retime(self._batch)
+            with self._early:
+                retime(self._batch)
         if self.pages is not None:
             self.pages.forget()
         self._on_ready()

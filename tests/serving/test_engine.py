@@ -483,7 +483,7 @@ def test_a_schedule_without_costs_gets_those_of_the_rounds_that_are_served(plain
     made = Engine(
         Target(model=model),
         zoo.drafter("dspark-vanilla", model),
-        options=DecodeOptions(coupling="gumbel", schedule=Lagged()),
+        options=DecodeOptions(block_length=2, coupling="gumbel", schedule=Lagged()),
         **SETTINGS,
     )
     batch, calls = made._batch, []
