@@ -31,12 +31,7 @@ from jaxspark.decoding import (
     prefill,
 )
 from jaxspark.decoding.compiling import compiled
-from jaxspark.decoding.costs import (
-    bucket_ladder,
-    draft_ladder,
-    holding_buckets,
-    within_ladder,
-)
+from jaxspark.decoding.costs import bucket_ladders
 from jaxspark.decoding.couplings import Coupling
 from jaxspark.decoding.options import check_block_length
 from jaxspark.decoding.rehearsal import lead
@@ -100,12 +95,7 @@ def measure_costs(
         coupling=coupling,
         sampled=temperature > 0,
     )
-    if buckets is None:
-        buckets = bucket_ladder(own, block_length)
-    sizes = {
-        length: holding_buckets(within_ladder(buckets, own * (length + 1)), own)
-        for length in draft_ladder(block_length)
-    }
+    sizes = bucket_ladders(own, block_length, buckets)
     adapt = rounds is None
     if rounds is None:
         # No more than half of the caches can hold.

@@ -134,11 +134,8 @@ def guessed_costs(
       block_length: most drafts per round.
       sizes: token buckets; None takes a ladder up to every draft.
     """
-    if sizes is None:
-        sizes = bucket_ladder(slots, block_length)
     curves = []
-    for length in draft_ladder(block_length):
-        holding = holding_buckets(within_ladder(sizes, slots * (length + 1)), slots)
+    for length, holding in bucket_ladders(slots, block_length, sizes).items():
         seconds = (1 + 0.1 * (size / slots - 1 + length) for size in holding)
         curves.append(CostCurve(length, holding, tuple(seconds)))
     return Costs(tuple(curves))
@@ -169,7 +166,25 @@ def within_ladder(sizes: tuple[int, ...], full: int) -> tuple[int, ...]:
     return tuple(sorted({min(size, full) for size in sizes}))
 
 
-def holding_buckets(sizes: tuple[int, ...], slots: int) -> tuple[int, ...]:
+def bucket_ladders(
+    slots: int, block_length: int, sizes: tuple[int, ...] | None = None
+) -> dict[int, tuple[int, ...]]:
+    """Token buckets worth a program, by the draft lengths that are.
+
+    Args:
+      slots: of one shard.
+      block_length: most drafts per round.
+      sizes: token buckets to choose from; None takes a ladder up to every draft.
+    """
+    if sizes is None:
+        sizes = bucket_ladder(slots, block_length)
+    return {
+        length: _holding(within_ladder(sizes, slots * (length + 1)), slots)
+        for length in draft_ladder(block_length)
+    }
+
+
+def _holding(sizes: tuple[int, ...], slots: int) -> tuple[int, ...]:
     """Those that a round of all slots can use; the last one is checked elsewhere."""
     return tuple(size for size in sizes if size >= slots) or sizes[-1:]
 

@@ -342,8 +342,7 @@ class ContinuousBatch:
     def retime(self, seconds: Sequence[float]) -> None:
         """Rounds of every branch take so long; its schedule is one that weighs that."""
         schedule = self._state.schedule
-        old = schedule.seconds_BJ
-        assert old is not None
+        assert schedule.seconds_BJ is not None
         new = np.tile(np.array(seconds, np.float32), (self.slots, 1))
         schedule = replace(schedule, seconds_BJ=put(new, row_sharding()))
         self._state = replace(self._state, schedule=schedule)

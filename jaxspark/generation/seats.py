@@ -86,10 +86,11 @@ class Seats:
           lanes: prompts of a shard that can be read at once.
         """
         chosen: dict[int, Running] = {}
+        reading = self.reading.items()
         self._turns += 1
         for first in range(0, self._slots, self._per_shard):
             shard = range(first, first + self._per_shard)
-            left = [each for each in self.reading.items() if each[0] in shard]
+            left = [each for each in reading if each[0] in shard]
             for lane in range(self._turns, self._turns + min(lanes, len(left))):
                 slot, each = min(left, key=_came_first if lane % 2 else _has_least_left)
                 left.remove((slot, each))

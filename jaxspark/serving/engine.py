@@ -138,7 +138,7 @@ class Engine:
         self.context = context
         if chunk is None:
             chunk = 32 if jax.default_backend() == "cpu" else 256
-        self._chunk = chunk
+        self._long_prompt = _LONG_CHUNKS * chunk
         drafter = PlainDrafter() if drafter is None else drafter
         block = check_block_length(drafter, options.block_length)
         own = slots_per_shard(slots)
@@ -380,7 +380,7 @@ class Engine:
     def _next_turn(self) -> Turn | None:
         batch, running = self._batch, self._desk.running.values()
         seeds = {job.request.seed for job in running} if self._own_seeds else set()
-        long = _LONG_CHUNKS * self._chunk
+        long = self._long_prompt
         unread = [tokens for tokens in batch.unread if tokens > long]
 
         def may(job: Job) -> bool:

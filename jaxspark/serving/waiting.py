@@ -115,6 +115,8 @@ class WaitingLine:
         """
         taken: list[Job] = []
         for priority in sorted(self._lines):
+            if len(taken) >= count:
+                break
             left = {
                 client: deque(jobs) for client, jobs in self._lines[priority].items()
             }
