@@ -132,8 +132,11 @@ def guessed_costs(
     Args:
       slots: of one shard.
       block_length: most drafts per round.
-      sizes: token buckets; None takes a ladder up to every draft.
+      sizes: token buckets; None takes powers of two per slot, up to every draft.
     """
+    if sizes is None:
+        doublings = range(1, block_length.bit_length() + 1)
+        sizes = tuple(slots << doubling for doubling in doublings) or (slots,)
     curves = []
     for length, holding in bucket_ladders(slots, block_length, sizes).items():
         seconds = (1 + 0.1 * (size / slots - 1 + length) for size in holding)

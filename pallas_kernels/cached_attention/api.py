@@ -42,7 +42,8 @@ def cached_attention(
       ragged: the tokens' slots.
       limits_T: number of visible positions, in 1..S for tokens that are not padding.
       scale: factor on the scores, usually H ** -0.5.
-      pages_BP: the pages that hold a slot's positions, in order.
+      pages_BP: the pages that hold a slot's positions, in order; 0 where it has none,
+        which any number of slots may name.
       implementation: "xla", or "mosaic_tpu", a kernel that reads what is visible, for
         heads that are a multiple of 128 wide; None takes that in programs for TPUs
         where it can.

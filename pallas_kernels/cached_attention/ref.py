@@ -1,18 +1,19 @@
 """The XLA reference, and the specification, of `cached_attention`.
 
-Pages are read some at a time, as many as the longest slot has, with a running softmax:
-putting them in order first would copy the cache.
+Pages are read one after the other, as many as the longest slot has, with a running
+softmax: putting them in order first would copy the cache.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dispatch import expected_platform
 from pallas_kernels.precision import precision
 from pallas_kernels.ragged import Ragged
 
-# Pages that are read at once: more cost memory, fewer cost steps.
-PAGES = 4
+# Pages that are copied at once: more of them may be too many, fewer cost steps.
+PAGES = 2
 
 
 def cached_attention_xla(
@@ -32,7 +33,7 @@ def cached_attention_xla(
     q_BKMH = jnp.moveaxis(q_BQKgH, 2, 1).reshape(B, K, Q * groups, H)
     limits_BM = jnp.repeat(ragged.padded(limits_T, 1), groups, axis=1)
     if pages_BP is None:
-        scores_BKMS = _scores(q_BKMH, k_BKSH, limits_BM, 0, scale)
+        scores_BKMS = _scores(q_BKMH, k_BKSH, limits_BM, scale)
         weights_BKMS = jax.nn.softmax(scores_BKMS, axis=-1)
         o_BKMH = _weighted(weights_BKMS, v_BKSH)
     else:
@@ -41,8 +42,8 @@ def cached_attention_xla(
     return ragged.flat(o_BQKgH.reshape(B, Q, K * groups, H).astype(q_TNH.dtype))
 
 
-def _scores(q_BKMH, k_BKSH, limits_BM, first, scale):
-    """Scores of positions from `first` on; a finite floor where one is not seen.
+def _scores(q_BKMH, k_BKSH, limits_BM, scale):
+    """Scores of all positions; a finite floor where one is not seen.
 
     It keeps rows without any visible position free of NaN.
     """
@@ -53,8 +54,7 @@ def _scores(q_BKMH, k_BKSH, limits_BM, first, scale):
         precision=precision(q_BKMH.dtype),
         preferred_element_type=jnp.float32,
     )
-    position_S = first + jnp.arange(k_BKSH.shape[2])
-    seen_BMS = position_S < limits_BM[..., None]
+    seen_BMS = jnp.arange(k_BKSH.shape[2]) < limits_BM[..., None]
     floor = jnp.finfo(jnp.float32).min
     return jnp.where(seen_BMS[:, None], scores_BKMS, floor)
 
@@ -70,41 +70,96 @@ def _weighted(weights_BKMS, v_BKSH, wide=None):
 
 
 def _by_pages(q_BKMH, k_PKSH, v_PKSH, limits_BM, pages_BP, scale):
-    """The same over pages, `PAGES` at a time, up to the highest limit."""
+    """The same over pages, in order, up to the highest limit.
+
+    Pages are copied to their queries, a few at a time. On CPUs all queries go to their
+    pages where that moves less: where slots have most of the pool, and share none of
+    it. Outputs are the same, to the last bit. Elsewhere they might not be, because
+    roundings of a product may depend on how many there are.
+    """
     B, K, M, H = q_BKMH.shape
-    S, P = k_PKSH.shape[2], pages_BP.shape[1]
-    at_once = min(PAGES, P)
-    steps = -(-P // at_once)
-    pages_BP = jnp.pad(pages_BP, ((0, 0), (0, steps * at_once - P)))
-    needed = -(-jnp.max(limits_BM) // (S * at_once))
-
-    def rows(x_PKSH, step):
-        page_Bp = jax.lax.dynamic_slice_in_dim(
-            pages_BP, step * at_once, at_once, axis=1
-        )
-        # Of each head its own: so they come in the order in which they are read.
-        place_BKp = page_Bp[:, None] * K + jnp.arange(K)[:, None]
-        return x_PKSH.reshape(-1, S, H)[place_BKp].reshape(B, K, at_once * S, H)
-
-    def read(step, carry):
-        o_BKMH, total_BKM, highest_BKM = carry
-        scores_BKMS = _scores(
-            q_BKMH, rows(k_PKSH, step), limits_BM, step * at_once * S, scale
-        )
-        higher_BKM = jnp.maximum(highest_BKM, scores_BKMS.max(axis=-1))
-        before_BKM = jnp.exp(highest_BKM - higher_BKM)
-        weights_BKMS = jnp.exp(scores_BKMS - higher_BKM[..., None])
-        new_BKMH = _weighted(weights_BKMS, rows(v_PKSH, step), jnp.float32)
-        return (
-            o_BKMH * before_BKM[..., None] + new_BKMH,
-            total_BKM * before_BKM + weights_BKMS.sum(axis=-1),
-            higher_BKM,
-        )
-
-    start = (
+    pool, _, S, _ = k_PKSH.shape
+    pages_BP = jnp.pad(pages_BP, ((0, 0), (0, -pages_BP.shape[1] % PAGES)))
+    P = pages_BP.shape[1]
+    seen_BPM = limits_BM[:, None] - S * jnp.arange(P)[:, None]
+    needed = -(-jnp.max(limits_BM) // S)
+    nothing = (
         jnp.zeros((B, K, M, H), jnp.float32),
         jnp.zeros((B, K, M), jnp.float32),
         jnp.full((B, K, M), jnp.finfo(jnp.float32).min),
     )
-    o_BKMH, total_BKM, _ = jax.lax.fori_loop(0, needed, read, start)
+
+    def by_copies():
+        def add(step, sums):
+            def some(x_BP):
+                return jax.lax.dynamic_slice_in_dim(x_BP, PAGES * step, PAGES, axis=1)
+
+            # Of each head its own: so they come in the order in which they are read.
+            place_XK = some(pages_BP).reshape(-1, 1) * K + jnp.arange(K)
+            k_XKSH, v_XKSH = (x.reshape(-1, S, H)[place_XK] for x in (k_PKSH, v_PKSH))
+            q_XKMH = jnp.repeat(q_BKMH, PAGES, axis=0)
+            seen_XM = some(seen_BPM).reshape(-1, M)
+            new_X = _of_pages(q_XKMH, k_XKSH, v_XKSH, seen_XM, scale)
+            for first in range(PAGES):
+                sums = _merge(sums, [x_X[first::PAGES] for x_X in new_X])
+            return sums
+
+        return jax.lax.fori_loop(0, -(-needed // PAGES), add, nothing)
+
+    if not 1 < M <= S or expected_platform() != "cpu":
+        o_BKMH, total_BKM, _ = by_copies()
+        return o_BKMH / total_BKM[..., None]
+    flat = pages_BP.reshape(-1)
+    place_P = jnp.zeros((pool,), jnp.int32).at[flat].set(jnp.arange(B * P))
+    readers_P = jnp.zeros((pool,), jnp.int32).at[flat].add(1)
+    own_P, seen_PM = place_P // P, seen_BPM.reshape(-1, M)[place_P]
+    # On two CPU cores a page took 1.7 times as long to copy as to read in place.
+    most = 5 * B * needed >= 3 * pool
+    unshared = jnp.all(readers_P[1:] <= 1)
+
+    def in_place():
+        new_P = _of_pages(q_BKMH[own_P], k_PKSH, v_PKSH, seen_PM, scale)
+
+        def add(page, sums):
+            page_B = jax.lax.dynamic_index_in_dim(pages_BP, page, 1, keepdims=False)
+            return _merge(sums, [x_P[page_B] for x_P in new_P])
+
+        return jax.lax.fori_loop(0, needed, add, nothing)
+
+    o_BKMH, total_BKM, _ = jax.lax.cond(most & unshared, in_place, by_copies)
     return o_BKMH / total_BKM[..., None]
+
+
+def _of_pages(q_XKMH, k_XKSH, v_XKSH, seen_XM, scale):
+    """Sums over the first positions of some pages, as many as are seen of each.
+
+    Returns:
+      weighted values [X, K, M, H] and weights [X, K, M], both over e to the highest
+      score, and that [X, K, M].
+    """
+    # Otherwise CPUs score again for each use, and roundings depend on the caller.
+    scores_XKMS = jax.lax.optimization_barrier(_scores(q_XKMH, k_XKSH, seen_XM, scale))
+    highest_XKM = scores_XKMS.max(axis=-1)
+    weights_XKMS = jnp.exp(scores_XKMS - highest_XKM[..., None])
+    o_XKMH = _weighted(weights_XKMS, v_XKSH, jnp.float32)
+    # A sum's roundings depend on the number of sums, those of these products do not.
+    ones_XKS1 = jnp.ones((*v_XKSH.shape[:-1], 1), v_XKSH.dtype)
+    total_XKM = _weighted(weights_XKMS, ones_XKS1, jnp.float32)[..., 0]
+    return o_XKMH, total_XKM, highest_XKM
+
+
+def _merge(sums, more):
+    """Sums over the positions of both, see `_of_pages`."""
+    o_BKMH, total_BKM, highest_BKM = sums
+    o1_BKMH, total1_BKM, highest1_BKM = more
+    higher_BKM = jnp.maximum(highest_BKM, highest1_BKM)
+    factor_BKM = jnp.exp(highest_BKM - higher_BKM)
+    factor1_BKM = jnp.exp(highest1_BKM - higher_BKM)
+    new_BKMH, new_BKM = jax.lax.optimization_barrier(
+        (o1_BKMH * factor1_BKM[..., None], total1_BKM * factor1_BKM)
+    )
+    return (
+        o_BKMH * factor_BKM[..., None] + new_BKMH,
+        total_BKM * factor_BKM + new_BKM,
+        higher_BKM,
+    )

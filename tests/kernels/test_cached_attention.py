@@ -102,6 +102,38 @@ def test_each_token_sees_positions_below_its_limit(
     assert error <= {"float32": 1e-5, "bfloat16": 1e-2}[dtype] * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_how_pages_lie_changes_no_bit(dtype):
+    S, H, size = 96, 64, 16
+    random = np.random.default_rng(3)
+    tokens = FlatTokens.from_rows(
+        jnp.zeros((B, 4), jnp.int32), jnp.zeros(B, jnp.int32), jnp.asarray([4, 1, 2])
+    )
+    q = jnp.asarray(random.normal(size=(12, K * G, H)), dtype)
+    k, v = jnp.asarray(random.normal(size=(2, B, K, S, H)), dtype)
+    # Two slots begin alike.
+    k, v = (each.at[1, :, : 2 * size].set(each[0, :, : 2 * size]) for each in (k, v))
+    limits = jnp.asarray(random.integers(1, S + 1, 12)).at[0].set(S)
+
+    def seen(extra, shared):
+        """With so many pages of nobody's, and beginnings in the same pages or not."""
+        (pages_k, pages), (pages_v, _) = paged(k, size), paged(v, size)
+        pages_k, pages_v = (
+            jnp.pad(each, ((1, extra), (0, 0), (0, 0), (0, 0)), constant_values=7.0)
+            for each in (pages_k, pages_v)
+        )
+        pages = pages + 1
+        if shared:
+            pages = pages.at[1, :2].set(pages[0, :2])
+        operands = (q, pages_k, pages_v, tokens, limits)
+        o = attend("xla", *operands, scale=H**-0.5, pages_BP=pages)
+        return np.asarray(o.astype(jnp.float32))[[0, 1, 2, 3, 4, 8, 9]]
+
+    in_place = seen(extra=0, shared=False)
+    np.testing.assert_array_equal(in_place, seen(extra=100, shared=False))
+    np.testing.assert_array_equal(in_place, seen(extra=0, shared=True))
+
+
 def test_a_slot_of_many_tokens_is_several_groups(implementation, monkeypatch):
     monkeypatch.setattr(mosaic_tpu, "_ROWS", 6)
     S, H, _ = SIZES[implementation]
