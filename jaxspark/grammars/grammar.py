@@ -75,9 +75,11 @@ class Grammar:
         object.
       thinking: how the output may think before what obeys; None for not at all.
       opened: whether the prompt ended inside a think block, so that it must.
+      calls: what the output may be instead; None for nothing else.
     """
 
     kind: GrammarKind
     value: Any = None
     thinking: ThinkFormat | None = None
     opened: bool = False
+    calls: Calls | None = None

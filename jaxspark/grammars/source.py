@@ -69,14 +69,27 @@ def _parser(source: str, tokens: "LLTokenizer") -> "LLMatcher":
 
 
 def source(grammar: Grammar, tokens: "LLTokenizer") -> str:
-    """What llguidance reads: the answer's grammar, a think block's before it.
+    """What llguidance reads: an answer or calls, a think block before them.
 
     Raises:
       GrammarError: the value does not fit its kind.
     """
-    answer = _answer(grammar, tokens)
+    parts = {"answer": _answer(grammar, tokens)}
+    if grammar.thinking is None and grammar.calls is None:
+        return json.dumps({"grammars": [*parts.values()]})
+    if grammar.calls is not None:
+        parts["calls"] = {"lark_grammar": calls_lark(grammar.calls, tokens, schema)}
+    either = " | ".join(f"@{name}" for name in parts)
+    before, rules = _thinking(grammar, tokens)
+    lark = f"start: {before} ({either})\n{rules}"
+    named = [part | {"name": name} for name, part in parts.items()]
+    return json.dumps({"grammars": [{"lark_grammar": lark}, *named]})
+
+
+def _thinking(grammar: Grammar, tokens: "LLTokenizer") -> tuple[str, str]:
+    """What comes before an answer, and its rules."""
     if grammar.thinking is None:
-        return json.dumps({"grammars": [answer]})
+        return "", ""
     opening = quoted(grammar.thinking.begin)
     opening = control(tokens, grammar.thinking.begin) or opening
     end = control(tokens, grammar.thinking.end)
@@ -85,10 +98,7 @@ def source(grammar: Grammar, tokens: "LLTokenizer") -> str:
     else:
         thought = f"thought[suffix={quoted(grammar.thinking.end)}]: /(?s:.*)/"
     block = "thought" if grammar.opened else f"({opening} thought)?"
-    lark = f"start: {block} SPACE @answer\nSPACE: /\\s{{0,8}}/\n{thought}\n"
-    return json.dumps(
-        {"grammars": [{"lark_grammar": lark}, answer | {"name": "answer"}]}
-    )
+    return f"{block} SPACE", f"SPACE: /\\s{{0,8}}/\n{thought}\n"
 
 
 def _answer(grammar: Grammar, tokens: "LLTokenizer") -> dict[str, Any]:

@@ -50,6 +50,9 @@ class ServeOptions(common.TargetOptions, common.DraftOptions, common.ScheduleOpt
         None,
         at_least=1,
     )
+    min_priority: int = option(
+        "Lowest priority that clients may ask for; lower ones go first.", 0
+    )
     coupling: Coupling = option(
         "How draft and target are tied: gumbel gives the very tokens of plain sampling "
         "with the same seed, rejection accepts more.",
@@ -205,6 +208,7 @@ def make_service(
         context=context,
         most_prompt=config.max_prompt_tokens,
         most_output=config.max_output_tokens,
+        least_priority=config.min_priority,
         **changes,
     )
     metrics = Metrics(served.name)

@@ -68,6 +68,8 @@ class ChoiceReader:
 
     def push(self, tokens: Sequence[Sampled]) -> list[Part]:
         """What new tokens say."""
+        if self._prepared.prompts_only and self.ending is None:
+            return [self._last("length")]
         parts = []
         for sampled in tokens:
             if self.ending is not None:

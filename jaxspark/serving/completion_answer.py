@@ -12,7 +12,7 @@ from jaxspark.serving.responses import (
     CompletionChoice,
     CompletionLogProbs,
 )
-from jaxspark.text import Output
+from jaxspark.text import Output, ReadOptions
 from jaxspark.text.events import Content
 
 
@@ -87,8 +87,9 @@ class CompletionAssembler(Assembler[CompletionAnswer]):
         if not self.prepared.echo:
             return ""
         if choice not in self._prompts:
-            decode = self.prepared.served.tokenizer.decode
-            self._prompts[choice] = decode(self.prompt_ids(choice))
+            self._prompts[choice] = self.prepared.served.tokenizer.decode(
+                self.prompt_ids(choice), skip_special=self.prepared.reading.skip_special
+            )
         return self._prompts[choice]
 
     def _entries(
@@ -111,7 +112,8 @@ class CompletionAssembler(Assembler[CompletionAnswer]):
         if not self.prepared.echo or self.prepared.log_probs is None:
             return None
         sampled = self._told_prompt(choice)
-        output = Output(self.prepared.served.tokenizer)
+        options = ReadOptions(skip_special=self.prepared.reading.skip_special)
+        output = Output(self.prepared.served.tokenizer, options)
         for each in sampled:
             output.push(each.token)
         output.finish()

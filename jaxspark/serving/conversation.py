@@ -1,6 +1,7 @@
 """Conversations: from messages to tokens, and which tools may be called."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -38,9 +39,8 @@ def tool_use(request: ChatRequest, served: Served) -> ToolUse | None:
     """
     tools, choice = request.tools or [], request.tool_choice
     names = [tool.function.name for tool in tools]
-    for name in names:
-        if names.count(name) > 1:
-            raise ApiError(f"tools has {name!r} more than once", param="tools")
+    if repeated := [name for name, times in Counter(names).items() if times > 1]:
+        raise ApiError(f"tools has {repeated[0]!r} more than once", param="tools")
     if not tools:
         if choice not in (None, "none", "auto"):
             raise ApiError(
@@ -77,10 +77,11 @@ def chat_ids(request: ChatRequest | TokenizeRequest, served: Served) -> list[int
         variables.setdefault("reasoning_effort", request.reasoning_effort)
         if request.reasoning_effort == "none":
             variables.setdefault("enable_thinking", False)
-    taken = {"tools", "documents", "add_generation_prompt", "continue_final_message"}
-    if taken & variables.keys():
-        raise wrong(
-            "chat_template_kwargs", min(taken & variables.keys()), "a template's own"
+    if taken := served.tokenizer.reserved & variables.keys():
+        raise ApiError(
+            f"chat_template_kwargs has {min(taken)!r}, which clients cannot set; "
+            "expected variables of the template's own",
+            param="chat_template_kwargs",
         )
     resume = bool(request.continue_final_message)
     if resume and request.add_generation_prompt:
@@ -106,11 +107,12 @@ def chat_ids(request: ChatRequest | TokenizeRequest, served: Served) -> list[int
 def as_plain(message: ChatMessage, index: int) -> dict[str, Any]:
     """A message as templates know it: one text, arguments as objects.
 
+    Arguments that broke off, as they do where an output was too long, stay text.
     "developer" is OpenAI's newer word for "system". Templates know only the older one,
     and many would leave such a message out without a word.
 
     Raises:
-      ApiError: the arguments of a call are none.
+      ApiError: the arguments of a call are JSON, but no object.
     """
     role = "system" if message.role == "developer" else message.role
     plain: dict[str, Any] = {"role": role}
@@ -134,7 +136,7 @@ def as_plain(message: ChatMessage, index: int) -> dict[str, Any]:
                 "type": "function",
                 "function": {
                     "name": call.function.name,
-                    "arguments": _object(
+                    "arguments": _arguments(
                         call.function.arguments,
                         f"messages[{index}].tool_calls[{place}].function.arguments",
                     ),
@@ -145,11 +147,11 @@ def as_plain(message: ChatMessage, index: int) -> dict[str, Any]:
     return plain
 
 
-def _object(text: str, param: str) -> dict[str, Any]:
+def _arguments(text: str, param: str) -> dict[str, Any] | str:
     try:
         value = json.loads(text or "{}")
     except (ValueError, RecursionError):
-        value = None
+        return text
     if not isinstance(value, dict):
         raise wrong(param, text, "a JSON object in a string")
     return value

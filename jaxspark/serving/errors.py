@@ -10,8 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-# Fields of OpenAI's that are refused by name, because ignoring them would change what a
-# client gets without a word; with what to do instead.
+# Fields of OpenAI's that are refused by name, unless they say what is done anyway,
+# because ignoring them would change what a client gets without a word; with what to do
+# instead.
 REFUSED = {
     "functions": "use tools",
     "function_call": "use tool_choice",
@@ -88,7 +89,7 @@ def explained(error: ValidationError, schema: type[BaseModel]) -> ApiError:
     code = None
     if first["type"] == "extra_forbidden":
         code = "unknown_parameter"
-        message = f"{param}: there is no such field" + _advice(name, schema, first)
+        message = f"{param}: there is no such field" + _unknown(name, schema, first)
     elif first["type"] == "missing":
         code = "missing_required_parameter"
         message = f"{param}: the field is missing"
@@ -98,6 +99,8 @@ def explained(error: ValidationError, schema: type[BaseModel]) -> ApiError:
         said = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
         said = said[:1].lower() + said[1:]
         message = f"{param or 'the body'}: {said}, got {shown(first['input'])}"
+        if advice := REFUSED.get(str(first["loc"][0]) if first["loc"] else ""):
+            message += f"; {advice}"
     if len(details) > 1:
         others = dict.fromkeys(path(each["loc"]) for each in details[1:])
         others.pop(param, None)
@@ -106,7 +109,7 @@ def explained(error: ValidationError, schema: type[BaseModel]) -> ApiError:
     return ApiError(message, param=param or None, code=code)
 
 
-def _advice(name: str, schema: type[BaseModel], detail: Any) -> str:
+def _unknown(name: str, schema: type[BaseModel], detail: Any) -> str:
     if len(detail["loc"]) > 1:
         return ""
     if name in REFUSED:

@@ -1,8 +1,9 @@
 """Fields that requests share: OpenAI's names, and the extras that vLLM's clients use.
 
-Every field may be null, which is the same as absent. A body is strict: a number in a
-string, or a field that nobody knows, is an error, not a guess. A few fields that cannot
-change an answer are accepted and not looked at.
+Every field may be null, which is the same as absent, known or not. A body is strict: a
+number in a string, or a field that nobody knows, is an error, not a guess. A few fields
+that cannot change an answer are accepted and not looked at, others only with a value
+that changes nothing.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -16,11 +17,16 @@ from pydantic import (
     StringConstraints,
     Tag,
     ValidationError,
+    model_validator,
 )
 
 from jaxspark.serving.errors import ApiError, explained
 
 MOST_LOG_PROBS = 20
+# Entries of a list of words, tokens or tools.
+MOST_LISTED = 1024
+# Outputs of one request.
+MOST_CHOICES = 1024
 INT64 = 2**63
 
 
@@ -30,6 +36,13 @@ class Wire(BaseModel):
     model_config = ConfigDict(
         strict=True, extra="forbid", allow_inf_nan=False, frozen=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if value is not None}
 
     @classmethod
     def read(cls, body: bytes | str | dict[str, Any]) -> Self:
@@ -69,6 +82,8 @@ class StreamOptions(Wire):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    # Would pad chunks, so that their sizes tell nothing; it changes no answer.
+    include_obfuscation: bool | None = None
 
 
 class Plain(Wire):
@@ -113,8 +128,8 @@ class TextWithTags(Wire):
     """Text in which triggers oblige, in vLLM's and SGLang's form."""
 
     type: Literal["structural_tag"]
-    structures: list[TagFields] = Field(min_length=1)
-    triggers: list[Text] = Field(min_length=1)
+    structures: list[TagFields] = Field(min_length=1, max_length=MOST_LISTED)
+    triggers: list[Text] = Field(min_length=1, max_length=MOST_LISTED)
 
 
 type ResponseFormat = Annotated[
@@ -155,12 +170,14 @@ class SamplingFields(Wire):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, max_length=MOST_LISTED
+    )
     allowed_token_ids: list[Token] | None = Field(None, min_length=1)
-    bad_words: list[Text] | None = None
+    bad_words: list[Text] | None = Field(None, max_length=MOST_LISTED)
 
     stop: Texts | None = Field(None, max_length=64)
-    stop_token_ids: list[Token] | None = None
+    stop_token_ids: list[Token] | None = Field(None, max_length=MOST_LISTED)
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -179,6 +196,10 @@ class SamplingFields(Wire):
     timeout: float | None = Field(None, gt=0)
     cache_salt: Text | None = None
     request_id: RequestId | None = None
+
+    # Others are refused.
+    best_of: int | None = None
+    use_beam_search: Literal[False] | None = None
 
     # They name the caller or where its bill goes, and change no answer.
     user: Any = None

@@ -6,6 +6,8 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from jaxspark.serving.chat_request import ChatMessage, Tool
 from jaxspark.serving.fields import (
+    MOST_CHOICES,
+    MOST_LISTED,
     MOST_LOG_PROBS,
     SamplingFields,
     Text,
@@ -37,7 +39,13 @@ type Prompt = Annotated[
 class CompletionRequest(SamplingFields):
     """Prompts, and how they are continued."""
 
-    prompt: Annotated[list[Prompt], BeforeValidator(_prompts), Field(min_length=1)]
+    prompt: Annotated[
+        list[Prompt],
+        BeforeValidator(_prompts),
+        Field(min_length=1, max_length=MOST_CHOICES),
+    ]
+    # 0 only tells of a prompt, which must be echoed.
+    max_tokens: int | None = Field(None, ge=0)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MOST_LOG_PROBS)
 
@@ -48,7 +56,7 @@ class TokenizeRequest(Wire):
     model: Text | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1)
-    tools: list[Tool] | None = None
+    tools: list[Tool] | None = Field(None, max_length=MOST_LISTED)
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -45,6 +45,7 @@ class Prepared:
       return_drafted: whether it is told which tokens are accepted drafts.
       own_stop_ids: stop tokens that the client named.
       echo: whether completions begin with their prompts.
+      prompts_only: whether outputs are left out.
     """
 
     id: str
@@ -63,6 +64,7 @@ class Prepared:
     return_drafted: bool = False
     own_stop_ids: frozenset[int] = frozenset()
     echo: bool = False
+    prompts_only: bool = False
 
 
 def prepare_chat(
@@ -81,9 +83,9 @@ def prepare_chat(
     """
     served.check_model(request.model)
     check_stream(request)
-    most = request.max_completion_tokens
+    most, limit = request.max_completion_tokens, "max_completion_tokens"
     if most is None:
-        most = request.max_tokens
+        most, limit = request.max_tokens, "max_tokens"
     elif request.max_tokens not in (None, most):
         raise wrong(
             "max_tokens", request.max_tokens, f"max_completion_tokens, {most}, or none"
@@ -108,6 +110,7 @@ def prepare_chat(
         max_tokens=most,
         log_probs=log_probs,
         prompt_log_probs=request.prompt_logprobs,
+        limit=limit,
         grammar=grammar_of(request, served, tool_use=use, opened=opened),
     )
     return _prepared(
@@ -131,6 +134,8 @@ def prepare_completion(
     """Understands a completion; see `prepare_chat`."""
     served.check_model(request.model)
     check_stream(request)
+    if request.max_tokens == 0 and not request.echo:
+        raise wrong("max_tokens", 0, "at least 1, or echo to be true")
     prompts = []
     for place, prompt in enumerate(request.prompt):
         name = f"prompt[{place}]"
@@ -167,6 +172,7 @@ def prepare_completion(
         log_probs=request.logprobs,
         prompt_log_probs=request.prompt_logprobs,
         echo=bool(request.echo),
+        prompts_only=request.max_tokens == 0,
     )
 
 

@@ -9,12 +9,10 @@ from jaxspark.generation import Request, SamplingParams
 from jaxspark.generation.request import spread_seed
 from jaxspark.grammars import Grammar
 from jaxspark.serving.demands import Demand
-from jaxspark.serving.errors import ApiError, wrong
-from jaxspark.serving.fields import SamplingFields
+from jaxspark.serving.errors import REFUSED, ApiError, wrong
+from jaxspark.serving.fields import MOST_CHOICES, SamplingFields
 from jaxspark.serving.served import Served
 
-# Outputs of one request.
-MOST_CHOICES = 1024
 _MASK = 2**32 - 1
 
 
@@ -28,6 +26,7 @@ def demands(
     max_tokens: int | None,
     log_probs: int | None,
     prompt_log_probs: int | None,
+    limit: str = "max_tokens",
     grammar: Grammar | None = None,
 ) -> list[Demand]:
     """One demand for each of the `n` outputs of each prompt, in this order.
@@ -38,35 +37,39 @@ def demands(
       group: the request's id.
       prompts: their tokens.
       param: the field they come from, for errors.
-      max_tokens: most new ones; None takes the room that is left.
+      max_tokens: most new ones; None takes the room that is left. Where 0 are wanted
+        the engine still makes one.
       log_probs: the number of most likely tokens beside each; None for no
         log-probabilities.
       prompt_log_probs: the same for the prompt.
+      limit: the field that `max_tokens` comes from, for errors.
       grammar: what the answers obey.
 
     Raises:
       ApiError: what does not fit the model, or each other.
     """
-    allowed, bias = fields.allowed_token_ids, _bias(fields.logit_bias or {}, served)
-    served.check_tokens("allowed_token_ids", allowed or [])
-    min_tokens = _or(fields.min_tokens, 0)
+    allowed, bias = _allowed(fields, served), _bias(fields.logit_bias or {}, served)
+    ends = stop_ids(fields, served)
+    priority, min_tokens = _priority(fields, served), _or(fields.min_tokens, 0)
     count = fields.n or 1
+    if fields.best_of not in (None, 1, count):
+        raise wrong("best_of", fields.best_of, f"n, {count}; {REFUSED['best_of']}")
     if count * len(prompts) > MOST_CHOICES:
         raise wrong("n", count, f"at most {MOST_CHOICES} outputs of all prompts")
     found = []
     for place, ids in enumerate(prompts):
-        budget = _budget(len(ids), served, param, max_tokens)
+        budget = _budget(len(ids), served, param, max_tokens, limit)
         if min_tokens > budget:
-            raise wrong("min_tokens", min_tokens, f"at most max_tokens, {budget}")
+            raise wrong("min_tokens", min_tokens, f"at most {limit}, {budget}")
         for number in range(place * count, (place + 1) * count):
             params = SamplingParams(
-                max_new_tokens=budget,
+                max_new_tokens=max(budget, 1),
                 temperature=_or(fields.temperature, 1.0),
                 top_k=max(_or(fields.top_k, 0), 0),
                 top_p=_or(fields.top_p, 1.0),
                 min_p=_or(fields.min_p, 0.0),
                 seed=None if fields.seed is None else seed_of(fields.seed, number),
-                stop_ids=stop_ids(fields, served),
+                stop_ids=ends,
                 log_probs=log_probs is not None,
                 top_log_probs=log_probs or 0,
                 prompt_log_probs=prompt_log_probs,
@@ -84,7 +87,7 @@ def demands(
                     group=group,
                     choice=number,
                     request=Request(ids, params, name=f"{group}/{number}"),
-                    priority=_or(fields.priority, 0),
+                    priority=priority,
                     deadline_s=fields.timeout,
                     cache_salt=fields.cache_salt,
                 )
@@ -126,7 +129,35 @@ def _or[T](value: T | None, default: T) -> T:
     return default if value is None else value
 
 
-def _budget(prompt: int, served: Served, param: str, max_tokens: int | None) -> int:
+def _priority(fields: SamplingFields, served: Served) -> int:
+    if fields.priority is None:
+        return max(0, served.least_priority)
+    if fields.priority < served.least_priority:
+        raise wrong(
+            "priority",
+            fields.priority,
+            f"at least {served.least_priority}, this server's --min_priority",
+        )
+    return fields.priority
+
+
+def _allowed(fields: SamplingFields, served: Served) -> list[int] | None:
+    allowed = fields.allowed_token_ids
+    if allowed is None:
+        return None
+    if len(allowed) > served.vocab_size:
+        raise ApiError(
+            f"allowed_token_ids has {len(allowed)} ids; expected at most those of the "
+            f"vocabulary, {served.vocab_size}",
+            param="allowed_token_ids",
+        )
+    served.check_tokens("allowed_token_ids", allowed)
+    return allowed
+
+
+def _budget(
+    prompt: int, served: Served, param: str, max_tokens: int | None, limit: str
+) -> int:
     room = served.context - prompt
     if room < 1:
         raise ApiError(
@@ -144,14 +175,14 @@ def _budget(prompt: int, served: Served, param: str, max_tokens: int | None) -> 
         )
     if max_tokens is not None and max_tokens > room:
         raise ApiError(
-            f"max_tokens is {max_tokens}; behind the {prompt} tokens of {param} the "
-            f"model has room for {room}",
-            param="max_tokens",
+            f"{limit} is {max_tokens}; behind the {prompt} tokens of {param} the model "
+            f"has room for {room}",
+            param=limit,
             code="context_length_exceeded",
         )
     if served.most_output is not None:
         if max_tokens is not None and max_tokens > served.most_output:
-            raise wrong("max_tokens", max_tokens, f"at most {served.most_output}")
+            raise wrong(limit, max_tokens, f"at most {served.most_output}")
         room = min(room, served.most_output)
     return room if max_tokens is None else max_tokens
 

@@ -23,6 +23,8 @@ class Served:
       context: most tokens of prompt and output.
       most_prompt: most tokens of a prompt; None for what the context has room for.
       most_output: most new tokens, also where a client names no number; None likewise.
+      least_priority: lowest priority that clients may ask for; requests without one
+        have 0, or this if it is more.
       vocab_size: ids are below this.
       thinking: how it reasons; None leaves think blocks in answers.
       calls: how it calls tools; None refuses tools.
@@ -38,6 +40,7 @@ class Served:
     vocab_size: int
     most_prompt: int | None = None
     most_output: int | None = None
+    least_priority: int = 0
     thinking: ThinkFormat | None = None
     calls: CallFormat | None = None
     created: int = field(default_factory=lambda: int(time.time()))

@@ -35,14 +35,8 @@ def grammar_of(
     Raises:
       ApiError: it is said more than once, or llguidance cannot do it; says why.
     """
-    said = _formats(fields)
-    if tool_use is not None and tool_use.mode != "auto" and served.calls is not None:
-        tools = [
-            each
-            for each in tool_use.tools
-            if tool_use.name in (None, each["function"]["name"])
-        ]
-        calls = Calls(form=served.calls.name, tools=tools, parallel=tool_use.parallel)
+    said, calls = _formats(fields), _calls(tool_use, served)
+    if tool_use is not None and tool_use.mode != "auto":
         said.append(("tool_choice", Grammar(kind="calls", value=calls)))
     if not said:
         return None
@@ -52,14 +46,46 @@ def grammar_of(
             f"{said[0][0]} and {param} both say what an answer obeys; leave one out",
             param=param,
         )
+    if grammar.kind != "calls" and calls is not None:
+        grammar = _or_calls(grammar, calls, served, param)
     if opened is not None:
         grammar = replace(grammar, thinking=served.thinking, opened=opened)
     ends = stop_ids(fields, served)
     try:
         matcher_of(grammar, served.tokenizer, vocab=served.vocab_size, stop_ids=ends)
     except ValueError as error:
-        raise ApiError(f"{param}: {error}", param=param) from error
+        where = f"{param} with tools" if grammar.calls else param
+        raise ApiError(f"{where}: {error}", param=param) from error
     return grammar
+
+
+def _calls(tool_use: ToolUse | None, served: Served) -> Calls | None:
+    """The calls that there may be."""
+    if tool_use is None or served.calls is None:
+        return None
+    tools = [
+        each
+        for each in tool_use.tools
+        if tool_use.name in (None, each["function"]["name"])
+    ]
+    return Calls(form=served.calls.name, tools=tools, parallel=tool_use.parallel)
+
+
+def _or_calls(grammar: Grammar, calls: Calls, served: Served, param: str) -> Grammar:
+    """An answer or calls, as the model likes.
+
+    Raises:
+      ApiError: the one looks like the other.
+    """
+    if served.calls is None or not served.calls.bare:
+        return replace(grammar, calls=calls)
+    if grammar.kind == "structural_tag":
+        return grammar  # Its text is free, and may be calls.
+    raise ApiError(
+        f"{param} and tools are both given, and this model calls tools in JSON that "
+        'cannot be told from an answer; leave one out, or set tool_choice to "none"',
+        param=param,
+    )
 
 
 def _formats(fields: SamplingFields) -> list[tuple[str, Grammar]]:

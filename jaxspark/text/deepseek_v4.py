@@ -10,6 +10,7 @@ released checkpoints):
 - Without reasoning, `</think>` stands right behind ASSISTANT.
 - Reasoning of turns before the last user's is left out, and so are developers' messages
   there, unless the conversation has tools, whose use needs it all.
+- Arguments of a call that are no JSON are one parameter, `arguments`.
 - An effort is a text in front of everything.
 """
 
@@ -221,11 +222,8 @@ def _calls(calls: Sequence[Mapping[str, Any]], where: str) -> str:
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)
-            except ValueError as error:
-                raise ValueError(
-                    f"{where}: the arguments of call {place} are {arguments!r}, "
-                    f"expected a JSON object ({error})"
-                ) from error
+            except (ValueError, RecursionError):
+                arguments = {"arguments": arguments}
         if not isinstance(arguments, Mapping):
             raise ValueError(
                 f"{where}: the arguments of call {place} are {arguments!r}, expected a "

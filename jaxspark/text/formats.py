@@ -20,11 +20,13 @@ class CallFormat:
       name: of the form.
       program: reads an answer with calls.
       tokens: control tokens that it looks for.
+      bare: whether nothing but its keys tells a call from an answer in JSON.
     """
 
     name: str
     program: Program
     tokens: tuple[str, ...] = ()
+    bare: bool = False
 
 
 THINKING: Mapping[str, ThinkFormat] = MappingProxyType(
@@ -40,7 +42,9 @@ CALLS: Mapping[str, CallFormat] = MappingProxyType(
         "hermes": CallFormat(
             name="hermes", program=hermes, tokens=("<tool_call>", "</tool_call>")
         ),
-        "llama3": CallFormat(name="llama3", program=llama3, tokens=("<|python_tag|>",)),
+        "llama3": CallFormat(
+            name="llama3", program=llama3, tokens=("<|python_tag|>",), bare=True
+        ),
     }
 )
 

@@ -8,6 +8,7 @@ A chat template comes from the checkpoint, so it is untrusted: transformers rend
 in Jinja's sandbox, with plain data and a few harmless functions.
 """
 
+import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -93,6 +94,20 @@ class Tokenizer:
         return self.hf.chat_template
 
     @cached_property
+    def reserved(self) -> frozenset[str]:
+        """Names that cannot be variables of a template: arguments have them.
+
+        Whoever passes on variables of strangers has to refuse them: `chat_template` is
+        among them.
+        """
+        found = {"self", "conversations"}  # The latter is transformers' inside.
+        for function in (self.chat, self.hf.apply_chat_template):
+            for each in inspect.signature(function).parameters.values():
+                if each.kind is not each.VAR_KEYWORD:
+                    found.add(each.name)
+        return frozenset(found)
+
+    @cached_property
     def cleans_up(self) -> bool:
         """Whether decoding takes out spaces before punctuation, as BPE seldom does."""
         insists = (
@@ -165,7 +180,8 @@ class Tokenizer:
           tools: JSON schemas, or functions with type hints and docstrings; with tools,
             a template named "tool_use" is preferred.
           documents: objects with `title` and `text`, for templates that retrieve.
-          **variables: more variables of the template, e.g. `enable_thinking=False`.
+          **variables: more variables of the template, e.g. `enable_thinking=False`;
+            none has a `reserved` name.
 
         Raises:
           CheckpointError: no chat template, or one that fails on these messages.
@@ -194,8 +210,10 @@ class Tokenizer:
                 **variables,
             )
         except Exception as error:  # A template can fail in any way.
+            given = f" with {', '.join(sorted(variables))}" if variables else ""
             raise CheckpointError(
-                f"the chat template fails on these {len(messages)} messages: {error}"
+                f"the chat template fails on these {len(messages)} messages{given}: "
+                f"{error}"
             ) from error
         # The template writes its own beginning-of-text token.
         return self.encode(text, add_special_tokens=False)

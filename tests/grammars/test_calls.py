@@ -74,10 +74,12 @@ FORMS = {"hermes": hermes, "llama3": llama3, "deepseek_v4": dsml}
 
 
 def obeys(text, form, tools=TOOLS, parallel=True, tokenizer=None, **thinking):
+    calls = Calls(form=form, tools=tools, parallel=parallel)
+    return fits(text, Grammar(kind="calls", value=calls, **thinking), tokenizer)
+
+
+def fits(text, grammar, tokenizer=None):
     tokenizer = tokenizer or tiny.tokenizer()
-    grammar = Grammar(
-        kind="calls", value=Calls(form=form, tools=tools, parallel=parallel), **thinking
-    )
     matcher = matcher_of(grammar, tokenizer, vocab=300, stop_ids=(END,))
     try:
         matcher.advance(tokenizer.encode(text, add_special_tokens=False))
@@ -126,6 +128,35 @@ def test_what_is_no_such_call_does_not_obey(form):
     assert not obeys("It is sunny.", form) and not obeys("", form)
     assert not obeys(write("now", {})[:-1], form)
     assert not obeys(write("now", {}), form, tools=TOOLS[:1])
+
+
+@pytest.mark.parametrize(
+    "kind, value, right, wrong",
+    [
+        ("json_schema", {"const": {"n": 3}}, '{"n": 3}', '{"n": 4}'),
+        ("json_object", None, '{"a": [1]}', "[1]"),
+        ("regex", "[ab]{3}", "aba", "ab"),
+        ("choice", ("yes", "no"), "yes", "maybe"),
+        ("grammar", 'start: "x" DIGITS\nDIGITS: /[0-9]+/', "x7", "x"),
+    ],
+)
+@pytest.mark.parametrize("form", ["hermes", "deepseek_v4"])
+@pytest.mark.parametrize("marked", [False, True])
+def test_an_answer_may_be_calls_instead(form, kind, value, right, wrong, marked):
+    tokenizer = tiny.tokenizer()
+    if marked:
+        tokenizer.core.add_special_tokens([MARK, "<tool_call>", "</tool_call>"])
+    calls = Calls(form=form, tools=TOOLS)
+    call = FORMS[form]("weather", {"city": "x", "unit": "c"})
+    other = FORMS[form]("weather", {"city": "x", "unit": "k"})
+    thinking = {"thinking": ThinkFormat(), "opened": True}
+    for before, more in (("", {}), ("hm</think>\n\n", thinking)):
+        grammar = Grammar(kind=kind, value=value, calls=calls, **more)
+        for text in (right, call):
+            assert fits(before + text, grammar, tokenizer), text
+        for text in (wrong, other, right + call, call + right):
+            assert not fits(before + text, grammar, tokenizer), text
+    assert read(right, form) == ([], "", right, 0)
 
 
 def test_several_calls_are_made_where_they_may_be():

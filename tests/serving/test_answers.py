@@ -21,8 +21,20 @@ from jaxspark.serving import (
     prepare_chat,
     prepare_completion,
 )
+from jaxspark.text import Tokenizer
+from jaxspark.text.deepseek_v4 import encode_deepseek_v4
+from jaxspark.text.dsml import MARK
 from tests.checkpoints import tiny
-from tests.serving.wire import END, HI, WEATHER, run, sampled, served, whole
+from tests.serving.wire import (
+    END,
+    HI,
+    WEATHER,
+    added_up,
+    run,
+    sampled,
+    served,
+    whole,
+)
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
 OUTPUT = f"<think>\nRain?\n</think>\n\nLet me look.\n{CALL}"
@@ -177,6 +189,47 @@ def test_one_call_is_enough_where_calls_may_not_be_parallel():
     assert choice["finish_reason"] == "tool_calls"
 
 
+# As Qwen3 writes calls, whose arguments may be text.
+TEMPLATE = (
+    "{% for m in messages %}{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "{{ call.function.name }}({% if call.function.arguments is string %}"
+    "{{ call.function.arguments }}{% else %}{{ call.function.arguments | tojson }}"
+    "{% endif %}){% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "form, encoder, output, back",
+    [
+        (
+            "hermes",
+            {"chat_template": TEMPLATE},
+            CALL[: CALL.index("ln")],
+            'weather({"city": "Kö)',
+        ),
+        (
+            "deepseek_v4",
+            {"chat_encoder": encode_deepseek_v4},
+            f'<{MARK}tool_calls>\n<{MARK}invoke name="weather">\n'
+            f'<{MARK}parameter name="city" string="true">Kö',
+            f'<{MARK}invoke name="weather">\n<{MARK}parameter name="arguments" '
+            f'string="true">{{"city": "Kö</{MARK}parameter>',
+        ),
+    ],
+)
+def test_a_call_that_was_cut_off_can_be_sent_back(form, encoder, output, back):
+    tokenizer = Tokenizer(core=tiny.tokenizer().core, stop_ids=(END,), **encoder)
+    model = served(tokenizer, calls=form, context=10**5)
+    [choice] = answer(chat(model, tools=[WEATHER]), output)["choices"]
+    message = choice["message"]
+    [call] = message["tool_calls"]
+    assert choice["finish_reason"] == "length"
+    assert call["function"]["arguments"] == '{"city": "Kö'
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "Cut off."}
+    prepared = chat(model, tools=[WEATHER], messages=[*HI, message, result]).prepared
+    assert back in tokenizer.decode(prepared.demands[0].request.prompt)
+
+
 def test_calls_have_ids_of_their_own():
     assembler = chat(tools=[WEATHER], n=2)
     for choice in (0, 1):
@@ -261,6 +314,46 @@ def test_a_completion_may_echo_its_prompt():
     assert told["logprobs"]["text_offset"] == [0, 1, 2, 2, 3]
     texts = [json.loads(chunk.json_text())["choices"][0]["text"] for chunk in chunks]
     assert texts == ["hé", "!", "?", ""]
+
+
+def test_an_echo_has_control_tokens_where_they_are_wanted():
+    ids = [256, *ids_of("h"), 256]  # <s>
+    for skip, text, offsets in ((True, "h", [0, 1, 1]), (False, "<s>h<s>", [0, 3, 4])):
+        assembler = complete(
+            prompt=ids, echo=True, logprobs=0, skip_special_tokens=skip
+        )
+        prompt = [Sampled(token=ids[0]), *sampled(ids)[1:]]
+        assembler.push(Prefilled(choice=0, prompt=prompt))
+        run(assembler, sampled(ids_of("!")))
+        [told] = whole(assembler)["choices"]
+        assert told["text"] == text + "!"
+        assert told["logprobs"]["text_offset"] == [*offsets, len(text)]
+
+
+@pytest.mark.parametrize("reason", ["length", "stop"])
+def test_a_text_is_scored_without_a_new_token(reason):
+    """The engine makes one, which nobody hears of."""
+    assembler = complete(
+        prompt="hi", echo=True, logprobs=0, max_tokens=0, return_token_ids=True,
+        stream=True, stream_options={"include_usage": True},
+    )  # fmt: skip
+    [demand] = assembler.prepared.demands
+    assert demand.request.params.max_new_tokens == 1
+    ids = ids_of("hi")
+    prompt = [Sampled(token=ids[0]), *sampled(ids)[1:]]
+    chunks = assembler.push(Prefilled(choice=0, prompt=prompt))
+    chunks += assembler.push(Tokens(choice=0, tokens=sampled([END])))
+    chunks += assembler.push(Ended(choice=0, reason=reason))
+    told = whole(assembler)
+    [choice] = told["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("hi", "length")
+    assert choice["token_ids"] == [] and choice["logprobs"]["tokens"] == ["h", "i"]
+    assert choice["logprobs"]["token_logprobs"] == [None, -0.125]
+    assert told["usage"]["completion_tokens"] == 0
+    del told["object"]
+    assert added_up([chunk.json_text() for chunk in chunks]) == told
+    with pytest.raises(ApiError, match="max_tokens is 0; expected at least 1, or echo"):
+        complete(max_tokens=0)
 
 
 def test_prompts_count_once_however_many_outputs_they_have():

@@ -16,6 +16,7 @@ from jaxspark.serving import (
     prepare_chat,
     prepare_completion,
 )
+from jaxspark.serving.errors import REFUSED
 from jaxspark.serving.sampling import seed_of
 from jaxspark.serving.tokens import detokenize, models, tokenize
 from jaxspark.text.deepseek_v4 import encode_deepseek_v4
@@ -60,6 +61,7 @@ def test_a_plain_chat_is_one_demand():
 
 def test_every_field_reaches_the_engine_or_the_reader():
     prepared = chat(
+        served(calls="hermes", least_priority=-1),
         max_completion_tokens=7,
         min_tokens=2,
         temperature=0,
@@ -116,8 +118,70 @@ def test_every_field_reaches_the_engine_or_the_reader():
 
 
 def test_null_is_absent():
-    named = ("n", "stop", "seed", "tools", "logit_bias", "stream_options", "max_tokens")
-    assert chat(**dict.fromkeys(named)).demands == chat().demands
+    known = ("n", "stop", "seed", "tools", "logit_bias", "stream_options", "max_tokens")
+    for names in (known, REFUSED, ["nothing"]):
+        assert chat(**dict.fromkeys(names)).demands == chat().demands
+        assert complete(**dict.fromkeys(names)).demands == complete().demands
+    told = TokenizeRequest.read({"prompt": "a", **dict.fromkeys(REFUSED)})
+    assert told == TokenizeRequest.read({"prompt": "a"})
+
+
+def test_null_is_absent_inside_of_fields():
+    call = {"id": "a", "type": None, "index": None, "nothing": None}
+    call["function"] = {"name": "f", "arguments": "{}", "nothing": None}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    silent = dict.fromkeys(("audio", "function_call", "refusal", "annotations"))
+    request = ChatRequest.read(
+        {
+            "model": "tiny",
+            "messages": [message | silent],
+            "stream_options": {"include_obfuscation": None},
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "s", "schema": None, "strict": None},
+            },
+        }
+    )
+    [read] = request.messages
+    assert read.tool_calls[0].type == "function"
+    assert request.response_format.json_schema.schema_ == {}
+    with pytest.raises(ApiError, match="model: the field is missing"):
+        ChatRequest.read({"model": None, "messages": HI})
+
+
+def test_nulls_inside_of_values_stay():
+    schema = {"const": None}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    request = ChatRequest.read(
+        {
+            "model": "tiny",
+            "messages": HI,
+            "tools": [tool],
+            "structured_outputs": {"json": schema},
+            "chat_template_kwargs": {"x": None},
+        }
+    )
+    assert request.tools[0].function.parameters == schema
+    assert request.structured_outputs.json_ == schema
+    assert request.chat_template_kwargs == {"x": None}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"best_of": 1},
+        {"best_of": 2, "n": 2},
+        {"best_of": 1, "n": 2},
+        {"use_beam_search": False},
+        {"function_call": "auto"},
+        {"modalities": ["text"]},
+        {"verbosity": "medium"},
+        {"stream": True, "stream_options": {"include_obfuscation": False}},
+        {"stream": True, "stream_options": {"include_obfuscation": True}},
+    ],
+)
+def test_what_is_done_anyway_may_be_asked_for(fields):
+    assert chat(**fields).demands == chat(n=fields.get("n")).demands
 
 
 def test_several_outputs_have_seeds_of_their_own():
@@ -185,6 +249,17 @@ def test_formats_are_grammars(fields, grammar):
     [
         ({"temprature": 1}, "temprature", "no such field; did you mean temperature?"),
         ({"functions": []}, "functions", "no such field here; use tools"),
+        ({"suffix": "x"}, "suffix", "no such field here; text cannot be filled in"),
+        (
+            {"best_of": 2},
+            "best_of",
+            "is 2; expected n, 1; ask for n answers and choose",
+        ),
+        ({"best_of": 3, "n": 2}, "best_of", "is 3; expected n, 2; ask for n answers"),
+        ({"use_beam_search": True}, "use_beam_search", "got True; ask for n answers"),
+        ({"function_call": {"name": "f"}}, "function_call", "; use tool_choice"),
+        ({"modalities": ["audio"]}, "modalities[0]", "got 'audio'; only text can be"),
+        ({"verbosity": "low"}, "verbosity", "got 'low'; say in the prompt how long"),
         ({"temperature": 3.5}, "temperature", "less than or equal to 2, got 3.5"),
         ({"temperature": "1"}, "temperature", "valid number, got '1'"),
         ({"temperature": float("nan")}, "temperature", "finite number, got nan"),
@@ -195,7 +270,52 @@ def test_formats_are_grammars(fields, grammar):
         ({"top_logprobs": 21}, "top_logprobs", "less than or equal to 20, got 21"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "is 5; expected"),
         ({"max_tokens": 2000}, "max_tokens", "model has room for 977"),
-        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "is 9; expected at most"),
+        (
+            {"max_completion_tokens": 2000},
+            "max_completion_tokens",
+            "max_completion_tokens is 2000; behind the 23 tokens of messages the model "
+            "has room for 977",
+        ),
+        (
+            {"min_tokens": 9, "max_tokens": 8},
+            "min_tokens",
+            "is 9; expected at most max_tokens, 8",
+        ),
+        (
+            {"min_tokens": 9, "max_completion_tokens": 8},
+            "min_tokens",
+            "is 9; expected at most max_completion_tokens, 8",
+        ),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1, got 0"),
+        (
+            {"priority": -1},
+            "priority",
+            "is -1; expected at least 0, this server's --mi",
+        ),
+        ({"bad_words": ["a"] * 1025}, "bad_words", "at most 1024 items"),
+        ({"stop_token_ids": [1] * 1025}, "stop_token_ids", "at most 1024 items"),
+        (
+            {"allowed_token_ids": [1] * 301},
+            "allowed_token_ids",
+            "has 301 ids; expected",
+        ),
+        (
+            {"logit_bias": {str(i): 1 for i in range(1025)}},
+            "logit_bias",
+            "at most 1024 items",
+        ),
+        ({"tools": [WEATHER] * 1025}, "tools", "at most 1024 items"),
+        (
+            {
+                "response_format": {
+                    "type": "structural_tag",
+                    "structures": [{"begin": "<f>", "end": ""}] * 1025,
+                    "triggers": ["<"] * 1025,
+                }
+            },
+            "response_format.structures",
+            "at most 1024 items after validation, not 1025",
+        ),
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "boss"}]}, "messages[0].role", "'tool', got 'boss'"),
         (
@@ -300,11 +420,6 @@ def test_formats_are_grammars(fields, grammar):
             "leave one out",
         ),
         (
-            {"chat_template_kwargs": {"tools": []}},
-            "chat_template_kwargs",
-            "is 'tools'; expected a template's own",
-        ),
-        (
             {"add_generation_prompt": True, "continue_final_message": True},
             "continue_final_message",
             "begun or continued",
@@ -316,6 +431,64 @@ def test_what_cannot_be_is_refused_by_name(fields, param, words):
     status, named, message = refusal(chat, **fields)
     assert status == 400 and words in message
     assert named == param and (param in message or "surrogate" in message)
+
+
+def test_a_server_has_limits_of_its_own():
+    model = served(most_output=60, least_priority=3)
+    for limit in ("max_tokens", "max_completion_tokens"):
+        _, param, message = refusal(chat, model=model, **{limit: 61})
+        assert param == limit and message == f"{limit} is 61; expected at most 60"
+    _, param, message = refusal(chat, model=model, priority=2)
+    assert message.startswith("priority is 2; expected at least 3")
+    [demand] = chat(model, priority=4).demands
+    assert demand.priority == 4
+    # Nobody goes before others by saying nothing.
+    assert chat(model).demands[0].priority == 3
+    assert chat(served(least_priority=-3)).demands[0].priority == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("add_generation_prompt", "chat_template", "continue_final_message"),
+        *("conversation", "conversations", "documents", "max_length", "messages"),
+        *("padding", "return_assistant_tokens_mask", "return_dict", "return_tensors"),
+        *("sanitize_control_tokens", "self", "tokenize", "tokenizer_kwargs", "tools"),
+        "truncation",
+    ],
+)
+def test_variables_of_a_template_are_no_arguments_of_what_renders_it(name):
+    """A template that a client brings could render for ever."""
+    loops = (
+        "{% for _ in range(9**5) %}{% for _ in range(9**5) %}{% endfor %}{% endfor %}"
+    )
+    variables = {"chat_template_kwargs": {"greeting": "hi", name: loops}}
+
+    def count(**fields):
+        return tokenize(TokenizeRequest.read({"messages": HI} | fields), served())
+
+    for make in (chat, count):
+        status, param, message = refusal(make, **variables)
+        assert (status, param) == (400, "chat_template_kwargs")
+        assert f"has {name!r}, which clients cannot set" in message
+
+
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"names": 3}, "with names: 'int' object is not iterable"),
+        ({"raise_exception": 3, "strict": True}, "with raise_exception, strict: 'int'"),
+    ],
+)
+def test_a_template_that_fails_on_its_variables_names_them(variables, words):
+    template = (
+        "{% for name in names or [] %}{{ name }}{% endfor %}"
+        "{% if strict %}{{ raise_exception('strict') }}{% endif %}"
+    )
+    model = served(Tokenizer(core=tiny.tokenizer().core, chat_template=template))
+    status, _, message = refusal(chat, model=model, chat_template_kwargs=variables)
+    assert status == 400
+    assert f"the chat template fails on these 1 messages {words}" in message
 
 
 def test_a_model_that_is_not_here_is_not_found():
@@ -357,6 +530,7 @@ def test_bodies_that_are_none_are_errors(body):
         ([1, 300], "prompt[0] has the token 300"),
         ("", "prompt[0] is ''; expected a text"),
         ("x" * 1000, "prompt has 1000 tokens; the model has room for 1000"),
+        (["x"] * 1025, "at most 1024 items"),
     ],
 )
 def test_prompts_that_are_none_are_refused(prompt, words):
@@ -391,6 +565,41 @@ def test_tools_and_reasoning_reach_the_prompt():
     quiet = chat(model, reasoning_effort="none")
     assert not quiet.reading.opened
     assert chat(model, tools=[WEATHER], tool_choice="none").reading.calls is None
+
+
+@pytest.mark.parametrize("form", ["hermes", "deepseek_v4"])
+def test_an_answer_in_a_format_may_be_calls_instead(form):
+    model = served(calls=form)
+    fields = {"tools": [WEATHER], "response_format": {"type": "json_object"}}
+    [demand] = chat(model, **fields, parallel_tool_calls=False).demands
+    assert demand.request.params.grammar == Grammar(
+        kind="json_object", calls=Calls(form=form, tools=[WEATHER], parallel=False)
+    )
+    [demand] = chat(model, **fields, tool_choice="none").demands
+    assert demand.request.params.grammar == Grammar(kind="json_object")
+    parameters = {"properties": {"x": {"type": "strange"}}}
+    broken = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    _, param, message = refusal(chat, model=model, **fields | {"tools": [broken]})
+    assert param == "response_format" and "with tools: the grammar is not" in message
+
+
+def test_answers_that_look_like_calls_are_refused_beside_tools():
+    """Llama 3 writes both as bare JSON."""
+    model = served(calls="llama3")
+    for name, value in (
+        ("response_format", {"type": "json_object"}),
+        ("structured_outputs", {"regex": "a+"}),
+    ):
+        _, param, message = refusal(chat, model=model, tools=[WEATHER], **{name: value})
+        assert param == name and f"{name} and tools are both given" in message
+        assert chat(model, tools=[WEATHER], tool_choice="none", **{name: value})
+    tags = {
+        "type": "structural_tag",
+        "structures": [{"begin": "<f>", "schema": {}, "end": "</f>"}],
+        "triggers": ["<f"],
+    }
+    [demand] = chat(model, tools=[WEATHER], response_format=tags).demands
+    assert demand.request.params.grammar.calls is None
 
 
 def test_developers_speak_as_the_system():

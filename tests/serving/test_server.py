@@ -197,6 +197,19 @@ def test_a_completion_echoes_its_prompt_with_log_probs(server, client):
         assert 1 <= len(likely) <= 3 and likely[token] == log_prob
 
 
+def test_a_text_is_scored_without_a_new_token(client):
+    asked = {"model": "tiny", "prompt": "abcabc", "logprobs": 2, "echo": True}
+    scored = client.completions.create(**asked, max_tokens=0)
+    longer = client.completions.create(**asked, max_tokens=1)
+    assert scored.usage.completion_tokens == 0
+    [choice], [other] = scored.choices, longer.choices
+    assert (choice.text, choice.finish_reason) == ("abcabc", "length")
+    assert choice.logprobs.tokens == list("abcabc")
+    assert choice.logprobs.token_logprobs == other.logprobs.token_logprobs[:6]
+    *_, last = client.completions.create(**asked, max_tokens=0, stream=True)
+    assert (last.choices[0].text, last.choices[0].finish_reason) == ("", "length")
+
+
 def test_a_stop_string_cuts_everything_and_frees_the_slot(server, client, monkeypatch):
     server.slow(monkeypatch, 0.01)
     asked = {"model": "tiny", "prompt": "abcabc", "max_tokens": 60, "temperature": 0.8}
@@ -251,6 +264,11 @@ BAD = [
     ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", None),
     ({"top_logprobs": 2}, 400, "logprobs", None),
     ({"min_tokens": 5}, 400, "min_tokens", None),
+    ({"priority": -1}, 400, "priority", None),
+    *(
+        ({"chat_template_kwargs": {name: []}}, 400, "chat_template_kwargs", None)
+        for name in ("messages", "self", "chat_template")
+    ),
 ]
 
 
@@ -415,7 +433,7 @@ def test_the_page_loads_nothing_from_elsewhere(http):
 
 def test_logs_tell_figures_and_never_what_was_said(server, client, caplog):
     with caplog.at_level("INFO", "jaxspark.requests"):
-        client.chat.completions.create(**CHAT)
+        client.chat.completions.create(**CHAT, extra_body={"ignore_eos": True})
         deadline = time.monotonic() + 5
         while not caplog.records and time.monotonic() < deadline:
             time.sleep(0.01)

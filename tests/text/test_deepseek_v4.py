@@ -13,6 +13,7 @@ import pytest
 from jaxspark.checkpoints import CheckpointError, Tokenizer
 from jaxspark.checkpoints.tokenizer import load_tokenizer
 from jaxspark.text.deepseek_v4 import encode_deepseek_v4
+from jaxspark.text.dsml import MARK
 from tests.checkpoints import tiny
 from tests.text import folders
 from tests.text.test_parsers import parsed, said
@@ -73,13 +74,6 @@ def test_parts_of_text_are_paragraphs():
         (
             {
                 "role": "assistant",
-                "tool_calls": [{"function": {"name": "f", "arguments": "{"}}],
-            },
-            "arguments of call 0 are '{', expected a JSON object",
-        ),
-        (
-            {
-                "role": "assistant",
                 "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}],
             },
             "arguments of call 0 are .1., expected a JSON object",
@@ -89,6 +83,16 @@ def test_parts_of_text_are_paragraphs():
 def test_what_has_no_encoding_is_named(message, words):
     with pytest.raises(ValueError, match=words):
         encode_deepseek_v4([message])
+
+
+def test_arguments_that_broke_off_are_one_parameter():
+    """As the released encoder has it."""
+    call = {"function": {"name": "f", "arguments": '{"city": "Pa'}}
+    prompt = encode_deepseek_v4([*HI, {"role": "assistant", "tool_calls": [call]}])
+    assert (
+        f'<{MARK}invoke name="f">\n<{MARK}parameter name="arguments" string="true">'
+        f'{{"city": "Pa</{MARK}parameter>\n</{MARK}invoke>'
+    ) in prompt
 
 
 def test_options_that_make_no_sense_are_named():
