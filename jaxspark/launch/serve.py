@@ -13,6 +13,7 @@ import logging
 import signal
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -26,6 +27,9 @@ from jaxspark.launch.serve_options import (
 from jaxspark.parallel.messages import Receiver, Sender
 from jaxspark.parallel.processes import leave
 from jaxspark.pods.serving import PORT
+
+if TYPE_CHECKING:
+    from jaxspark.serving import Engine
 
 # Begins the keys of messages between the processes of a job.
 TOPIC = "serve"
@@ -82,7 +86,7 @@ def _lead(config: Config) -> int:
     status = serve(server, service.engine)
     if status and others is not None:
         leave(status)  # JAX would wait for the others.
-    return status
+    return _ended(service.engine, status)
 
 
 def _follow(config: Config) -> int:
@@ -94,8 +98,21 @@ def _follow(config: Config) -> int:
     # Process 0 finishes what it has, and tells all when to end.
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, asked)
-    make_service(config, on_failure=lambda: None).engine.follow(receiver)
-    return 0
+    engine = make_service(config, on_failure=lambda: None).engine
+    engine.follow(receiver)
+    return _ended(engine, 0)
+
+
+def _ended(engine: "Engine", status: int) -> int:
+    """The exit status. Ends the process if a thread compiles, which Python would join.
+
+    Nothing is lost: no request was taken on.
+    """
+    if not engine.compiled:
+        if jax.process_count() > 1:
+            jax.distributed.shutdown()  # Waits until all are told.
+        leave(status)
+    return status
 
 
 if __name__ == "__main__":

@@ -60,10 +60,10 @@ class Desk:
         """Whether nothing waits or runs."""
         return not len(self.line) and not self.running
 
-    def become(self, state: State) -> None:
-        """Enters a state; the last two are not left again."""
+    def become(self, state: State, *, after: State | None = None) -> None:
+        """Enters a state, from another if that is named; the last two are not left."""
         with self._changed:
-            if self.state not in ("stopped", "failed"):
+            if self.state not in ("stopped", "failed") and after in (None, self.state):
                 self.state = state
             self._changed.notify_all()
 

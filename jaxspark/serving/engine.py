@@ -43,7 +43,7 @@ from jaxspark.serving.demands import Demand
 from jaxspark.serving.desk import Desk, Turn
 from jaxspark.serving.errors import ApiError
 from jaxspark.serving.jobs import Job
-from jaxspark.serving.memory import apart
+from jaxspark.serving.memory import Apart
 from jaxspark.serving.observing import Observer, State, Stats, Tally
 from jaxspark.serving.pace import Pace, Pacer
 from jaxspark.serving.stream import Stream
@@ -185,6 +185,7 @@ class Engine:
         self._desk = Desk(queue, (self._tally, *observers))
         self._observers = observers
         self._others = others
+        self._compiled, self._stopping = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     def __enter__(self) -> Self:
@@ -200,21 +201,28 @@ class Engine:
         """What it is doing."""
         return self._desk.state
 
+    @property
+    def compiled(self) -> bool:
+        """Whether everything is: before, its thread may take minutes to end."""
+        return self._compiled.is_set()
+
     def start(self) -> None:
         """Starts the thread, which compiles everything and is then ready."""
         self._thread.start()
 
     def follow(self, receiver: Receiver) -> None:
-        """Does what process 0 tells, in the thread that calls, until that stops.
+        """Does what process 0 tells, until that stops.
+
+        If it stops before everything is compiled, this returns while a thread compiles.
 
         Raises:
           RuntimeError: process 0 is lost, or this one has decided otherwise.
         """
-        with self._devices():
-            self._warm_up()
-            with self._late:
-                while (message := receiver.receive()) != STOP:
-                    Command.decode(message, self._batch).apply(self._batch)
+        work = Apart(lambda: self._follow(receiver))
+        while work.is_alive() and not self.compiled:
+            if receiver.peek() == STOP:
+                return
+        work.result()
 
     def fail(self, why: str) -> None:
         """Ends everything with an error, even if the thread never comes back."""
@@ -271,10 +279,17 @@ class Engine:
         return self._desk.wait_for(lambda: self._desk.idle, timeout_s)
 
     def stop(self) -> None:
-        """Ends the thread after the call that is running, and what is left with it."""
+        """Ends the thread after the call that is running, and what is left with it.
+
+        While it compiles it is not waited for; it will do nothing else.
+        """
         self._desk.become("stopped")
-        if self._thread.is_alive() and self.state != "failed":
+        if self._thread.is_alive() and self.compiled and self.state != "failed":
             self._thread.join()
+        with self._stopping:
+            if self._others is not None and self.state != "failed":
+                self._others.send(STOP)
+                self._others = None
 
     def stats(self) -> Stats:
         """What it does, at a glance."""
@@ -338,8 +353,7 @@ class Engine:
         try:
             with self._devices():
                 self._warm_up()
-                if self.state == "starting":
-                    self._desk.become("ready")
+                self._desk.become("ready", after="starting")
                 with self._late:
                     while (turn := self._next_turn()) is not None:
                         for update in self._step(turn):
@@ -351,21 +365,27 @@ class Engine:
                 self.fail("the engine failed")
         else:
             self._desk.end_all("the server stopped before the end", status=503)
-            if self._others is not None and self.state != "failed":
-                self._others.send(STOP)
+
+    def _follow(self, receiver: Receiver) -> None:
+        with self._devices():
+            self._warm_up()
+            with self._late:
+                while (message := receiver.receive()) != STOP:
+                    Command.decode(message, self._batch).apply(self._batch)
 
     def _warm_up(self) -> None:
         def compile_all() -> None:
             with self._devices(), self._early:
                 warm_up(self._batch)
 
-        apart(compile_all)
+        Apart(compile_all).result()
         if self._retimes:
             with self._early:
                 retime(self._batch)
         if self.pages is not None:
             self.pages.forget()
         self._on_ready()
+        self._compiled.set()
         log.info("compiled %d programs; ready", self._early.count)
 
     @contextlib.contextmanager

@@ -17,18 +17,36 @@ from tests.checkpoints.tiny import target
 from tests.programs import ROOT, command
 
 
-def test_a_server_under_sigterm_finishes_what_it_has_and_ends_with_0(tmp_path):
-    save_target(tmp_path / "target", target())
-    (tmp_path / "keys").write_text("# for tests\none-key\n")
-    options = {"target": "target", "port": 0, "slots": 1, "context": 100}
-    process = subprocess.Popen(
-        command("serve", **options, api_key_file="keys", served_name="mine"),
-        cwd=tmp_path,
+def started(folder, **options):
+    """A server of the tiny target, as a process."""
+    save_target(folder / "target", target())
+    options |= {"target": "target", "port": 0, "slots": 1, "context": 100}
+    return subprocess.Popen(
+        command("serve", **options, served_name="mine"),
+        cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_still_compiles_ends_at_once(tmp_path, number):
+    process = started(tmp_path)
+    try:
+        assert process.stdout.readline().startswith("mine at http://")
+        process.send_signal(number)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        said = process.communicate()[0]
+    assert said == ""  # It would say what it has compiled.
+
+
+def test_a_server_under_sigterm_finishes_what_it_has_and_ends_with_0(tmp_path):
+    (tmp_path / "keys").write_text("# for tests\none-key\n")
+    process = started(tmp_path, api_key_file="keys")
     try:
         first = process.stdout.readline()
         assert first.startswith("mine at http://127.0.0.1:"), first

@@ -555,6 +555,26 @@ def test_programs_are_compiled_in_a_thread_that_ends(monkeypatch):
         assert thread is not made._thread and not thread.is_alive()
 
 
+def test_an_engine_that_still_compiles_is_stopped_at_once(monkeypatch):
+    compiling, compiled = threading.Event(), threading.Event()
+
+    def warm_up(batch):
+        compiling.set()
+        compiled.wait()
+
+    monkeypatch.setattr("jaxspark.serving.engine.warm_up", warm_up)
+    made = engine("ngram")
+    made.start()
+    compiling.wait()
+    made.drain()
+    assert made.wait_idle(0)
+    made.stop()
+    assert made._thread.is_alive() and not made.compiled
+    compiled.set()
+    made._thread.join(10)
+    assert not made._thread.is_alive() and made.state == "stopped"
+
+
 def test_an_engine_that_cannot_be_started_says_so(monkeypatch):
     def broken(batch):
         raise RuntimeError("no memory")
