@@ -273,6 +273,16 @@ def test_a_request_that_waits_too_long_fails_and_one_that_runs_too_long_is_cut(
         assert 0 < len(told) < 60 and end.reason == "cancelled"
 
 
+def test_a_prompt_that_is_read_too_long_fails(running, monkeypatch):
+    slowed(running, monkeypatch)
+    [prompt] = zoo.prompts([71])
+    late = running.submit(demand(Request(prompt, max_new_tokens=9), deadline_s=0.08))
+    told, end = tokens_of(list(late))
+    assert not told and (end.reason, end.status) == ("error", 504)
+    assert "for its first token, its timeout is 0.08 s" in end.error
+    assert running.wait_idle(5) and running._batch.idle
+
+
 def test_what_cannot_be_served_is_refused_by_name_and_harms_nobody(running, plain):
     good = request(0)
     for bad, match, param in (

@@ -1,5 +1,7 @@
 """The engine's caches: prefixes are shared, pages run out, and nobody is told wrong."""
 
+import time
+
 import jax
 import pytest
 
@@ -77,6 +79,17 @@ def running():
         assert made.stats().pages_used == 0 and not made.pages.leaks()
 
 
+def slowed(made, monkeypatch, seconds=0.05):
+    """Makes every turn take a while."""
+    step = made._batch.step
+
+    def slow(*args, **kwargs):
+        time.sleep(seconds)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(made._batch, "step", slow)
+
+
 def scraped(made, name):
     lines = made.metrics.text().decode().split("\n")
     [line] = [line for line in lines if line.startswith(name + "{")]
@@ -124,6 +137,18 @@ def test_pages_that_run_out_change_no_token():
         assert made.stats().preempted > 0
         assert made.stats().late_compilations == 0
         assert not made.pages.leaks()
+
+
+def test_an_output_that_waits_too_long_for_pages_fails(monkeypatch):
+    with engine("ngram", cache_pages=4) as made:
+        slowed(made, monkeypatch)
+        first = made.submit(Demand(group="g", choice=0, request=request(0)))
+        asked = Request(list(range(40)) * 7, max_new_tokens=NEW)
+        late = made.submit(Demand(group="g", choice=0, request=asked, deadline_s=0.5))
+        [end] = late
+        assert (end.reason, end.status) == ("error", 504)
+        assert read(first)[1] == plain(request(0))
+        assert made.wait_idle(10) and not made.pages.leaks()
 
 
 @pytest.mark.long
