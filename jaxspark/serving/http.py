@@ -25,6 +25,8 @@ from jaxspark.serving.waiting import Overloaded
 
 log = logging.getLogger("jaxspark.requests")
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
+# Asked every few seconds.
+_QUIET = ("/health", "/ping", "/ready", "/metrics", "/stats")
 # A client that left gets no answer; nginx's number for it, in logs.
 CLIENT_GONE = 499
 
@@ -177,7 +179,7 @@ class Logged:
                 "seconds": round(time.monotonic() - begun, 4),
                 **values,
             }
-            quiet = scope["path"] in ("/health", "/ready", "/metrics", "/stats")
+            quiet = scope["path"] in _QUIET
             log.log(logging.DEBUG if quiet else logging.INFO, json.dumps(line))
             if self.tracing is not None and span is not None:
                 self.tracing.end(span, line)

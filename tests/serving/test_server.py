@@ -11,8 +11,11 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from starlette.testclient import TestClient
 
 from jaxspark.generation import SamplingParams, generate
+from jaxspark.serving.app import make_app
+from jaxspark.serving.app_options import AppOptions
 from jaxspark.serving.sampling import seed_of
 from tests.serving.hosting import KEY, hosted
 
@@ -305,6 +308,15 @@ def test_a_body_that_never_comes_is_given_up(server):
         assert b" 408 " in connection.recv(200).split(b"\r\n")[0]
 
 
+def test_a_prompt_that_is_not_read_in_time_is_a_504(server, http, monkeypatch):
+    server.slow(monkeypatch)
+    body = {"model": "tiny", "prompt": "ab" * 40, "max_tokens": 9, "timeout": 0.05}
+    response = http.post("/v1/completions", json=body)
+    assert response.status_code == 504
+    error = response.json()["error"]
+    assert error["type"] == "server_error" and "timeout is 0.05 s" in error["message"]
+
+
 def raw(server, body=b"", length=None):
     """A connection on which a request was sent."""
     host, port = server.url.removeprefix("http://").split(":")
@@ -407,10 +419,44 @@ def test_the_page_loads_nothing_from_elsewhere(http):
     response = http.get("/", headers={"Authorization": ""})
     assert response.headers["Content-Security-Policy"].startswith("default-src 'none'")
     assert "jaxspark" in response.text and not re.search("https?://", response.text)
-    assert (
-        "access-control-allow-origin"
-        not in http.get("/stats", headers={"Origin": "https://example.com"}).headers
-    )
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ping", "/ready"])
+def test_those_who_only_look_whether_a_server_is_there_send_head(http, path):
+    got, head = http.get(path), http.head(path)
+    assert head.status_code == got.status_code == 200 and head.content == b""
+    assert head.headers["Content-Length"] == got.headers["Content-Length"]
+    assert http.get("/ping").json() == http.get("/health").json()
+
+
+# What OpenAI's client for JavaScript sends beside what everybody does.
+PREFLIGHT = {
+    "Origin": "https://example.com",
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
+}
+
+
+def test_foreign_pages_may_not_ask_by_default(http):
+    answer = http.options("/v1/chat/completions", headers=PREFLIGHT)
+    assert answer.status_code == 405
+    for response in (answer, http.get("/stats", headers=PREFLIGHT)):
+        assert "access-control-allow-origin" not in response.headers
+
+
+def test_pages_that_may_ask_may_use_openais_client(server):
+    app = make_app(server.engine, None, AppOptions(cors_origins=(PREFLIGHT["Origin"],)))
+    with TestClient(app) as http:
+        answer = http.options("/v1/chat/completions", headers=PREFLIGHT)
+        assert answer.status_code == 200
+        allowed = answer.headers["access-control-allow-headers"]
+        assert "x-stainless-os" in allowed and "authorization" in allowed
+        told = http.get("/stats", headers=PREFLIGHT).headers
+        assert told["access-control-allow-origin"] == PREFLIGHT["Origin"]
+        exposed = told["access-control-expose-headers"]
+        assert exposed == "X-Request-Id, Retry-After"
+        elsewhere = PREFLIGHT | {"Origin": "https://other.example.com"}
+        assert http.options("/stats", headers=elsewhere).status_code == 400
 
 
 def test_logs_tell_figures_and_never_what_was_said(server, client, caplog):
