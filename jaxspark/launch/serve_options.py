@@ -1,6 +1,7 @@
 """What servers have in common, whoever answers HTTP: the options, and their parts."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,15 +15,19 @@ from jaxspark import load_drafter
 from jaxspark.calibration.schedules import chosen_options
 from jaxspark.configuration import option
 from jaxspark.decoding.couplings import COUPLINGS, Coupling
+from jaxspark.decoding.options import check_block_length
+from jaxspark.drafters import Drafter
 from jaxspark.launch import common
 from jaxspark.parallel.messages import Sender
 from jaxspark.pods.serving import DRAIN_S
+from jaxspark.target import Target
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from jaxspark.serving import Engine
 
+log = logging.getLogger(__name__)
 KEYS = "JAXSPARK_API_KEYS"
 
 
@@ -36,7 +41,7 @@ class ServeOptions(common.TargetOptions, common.DraftOptions, common.ScheduleOpt
     slots: int = option("Outputs decoded at once.", 8, at_least=1)
     context: int | None = option(
         "Most tokens of a prompt and its output; by default what the target was made "
-        "for, but not more than 2048.",
+        "for, but not more than 2048 or what --cache_pages hold.",
         None,
         at_least=2,
     )
@@ -80,7 +85,8 @@ class ServeOptions(common.TargetOptions, common.DraftOptions, common.ScheduleOpt
     cache_pages: int | None = option(
         "Memory for all outputs and shared prefixes, in pages of 128 tokens; when it "
         "runs out, the youngest outputs wait and go on later. Shards of slots have "
-        "equally many. By default as many as all slots can fill.",
+        "equally many, at least as many as one output can fill. By default as many as "
+        "all slots can.",
         None,
         at_least=1,
     )
@@ -182,8 +188,7 @@ def make_service(
     )
     target, _ = config.load()
     drafter = load_drafter(config.draft, target)
-    most = target.model.config.max_position_embeddings
-    context = min(most, 2048) if config.context is None else config.context
+    context = _context(config, target, drafter)
     options, _ = chosen_options(
         config.schedule,
         config.costs,
@@ -231,6 +236,22 @@ def make_service(
     tracing = Tracing.of_environment(os.environ, served.name)
     app = make_app(engine, served, app_options, metrics, tracing)
     return Service(served.name, engine, app)
+
+
+def _context(config: ServeOptions, target: Target, drafter: Drafter) -> int:
+    """Most tokens of a prompt and its output; by default no more than pages hold."""
+    from jaxspark.serving.cache_memory import most_context
+
+    if config.context is not None:
+        return config.context
+    context = min(target.model.config.max_position_embeddings, 2048)
+    if config.cache_pages is None:
+        return context
+    block = check_block_length(drafter, config.block_length)
+    held = max(2, most_context(config.cache_pages, block))
+    if held < context:
+        log.info("the context is %d: --cache_pages hold no more", held)
+    return min(context, held)
 
 
 def check_packages() -> None:

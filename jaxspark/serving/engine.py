@@ -32,11 +32,10 @@ from jaxspark.generation.request import (
     RequestError,
     check,
 )
-from jaxspark.generation.slot_pages import SlotPages
-from jaxspark.models.pages import pages_for
-from jaxspark.parallel.mesh import mesh_in_use, slot_shards, slots_per_shard
+from jaxspark.parallel.mesh import mesh_in_use, slots_per_shard
 from jaxspark.parallel.messages import Receiver, Sender
 from jaxspark.serving.buckets import with_buckets, with_guessed_costs
+from jaxspark.serving.cache_memory import check_context, slot_pages
 from jaxspark.serving.commands import STOP, Command
 from jaxspark.serving.compilations import Compilations
 from jaxspark.serving.demands import Demand
@@ -118,8 +117,9 @@ class Engine:
           prompt_log_probs: whether they may ask for those of prompts.
           prefix_cache: whether prompts that begin alike share cache rows.
           cache_pages: pages of 128 positions for all outputs and shared prefixes, which
-            shards of slots have equally many of; when they run out, the youngest
-            outputs wait. None has as many as all slots can fill.
+            shards of slots have equally many of; one output of the whole context fits
+            those of a shard. When they run out, the youngest outputs wait. None has as
+            many as all slots can fill.
           grammars: whether they may have grammars; costs programs to compile.
           queue: what may wait.
           pace: rounds per call.
@@ -146,8 +146,15 @@ class Engine:
         self._retimes = options.schedule.needs_costs
         options = with_guessed_costs(options, drafter, own)
         capacity = round_capacity(context + block)
-        self.pages = _slot_pages(
-            drafter, slots, capacity, chunk, prefix_cache, cache_pages
+        if cache_pages is not None:
+            check_context(context, block, cache_pages)
+        self.pages = slot_pages(
+            drafter,
+            slots=slots,
+            capacity=capacity,
+            chunk=chunk,
+            prefix_cache=prefix_cache,
+            cache_pages=cache_pages,
         )
         self._batch = ContinuousBatch(
             target,
@@ -440,37 +447,3 @@ class Engine:
         if batch.estimator is not None and begun - self._looked >= _LOOK_S:
             self._estimate, self._looked = Estimate.of(batch.estimator), begun
         return updates
-
-
-def _slot_pages(
-    drafter: Drafter,
-    slots: int,
-    capacity: int,
-    chunk: int,
-    prefix_cache: bool,
-    cache_pages: int | None,
-) -> SlotPages | None:
-    """Who hands out pages; None where every slot has rows of its own.
-
-    Raises:
-      ValueError: pages that shards cannot have equally many of.
-    """
-    if not prefix_cache and cache_pages is None:
-        return None
-    if cache_pages is None:
-        cache_pages = slots * pages_for(capacity)
-    shards = slot_shards()
-    if cache_pages % shards:
-        raise ValueError(
-            f"cache_pages is {cache_pages}; the mesh has {shards} shards of slots, "
-            "which have equally many"
-        )
-    return SlotPages(
-        slots=slots,
-        capacity=capacity,
-        pages=cache_pages // shards + 1,  # page 0 is nobody's
-        chunk=chunk,
-        shards=shards,
-        lookahead=drafter.lookahead,
-        prefix_cache=prefix_cache,
-    )

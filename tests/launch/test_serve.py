@@ -9,10 +9,12 @@ import time
 
 import httpx
 import pytest
+from starlette.testclient import TestClient
 
 from jaxspark.checkpoints import save_target
 from jaxspark.launch import ray_serve, serve
 from jaxspark.launch.serve import Config
+from jaxspark.launch.serve_options import make_service
 from tests.checkpoints.tiny import target
 from tests.programs import ROOT, command
 
@@ -97,6 +99,22 @@ def test_a_server_under_sigterm_finishes_what_it_has_and_ends_with_0(tmp_path):
             assert answer.text.count('"finish_reason":"length"') == 6
             assert answer.text.endswith("data: [DONE]\n\n")
     assert said.count('"completion_tokens": 540') == 3, said
+
+
+def test_few_pages_make_a_small_context(tmp_path, caplog):
+    save_target(tmp_path / "target", target())
+    values = {"target": str(tmp_path / "target"), "slots": 2, "cache_pages": 1}
+    with caplog.at_level("INFO", "jaxspark"):
+        service = make_service(Config(**values), on_failure=lambda: None)
+    assert service.engine.context == 128 - service.engine.options.block
+    assert f"the context is {service.engine.context}: --cache_pages" in caplog.text
+    with TestClient(service.app) as http:
+        asked = {"model": service.name, "prompt": "ab"}
+        answer = http.post("/v1/completions", json=asked)
+        # All that it lacks is an engine that was started.
+        assert answer.status_code == 503 and "starting" in answer.text
+    with pytest.raises(ValueError, match="cache_pages is 1, .* or a smaller context"):
+        make_service(Config(**values, context=128), on_failure=lambda: None)
 
 
 def test_flags_that_cannot_be_are_refused(tmp_path, monkeypatch):

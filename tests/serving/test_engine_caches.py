@@ -9,7 +9,7 @@ from jaxspark.decoding import DecodeOptions
 from jaxspark.exactness.tiny_models import tiny_models
 from jaxspark.generation import Request, generate
 from jaxspark.parallel.mesh import make_mesh
-from jaxspark.serving import ApiError, Demand, Ended, Engine, Pace, Prefilled, Tokens
+from jaxspark.serving import Demand, Ended, Engine, Pace, Prefilled, Tokens
 from jaxspark.serving.metrics import Metrics
 from jaxspark.target import Target
 from tests import zoo
@@ -167,13 +167,10 @@ def test_snapshots_of_rings_are_compiled_before_anybody_comes():
         assert made.stats().late_compilations == 0
 
 
-def test_a_request_that_no_cache_could_hold_is_refused_when_it_comes():
-    made = engine(cache_pages=2)
-    with pytest.raises(
-        ApiError, match="needs 3 pages of 128.*the caches have 2 in all"
-    ) as error:
-        made.submit(Demand(group="g", choice=0, request=request(1)))
-    assert error.value.param == "prompt"
+def test_pages_that_do_not_hold_the_context_are_refused():
+    with pytest.raises(ValueError, match="hold outputs of 381 tokens.*420 takes 4 pag"):
+        engine(cache_pages=3)
+    assert engine(cache_pages=3, context=381).context == 381
 
 
 def test_without_a_prefix_cache_slots_have_rows_of_their_own():
@@ -188,6 +185,8 @@ def test_prefixes_are_cached_on_a_mesh_and_everything_is_compiled_before():
     with jax.set_mesh(make_mesh("data:2", jax.devices()[:2])):
         with pytest.raises(ValueError, match="cache_pages is 9; the mesh has 2 shards"):
             engine("ngram", slots=4, cache_pages=9)
+        with pytest.raises(ValueError, match="420 takes 8 pages"):
+            engine("ngram", slots=4, cache_pages=6)
         made = engine("ngram", slots=4, cache_pages=10)
     with made:
         asked = [request(i) for i in (1, 2, 3)]
