@@ -9,9 +9,7 @@ Any client of OpenAI's works with the base URL http://127.0.0.1:8000/v1. Needs m
 packages than the library: pip install 'jaxspark[serve]'.
 """
 
-import logging
 import signal
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +21,7 @@ from jaxspark.launch.serve_options import (
     ServeOptions,
     check_packages,
     make_service,
+    show_logs,
 )
 from jaxspark.parallel.messages import Receiver, Sender
 from jaxspark.parallel.processes import leave
@@ -49,8 +48,7 @@ def main(config: Config) -> int:
     Of several processes, the first serves, and the others do what it tells them.
     """
     check_packages()
-    logging.basicConfig(stream=sys.stdout, format="%(message)s")
-    logging.getLogger("jaxspark").setLevel(logging.INFO)
+    show_logs()
     return _follow(config) if jax.process_index() else _lead(config)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from jaxspark.serving import Engine
+    from jaxspark.serving.app_options import AppOptions
 
 log = logging.getLogger(__name__)
 KEYS = "JAXSPARK_API_KEYS"
@@ -130,6 +132,21 @@ class ServeOptions(common.TargetOptions, common.DraftOptions, common.ScheduleOpt
         at_least=0,
     )
 
+    def app_options(self) -> "AppOptions":
+        """What clients may do, with the keys that this process finds.
+
+        Raises:
+          ValueError: keys that are none.
+        """
+        from jaxspark.serving.app_options import AppOptions
+
+        return AppOptions(
+            api_keys=self.keys(),
+            most_body_bytes=self.max_body_bytes,
+            body_seconds=self.body_seconds,
+            cors_origins=self.cors_origins,
+        )
+
     def keys(self) -> tuple[str, ...]:
         """The API keys."""
         keys = os.environ.get(KEYS, "").split(",")
@@ -162,6 +179,7 @@ def make_service(
     *,
     on_failure: Callable[[], None],
     others: Sender | None = None,
+    app_options: "AppOptions | None" = None,
 ) -> Service:
     """Loads the models and makes an engine and its application.
 
@@ -169,23 +187,19 @@ def make_service(
       config: what is served.
       on_failure: called if the engine fails.
       others: the other processes of this one's job, if there are any and it leads.
+      app_options: what clients may do; None takes the configuration's.
 
     Raises:
       ValueError: what cannot be served, or a package is missing.
     """
     check_packages()
     from jaxspark.serving import Engine, Pace, QueueLimits, Served
-    from jaxspark.serving.app import AppOptions, make_app
+    from jaxspark.serving.app import make_app
     from jaxspark.serving.memory import keep_everything
     from jaxspark.serving.metrics import Metrics
     from jaxspark.serving.tracing import Tracing
 
-    app_options = AppOptions(
-        api_keys=config.keys(),
-        most_body_bytes=config.max_body_bytes,
-        body_seconds=config.body_seconds,
-        cors_origins=config.cors_origins,
-    )
+    app_options = config.app_options() if app_options is None else app_options
     target, _ = config.load()
     drafter = load_drafter(config.draft, target)
     context = _context(config, target, drafter)
@@ -252,6 +266,12 @@ def _context(config: ServeOptions, target: Target, drafter: Drafter) -> int:
     if held < context:
         log.info("the context is %d: --cache_pages hold no more", held)
     return min(context, held)
+
+
+def show_logs() -> None:
+    """Shows what is logged on standard output."""
+    logging.basicConfig(stream=sys.stdout, format="%(message)s")
+    logging.getLogger("jaxspark").setLevel(logging.INFO)
 
 
 def check_packages() -> None:

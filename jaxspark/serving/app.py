@@ -35,6 +35,7 @@ from jaxspark.serving.http import (
     add_error_handlers,
     body_of,
     check_key,
+    cors,
     note,
 )
 from jaxspark.serving.metrics import CONTENT_TYPE, Metrics
@@ -92,14 +93,7 @@ def make_app(
         ],
     )
     if options.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=options.cors_origins,
-            allow_methods=["GET", "POST"],
-            # Clients add some of their own; no page gets at cookies by that.
-            allow_headers=["*"],
-            expose_headers=["X-Request-Id", "Retry-After"],
-        )
+        app.add_middleware(CORSMiddleware, **cors(options))
     app.add_middleware(Logged, tracing=tracing)
     return app
 

@@ -1,5 +1,8 @@
 """`jaxspark serve` as a process: from its start to its end."""
 
+import asyncio
+import json
+import logging
 import os
 import signal
 import subprocess
@@ -15,6 +18,8 @@ from jaxspark.checkpoints import save_target
 from jaxspark.launch import ray_serve, serve
 from jaxspark.launch.serve import Config
 from jaxspark.launch.serve_options import make_service
+from jaxspark.serving.app_options import AppOptions
+from jaxspark.serving.relay import Asked
 from tests.checkpoints.tiny import target
 from tests.programs import ROOT, command
 
@@ -115,6 +120,25 @@ def test_few_pages_make_a_small_context(tmp_path, caplog):
         assert answer.status_code == 503 and "starting" in answer.text
     with pytest.raises(ValueError, match="cache_pages is 1, .* or a smaller context"):
         make_service(Config(**values, context=128), on_failure=lambda: None)
+
+
+def test_a_replica_logs_requests_and_has_the_keys_it_was_given(tmp_path, caplog):
+    """Its own process may have none in its environment, and shows no logs by itself."""
+    save_target(tmp_path / "target", target())
+    values = {"slots": 1, "context": 100, "grammars": False, "prefill_chunk": 16}
+    config = ray_serve.Config(target=str(tmp_path / "target"), **values)
+    logging.getLogger("jaxspark").setLevel(logging.NOTSET)
+    replica = ray_serve.Replica(config, AppOptions(api_keys=("a-key",)))
+    asked = Asked({"type": "http", "method": "GET", "path": "/v1/models"}, b"")
+    asked.scope.update(headers=[], query_string=b"", http_version="1.1")
+
+    async def answer():
+        return [message async for message in replica.answer(asked)]
+
+    start, *_ = asyncio.run(answer())
+    replica.check_health()
+    assert start["status"] == 401
+    assert json.loads(caplog.records[-1].message)["status"] == 401
 
 
 def test_flags_that_cannot_be_are_refused(tmp_path, monkeypatch):
