@@ -89,6 +89,8 @@ class Desk:
                     retry_after_s=5.0,
                 )
             self.line.push(jobs, retry_after_s=retry_after_s)
+            for each in self._observers:
+                each.taken_on(jobs)
             self._changed.notify_all()
 
     def cancel(

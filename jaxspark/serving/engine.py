@@ -301,11 +301,15 @@ class Engine:
     def stats(self) -> Stats:
         """What it does, at a glance."""
         desk = self._desk
+        admitted = len(desk.running)
+        # Before it is ready, what waits there is nobody's.
+        deferred = min(self._batch.waiting, admitted)
         return Stats(
             state=desk.state,
             slots=self._batch.slots,
-            running=len(desk.running),
-            waiting=len(desk.line),
+            running=admitted - deferred,
+            waiting=len(desk.line) + deferred,
+            deferred=deferred,
             waiting_tokens=desk.line.tokens,
             preempted=self._batch.preemptions,
             **self._page_figures(),
@@ -428,7 +432,7 @@ class Engine:
         batch = self._batch
         reading = bool(turn.arriving or batch.unread)
         begun = time.monotonic()
-        before = batch.preemptions
+        preempted, read = batch.preemptions, batch.tokens_read
         command = Command(
             arriving=[(job.request, job.demand.cache_salt) for job in turn.arriving],
             unwanted=[job.request.index for job in turn.unwanted],
@@ -438,11 +442,13 @@ class Engine:
         if self._others is not None:
             self._others.send(command.encode())
         updates = command.apply(batch)
-        if batch.preemptions > before:
-            for each in self._observers:
-                each.preempted(batch.preemptions - before)
+        rounds = max((each.counts.rounds for each in updates), default=0)
+        tokens = batch.tokens_read - read + sum(len(each.tokens) for each in updates)
+        for each in self._observers:
+            each.called(tokens, rounds)
+            if batch.preemptions > preempted:
+                each.preempted(batch.preemptions - preempted)
         if not reading:
-            rounds = max((each.counts.rounds for each in updates), default=0)
             self._pacer.note(rounds, time.monotonic() - begun)
         if batch.estimator is not None and begun - self._looked >= _LOOK_S:
             self._estimate, self._looked = Estimate.of(batch.estimator), begun

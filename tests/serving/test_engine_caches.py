@@ -140,11 +140,19 @@ def test_pages_that_run_out_change_no_token():
 
 
 def test_an_output_that_waits_too_long_for_pages_fails(monkeypatch):
-    with engine("ngram", cache_pages=4) as made:
+    metrics = Metrics("m")
+    with engine("ngram", cache_pages=4, observers=[metrics]) as made:
+        metrics.watch(made)
         slowed(made, monkeypatch)
         first = made.submit(Demand(group="g", choice=0, request=request(0)))
         asked = Request(list(range(40)) * 7, max_new_tokens=NEW)
         late = made.submit(Demand(group="g", choice=0, request=asked, deadline_s=0.5))
+        while (seen := made.stats()).running != 1 or not seen.deferred:
+            assert not late.ended
+        assert (seen.waiting, seen.waiting_tokens) == (1, 0)
+        text = metrics.text().decode()
+        for reason, count in (("capacity", 0), ("deferred", 1)):
+            assert f'model_name="m",reason="{reason}"}} {count}.0' in text
         [end] = late
         assert (end.reason, end.status) == ("error", 504)
         assert read(first)[1] == plain(request(0))

@@ -415,6 +415,91 @@ def test_operators_see_states_and_metrics_under_known_names(server, http, client
     assert stats["tokens_per_second"] > 0 and stats["accepted_length"] >= 1
 
 
+def scraped(http):
+    """Values by metric and labels."""
+    lines = http.get("/metrics").text.splitlines()
+    found = {}
+    for name, value in (line.rsplit(" ", 1) for line in lines if line[:1] != "#"):
+        own = re.sub('(engine="0"|model_name="tiny"),?', "", name)
+        found[own.replace(",}", "}")] = float(value)
+    return found
+
+
+def test_metrics_tell_why_outputs_ended(server, http, monkeypatch):
+    assert server.engine.wait_idle(10)
+    server.slow(monkeypatch)
+    before = scraped(http)
+    body = {"model": "tiny", "prompt": "abcabc", "ignore_eos": True}
+    ends = {
+        "stop": {"logit_bias": {"98": 100}, "stop_token_ids": [98], "max_tokens": 9},
+        "length": {"max_tokens": 9},
+        # One was told something when its time was over, the other was not.
+        "abort": {"max_tokens": 60, "timeout": 0.3},
+        "error": {"prompt": "ab" * 40, "max_tokens": 9, "timeout": 0.05},
+    }
+    for changes in ends.values():
+        http.post("/v1/completions", json=body | changes)
+    assert server.engine.wait_idle(10)
+    after = scraped(http)
+    for reason in ends:
+        name = f'vllm:request_success_total{{finished_reason="{reason}"}}'
+        assert after[name] - before.get(name, 0) == 1, reason
+
+
+def test_metrics_tell_who_runs_and_waits_and_who_was_turned_away(
+    server, http, client, monkeypatch
+):
+    assert server.engine.wait_idle(10)
+    server.slow(monkeypatch)
+    before = scraped(http)
+    asked = {**CHAT, "max_tokens": 50, "stream": True}
+    streams = [client.chat.completions.create(**asked, n=3)]
+    while server.engine.stats().running < 3:
+        time.sleep(0.01)
+    streams.append(client.chat.completions.create(**asked, n=8))
+    with pytest.raises(openai.InternalServerError):
+        client.chat.completions.create(**asked)
+    held = scraped(http)
+    for stream in streams:
+        stream.close()
+    assert server.engine.wait_idle(10)
+    waiting = "vllm:num_requests_waiting"
+    for name, count in (
+        ("vllm:num_requests_running{}", 3),
+        (waiting + "{}", 8),
+        (waiting + '_by_reason{reason="capacity"}', 8),
+        (waiting + '_by_reason{reason="deferred"}', 0),
+    ):
+        assert held[name] == count and scraped(http)[name] == 0, name
+    # Those that were turned away have not asked for anything.
+    for name, more in (
+        ('vllm:admission_rejections_total{reason="queue_full"}', 1),
+        ("vllm:request_params_n_count{}", 2),
+        ("vllm:request_params_n_sum{}", 11),
+    ):
+        assert held[name] - before.get(name, 0) == more, name
+
+
+def test_metrics_tell_what_calls_did(server, http):
+    assert server.engine.wait_idle(10)
+    before = scraped(http)
+    body = {"model": "tiny", "prompt": ["abcabc", "abab"], "max_tokens": 20}
+    answer = http.post("/v1/completions", json=body | {"ignore_eos": True, "seed": 1})
+    assert answer.json()["usage"]["completion_tokens"] == 40
+    assert server.engine.wait_idle(10)
+    after = scraped(http)
+    more = {name: after[name] - before.get(name, 0) for name in after}
+    # The last token of a prompt is a round's.
+    assert more["vllm:iteration_tokens_total_sum{}"] == 5 + 3 + 40
+    assert more["vllm:request_params_n_count{}"] == 2
+    assert more["vllm:request_params_n_sum{}"] == 2
+    rounds = more["jaxspark:rounds_per_call_sum{}"]
+    assert rounds <= more["jaxspark:rounds_total{}"] <= 2 * rounds
+    drafts = more["jaxspark:drafts_total{}"]
+    assert 0 < more["vllm:spec_decode_num_draft_tokens_total{}"] <= drafts
+    assert drafts <= 3 * more["vllm:spec_decode_num_drafts_total{}"]
+
+
 def test_the_page_loads_nothing_from_elsewhere(http):
     response = http.get("/", headers={"Authorization": ""})
     assert response.headers["Content-Security-Policy"].startswith("default-src 'none'")
