@@ -88,9 +88,16 @@ class ServeOptions(common.TargetOptions, common.DraftOptions, common.ScheduleOpt
         "Memory for all outputs and shared prefixes, in pages of 128 tokens; when it "
         "runs out, the youngest outputs wait and go on later. Shards of slots have "
         "equally many, at least as many as one output can fill. By default as many as "
-        "all slots can.",
+        "all slots can. See --cache_snapshot_bytes for memory beside them.",
         None,
         at_least=1,
+    )
+    cache_snapshot_bytes: int | None = option(
+        "Memory for snapshots of sliding and compression windows, in bytes on all "
+        "devices together: with models or drafters that have such windows, shared "
+        "prefixes end at snapshots. By default as much as all pages take.",
+        None,
+        at_least=0,
     )
     grammars: bool = option(
         "Whether answers may have to obey grammars (response_format, "
@@ -238,6 +245,7 @@ def make_service(
         max_stop_ids=config.max_stop_ids,
         prefix_cache=config.prefix_cache,
         cache_pages=config.cache_pages,
+        snapshot_bytes=config.cache_snapshot_bytes,
         grammars=config.grammars,
         queue=QueueLimits(requests=config.max_queued, tokens=config.max_queued_tokens),
         pace=Pace(most=config.rounds_per_call, seconds=config.call_seconds),

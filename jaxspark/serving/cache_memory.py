@@ -45,6 +45,7 @@ def slot_pages(
     chunk: int,
     prefix_cache: bool,
     cache_pages: int | None,
+    snapshot_bytes: int | None,
 ) -> SlotPages | None:
     """Who hands out pages; None where every slot has rows of its own."""
     if not prefix_cache and cache_pages is None:
@@ -60,4 +61,5 @@ def slot_pages(
         shards=shards,
         lookahead=drafter.lookahead,
         prefix_cache=prefix_cache,
+        snapshot_bytes=snapshot_bytes,
     )

@@ -90,6 +90,7 @@ class Engine:
         prompt_log_probs: bool = True,
         prefix_cache: bool = True,
         cache_pages: int | None = None,
+        snapshot_bytes: int | None = None,
         grammars: bool = True,
         queue: QueueLimits = QueueLimits(),
         pace: Pace = Pace(),
@@ -120,6 +121,8 @@ class Engine:
             shards of slots have equally many of; one output of the whole context fits
             those of a shard. When they run out, the youngest outputs wait. None has as
             many as all slots can fill.
+          snapshot_bytes: of models with rings, most bytes that the prefix cache takes
+            beside pages; None takes as many as pages have.
           grammars: whether they may have grammars; costs programs to compile.
           queue: what may wait.
           pace: rounds per call.
@@ -155,6 +158,7 @@ class Engine:
             chunk=chunk,
             prefix_cache=prefix_cache,
             cache_pages=cache_pages,
+            snapshot_bytes=snapshot_bytes,
         )
         self._batch = ContinuousBatch(
             target,

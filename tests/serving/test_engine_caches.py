@@ -175,6 +175,45 @@ def test_snapshots_of_rings_are_compiled_before_anybody_comes():
         assert made.stats().late_compilations == 0
 
 
+def test_memory_of_snapshots_is_bounded_and_there_from_the_beginning():
+    model, drafters = tiny_models(
+        "deepseek_v4", zoo.VOCAB, drafters=["mtp"], block_length=3
+    )
+
+    def made(**changes):
+        """Pages, and bytes of what is there for snapshots."""
+        pages = engine(drafters["mtp"], model=model, cache_pages=8, **changes).pages
+        spare = [snapshot.parts for shard in pages._spare for snapshot in shard]
+        return pages, sum(leaf.nbytes for leaf in jax.tree.leaves(spare))
+
+    pages, most = made()
+    one = sum(leaf.nbytes for leaf in jax.tree.leaves(pages._blank))
+    # One more than are kept: it is taken before another is dropped.
+    assert 3 * one < most <= (8 + 1) * one
+    assert made(snapshot_bytes=3 * one - 1)[1] == 3 * one
+    assert made(snapshot_bytes=1000 * one)[1] == (8 + 1) * one
+    assert made(snapshot_bytes=one - 1)[1] == made(prefix_cache=False)[1] == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("count", [0, 1])
+def test_few_snapshots_are_used_again_and_again(count):
+    model, drafters = tiny_models(
+        "deepseek_v4", zoo.VOCAB, drafters=["mtp"], block_length=3
+    )
+    one = 38_400
+    with engine(drafters["mtp"], model=model, snapshot_bytes=count * one) as made:
+        assert sum(leaf.nbytes for leaf in jax.tree.leaves(made.pages._blank)) == one
+        cold = told(made, request(1))
+        for i in (2, 3):
+            told(made, request(i, shared=270 - i), cache_salt=str(i))
+            assert told(made, request(i), cache_salt="other")[0] == 0
+        again = [told(made, request(1)) for _ in range(2)]
+        assert [each[0] for each in again] == [0, 256 * count]
+        assert [each[1:] for each in again] == [cold[1:]] * 2
+        assert len(made.pages._spare[0]) == 0
+
+
 def test_pages_that_do_not_hold_the_context_are_refused():
     with pytest.raises(ValueError, match="hold outputs of 381 tokens.*420 takes 4 pag"):
         engine(cache_pages=3)
