@@ -67,5 +67,6 @@ def _count(state, proposal, lengths_B, accepted_B) -> Counters:
         reached_BG=counters.reached_BG + reached_BG,
         accepted_BG=counters.accepted_BG + accepted_BG,
         drafted_B=counters.drafted_B + (live_B if drafted else 0),
+        drafts_B=counters.drafts_B + jnp.where(live_B, proposal.lengths_B, 0),
         verified_B=counters.verified_B + jnp.where(live_B, lengths_B, 0),
     )

@@ -51,6 +51,7 @@ class Counters:
       reached_BG: rounds in which draft j was verified and all before it accepted.
       accepted_BG: rounds in which draft j was accepted.
       drafted_B: rounds for which it was drafted.
+      drafts_B: drafts in them.
       verified_B: drafts verified.
     """
 
@@ -58,6 +59,7 @@ class Counters:
     reached_BG: Int[Array, "B G"]
     accepted_BG: Int[Array, "B G"]
     drafted_B: Int[Array, " B"]
+    drafts_B: Int[Array, " B"]
     verified_B: Int[Array, " B"]
 
     @classmethod
@@ -65,7 +67,7 @@ class Counters:
         """Nothing counted yet."""
         one, each = (slots,), (slots, block_length)
         return cls(
-            *(jnp.zeros(shape, jnp.int32) for shape in (one, each, each, one, one))
+            *(jnp.zeros(shape, jnp.int32) for shape in (one, each, each, one, one, one))
         )
 
 

@@ -72,6 +72,9 @@ class ContinuousBatch:
     through the updates of `step`. The tokens of a request do not depend on those beside
     it, greedy or under the gumbel coupling; under rejection sampling their distribution
     does not.
+
+    Attributes:
+      tokens_read: of prompts, and of outputs that were preempted.
     """
 
     @standard_settings()
@@ -188,6 +191,7 @@ class ContinuousBatch:
         self._seats = Seats(
             slots, per_shard=per_shard, block=self.options.block, pages=pages
         )
+        self.tokens_read = 0
         self._submitted = 0
         self._cancelled: set[int] = set()
 
@@ -377,7 +381,7 @@ class ContinuousBatch:
                     together=self.together,
                 )
                 for each in newcomers:
-                    each.processed += each.unread
+                    self._read(each, each.unread)
 
     def _placed(self) -> DecodeState:
         """The state, with the pages that were handed out."""
@@ -403,9 +407,13 @@ class ContinuousBatch:
             together=self.together,
         )
         for slot, each in reading.items():
-            each.processed += min(chunk, each.unread)
+            self._read(each, min(chunk, each.unread))
             if self._pages is not None:
                 self._pages.progress(self._state, slot, each.processed)
+
+    def _read(self, each: Running, count: int) -> None:
+        each.processed += count
+        self.tokens_read += count
 
     def _collect(self) -> list[Update]:
         """New tokens of every slot; releases those that are finished."""

@@ -44,6 +44,7 @@ class SlotPages:
         shards: int = 1,
         lookahead: int = 0,
         prefix_cache: bool = True,
+        snapshot_bytes: int | None = None,
     ):
         """Nobody has a page yet.
 
@@ -55,6 +56,8 @@ class SlotPages:
           shards: that have equally many of the slots, in order.
           lookahead: tokens behind a position that rows in pages depend on.
           prefix_cache: whether pages are shared by prefix.
+          snapshot_bytes: most that snapshots of rings take on all shards together; None
+            takes as many as all pages have.
         """
         self.pages, self.shards, self.chunk = pages, shards, chunk
         self.lookahead = lookahead
@@ -71,6 +74,10 @@ class SlotPages:
             )
             for part_BP in np.split(self._table_BP, shards)
         ]
+        self._prefix_cache, self._snapshot_bytes = prefix_cache, snapshot_bytes
+        self._keeps = 0
+        # Each stands for the memory of a snapshot that was not taken yet.
+        self._spare: list[list[Snapshot]] = [[] for _ in range(shards)]
         self._blank: Any = None
         self._to_put: dict[int, Snapshot] = {}
 
@@ -105,21 +112,34 @@ class SlotPages:
         return zlib.crc32(self._table_BP.tobytes())
 
     def attach(self, state: DecodeState) -> DecodeState:
-        """Looks at a state that was made, and compiles what is needed for its rings.
+        """Looks at a state that was made, and prepares for its rings.
 
-        As many snapshots are kept as have the bytes of all pages.
+        Compiles what is needed, and allocates what snapshots will take: a device that
+        has too little memory for them has so now, rather than after hours.
         """
         caches = state.target_cache, state.draft_cache
         if not rings(caches):
             return state
         # Of a slot of every shard, like the sums of bytes that it is compared with.
         self._blank = take_rings(state, 0)
-        everything = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
-        of_rings = sum(leaf.nbytes for leaf in jax.tree.leaves(rings(caches)))
-        one = sum(leaf.nbytes for leaf in jax.tree.leaves(self._blank))
-        for shard in self._shards:
-            shard.keep_rings(max(self._per_shard, (everything - of_rings) // one))
+        self._keeps = count = self._snapshots(_bytes(caches) - _bytes(rings(caches)))
+        for number, shard in enumerate(self._shards):
+            shard.keep_rings(count)
+            # And one that is taken before another is dropped for it.
+            self._spare[number] = [
+                Snapshot.of(take_rings(state, 0), number)
+                for _ in range(count + 1 if count else 0)
+            ]
         return put_rings(state, 0, Snapshot.of(self._blank, 0).whole(self._blank))
+
+    def _snapshots(self, of_pages: int) -> int:
+        """Snapshots that a shard keeps, where all pages have so many bytes."""
+        if not self._prefix_cache:
+            return 0
+        one, most = _bytes(self._blank), self.pages - 1  # A page ends with one.
+        if self._snapshot_bytes is not None:
+            return min(self._snapshot_bytes // one, most)
+        return min(max(self._per_shard, of_pages // one), most)
 
     def admit(
         self,
@@ -188,7 +208,9 @@ class SlotPages:
         """A slot has read so many tokens of what it was admitted with."""
         number, own = divmod(slot, self._per_shard)
         shard, snapshot = self._shards[number], None
-        if shard.is_due(own, processed):
+        if self._keeps and shard.is_due(own, processed):
+            if self._spare[number]:
+                self._spare[number].pop()
             snapshot = Snapshot.of(take_rings(state, slot), number)
         shard.progress(own, processed, snapshot)
 
@@ -221,3 +243,8 @@ class SlotPages:
             for number, shard in enumerate(self._shards)
             for wrong in shard.leaks()
         ]
+
+
+def _bytes(tree: Any) -> int:
+    """Of all its arrays, on all shards."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

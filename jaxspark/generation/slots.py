@@ -27,13 +27,15 @@ class Counts:
     Attributes:
       rounds: target passes.
       drafted: those that drafted.
-      verified: drafts verified in them.
+      drafts: drafts in them.
+      verified: drafts verified.
       reached: per draft position, rounds that verified it with all before it accepted.
       accepted: per draft position, rounds that accepted it.
     """
 
     rounds: int = 0
     drafted: int = 0
+    drafts: int = 0
     verified: int = 0
     reached: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
@@ -44,6 +46,7 @@ class Counts:
         return cls(
             rounds=int(counters.rounds_B[slot]),
             drafted=int(counters.drafted_B[slot]),
+            drafts=int(counters.drafts_B[slot]),
             verified=int(counters.verified_B[slot]),
             reached=tuple(counters.reached_BG[slot].tolist()),
             accepted=tuple(counters.accepted_BG[slot].tolist()),
@@ -64,6 +67,7 @@ class Counts:
         return Counts(
             rounds=by(self.rounds, other.rounds),
             drafted=by(self.drafted, other.drafted),
+            drafts=by(self.drafts, other.drafts),
             verified=by(self.verified, other.verified),
             reached=each(self.reached, other.reached),
             accepted=each(self.accepted, other.accepted),

@@ -20,7 +20,12 @@ from typing import TYPE_CHECKING, Any
 from jaxspark.configuration import ConfigurationError, option
 from jaxspark.launch import program
 from jaxspark.launch.devices import DeviceOptions
-from jaxspark.launch.serve_options import ServeOptions, check_packages, make_service
+from jaxspark.launch.serve_options import (
+    ServeOptions,
+    check_packages,
+    make_service,
+    show_logs,
+)
 from jaxspark.pods.serving import PORT
 
 if TYPE_CHECKING:
@@ -29,11 +34,14 @@ if TYPE_CHECKING:
     from ray.serve import Application
     from starlette.types import ASGIApp, Message
 
+    from jaxspark.serving.app_options import AppOptions
     from jaxspark.serving.relay import Asked
 
 NAME = "jaxspark"
 # How often Ray asks whether a replica is well, and how soon one has to say so.
 HEALTH_S, HEALTH_PATIENCE_S = 5.0, 30.0
+# Between two looks whether replicas run.
+_LOOK_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +102,18 @@ class Config(ServeOptions):
 class Replica:
     """An engine and its application; Ray makes one in a process of its own."""
 
-    def __init__(self, config: Config):
-        """Returns once the engine is ready: Ray sends no requests before."""
+    def __init__(self, config: Config, options: "AppOptions"):
+        """Returns once the engine is ready: Ray sends no requests before.
+
+        Args:
+          config: what is served.
+          options: what clients may do, with the keys of the process that deploys.
+        """
         program.quiet()
         program.use_compilation_cache()
+        show_logs()
         with DeviceOptions.devices(config):
-            service = make_service(config, on_failure=lambda: None)
+            service = make_service(config, on_failure=lambda: None, app_options=options)
         self._engine, self._app = service.engine, service.app
         self._engine.start()
         self._engine.wait_ready()
@@ -124,23 +138,27 @@ class Replica:
 class Front:
     """Passes requests on to replicas."""
 
-    def __init__(self, config: Config, replicas: Any):
-        self._config = config
+    def __init__(self, options: "AppOptions", replicas: Any):
+        show_logs()
+        self._options = options
         self._replicas = replicas.options(stream=True)
 
     def __serve_build_asgi_app__(self) -> "ASGIApp":
         from ray.exceptions import NodeDiedError, RayActorError
         from starlette.applications import Starlette
+        from starlette.middleware.cors import CORSMiddleware
         from starlette.routing import Mount
 
+        from jaxspark.serving.http import cors
         from jaxspark.serving.relay import Relay
 
         relay = Relay(
-            self._ask,
-            lost=(RayActorError, NodeDiedError),
-            most_body_bytes=self._config.max_body_bytes,
+            self._ask, lost=(RayActorError, NodeDiedError), options=self._options
         )
-        return Starlette(routes=[Mount("/", app=relay)])
+        app = Starlette(routes=[Mount("/", app=relay)])
+        if self._options.cors_origins:
+            app.add_middleware(CORSMiddleware, **cors(self._options))
+        return app
 
     async def _ask(self, asked: "Asked") -> "AsyncGenerator[Message, None]":
         answer = self._replicas.answer.remote(asked)
@@ -155,6 +173,7 @@ def application(config: Config) -> "Application":
     """The replicas and what is before them, for `ray.serve.run`."""
     from ray import serve
 
+    options = config.app_options()
     deployment: Any = serve.deployment  # Typed as what it decorates.
     replicas = deployment(
         Replica,
@@ -166,7 +185,7 @@ def application(config: Config) -> "Application":
         graceful_shutdown_timeout_s=config.drain_seconds,
         health_check_period_s=HEALTH_S,
         health_check_timeout_s=HEALTH_PATIENCE_S,
-    ).bind(config)
+    ).bind(config, options)
     front = deployment(
         serve.ingress()(Front),
         name="Front",
@@ -174,7 +193,7 @@ def application(config: Config) -> "Application":
         max_ongoing_requests=100_000,
         graceful_shutdown_timeout_s=config.drain_seconds,
     )
-    return front.bind(config, replicas)
+    return front.bind(options, replicas)
 
 
 def main(config: Config) -> int:
@@ -187,7 +206,7 @@ def main(config: Config) -> int:
         raise ValueError(
             f"Ray is not installed: pip install 'jaxspark[serve,ray]' ({error})"
         ) from error
-    config.keys()
+    app = application(config)
     if config.address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(include_dashboard=False, log_to_driver=False)
@@ -198,16 +217,37 @@ def main(config: Config) -> int:
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda number, frame: ended.set())
     serve.start(http_options={"host": config.host, "port": config.port})
-    serve.run(application(config), name=NAME)
-    print(
-        f"{config.replicas} replicas at http://{config.host}:{config.port}", flush=True
+    serve.run_many(
+        [serve.RunTarget(app, name=NAME)], wait_for_applications_running=False
     )
-    ended.wait()
+    if _runs(ended):
+        print(
+            f"{config.replicas} replicas at http://{config.host}:{config.port}",
+            flush=True,
+        )
+        ended.wait()
     serve.delete(NAME)
     if config.address is None:
         serve.shutdown()
         ray.shutdown()
     return 0
+
+
+def _runs(ended: threading.Event) -> bool:
+    """Waits until the replicas run; False if all is to end before.
+
+    Raises:
+      RuntimeError: they cannot.
+    """
+    from ray import serve
+
+    while not ended.wait(_LOOK_S):
+        status = serve.status().applications[NAME]
+        if status.status == "RUNNING":
+            return True
+        if status.status == "DEPLOY_FAILED":
+            raise RuntimeError(f"the replicas cannot run: {status.message}")
+    return False
 
 
 if __name__ == "__main__":

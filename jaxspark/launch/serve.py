@@ -9,10 +9,9 @@ Any client of OpenAI's works with the base URL http://127.0.0.1:8000/v1. Needs m
 packages than the library: pip install 'jaxspark[serve]'.
 """
 
-import logging
 import signal
-import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -22,10 +21,14 @@ from jaxspark.launch.serve_options import (
     ServeOptions,
     check_packages,
     make_service,
+    show_logs,
 )
 from jaxspark.parallel.messages import Receiver, Sender
 from jaxspark.parallel.processes import leave
 from jaxspark.pods.serving import PORT
+
+if TYPE_CHECKING:
+    from jaxspark.serving import Engine
 
 # Begins the keys of messages between the processes of a job.
 TOPIC = "serve"
@@ -45,8 +48,7 @@ def main(config: Config) -> int:
     Of several processes, the first serves, and the others do what it tells them.
     """
     check_packages()
-    logging.basicConfig(stream=sys.stdout, format="%(message)s")
-    logging.getLogger("jaxspark").setLevel(logging.INFO)
+    show_logs()
     return _follow(config) if jax.process_index() else _lead(config)
 
 
@@ -82,7 +84,7 @@ def _lead(config: Config) -> int:
     status = serve(server, service.engine)
     if status and others is not None:
         leave(status)  # JAX would wait for the others.
-    return status
+    return _ended(service.engine, status)
 
 
 def _follow(config: Config) -> int:
@@ -94,8 +96,21 @@ def _follow(config: Config) -> int:
     # Process 0 finishes what it has, and tells all when to end.
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, asked)
-    make_service(config, on_failure=lambda: None).engine.follow(receiver)
-    return 0
+    engine = make_service(config, on_failure=lambda: None).engine
+    engine.follow(receiver)
+    return _ended(engine, 0)
+
+
+def _ended(engine: "Engine", status: int) -> int:
+    """The exit status. Ends the process if a thread compiles, which Python would join.
+
+    Nothing is lost: no request was taken on.
+    """
+    if not engine.compiled:
+        if jax.process_count() > 1:
+            jax.distributed.shutdown()  # Waits until all are told.
+        leave(status)
+    return status
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """What servers have in common, whoever answers HTTP: the options, and their parts."""
 
 import hashlib
+import logging
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +16,20 @@ from jaxspark import load_drafter
 from jaxspark.calibration.schedules import chosen_options
 from jaxspark.configuration import option
 from jaxspark.decoding.couplings import COUPLINGS, Coupling
+from jaxspark.decoding.options import check_block_length
+from jaxspark.drafters import Drafter
 from jaxspark.launch import common
 from jaxspark.parallel.messages import Sender
 from jaxspark.pods.serving import DRAIN_S
+from jaxspark.target import Target
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from jaxspark.serving import Engine
+    from jaxspark.serving.app_options import AppOptions
 
+log = logging.getLogger(__name__)
 KEYS = "JAXSPARK_API_KEYS"
 
 
@@ -36,7 +43,7 @@ class ServeOptions(common.TargetOptions, common.DraftOptions, common.ScheduleOpt
     slots: int = option("Outputs decoded at once.", 8, at_least=1)
     context: int | None = option(
         "Most tokens of a prompt and its output; by default what the target was made "
-        "for, but not more than 2048.",
+        "for, but not more than 2048 or what --cache_pages hold.",
         None,
         at_least=2,
     )
@@ -83,9 +90,17 @@ class ServeOptions(common.TargetOptions, common.DraftOptions, common.ScheduleOpt
     cache_pages: int | None = option(
         "Memory for all outputs and shared prefixes, in pages of 128 tokens; when it "
         "runs out, the youngest outputs wait and go on later. Shards of slots have "
-        "equally many. By default as many as all slots can fill.",
+        "equally many, at least as many as one output can fill. By default as many as "
+        "all slots can. See --cache_snapshot_bytes for memory beside them.",
         None,
         at_least=1,
+    )
+    cache_snapshot_bytes: int | None = option(
+        "Memory for snapshots of sliding and compression windows, in bytes on all "
+        "devices together: with models or drafters that have such windows, shared "
+        "prefixes end at snapshots. By default as much as all pages take.",
+        None,
+        at_least=0,
     )
     grammars: bool = option(
         "Whether answers may have to obey grammars (response_format, "
@@ -127,6 +142,21 @@ class ServeOptions(common.TargetOptions, common.DraftOptions, common.ScheduleOpt
         at_least=0,
     )
 
+    def app_options(self) -> "AppOptions":
+        """What clients may do, with the keys that this process finds.
+
+        Raises:
+          ValueError: keys that are none.
+        """
+        from jaxspark.serving.app_options import AppOptions
+
+        return AppOptions(
+            api_keys=self.keys(),
+            most_body_bytes=self.max_body_bytes,
+            body_seconds=self.body_seconds,
+            cors_origins=self.cors_origins,
+        )
+
     def keys(self) -> tuple[str, ...]:
         """The API keys."""
         keys = os.environ.get(KEYS, "").split(",")
@@ -159,6 +189,7 @@ def make_service(
     *,
     on_failure: Callable[[], None],
     others: Sender | None = None,
+    app_options: "AppOptions | None" = None,
 ) -> Service:
     """Loads the models and makes an engine and its application.
 
@@ -166,27 +197,22 @@ def make_service(
       config: what is served.
       on_failure: called if the engine fails.
       others: the other processes of this one's job, if there are any and it leads.
+      app_options: what clients may do; None takes the configuration's.
 
     Raises:
       ValueError: what cannot be served, or a package is missing.
     """
     check_packages()
     from jaxspark.serving import Engine, Pace, QueueLimits, Served
-    from jaxspark.serving.app import AppOptions, make_app
+    from jaxspark.serving.app import make_app
     from jaxspark.serving.memory import keep_everything
     from jaxspark.serving.metrics import Metrics
     from jaxspark.serving.tracing import Tracing
 
-    app_options = AppOptions(
-        api_keys=config.keys(),
-        most_body_bytes=config.max_body_bytes,
-        body_seconds=config.body_seconds,
-        cors_origins=config.cors_origins,
-    )
+    app_options = config.app_options() if app_options is None else app_options
     target, _ = config.load()
     drafter = load_drafter(config.draft, target)
-    most = target.model.config.max_position_embeddings
-    context = min(most, 2048) if config.context is None else config.context
+    context = _context(config, target, drafter)
     options, _ = chosen_options(
         config.schedule,
         config.costs,
@@ -223,6 +249,7 @@ def make_service(
         max_stop_ids=config.max_stop_ids,
         prefix_cache=config.prefix_cache,
         cache_pages=config.cache_pages,
+        snapshot_bytes=config.cache_snapshot_bytes,
         grammars=config.grammars,
         queue=QueueLimits(requests=config.max_queued, tokens=config.max_queued_tokens),
         pace=Pace(most=config.rounds_per_call, seconds=config.call_seconds),
@@ -235,6 +262,28 @@ def make_service(
     tracing = Tracing.of_environment(os.environ, served.name)
     app = make_app(engine, served, app_options, metrics, tracing)
     return Service(served.name, engine, app)
+
+
+def _context(config: ServeOptions, target: Target, drafter: Drafter) -> int:
+    """Most tokens of a prompt and its output; by default no more than pages hold."""
+    from jaxspark.serving.cache_memory import most_context
+
+    if config.context is not None:
+        return config.context
+    context = min(target.model.config.max_position_embeddings, 2048)
+    if config.cache_pages is None:
+        return context
+    block = check_block_length(drafter, config.block_length)
+    held = max(2, most_context(config.cache_pages, block))
+    if held < context:
+        log.info("the context is %d: --cache_pages hold no more", held)
+    return min(context, held)
+
+
+def show_logs() -> None:
+    """Shows what is logged on standard output."""
+    logging.basicConfig(stream=sys.stdout, format="%(message)s")
+    logging.getLogger("jaxspark").setLevel(logging.INFO)
 
 
 def check_packages() -> None:

@@ -121,17 +121,25 @@ class Receiver:
         Raises:
           RuntimeError: process 0 is lost.
         """
-        while True:
-            try:
-                message = self._client.blocking_key_value_get_bytes(
-                    _key(self._topic, self._received), int(1000 * LOOK_S)
-                )
-            except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
-                    raise RuntimeError("process 0 of this job is lost") from error
-            else:
-                self._received += 1
-                return message
+        while (message := self.peek()) is None:
+            pass
+        self._received += 1
+        return message
+
+    def peek(self) -> bytes | None:
+        """The next message, which stays the next; None if none comes for a while.
+
+        Raises:
+          RuntimeError: process 0 is lost.
+        """
+        try:
+            return self._client.blocking_key_value_get_bytes(
+                _key(self._topic, self._received), int(1000 * LOOK_S)
+            )
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise RuntimeError("process 0 of this job is lost") from error
+            return None
 
     def _beat(self) -> None:
         beat = 0

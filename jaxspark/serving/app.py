@@ -35,6 +35,7 @@ from jaxspark.serving.http import (
     add_error_handlers,
     body_of,
     check_key,
+    cors,
     note,
 )
 from jaxspark.serving.metrics import CONTENT_TYPE, Metrics
@@ -92,13 +93,7 @@ def make_app(
         ],
     )
     if options.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=options.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
-            expose_headers=["X-Request-Id"],
-        )
+        app.add_middleware(CORSMiddleware, **cors(options))
     app.add_middleware(Logged, tracing=tracing)
     return app
 
@@ -188,11 +183,15 @@ def _add_operators_routes(
         return JSONResponse({"status": engine.state}, status_code=200 if good else 503)
 
     @app.get("/health")
+    @app.head("/health", include_in_schema=False)
+    @app.get("/ping")
+    @app.head("/ping", include_in_schema=False)
     async def health() -> Response:
         """200 as long as the engine works, or still compiles; 503 once it failed."""
         return state(engine.state not in ("failed", "stopped"))
 
     @app.get("/ready")
+    @app.head("/ready", include_in_schema=False)
     async def ready() -> Response:
         """200 while requests are taken on."""
         return state(engine.state == "ready")
@@ -208,6 +207,7 @@ def _add_operators_routes(
         return JSONResponse(asdict(engine.stats()))
 
     @app.get("/", include_in_schema=False)
+    @app.head("/", include_in_schema=False)
     async def index() -> Response:
         """The page."""
         return HTMLResponse(page, headers=_PAGE_HEADERS)

@@ -49,7 +49,7 @@ class Assembler[A: Answer](ABC):
         """The chunks that the engine's event completes.
 
         Raises:
-          ApiError: the engine failed; no answer will come.
+          ApiError: an output failed; no answer will come.
         """
         choice = event.choice
         chunks = []
@@ -62,10 +62,11 @@ class Assembler[A: Answer](ABC):
             parts = []
         elif isinstance(event, Ended):
             if event.reason == "error" and self.wants(choice):
+                blamed = "server" if event.status >= 500 else "invalid_request"
                 raise ApiError(
                     event.error or "the engine failed",
                     status=event.status,
-                    type="server_error",
+                    type=f"{blamed}_error",
                 )
             parts = self._readers[choice].end(event.reason)
         else:

@@ -60,10 +60,10 @@ class Desk:
         """Whether nothing waits or runs."""
         return not len(self.line) and not self.running
 
-    def become(self, state: State) -> None:
-        """Enters a state; the last two are not left again."""
+    def become(self, state: State, *, after: State | None = None) -> None:
+        """Enters a state, from another if that is named; the last two are not left."""
         with self._changed:
-            if self.state not in ("stopped", "failed"):
+            if self.state not in ("stopped", "failed") and after in (None, self.state):
                 self.state = state
             self._changed.notify_all()
 
@@ -89,6 +89,8 @@ class Desk:
                     retry_after_s=5.0,
                 )
             self.line.push(jobs, retry_after_s=retry_after_s)
+            for each in self._observers:
+                each.taken_on(jobs)
             self._changed.notify_all()
 
     def cancel(
@@ -127,14 +129,10 @@ class Desk:
             now = time.monotonic()
             for job in [each for each in self.line if each.is_late(now)]:
                 self.line.withdraw(job)
-                waited = (
-                    f"the request waited {now - job.arrived:.1f} s for a slot, its "
-                    f"timeout is {job.demand.deadline_s:g} s"
-                )
-                self._end(job, "error", error=waited, status=504)
+                self._end_late(job)
             for job in self.running.values():
                 if job.is_late(now) and job.because is None:
-                    job.because = "cancelled"
+                    job.because = "error" if job.began is None else "cancelled"
                     self._unwanted.append(job)
             unwanted, self._unwanted = self._unwanted, []
             arriving = self.line.take(room, may)
@@ -172,8 +170,15 @@ class Desk:
             if update.completion is not None:
                 del self.running[update.index]
                 self.line.leave(job)
-                reason = job.because or update.completion.finish_reason
-                self._end(job, reason, error=update.completion.error)
+                completion = update.completion
+                reason = job.because or completion.finish_reason
+                if job.because == "error":
+                    self._end_late(job)
+                elif completion.error is not None:
+                    # Grammars alone fail one output, and they are the client's.
+                    self._end(job, reason, error=completion.error, status=400)
+                else:
+                    self._end(job, reason)
 
     def end_all(self, error: str, *, status: int) -> None:
         """Ends whatever is left with an error."""
@@ -186,6 +191,14 @@ class Desk:
                 self._end(job, "error", error=error, status=status)
             self.running.clear()
             self._changed.notify_all()
+
+    def _end_late(self, job: Job) -> None:
+        """Ends one whose time is over before it was told anything."""
+        waited = (
+            f"the request waited {time.monotonic() - job.arrived:.1f} s for its first "
+            f"token, its timeout is {job.demand.deadline_s:g} s"
+        )
+        self._end(job, "error", error=waited, status=504)
 
     def _end(
         self,

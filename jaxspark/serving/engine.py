@@ -32,18 +32,17 @@ from jaxspark.generation.request import (
     RequestError,
     check,
 )
-from jaxspark.generation.slot_pages import SlotPages
-from jaxspark.models.pages import pages_for
-from jaxspark.parallel.mesh import mesh_in_use, slot_shards, slots_per_shard
+from jaxspark.parallel.mesh import mesh_in_use, slots_per_shard
 from jaxspark.parallel.messages import Receiver, Sender
 from jaxspark.serving.buckets import with_buckets, with_guessed_costs
+from jaxspark.serving.cache_memory import check_context, slot_pages
 from jaxspark.serving.commands import STOP, Command
 from jaxspark.serving.compilations import Compilations
 from jaxspark.serving.demands import Demand
 from jaxspark.serving.desk import Desk, Turn
 from jaxspark.serving.errors import ApiError
 from jaxspark.serving.jobs import Job
-from jaxspark.serving.memory import apart
+from jaxspark.serving.memory import Apart
 from jaxspark.serving.observing import Observer, State, Stats, Tally
 from jaxspark.serving.pace import Pace, Pacer
 from jaxspark.serving.stream import Stream
@@ -91,6 +90,7 @@ class Engine:
         prompt_log_probs: bool = True,
         prefix_cache: bool = True,
         cache_pages: int | None = None,
+        snapshot_bytes: int | None = None,
         grammars: bool = True,
         queue: QueueLimits = QueueLimits(),
         pace: Pace = Pace(),
@@ -118,8 +118,11 @@ class Engine:
           prompt_log_probs: whether they may ask for those of prompts.
           prefix_cache: whether prompts that begin alike share cache rows.
           cache_pages: pages of 128 positions for all outputs and shared prefixes, which
-            shards of slots have equally many of; when they run out, the youngest
-            outputs wait. None has as many as all slots can fill.
+            shards of slots have equally many of; one output of the whole context fits
+            those of a shard. When they run out, the youngest outputs wait. None has as
+            many as all slots can fill.
+          snapshot_bytes: of models with rings, most bytes that the prefix cache takes
+            beside pages; None takes as many as pages have.
           grammars: whether they may have grammars; costs programs to compile.
           queue: what may wait.
           pace: rounds per call.
@@ -146,8 +149,16 @@ class Engine:
         self._retimes = options.schedule.needs_costs
         options = with_guessed_costs(options, drafter, own)
         capacity = round_capacity(context + block)
-        self.pages = _slot_pages(
-            drafter, slots, capacity, chunk, prefix_cache, cache_pages
+        if cache_pages is not None:
+            check_context(context, block, cache_pages)
+        self.pages = slot_pages(
+            drafter,
+            slots=slots,
+            capacity=capacity,
+            chunk=chunk,
+            prefix_cache=prefix_cache,
+            cache_pages=cache_pages,
+            snapshot_bytes=snapshot_bytes,
         )
         self._batch = ContinuousBatch(
             target,
@@ -185,6 +196,7 @@ class Engine:
         self._desk = Desk(queue, (self._tally, *observers))
         self._observers = observers
         self._others = others
+        self._compiled, self._stopping = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     def __enter__(self) -> Self:
@@ -200,21 +212,28 @@ class Engine:
         """What it is doing."""
         return self._desk.state
 
+    @property
+    def compiled(self) -> bool:
+        """Whether everything is: before, its thread may take minutes to end."""
+        return self._compiled.is_set()
+
     def start(self) -> None:
         """Starts the thread, which compiles everything and is then ready."""
         self._thread.start()
 
     def follow(self, receiver: Receiver) -> None:
-        """Does what process 0 tells, in the thread that calls, until that stops.
+        """Does what process 0 tells, until that stops.
+
+        If it stops before everything is compiled, this returns while a thread compiles.
 
         Raises:
           RuntimeError: process 0 is lost, or this one has decided otherwise.
         """
-        with self._devices():
-            self._warm_up()
-            with self._late:
-                while (message := receiver.receive()) != STOP:
-                    Command.decode(message, self._batch).apply(self._batch)
+        work = Apart(lambda: self._follow(receiver))
+        while work.is_alive() and not self.compiled:
+            if receiver.peek() == STOP:
+                return
+        work.result()
 
     def fail(self, why: str) -> None:
         """Ends everything with an error, even if the thread never comes back."""
@@ -271,19 +290,30 @@ class Engine:
         return self._desk.wait_for(lambda: self._desk.idle, timeout_s)
 
     def stop(self) -> None:
-        """Ends the thread after the call that is running, and what is left with it."""
+        """Ends the thread after the call that is running, and what is left with it.
+
+        While it compiles it is not waited for; it will do nothing else.
+        """
         self._desk.become("stopped")
-        if self._thread.is_alive() and self.state != "failed":
+        if self._thread.is_alive() and self.compiled and self.state != "failed":
             self._thread.join()
+        with self._stopping:
+            if self._others is not None and self.state != "failed":
+                self._others.send(STOP)
+                self._others = None
 
     def stats(self) -> Stats:
         """What it does, at a glance."""
         desk = self._desk
+        admitted = len(desk.running)
+        # Before it is ready, what waits there is nobody's.
+        deferred = min(self._batch.waiting, admitted)
         return Stats(
             state=desk.state,
             slots=self._batch.slots,
-            running=len(desk.running),
-            waiting=len(desk.line),
+            running=admitted - deferred,
+            waiting=len(desk.line) + deferred,
+            deferred=deferred,
             waiting_tokens=desk.line.tokens,
             preempted=self._batch.preemptions,
             **self._page_figures(),
@@ -338,8 +368,7 @@ class Engine:
         try:
             with self._devices():
                 self._warm_up()
-                if self.state == "starting":
-                    self._desk.become("ready")
+                self._desk.become("ready", after="starting")
                 with self._late:
                     while (turn := self._next_turn()) is not None:
                         for update in self._step(turn):
@@ -351,21 +380,27 @@ class Engine:
                 self.fail("the engine failed")
         else:
             self._desk.end_all("the server stopped before the end", status=503)
-            if self._others is not None and self.state != "failed":
-                self._others.send(STOP)
+
+    def _follow(self, receiver: Receiver) -> None:
+        with self._devices():
+            self._warm_up()
+            with self._late:
+                while (message := receiver.receive()) != STOP:
+                    Command.decode(message, self._batch).apply(self._batch)
 
     def _warm_up(self) -> None:
         def compile_all() -> None:
             with self._devices(), self._early:
                 warm_up(self._batch)
 
-        apart(compile_all)
+        Apart(compile_all).result()
         if self._retimes:
             with self._early:
                 retime(self._batch)
         if self.pages is not None:
             self.pages.forget()
         self._on_ready()
+        self._compiled.set()
         log.info("compiled %d programs; ready", self._early.count)
 
     @contextlib.contextmanager
@@ -401,7 +436,7 @@ class Engine:
         batch = self._batch
         reading = bool(turn.arriving or batch.unread)
         begun = time.monotonic()
-        before = batch.preemptions
+        preempted, read = batch.preemptions, batch.tokens_read
         command = Command(
             arriving=[(job.request, job.demand.cache_salt) for job in turn.arriving],
             unwanted=[job.request.index for job in turn.unwanted],
@@ -411,46 +446,14 @@ class Engine:
         if self._others is not None:
             self._others.send(command.encode())
         updates = command.apply(batch)
-        if batch.preemptions > before:
-            for each in self._observers:
-                each.preempted(batch.preemptions - before)
+        rounds = max((each.counts.rounds for each in updates), default=0)
+        tokens = batch.tokens_read - read + sum(len(each.tokens) for each in updates)
+        for each in self._observers:
+            each.called(tokens, rounds)
+            if batch.preemptions > preempted:
+                each.preempted(batch.preemptions - preempted)
         if not reading:
-            rounds = max((each.counts.rounds for each in updates), default=0)
             self._pacer.note(rounds, time.monotonic() - begun)
         if batch.estimator is not None and begun - self._looked >= _LOOK_S:
             self._estimate, self._looked = Estimate.of(batch.estimator), begun
         return updates
-
-
-def _slot_pages(
-    drafter: Drafter,
-    slots: int,
-    capacity: int,
-    chunk: int,
-    prefix_cache: bool,
-    cache_pages: int | None,
-) -> SlotPages | None:
-    """Who hands out pages; None where every slot has rows of its own.
-
-    Raises:
-      ValueError: pages that shards cannot have equally many of.
-    """
-    if not prefix_cache and cache_pages is None:
-        return None
-    if cache_pages is None:
-        cache_pages = slots * pages_for(capacity)
-    shards = slot_shards()
-    if cache_pages % shards:
-        raise ValueError(
-            f"cache_pages is {cache_pages}; the mesh has {shards} shards of slots, "
-            "which have equally many"
-        )
-    return SlotPages(
-        slots=slots,
-        capacity=capacity,
-        pages=cache_pages // shards + 1,  # page 0 is nobody's
-        chunk=chunk,
-        shards=shards,
-        lookahead=drafter.lookahead,
-        prefix_cache=prefix_cache,
-    )

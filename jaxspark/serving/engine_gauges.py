@@ -37,7 +37,7 @@ class EngineGauges(Collector):
             ),
             (
                 "jaxspark:waiting_tokens",
-                "Tokens of prompts that wait.",
+                "Tokens of prompts that were not admitted.",
                 stats.waiting_tokens,
             ),
             (
@@ -60,7 +60,10 @@ class EngineGauges(Collector):
         yield self._gauge(
             "vllm:num_requests_waiting_by_reason",
             "Outputs without slots.",
-            [({"reason": "capacity"}, stats.waiting)],
+            [
+                ({"reason": "capacity"}, stats.waiting - stats.deferred),
+                ({"reason": "deferred"}, stats.deferred),
+            ],
         )
         yield self._caches(stats)
         if self._engine.options.estimator is not None:

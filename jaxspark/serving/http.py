@@ -25,15 +25,17 @@ from jaxspark.serving.waiting import Overloaded
 
 log = logging.getLogger("jaxspark.requests")
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
+# Asked every few seconds.
+_QUIET = ("/health", "/ping", "/ready", "/metrics", "/stats")
 # A client that left gets no answer; nginx's number for it, in logs.
 CLIENT_GONE = 499
 
 
 async def body_of(request: Request, options: AppOptions) -> bytes:
-    """A JSON body, no larger and no slower than allowed.
+    """A JSON body.
 
     Raises:
-      ApiError: it is.
+      ApiError: it is none, or as for `read`.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -42,6 +44,15 @@ async def body_of(request: Request, options: AppOptions) -> bytes:
             f"the content type is {kind[:80]!r}; expected application/json",
             status=415,
         )
+    return await read(request, options)
+
+
+async def read(request: Request, options: AppOptions) -> bytes:
+    """A body of any kind, no larger and no slower than allowed.
+
+    Raises:
+      ApiError: it is, or the client has left.
+    """
     most = options.most_body_bytes
     too_large = ApiError(
         f"the body is larger than {most} bytes", status=413, code="body_too_large"
@@ -64,6 +75,11 @@ async def body_of(request: Request, options: AppOptions) -> bytes:
     except ClientDisconnect:
         raise ApiError("the client has left", status=CLIENT_GONE) from None
     return b"".join(parts)
+
+
+def needs_key(path: str) -> bool:
+    """Whether a path is behind keys, where there are some."""
+    return path.startswith("/v1/") or path in ("/tokenize", "/detokenize")
 
 
 def check_key(request: Request, options: AppOptions) -> str:
@@ -108,6 +124,17 @@ def error_response(error: ApiError) -> JSONResponse:
     if isinstance(error, Overloaded):
         headers["Retry-After"] = str(error.retry_after_s)
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
+
+
+def cors(options: AppOptions) -> dict[str, Any]:
+    """What `CORSMiddleware` is told for pages that may ask."""
+    return {
+        "allow_origins": options.cors_origins,
+        "allow_methods": ["GET", "POST"],
+        # Clients add some of their own; no page gets at cookies by that.
+        "allow_headers": ["*"],
+        "expose_headers": ["X-Request-Id", "Retry-After"],
+    }
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -177,7 +204,7 @@ class Logged:
                 "seconds": round(time.monotonic() - begun, 4),
                 **values,
             }
-            quiet = scope["path"] in ("/health", "/ready", "/metrics", "/stats")
+            quiet = scope["path"] in _QUIET
             log.log(logging.DEBUG if quiet else logging.INFO, json.dumps(line))
             if self.tracing is not None and span is not None:
                 self.tracing.end(span, line)

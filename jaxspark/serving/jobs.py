@@ -23,7 +23,7 @@ class Job:
       began: when its first token came.
       latest: when its latest token came.
       tokens: how many have come.
-      because: why it is being cancelled.
+      because: why it is being cancelled; "error" if it is late and was told nothing.
     """
 
     demand: Demand

@@ -11,17 +11,34 @@ a quarter of a second, for which all outputs stand still.
 """
 
 import gc
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 
 
-def apart[T](work: Callable[[], T]) -> T:
-    """What `work` gives, done in a thread of its own, which ends.
+class Apart[T](threading.Thread):
+    """Work that is done in a thread of its own, which ends with it.
 
     Settings that belong to a thread, such as the mesh in use, are for `work` to make.
     """
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(work).result()
+
+    def __init__(self, work: Callable[[], T]):
+        """Begins it."""
+        super().__init__(name="apart")
+        self._work, self._outcome = work, Future[T]()
+        self.start()
+
+    def run(self) -> None:
+        """Does it."""
+        try:
+            self._outcome.set_result(self._work())
+        except BaseException as error:
+            self._outcome.set_exception(error)
+
+    def result(self) -> T:
+        """What the work gave, or raised, once the thread has ended."""
+        self.join()
+        return self._outcome.result()
 
 
 def keep_everything() -> None:

@@ -5,7 +5,9 @@ rounds that drafted, and "draft tokens" are those that were verified: what a sch
 left out cost nothing.
 """
 
+import collections
 import time
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -26,6 +28,9 @@ _BETWEEN = (.01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 7.5, 
 _WHOLE = (.3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960,
           1920, 7680)  # fmt: skip
 _TOKENS = tuple(a * 10**e for e in range(6) for a in (1, 2, 5))
+_CHOICES = (1, 2, 5, 10, 20)
+_CALL = (1, *(8 * 2**n for n in range(12)))
+_ROUNDS = tuple(2**n for n in range(7))
 _LABELS = ("model_name", "engine")
 
 
@@ -49,6 +54,9 @@ class Metrics(Observer):
         )
         self._accepted = self._counter(
             "vllm:spec_decode_num_accepted_tokens", "Drafts accepted."
+        )
+        self._drafted = self._counter(
+            "jaxspark:drafts", "Drafts, whether or not they were verified."
         )
         self._rounds = self._counter("jaxspark:rounds", "Rounds of all outputs.")
         self._by_place = Counter(
@@ -116,6 +124,15 @@ class Metrics(Observer):
         self._budgets = self._histogram(
             "vllm:request_params_max_tokens", "Most tokens asked for.", _TOKENS
         )
+        self._choices = self._histogram(
+            "vllm:request_params_n", "Outputs of a prompt.", _CHOICES
+        )
+        self._call_tokens = self._histogram(
+            "vllm:iteration_tokens_total", "Tokens read and decoded in a call.", _CALL
+        )
+        self._call_rounds = self._histogram(
+            "jaxspark:rounds_per_call", "Rounds between two looks.", _ROUNDS
+        )
 
     def watch(self, engine: Engine) -> None:
         """Shows an engine's state whenever somebody looks."""
@@ -129,6 +146,12 @@ class Metrics(Observer):
         """Counts it."""
         self._rejected.labels(**self._labels, reason=reason).inc()
 
+    def taken_on(self, jobs: Sequence[Job]) -> None:
+        """Counts its outputs, those of each prompt."""
+        prompts = collections.Counter(id(job.demand.request.prompt) for job in jobs)
+        for count in prompts.values():
+            self._choices.observe(count)
+
     def admitted(self, job: Job) -> None:
         """Counts its prompt and its wait."""
         self._prompt.inc(job.prompt)
@@ -141,6 +164,11 @@ class Metrics(Observer):
         self._queried.inc(job.prompt)
         self._hits.inc(cached)
         self._cached.inc(cached)
+
+    def called(self, tokens: int, rounds: int) -> None:
+        """Counts both."""
+        self._call_tokens.observe(tokens)
+        self._call_rounds.observe(rounds)
 
     def preempted(self, count: int) -> None:
         """Counts them."""
@@ -158,6 +186,7 @@ class Metrics(Observer):
                 self._between.observe(seconds / tokens)
         self._rounds.inc(counts.rounds)
         self._drafts.inc(counts.drafted)
+        self._drafted.inc(counts.drafts)
         self._verified.inc(counts.verified)
         self._accepted.inc(sum(counts.accepted))
         for place, accepted in enumerate(counts.accepted):

@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +26,9 @@ class Observer:
     def rejected(self, reason: str) -> None:
         """A request was turned away, for a reason in one word."""
 
+    def taken_on(self, jobs: Sequence[Job]) -> None:
+        """A request was taken on, with so many outputs."""
+
     def admitted(self, job: Job) -> None:
         """A job got a slot."""
 
@@ -44,6 +48,9 @@ class Observer:
           counts: what its rounds did.
         """
 
+    def called(self, tokens: int, rounds: int) -> None:
+        """A call came back that read and decoded so many tokens, in so many rounds."""
+
     def ended(self, job: Job, reason: FinishReason) -> None:
         """A job has ended, with or without a slot."""
 
@@ -57,12 +64,14 @@ class Stats:
       slots: outputs that can be decoded at once.
       running: those that are.
       waiting: outputs that have no slot.
-      waiting_tokens: of their prompts.
+      deferred: those of them that were admitted and wait for pages.
+      waiting_tokens: of prompts that were not admitted.
       prompt_tokens: of prompts that got a slot.
       output_tokens: that were decoded.
       rounds: of all outputs.
       drafted: rounds that drafted.
-      verified: drafts verified in them.
+      drafts: drafts in them.
+      verified: drafts verified.
       accepted: drafts accepted, by position.
       tokens_per_second: of the last seconds.
       accepted_length: tokens per round of the last seconds; 0 without rounds.
@@ -80,11 +89,13 @@ class Stats:
     slots: int
     running: int
     waiting: int
+    deferred: int
     waiting_tokens: int
     prompt_tokens: int
     output_tokens: int
     rounds: int
     drafted: int
+    drafts: int
     verified: int
     accepted: tuple[int, ...]
     tokens_per_second: float
@@ -103,15 +114,15 @@ class Tally(Observer):
     """Adds up what an engine does.
 
     Attributes:
-      prompt_tokens, cached_tokens, output_tokens, rounds, drafted, verified: as in
-        `Stats`.
+      prompt_tokens, cached_tokens, output_tokens, rounds, drafted, drafts, verified:
+        as in `Stats`.
       accepted_G: drafts accepted, by position.
       job_seconds: of recent jobs in their slots, on average.
     """
 
     def __init__(self, block_length: int):
         self.prompt_tokens = self.cached_tokens = self.output_tokens = 0
-        self.rounds = self.drafted = self.verified = 0
+        self.rounds = self.drafted = self.drafts = self.verified = 0
         self.accepted_G = np.zeros((block_length,), np.int64)
         self.job_seconds = 1.0
         self._recent: deque[tuple[float, int, int]] = deque()
@@ -129,6 +140,7 @@ class Tally(Observer):
         self.output_tokens += tokens
         self.rounds += counts.rounds
         self.drafted += counts.drafted
+        self.drafts += counts.drafts
         self.verified += counts.verified
         self.accepted_G += np.array(counts.accepted, np.int64)
         self._recent.append((time.monotonic(), tokens, counts.rounds))
@@ -149,6 +161,7 @@ class Tally(Observer):
             "output_tokens": self.output_tokens,
             "rounds": self.rounds,
             "drafted": self.drafted,
+            "drafts": self.drafts,
             "verified": self.verified,
             "accepted": tuple(self.accepted_G.tolist()),
             "tokens_per_second": speed,

@@ -1,10 +1,11 @@
 """Many engines behind one address: a request goes to any, and on if that one is lost.
 
-The relay reads a request whole and hands it to a replica as data; what the replica's
-application sends comes back message by message. The client sees nothing before the
-first piece of a body has come. A replica that is lost until then, or that answers 503,
-is replaced by another. One that is lost later ends a stream with an error: an answer
-that was begun is not begun again, as its tokens could be others.
+The relay reads a request whole, if it has a key where one is needed, and hands it to a
+replica as data; what the replica's application sends comes back message by message. The
+client sees nothing before the first piece of a body has come. A replica that is lost
+until then, or that answers 503, is replaced by another. One that is lost later ends a
+stream with an error: an answer that was begun is not begun again, as its tokens could
+be others.
 """
 
 import asyncio
@@ -14,11 +15,21 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jaxspark.serving.app_options import AppOptions
 from jaxspark.serving.errors import ApiError
-from jaxspark.serving.http import error_response
+from jaxspark.serving.http import (
+    Logged,
+    check_key,
+    error_response,
+    needs_key,
+    note,
+    read,
+)
 from jaxspark.serving.responses import DONE, event
+from jaxspark.serving.waiting import Overloaded
 
 log = logging.getLogger(__name__)
 # What an application needs to know of a request, and what can be sent elsewhere.
@@ -80,22 +91,26 @@ class Relay:
         ask: Callable[[Asked], Messages],
         *,
         lost: type[Exception] | tuple[type[Exception], ...],
-        most_body_bytes: int,
+        options: AppOptions = AppOptions(),
     ):
         """Of replicas that are there, or come later.
 
         Args:
           ask: has one of them answer; the answer is closed if it is no longer wanted.
           lost: what that raises if a replica is lost.
-          most_body_bytes: of requests; of longer ones no more is read.
+          options: keys, and limits of bodies.
         """
-        self._ask, self._lost, self._most = ask, lost, most_body_bytes
+        self._ask, self._lost, self._options = ask, lost, options
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request."""
-        body = await self._body(receive)
-        if body is None:
-            return
+        request = Request(scope, receive)
+        try:
+            if needs_key(scope["path"]):
+                check_key(request, self._options)
+            body = await read(request, self._options)
+        except ApiError as error:
+            return await _refused(error)(scope, receive, send)
         asked = Asked({name: scope[name] for name in _FIELDS if name in scope}, body)
         answering = asyncio.ensure_future(self._answer(asked, scope, receive, send))
         leaving = asyncio.ensure_future(_until_gone(receive))
@@ -108,19 +123,6 @@ class Relay:
         finally:
             leaving.cancel()
             answering.cancel()
-
-    async def _body(self, receive: Receive) -> bytes | None:
-        """None from a client that has left."""
-        body = bytearray()
-        # A replica says what is wrong with a body that is too long.
-        while len(body) <= self._most:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
-            if not message.get("more_body"):
-                break
-        return bytes(body)
 
     async def _answer(
         self, asked: Asked, scope: Scope, receive: Receive, send: Send
@@ -144,13 +146,20 @@ class Relay:
                 if len(begun) > 1:
                     return await _broken_off(begun[0], send)
             await asyncio.sleep(PAUSE_S * attempt)
-        error = ApiError(
-            "no replica answers now; try again later",
-            status=503,
-            type="server_error",
-            code="no_replica",
+        error = Overloaded(
+            "no replica answers now; try again later", reason="no_replica"
         )
+        await _refused(error)(scope, receive, send)
+
+
+def _refused(error: ApiError) -> ASGIApp:
+    """What no replica answers; with an id and a line in the log, as theirs have."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        note(Request(scope), error=error.code or error.type)
         await error_response(error)(scope, receive, send)
+
+    return Logged(answer)
 
 
 def _is_refusal(start: Message) -> bool:

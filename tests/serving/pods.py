@@ -29,6 +29,13 @@ def asked(prompt="abcabc", **changes):
     return values | {"temperature": 0.8, "seed": 3} | changes
 
 
+def is_ready(here):
+    """Whether a pod takes requests."""
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{here.url}/ready").status_code == 200
+    return False
+
+
 class Pod:
     """Two processes that serve.
 
@@ -38,7 +45,7 @@ class Pod:
       said: lines of each.
     """
 
-    def __init__(self, folder, *flags, supervised=True, seconds=600):
+    def __init__(self, folder, *flags, supervised=True, seconds=600, until=is_ready):
         with socket.socket() as free, socket.socket() as other:
             free.bind(("localhost", 0))
             other.bind(("localhost", 0))
@@ -64,14 +71,9 @@ class Pod:
                 daemon=True,
             ).start()
         late = time.monotonic() + seconds
-        while not self.is_ready():
+        while not until(self):
             assert time.monotonic() < late and not self.ended(), self.said
             time.sleep(0.1)
-
-    def is_ready(self):
-        with contextlib.suppress(httpx.TransportError):
-            return httpx.get(f"{self.url}/ready").status_code == 200
-        return False
 
     def ended(self):
         return [each.poll() for each in self.processes if each.poll() is not None]
@@ -93,9 +95,9 @@ class Pod:
 
 
 @contextlib.contextmanager
-def pod(folder, *flags, supervised=True):
+def pod(folder, *flags, supervised=True, until=is_ready):
     """Within it two processes serve."""
-    here = Pod(folder, *flags, supervised=supervised)
+    here = Pod(folder, *flags, supervised=supervised, until=until)
     try:
         yield here
     finally:

@@ -273,6 +273,16 @@ def test_a_request_that_waits_too_long_fails_and_one_that_runs_too_long_is_cut(
         assert 0 < len(told) < 60 and end.reason == "cancelled"
 
 
+def test_a_prompt_that_is_read_too_long_fails(running, monkeypatch):
+    slowed(running, monkeypatch)
+    [prompt] = zoo.prompts([71])
+    late = running.submit(demand(Request(prompt, max_new_tokens=9), deadline_s=0.08))
+    told, end = tokens_of(list(late))
+    assert not told and (end.reason, end.status) == ("error", 504)
+    assert "for its first token, its timeout is 0.08 s" in end.error
+    assert running.wait_idle(5) and running._batch.idle
+
+
 def test_what_cannot_be_served_is_refused_by_name_and_harms_nobody(running, plain):
     good = request(0)
     for bad, match, param in (
@@ -553,6 +563,26 @@ def test_programs_are_compiled_in_a_thread_that_ends(monkeypatch):
     with engine("ngram") as made:
         [thread] = threads
         assert thread is not made._thread and not thread.is_alive()
+
+
+def test_an_engine_that_still_compiles_is_stopped_at_once(monkeypatch):
+    compiling, compiled = threading.Event(), threading.Event()
+
+    def warm_up(batch):
+        compiling.set()
+        compiled.wait()
+
+    monkeypatch.setattr("jaxspark.serving.engine.warm_up", warm_up)
+    made = engine("ngram")
+    made.start()
+    compiling.wait()
+    made.drain()
+    assert made.wait_idle(0)
+    made.stop()
+    assert made._thread.is_alive() and not made.compiled
+    compiled.set()
+    made._thread.join(10)
+    assert not made._thread.is_alive() and made.state == "stopped"
 
 
 def test_an_engine_that_cannot_be_started_says_so(monkeypatch):

@@ -1,5 +1,7 @@
 """The engine's caches: prefixes are shared, pages run out, and nobody is told wrong."""
 
+import time
+
 import jax
 import pytest
 
@@ -7,7 +9,7 @@ from jaxspark.decoding import DecodeOptions
 from jaxspark.exactness.tiny_models import tiny_models
 from jaxspark.generation import Request, generate
 from jaxspark.parallel.mesh import make_mesh
-from jaxspark.serving import ApiError, Demand, Ended, Engine, Pace, Prefilled, Tokens
+from jaxspark.serving import Demand, Ended, Engine, Pace, Prefilled, Tokens
 from jaxspark.serving.metrics import Metrics
 from jaxspark.target import Target
 from tests import zoo
@@ -77,6 +79,17 @@ def running():
         assert made.stats().pages_used == 0 and not made.pages.leaks()
 
 
+def slowed(made, monkeypatch, seconds=0.05):
+    """Makes every turn take a while."""
+    step = made._batch.step
+
+    def slow(*args, **kwargs):
+        time.sleep(seconds)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(made._batch, "step", slow)
+
+
 def scraped(made, name):
     lines = made.metrics.text().decode().split("\n")
     [line] = [line for line in lines if line.startswith(name + "{")]
@@ -126,6 +139,26 @@ def test_pages_that_run_out_change_no_token():
         assert not made.pages.leaks()
 
 
+def test_an_output_that_waits_too_long_for_pages_fails(monkeypatch):
+    metrics = Metrics("m")
+    with engine("ngram", cache_pages=4, observers=[metrics]) as made:
+        metrics.watch(made)
+        slowed(made, monkeypatch)
+        first = made.submit(Demand(group="g", choice=0, request=request(0)))
+        asked = Request(list(range(40)) * 7, max_new_tokens=NEW)
+        late = made.submit(Demand(group="g", choice=0, request=asked, deadline_s=0.5))
+        while (seen := made.stats()).running != 1 or not seen.deferred:
+            assert not late.ended
+        assert (seen.waiting, seen.waiting_tokens) == (1, 0)
+        text = metrics.text().decode()
+        for reason, count in (("capacity", 0), ("deferred", 1)):
+            assert f'model_name="m",reason="{reason}"}} {count}.0' in text
+        [end] = late
+        assert (end.reason, end.status) == ("error", 504)
+        assert read(first)[1] == plain(request(0))
+        assert made.wait_idle(10) and not made.pages.leaks()
+
+
 @pytest.mark.long
 def test_snapshots_of_rings_are_compiled_before_anybody_comes():
     """The second prompt finds out where prompts part; the third begins there."""
@@ -142,13 +175,49 @@ def test_snapshots_of_rings_are_compiled_before_anybody_comes():
         assert made.stats().late_compilations == 0
 
 
-def test_a_request_that_no_cache_could_hold_is_refused_when_it_comes():
-    made = engine(cache_pages=2)
-    with pytest.raises(
-        ApiError, match="needs 3 pages of 128.*the caches have 2 in all"
-    ) as error:
-        made.submit(Demand(group="g", choice=0, request=request(1)))
-    assert error.value.param == "prompt"
+def test_memory_of_snapshots_is_bounded_and_there_from_the_beginning():
+    model, drafters = tiny_models(
+        "deepseek_v4", zoo.VOCAB, drafters=["mtp"], block_length=3
+    )
+
+    def made(**changes):
+        """Pages, and bytes of what is there for snapshots."""
+        pages = engine(drafters["mtp"], model=model, cache_pages=8, **changes).pages
+        spare = [snapshot.parts for shard in pages._spare for snapshot in shard]
+        return pages, sum(leaf.nbytes for leaf in jax.tree.leaves(spare))
+
+    pages, most = made()
+    one = sum(leaf.nbytes for leaf in jax.tree.leaves(pages._blank))
+    # One more than are kept: it is taken before another is dropped.
+    assert 3 * one < most <= (8 + 1) * one
+    assert made(snapshot_bytes=3 * one - 1)[1] == 3 * one
+    assert made(snapshot_bytes=1000 * one)[1] == (8 + 1) * one
+    assert made(snapshot_bytes=one - 1)[1] == made(prefix_cache=False)[1] == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("count", [0, 1])
+def test_few_snapshots_are_used_again_and_again(count):
+    model, drafters = tiny_models(
+        "deepseek_v4", zoo.VOCAB, drafters=["mtp"], block_length=3
+    )
+    one = 38_400
+    with engine(drafters["mtp"], model=model, snapshot_bytes=count * one) as made:
+        assert sum(leaf.nbytes for leaf in jax.tree.leaves(made.pages._blank)) == one
+        cold = told(made, request(1))
+        for i in (2, 3):
+            told(made, request(i, shared=270 - i), cache_salt=str(i))
+            assert told(made, request(i), cache_salt="other")[0] == 0
+        again = [told(made, request(1)) for _ in range(2)]
+        assert [each[0] for each in again] == [0, 256 * count]
+        assert [each[1:] for each in again] == [cold[1:]] * 2
+        assert len(made.pages._spare[0]) == 0
+
+
+def test_pages_that_do_not_hold_the_context_are_refused():
+    with pytest.raises(ValueError, match="hold outputs of 381 tokens.*420 takes 4 pag"):
+        engine(cache_pages=3)
+    assert engine(cache_pages=3, context=381).context == 381
 
 
 def test_without_a_prefix_cache_slots_have_rows_of_their_own():
@@ -163,6 +232,8 @@ def test_prefixes_are_cached_on_a_mesh_and_everything_is_compiled_before():
     with jax.set_mesh(make_mesh("data:2", jax.devices()[:2])):
         with pytest.raises(ValueError, match="cache_pages is 9; the mesh has 2 shards"):
             engine("ngram", slots=4, cache_pages=9)
+        with pytest.raises(ValueError, match="420 takes 8 pages"):
+            engine("ngram", slots=4, cache_pages=6)
         made = engine("ngram", slots=4, cache_pages=10)
     with made:
         asked = [request(i) for i in (1, 2, 3)]

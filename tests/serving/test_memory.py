@@ -5,11 +5,11 @@ import threading
 
 import pytest
 
-from jaxspark.serving.memory import apart, keep_everything
+from jaxspark.serving.memory import Apart, keep_everything
 
 
 def test_work_is_done_in_a_thread_that_ends():
-    thread = apart(threading.current_thread)
+    thread = Apart(threading.current_thread).result()
     assert thread is not threading.current_thread()
     assert not thread.is_alive()
 
@@ -19,7 +19,7 @@ def test_what_goes_wrong_there_goes_wrong_here():
         raise FileNotFoundError("weights")
 
     with pytest.raises(FileNotFoundError, match="weights"):
-        apart(broken)
+        Apart(broken).result()
 
 
 def test_what_is_there_is_not_looked_through_again():

@@ -117,6 +117,18 @@ def test_two_processes_serve_what_one_says_and_drain_together(folder):
     assert len({each.json()["choices"][0]["text"] for each in told}) == 1
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("asked", [0, 1])
+def test_two_processes_that_still_compile_end_together(folder, asked):
+    def compiles(here):
+        return any("compiling" in line for line in here.said[0])
+
+    with pod(folder, *FLAGS, supervised=False, until=compiles) as here:
+        here.processes[asked].send_signal(signal.SIGTERM)
+        assert here.ends() == [0, 0], here.said
+    assert not any("compiled" in line for line in here.said[0])
+
+
 def test_a_process_that_decided_otherwise_does_not_go_on():
     """Commands are told as they are meant, and only to a batch that is as far."""
     first, second = (

@@ -12,7 +12,10 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from jaxspark.serving import relay
+from jaxspark.serving.app_options import AppOptions
 from jaxspark.serving.relay import Relay, answered_by
+
+LIMITS = AppOptions(most_body_bytes=100, body_seconds=0.3)
 
 
 class LostError(Exception):
@@ -65,9 +68,9 @@ class Replicas:
                 count += 1
                 yield message
 
-    def post(self, path, **options):
+    def post(self, path, limits=LIMITS, **options):
         """A response through a relay."""
-        app = Relay(self.ask, lost=LostError, most_body_bytes=100)
+        app = Relay(self.ask, lost=LostError, options=limits)
 
         async def posted():
             transport = httpx.ASGITransport(app=app)
@@ -119,19 +122,54 @@ def test_a_replica_that_is_full_is_passed_over():
 
 def test_without_replicas_there_is_an_error():
     answer = Replicas(lost_after=[0] * 9).post("/whole")
-    assert answer.status_code == 503
+    assert answer.status_code == 503 and answer.headers["Retry-After"] == "1"
     assert answer.json()["error"]["code"] == "no_replica"
 
 
-def test_no_more_of_a_body_is_read_than_may_come():
-    answer = Replicas().post("/whole", content=b"x" * 1000)
-    # A replica refuses what is too long; one byte more tells it.
-    assert 100 < len(answer.json()["said"]) <= 1000
+def test_bodies_that_are_long_or_slow_reach_no_replica(caplog):
+    async def slowly():
+        yield b"x"
+        await asyncio.sleep(5)
+
+    async def endlessly():
+        while True:
+            yield b"x"
+
+    replicas = Replicas()
+    with caplog.at_level("INFO", "jaxspark.requests"):
+        for content, status in (
+            (b"x" * 101, 413),
+            (endlessly(), 413),
+            (slowly(), 408),
+        ):
+            answer = replicas.post("/whole", content=content)
+            error = answer.json()["error"]
+            assert answer.status_code == status and "body" in error["message"]
+            line = json.loads(caplog.records[-1].message)
+            assert line["status"] == status and line["path"] == "/whole"
+            assert answer.headers["X-Request-Id"] == line["id"]
+    assert replicas.asked == 0 and len(caplog.records) == 3
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/completions", "/tokenize"])
+def test_without_a_key_no_body_is_read(path):
+    async def body():
+        raise AssertionError
+        yield
+
+    limits, replicas = AppOptions(api_keys=("a-key",)), Replicas()
+    answer = replicas.post(path, limits, content=body())
+    assert answer.status_code == 401 and replicas.asked == 0
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    right = {"Authorization": "Bearer a-key"}
+    assert replicas.post(path, limits, headers=right).status_code == 404
+    assert replicas.post("/whole", limits, content="x").status_code == 200
+    assert replicas.asked == 2
 
 
 def test_a_client_that_leaves_leaves_the_replica():
     replicas = Replicas()
-    app = Relay(replicas.ask, lost=LostError, most_body_bytes=100)
+    app = Relay(replicas.ask, lost=LostError)
 
     async def leave():
         left, sent = asyncio.Event(), []

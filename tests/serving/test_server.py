@@ -11,8 +11,11 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from starlette.testclient import TestClient
 
 from jaxspark.generation import SamplingParams, generate
+from jaxspark.serving.app import make_app
+from jaxspark.serving.app_options import AppOptions
 from jaxspark.serving.sampling import seed_of
 from tests.serving.hosting import KEY, hosted
 
@@ -323,6 +326,15 @@ def test_a_body_that_never_comes_is_given_up(server):
         assert b" 408 " in connection.recv(200).split(b"\r\n")[0]
 
 
+def test_a_prompt_that_is_not_read_in_time_is_a_504(server, http, monkeypatch):
+    server.slow(monkeypatch)
+    body = {"model": "tiny", "prompt": "ab" * 40, "max_tokens": 9, "timeout": 0.05}
+    response = http.post("/v1/completions", json=body)
+    assert response.status_code == 504
+    error = response.json()["error"]
+    assert error["type"] == "server_error" and "timeout is 0.05 s" in error["message"]
+
+
 def raw(server, body=b"", length=None):
     """A connection on which a request was sent."""
     host, port = server.url.removeprefix("http://").split(":")
@@ -421,14 +433,133 @@ def test_operators_see_states_and_metrics_under_known_names(server, http, client
     assert stats["tokens_per_second"] > 0 and stats["accepted_length"] >= 1
 
 
+def scraped(http):
+    """Values by metric and labels."""
+    lines = http.get("/metrics").text.splitlines()
+    found = {}
+    for name, value in (line.rsplit(" ", 1) for line in lines if line[:1] != "#"):
+        own = re.sub('(engine="0"|model_name="tiny"),?', "", name)
+        found[own.replace(",}", "}")] = float(value)
+    return found
+
+
+def test_metrics_tell_why_outputs_ended(server, http, monkeypatch):
+    assert server.engine.wait_idle(10)
+    server.slow(monkeypatch)
+    before = scraped(http)
+    body = {"model": "tiny", "prompt": "abcabc", "ignore_eos": True}
+    ends = {
+        "stop": {"logit_bias": {"98": 100}, "stop_token_ids": [98], "max_tokens": 9},
+        "length": {"max_tokens": 9},
+        # One was told something when its time was over, the other was not.
+        "abort": {"max_tokens": 60, "timeout": 0.3},
+        "error": {"prompt": "ab" * 40, "max_tokens": 9, "timeout": 0.05},
+    }
+    for changes in ends.values():
+        http.post("/v1/completions", json=body | changes)
+    assert server.engine.wait_idle(10)
+    after = scraped(http)
+    for reason in ends:
+        name = f'vllm:request_success_total{{finished_reason="{reason}"}}'
+        assert after[name] - before.get(name, 0) == 1, reason
+
+
+def test_metrics_tell_who_runs_and_waits_and_who_was_turned_away(
+    server, http, client, monkeypatch
+):
+    assert server.engine.wait_idle(10)
+    server.slow(monkeypatch)
+    before = scraped(http)
+    asked = {**CHAT, "max_tokens": 50, "stream": True}
+    streams = [client.chat.completions.create(**asked, n=3)]
+    while server.engine.stats().running < 3:
+        time.sleep(0.01)
+    streams.append(client.chat.completions.create(**asked, n=8))
+    with pytest.raises(openai.InternalServerError):
+        client.chat.completions.create(**asked)
+    held = scraped(http)
+    for stream in streams:
+        stream.close()
+    assert server.engine.wait_idle(10)
+    waiting = "vllm:num_requests_waiting"
+    for name, count in (
+        ("vllm:num_requests_running{}", 3),
+        (waiting + "{}", 8),
+        (waiting + '_by_reason{reason="capacity"}', 8),
+        (waiting + '_by_reason{reason="deferred"}', 0),
+    ):
+        assert held[name] == count and scraped(http)[name] == 0, name
+    # Those that were turned away have not asked for anything.
+    for name, more in (
+        ('vllm:admission_rejections_total{reason="queue_full"}', 1),
+        ("vllm:request_params_n_count{}", 2),
+        ("vllm:request_params_n_sum{}", 11),
+    ):
+        assert held[name] - before.get(name, 0) == more, name
+
+
+def test_metrics_tell_what_calls_did(server, http):
+    assert server.engine.wait_idle(10)
+    before = scraped(http)
+    body = {"model": "tiny", "prompt": ["abcabc", "abab"], "max_tokens": 20}
+    answer = http.post("/v1/completions", json=body | {"ignore_eos": True, "seed": 1})
+    assert answer.json()["usage"]["completion_tokens"] == 40
+    assert server.engine.wait_idle(10)
+    after = scraped(http)
+    more = {name: after[name] - before.get(name, 0) for name in after}
+    # The last token of a prompt is a round's.
+    assert more["vllm:iteration_tokens_total_sum{}"] == 5 + 3 + 40
+    assert more["vllm:request_params_n_count{}"] == 2
+    assert more["vllm:request_params_n_sum{}"] == 2
+    rounds = more["jaxspark:rounds_per_call_sum{}"]
+    assert rounds <= more["jaxspark:rounds_total{}"] <= 2 * rounds
+    drafts = more["jaxspark:drafts_total{}"]
+    assert 0 < more["vllm:spec_decode_num_draft_tokens_total{}"] <= drafts
+    assert drafts <= 3 * more["vllm:spec_decode_num_drafts_total{}"]
+
+
 def test_the_page_loads_nothing_from_elsewhere(http):
     response = http.get("/", headers={"Authorization": ""})
     assert response.headers["Content-Security-Policy"].startswith("default-src 'none'")
     assert "jaxspark" in response.text and not re.search("https?://", response.text)
-    assert (
-        "access-control-allow-origin"
-        not in http.get("/stats", headers={"Origin": "https://example.com"}).headers
-    )
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ping", "/ready"])
+def test_those_who_only_look_whether_a_server_is_there_send_head(http, path):
+    got, head = http.get(path), http.head(path)
+    assert head.status_code == got.status_code == 200 and head.content == b""
+    assert head.headers["Content-Length"] == got.headers["Content-Length"]
+    assert http.get("/ping").json() == http.get("/health").json()
+
+
+# What OpenAI's client for JavaScript sends beside what everybody does.
+PREFLIGHT = {
+    "Origin": "https://example.com",
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
+}
+
+
+def test_foreign_pages_may_not_ask_by_default(http):
+    answer = http.options("/v1/chat/completions", headers=PREFLIGHT)
+    assert answer.status_code == 405
+    for response in (answer, http.get("/stats", headers=PREFLIGHT)):
+        assert "access-control-allow-origin" not in response.headers
+
+
+def test_pages_that_may_ask_may_use_openais_client(server):
+    app = make_app(server.engine, None, AppOptions(cors_origins=(PREFLIGHT["Origin"],)))
+    with TestClient(app) as http:
+        answer = http.options("/v1/chat/completions", headers=PREFLIGHT)
+        assert answer.status_code == 200
+        allowed = answer.headers["access-control-allow-headers"]
+        assert "x-stainless-os" in allowed and "authorization" in allowed
+        told = http.get("/stats", headers=PREFLIGHT).headers
+        assert told["access-control-allow-origin"] == PREFLIGHT["Origin"]
+        exposed = told["access-control-expose-headers"]
+        assert exposed == "X-Request-Id, Retry-After"
+        elsewhere = PREFLIGHT | {"Origin": "https://other.example.com"}
+        assert http.options("/stats", headers=elsewhere).status_code == 400
 
 
 def test_logs_tell_figures_and_never_what_was_said(server, client, caplog):

@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from jaxspark.generation import Request, generate
-from jaxspark.grammars import Grammar
+from jaxspark.grammars import Grammar, GrammarError, Matcher
 from jaxspark.serving.sampling import seed_of
 
 HI = [{"role": "user", "content": "Hi."}]
@@ -66,6 +66,27 @@ def test_json_of_a_schema_is_what_plain_decoding_gives(server, client, temperatu
         seed=seed_of(4, 0),
     )
     assert choice.message.content == expected.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_grammar_that_gives_up_is_the_clients_error(client, monkeypatch, stream):
+    compute, calls = Matcher._compute, []
+
+    def fails(self):
+        calls.append(self)
+        if len(calls) > 6:
+            raise GrammarError("the grammar gave up: too complex")
+        return compute(self)
+
+    monkeypatch.setattr(Matcher, "_compute", fails)
+    with pytest.raises(openai.APIError, match="too complex") as error:
+        asked = {**CHAT, "response_format": FORMAT, "seed": 4, "stream": stream}
+        list(client.chat.completions.create(**asked))
+    assert error.value.type == "invalid_request_error"
+    if not stream:
+        assert error.value.status_code == 400
+    free = client.chat.completions.create(**CHAT, seed=4)
+    assert free.choices[0].finish_reason
 
 
 def test_answers_under_grammars_run_beside_free_ones(server, client):
