@@ -70,10 +70,12 @@ class Adjustment:
 
     def check(self, vocab: int, stop_ids: Sequence[int]) -> None:
         """Raises `ValueError` if some output could have no next token."""
-        left = set(range(vocab) if self.allowed_ids is None else self.allowed_ids)
-        left -= {word[-1] for word in self.bad_words}
+        barred = {word[-1] for word in self.bad_words}
         if self.min_tokens:
-            left -= set(stop_ids)
+            barred |= set(stop_ids)
+        allowed = self.allowed_ids
+        left = vocab if allowed is None else len(set(allowed))
+        left -= len(barred if allowed is None else barred.intersection(allowed))
         if not left:
             raise ValueError(
                 "allowed_ids, bad_words and min_tokens together leave no token that "

@@ -5,7 +5,7 @@ The host only admits, collects and releases; what a step reads from the device a
 tokens that are new since the last one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import jax
@@ -236,6 +236,32 @@ class ContinuousBatch:
     def estimator(self) -> EstimatorState | None:
         """What was learned of acceptance; gone with the next step."""
         return self._state.estimator
+
+    def will_know(
+        self,
+        request: CheckedRequest,
+        salt: str | None,
+        arriving: Iterable[CheckedRequest],
+    ) -> bool:
+        """Whether a request that waits a little has less of its prompt to read.
+
+        Others are reading its beginning, which it can have of them.
+
+        Args:
+          request: which waits.
+          salt: of its prefix.
+          arriving: requests with the same salt that are about to be queued.
+        """
+        told = request.params.prompt_log_probs is not None  # which comes of reading
+        if self._pages is None or told:
+            return False
+        return self._pages.will_know(
+            request.ids,
+            salt,
+            reading=self._seats.reading,
+            free=self._seats.free,
+            arriving=[each.ids for each in arriving],
+        )
 
     def submit(self, request: Request) -> int:
         """Queues a request; returns its index, counted from 0.

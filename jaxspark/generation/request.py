@@ -259,6 +259,8 @@ def check_ids(target: Target, name: str, ids: Sequence[int]) -> list[int]:
       ValueError: one that is no whole number, or outside the vocabulary.
     """
     vocab = target.model.config.vocab_size
+    if all(type(token) is int and 0 <= token < vocab for token in ids):
+        return list(ids)
     return [whole(f"{name}: a token id", token, 0, vocab - 1) for token in ids]
 
 

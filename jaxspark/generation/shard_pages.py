@@ -16,7 +16,7 @@ Slots and pages have numbers of their own on every shard.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,6 +130,36 @@ class ShardPages:
             start = max(ends, default=0)
         return Known(start=start, path=path)
 
+    def will_know(self, slot: int, tokens: Sequence[int], salt: str | None) -> bool:
+        """Whether more of a text is known once a slot has read what it is reading."""
+        held = self._held[slot]
+        if held.salt != salt:
+            return False
+        return self.would_know(tokens, salt, held.tokens, held.due)
+
+    def would_know(
+        self,
+        tokens: Sequence[int],
+        salt: str | None,
+        others: Sequence[int],
+        due: Collection[int] | None = None,
+    ) -> bool:
+        """Whether more of a text were known if another with its salt had been read.
+
+        Args:
+          tokens: of the text.
+          salt: of its prefix.
+          others: tokens of the other one.
+          due: where snapshots will be taken of it; None for a text without a slot.
+        """
+        if not self._prefix_cache:
+            return False
+        end = self._common(tokens, others)
+        if self.has_rings:
+            due = self._due(self._whole(others)) if due is None else due
+            end = max((each for each in due if each <= end), default=0)
+        return end > self.known(tokens, salt, share=True).start
+
     def admit(
         self,
         slot: int,
@@ -157,8 +187,7 @@ class ShardPages:
         self._tree.use(known.path)
         whole, due = self._whole(tokens), set()
         if self.has_rings and self._prefix_cache:
-            stride = math.lcm(STRIDE, self.unit)
-            due = {len(shared) * PAGE, whole, *range(stride, whole, stride)}
+            due = {len(shared) * PAGE, *self._due(whole)}
             due = {each for each in due if each > known.start}
         pages = shared + self._pool.take(missing)
         self._held[slot] = Held(tokens, salt, pages, whole, len(shared), due)
@@ -233,6 +262,21 @@ class ShardPages:
         if self.table_BP.any():
             wrong.append(f"tables still name pages: {self.table_BP.tolist()}")
         return wrong
+
+    def _due(self, whole: int) -> set[int]:
+        """Where snapshots are taken of any text of so many whole chunks' tokens."""
+        stride = math.lcm(STRIDE, self.unit)
+        return {whole, *range(stride, whole, stride)}
+
+    def _common(self, tokens: Sequence[int], others: Sequence[int]) -> int:
+        """Positions of two texts that begin alike which one can have of the other."""
+        end, most = 0, min(self._whole(tokens), self._whole(others))
+        while end < most:
+            after = end + self.unit + self._lookahead
+            if tokens[end:after] != others[end:after]:
+                break
+            end += self.unit
+        return end
 
     def _whole(self, tokens: Sequence[int]) -> int:
         """Tokens that are read in whole chunks; the last is a round's to read."""

@@ -9,7 +9,7 @@ a mesh there is one shard.
 
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -183,6 +183,38 @@ class SlotPages:
                 self.hit_requests += own.start > 0
                 return slot, own.start
         return None
+
+    def will_know(
+        self,
+        tokens: Sequence[int],
+        salt: str | None,
+        *,
+        reading: Collection[int],
+        free: Collection[int],
+        arriving: Iterable[Sequence[int]] = (),
+    ) -> bool:
+        """Whether a text that waits a little has less to read.
+
+        It has where all shards with a free slot are reading its beginning, or another
+        text with this is about to get a slot.
+
+        Args:
+          tokens: of the text.
+          salt: of its prefix.
+          reading: slots whose prompts are not read yet.
+          free: empty ones.
+          arriving: texts with the same salt that are about to get slots.
+        """
+        first, *_ = self._shards
+        if any(first.would_know(tokens, salt, others) for others in arriving):
+            return True
+        places = [divmod(slot, self._per_shard) for slot in reading]
+        knowing = {
+            number
+            for number, own in places
+            if self._shards[number].will_know(own, tokens, salt)
+        }
+        return {slot // self._per_shard for slot in free} <= knowing
 
     def reserve(self, positions: Mapping[int, int]) -> list[int]:
         """Gives slots pages for so many positions each, or nobody any if too few.

@@ -6,7 +6,7 @@ app = make_app(engine, served, options, metrics)
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from jaxspark.serving.http import (
     cors,
     note,
 )
+from jaxspark.serving.jobs import Job
 from jaxspark.serving.metrics import CONTENT_TYPE, Metrics
 from jaxspark.serving.other_requests import (
     CompletionRequest,
@@ -110,16 +111,17 @@ def _add_model_routes(
         key = check_key(request, options)
         body = await body_of(request, options)
 
-        def understood() -> tuple[SamplingFields, Any]:
+        def understood() -> tuple[Any, Sequence[Job]]:
             read = schema.read(body)
             created = int(time.time())
-            return read, prepare(read, served, id=uuid.uuid4().hex, created=created)
+            prepared = prepare(read, served, id=uuid.uuid4().hex, created=created)
+            note(request, request=prepared.id)
+            client = key or _caller(request, read)
+            return prepared, engine.check(*prepared.demands, client=client)
 
         # Long prompts take a while; others are answered meanwhile.
-        read, prepared = await asyncio.to_thread(understood)
-        note(request, request=prepared.id)
-        stream = engine.submit(*prepared.demands, client=key or _caller(request, read))
-        return await answered(request, assembler(prepared), stream)
+        prepared, jobs = await asyncio.to_thread(understood)
+        return await answered(request, assembler(prepared), engine.take_on(jobs))
 
     async def told(
         request: Request, schema: type[Wire], tell: Callable[..., Any]

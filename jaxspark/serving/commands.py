@@ -92,7 +92,7 @@ def _params(told: Mapping[str, Any]) -> SamplingParams:
 def _grammar(told: Mapping[str, Any] | None) -> Grammar | None:
     if told is None:
         return None
-    value, thinking = told["value"], told["thinking"]
+    value, thinking, calls = told["value"], told["thinking"], told["calls"]
     if told["kind"] == "calls":
         value = Calls(**value)
     elif told["kind"] == "structural_tag":
@@ -103,4 +103,5 @@ def _grammar(told: Mapping[str, Any] | None) -> Grammar | None:
         value=value,
         thinking=None if thinking is None else ThinkFormat(**thinking),
         opened=told["opened"],
+        calls=None if calls is None else Calls(**calls),
     )

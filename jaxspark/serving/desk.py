@@ -74,6 +74,20 @@ class Desk:
         with self._changed:
             return self._changed.wait_for(come, timeout_s)
 
+    def check_room(self, outputs: int, *, retry_after_s: float) -> None:
+        """Raises what `take_on` would for so many outputs, whatever their prompts."""
+        with self._changed:
+            self._check_state()
+            self.line.check_room(outputs, retry_after_s=retry_after_s)
+
+    def _check_state(self) -> None:
+        if self.state != "ready":
+            raise Overloaded(
+                f"the engine is {self.state}; it takes no requests",
+                reason=self.state,
+                retry_after_s=5.0,
+            )
+
     def take_on(self, jobs: Sequence[Job], *, retry_after_s: float) -> None:
         """Lets all jobs of a request wait, or none.
 
@@ -82,12 +96,7 @@ class Desk:
           Overloaded: there is no room now.
         """
         with self._changed:
-            if self.state != "ready":
-                raise Overloaded(
-                    f"the engine is {self.state}; it takes no requests",
-                    reason=self.state,
-                    retry_after_s=5.0,
-                )
+            self._check_state()
             self.line.push(jobs, retry_after_s=retry_after_s)
             for each in self._observers:
                 each.taken_on(jobs)

@@ -15,6 +15,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -29,6 +30,7 @@ from jaxspark.generation import ContinuousBatch, Update
 from jaxspark.generation.generate import round_capacity
 from jaxspark.generation.request import (
     MAX_TOP_LOG_PROBS,
+    CheckedRequest,
     RequestError,
     check,
 )
@@ -265,21 +267,28 @@ class Engine:
           ApiError: what cannot be served.
           Overloaded: no room now.
         """
+        return self.take_on(self.check(*demands, client=client))
+
+    def check(self, *demands: Demand, client: str = "") -> list[Job]:
+        """The first half of `submit`, which takes a while for long prompts and lists.
+
+        An event loop leaves it to another thread. Nothing is taken on yet.
+        """
         jobs: list[Job] = []
         stream = Stream(
             len(demands), lambda choice, reason: self._desk.cancel(jobs, choice, reason)
         )
+        with self._told_if_full():
+            self._desk.check_room(len(demands), retry_after_s=self._wait_s(demands))
         now = time.monotonic()
-        for demand in demands:
-            jobs.append(self._job(demand, client, stream, now))
-        ahead = (len(self._desk.line) + len(jobs)) / self._batch.slots
-        try:
-            self._desk.take_on(jobs, retry_after_s=self._tally.job_seconds * ahead)
-        except Overloaded as error:
-            for each in self._observers:
-                each.rejected(error.reason)
-            raise
-        return stream
+        jobs += [self._job(demand, client, stream, now) for demand in demands]
+        return jobs
+
+    def take_on(self, jobs: Sequence[Job]) -> Stream:
+        """The second half of `submit`, for what was checked."""
+        with self._told_if_full():
+            self._desk.take_on(jobs, retry_after_s=self._wait_s(jobs))
+        return jobs[0].stream
 
     def drain(self) -> None:
         """Takes no new requests on; those that are here go on to their ends."""
@@ -333,6 +342,21 @@ class Engine:
             "pages_used": self.pages.used,
             "pages_cached": self.pages.cached,
         }
+
+    def _wait_s(self, more: Sequence[Any]) -> float:
+        """Seconds until some that come now would have slots."""
+        ahead = (len(self._desk.line) + len(more)) / self._batch.slots
+        return self._tally.job_seconds * ahead
+
+    @contextlib.contextmanager
+    def _told_if_full(self) -> Iterator[None]:
+        """Lets observers know of requests that find no room."""
+        try:
+            yield
+        except Overloaded as error:
+            for each in self._observers:
+                each.rejected(error.reason)
+            raise
 
     def _job(self, demand: Demand, client: str, stream: Stream, now: float) -> Job:
         request, batch = demand.request, self._batch
@@ -417,9 +441,13 @@ class Engine:
         seeds = {job.request.seed for job in running} if self._own_seeds else set()
         long = self._long_prompt
         unread = [tokens for tokens in batch.unread if tokens > long]
+        arriving: defaultdict[str | None, list[CheckedRequest]] = defaultdict(list)
 
         def may(job: Job) -> bool:
+            salt = job.demand.cache_salt
             if job.request.seed in seeds:
+                return False
+            if batch.will_know(job.request, salt, arriving[salt]):
                 return False
             if job.prompt > long:
                 if sum(tokens <= job.prompt for tokens in unread) >= batch.together:
@@ -427,6 +455,7 @@ class Engine:
                 unread.append(job.prompt)
             if self._own_seeds:
                 seeds.add(job.request.seed)
+            arriving[salt].append(job.request)
             return True
 
         return self._desk.next_turn(batch.room, may)

@@ -84,8 +84,25 @@ class WaitingLine:
           Overloaded: there is no room for them now.
         """
         tokens = sum(job.prompt for job in jobs)
+        self.check_room(len(jobs), tokens, retry_after_s=retry_after_s)
+        for job in jobs:
+            self._arrive(job.client)
+            line = self._lines.setdefault(job.demand.priority, {})
+            line.setdefault(job.client, deque()).append(job)
+        self._count += len(jobs)
+        self.tokens += tokens
+
+    def check_room(
+        self, outputs: int, tokens: int = 0, *, retry_after_s: float = 1.0
+    ) -> None:
+        """Whether so many outputs could be queued, with so many tokens of prompts.
+
+        Raises:
+          ApiError: they could never wait together.
+          Overloaded: there is no room for them now.
+        """
         for what, param, given, waiting, most in (
-            ("outputs", "n", len(jobs), len(self), self.limits.requests),
+            ("outputs", "n", outputs, len(self), self.limits.requests),
             ("prompt tokens", "prompt", tokens, self.tokens, self.limits.tokens),
         ):
             if given > most:
@@ -99,12 +116,6 @@ class WaitingLine:
                     reason="queue_full",
                     retry_after_s=retry_after_s,
                 )
-        for job in jobs:
-            self._arrive(job.client)
-            line = self._lines.setdefault(job.demand.priority, {})
-            line.setdefault(job.client, deque()).append(job)
-        self._count += len(jobs)
-        self.tokens += tokens
 
     def take(self, count: int, may: Callable[[Job], bool] = bool) -> list[Job]:
         """At most so many jobs that are next; they are charged for their prompts.

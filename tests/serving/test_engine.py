@@ -316,6 +316,9 @@ def test_a_full_queue_turns_requests_away(running, monkeypatch):
     streams = [running.submit(demand(long)) for _ in range(40)]
     with pytest.raises(Overloaded, match="at most 40") as error:
         running.submit(*(demand(long, i) for i in range(5)))
+    bad = Request([zoo.VOCAB], max_new_tokens=4)
+    with pytest.raises(Overloaded):  # before anything is checked, which takes a while
+        running.submit(demand(bad))
     assert 1 <= error.value.retry_after_s <= 60
     for stream in streams:
         stream.cancel()

@@ -1,6 +1,7 @@
 """The engine's caches: prefixes are shared, pages run out, and nobody is told wrong."""
 
 import time
+from collections import defaultdict
 
 import jax
 import pytest
@@ -116,7 +117,30 @@ def test_a_salt_keeps_prefixes_apart(running):
     assert cached == [0, 0, 256]
 
 
+def test_outputs_that_come_together_read_what_they_share_once(running):
+    """Of one prompt, and of two that begin alike."""
+    asked = [request(i) for i in (1, 3)] * 2
+    before = running.stats().cached_tokens
+    streams = running.submit(
+        *(
+            Demand(group="g", choice=choice, request=each, cache_salt="together")
+            for choice, each in enumerate(asked)
+        )
+    )
+    outputs = defaultdict(list)
+    for event in streams:
+        outputs[event.choice].append(event)
+    seen = [read(outputs[choice]) for choice in range(4)]
+    assert sorted(cached for cached, _, _ in seen) == [0, 256, 256, 256]
+    assert [tokens for _, tokens, _ in seen] == [plain(each) for each in asked]
+    assert running.stats().cached_tokens - before == 3 * 256
+    # Without what another salt has, nobody waits for others.
+    alone = [told(running, request(1), cache_salt=salt)[0] for salt in ("one", "other")]
+    assert alone == [0, 0]
+
+
 def test_usage_of_pages_is_told(running):
+    told(running, request(1))
     stats = running.stats()
     assert stats.pages == 3 * 4 and stats.pages_cached >= 2
     assert scraped(running, "vllm:kv_cache_usage_perc") == 0

@@ -168,6 +168,7 @@ def test_grammars_are_told_as_they_are_meant():
     tags = StructuralTags(
         structures=[Tag(begin="<f>", schema={"const": 1}, end="</f>")], triggers=["<"]
     )
+    calls = Calls(form="hermes", tools=[tool], parallel=True)
     grammars = [
         Grammar(**DIGITS),
         Grammar(kind="choice", value=("one", "two")),
@@ -175,6 +176,7 @@ def test_grammars_are_told_as_they_are_meant():
         Grammar(kind="calls", value=Calls(form="llama3", tools=[tool], parallel=False)),
         Grammar(kind="structural_tag", value=tags),
         Grammar(kind="json_object", thinking=ThinkFormat(newlines=False), opened=True),
+        Grammar(kind="json_object", calls=calls),
     ]
     for grammar in grammars:
         request = Request("x", max_new_tokens=3, grammar=grammar)
