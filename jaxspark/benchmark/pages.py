@@ -28,6 +28,8 @@ from jaxspark.timing import alternate, medians
 SLOTS, CONTEXT, ROUNDS, BLOCK = 8, 1024, 8, 4
 # Of a slot's tokens, as shares of the context.
 FILLED = {"a quarter": 0.25, "half": 0.5, "nine tenths": 0.9}
+# Of caches: rows of slots' own, pages of their own, pages of which two slots share one.
+LAYOUTS = "rows", "pages", "shared"
 # Tokens that prompts share, and their own.
 SHARED, OWN = 1000, 24
 
@@ -35,20 +37,21 @@ SHARED, OWN = 1000, 24
 def bench_pages(console: Console, target: Target, repeats: int) -> dict:
     """Rounds on both layouts of the caches in turn; cold prompts and hits in turn."""
     rounds = {
-        f"{name}, {layout}": _rounds(target, share, paged=layout == "pages")
+        f"{name}, {layout}": _rounds(target, share, layout)
         for name, share in FILLED.items()
-        for layout in ("rows", "pages")
+        for layout in LAYOUTS
     }
     middle = medians(alternate(rounds, repeats))
     figures: dict[str, float] = {}
     table = Table(title=f"{SLOTS} slots of {CONTEXT} positions · ms of a round")
-    for column in ("filled", "rows", "pages", "pages / rows"):
+    for column in ("filled", *LAYOUTS, "pages / rows", "shared / rows"):
         table.add_column(column, justify="right")
     for name in FILLED:
-        rows, pages = middle[f"{name}, rows"], middle[f"{name}, pages"]
+        rows, pages, shared = (middle[f"{name}, {layout}"] for layout in LAYOUTS)
         figures[f"{name} filled, pages / rows"] = pages / rows
-        shown = (f"{1e3 * each / ROUNDS:.1f}" for each in (rows, pages))
-        table.add_row(name, *shown, f"{pages / rows:.3f}")
+        figures[f"{name} filled, shared / rows"] = shared / rows
+        shown = (f"{1e3 * each / ROUNDS:.1f}" for each in (rows, pages, shared))
+        table.add_row(name, *shown, f"{pages / rows:.3f}", f"{shared / rows:.3f}")
     console.print(table)
     cold, hit = _first_tokens(target, repeats)
     figures |= {"first token cold, s": cold, "first token with a hit, s": hit}
@@ -59,8 +62,9 @@ def bench_pages(console: Console, target: Target, repeats: int) -> dict:
     return figures
 
 
-def _rounds(target: Target, share: float, *, paged: bool) -> Callable[[], float]:
+def _rounds(target: Target, share: float, layout: str) -> Callable[[], float]:
     """Seconds of some rounds of slots that are so full; rows are anything."""
+    paged = layout != "rows"
     drafter = NgramDrafter(block_length=BLOCK)
     options = DecodeOptions(block_length=BLOCK).resolve(drafter, SLOTS)
     room = ROUNDS * (BLOCK + 1)
@@ -88,6 +92,8 @@ def _rounds(target: Target, share: float, *, paged: bool) -> Callable[[], float]
         state = admit(state, jnp.arange(SLOTS), admission)
         if paged:
             table = 1 + random.permutation(SLOTS * per_slot).reshape(SLOTS, per_slot)
+            if layout == "shared":
+                table[:2, 0] = -table[0, 0]
             state = state.with_pages(table)
         jax.block_until_ready(state)
         begin = time.perf_counter()

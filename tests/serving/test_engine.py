@@ -318,7 +318,7 @@ def test_a_full_queue_turns_requests_away(running, monkeypatch):
         running.submit(*(demand(long, i) for i in range(5)))
     bad = Request([zoo.VOCAB], max_new_tokens=4)
     with pytest.raises(Overloaded):  # before anything is checked, which takes a while
-        running.submit(demand(bad))
+        running.submit(*(demand(bad, i) for i in range(5)))
     assert 1 <= error.value.retry_after_s <= 60
     for stream in streams:
         stream.cancel()
