@@ -132,11 +132,10 @@ def guessed_costs(
     Args:
       slots: of one shard.
       block_length: most drafts per round.
-      sizes: token buckets; None takes powers of two per slot, up to every draft.
+      sizes: token buckets; None takes some of `bucket_ladder`'s.
     """
     if sizes is None:
-        doublings = range(1, block_length.bit_length() + 1)
-        sizes = tuple(slots << doubling for doubling in doublings) or (slots,)
+        sizes = _ladder(slots, block_length, (4 / 3, 2, 4, 8, 16))
     curves = []
     for length, holding in bucket_ladders(slots, block_length, sizes).items():
         seconds = (1 + 0.1 * (size / slots - 1 + length) for size in holding)
@@ -157,8 +156,12 @@ def bucket_ladder(slots: int, draft_length: int) -> tuple[int, ...]:
     are not. What a bucket wastes is spent on drafts, and every bucket is a program to
     compile.
     """
+    return _ladder(slots, draft_length, (4 / 3, 5 / 3, 2, 3, 4, 5, 6, 8, 12, 16))
+
+
+def _ladder(slots: int, draft_length: int, steps: tuple[float, ...]) -> tuple[int, ...]:
+    """Token buckets of so many tokens per slot, and of every draft."""
     full = slots * (draft_length + 1)
-    steps = (4 / 3, 5 / 3, 2, 3, 4, 5, 6, 8, 12, 16)
     sizes = (round(slots * step) for step in steps)
     sizes = (size if size < 12 else -(-size // 8) * 8 for size in sizes)
     return within_ladder((*sizes, full), full)

@@ -73,7 +73,7 @@ def test_rounds_take_the_branch_that_they_are_led_into(name):
     state = prefill(target, drafter, state, chunk=8)
     lengths = state.lengths_B.tolist()
     branches = options.branches(SLOTS)
-    count = 7 if name == "guessed" else 6
+    count = 9 if name == "guessed" else 6
     assert len(branches) == (3 if schedule.costs is None else count)
     programs = set()
     for length, size in branches:
