@@ -35,7 +35,7 @@ SHARED, OWN = 1000, 24
 
 
 def bench_pages(console: Console, target: Target, repeats: int) -> dict:
-    """Rounds on both layouts of the caches in turn; cold prompts and hits in turn."""
+    """Rounds on all layouts of the caches in turn; cold prompts and hits in turn."""
     rounds = {
         f"{name}, {layout}": _rounds(target, share, layout)
         for name, share in FILLED.items()

@@ -158,7 +158,7 @@ class ShardPages:
         if self.has_rings:
             due = self._due(self._whole(others)) if due is None else due
             end = max((each for each in due if each <= end), default=0)
-        return end > self.known(tokens, salt, share=True).start
+        return end > 0 and end > self.known(tokens, salt, share=True).start
 
     def admit(
         self,

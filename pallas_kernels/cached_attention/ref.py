@@ -109,13 +109,12 @@ def _by_pages(q_BKMH, k_PKSH, v_PKSH, limits_BM, pages_BP, scale):
     if not 1 < M <= S or expected_platform() != "cpu":
         o_BKMH, total_BKM, _ = by_copies()
         return o_BKMH / total_BKM[..., None]
-    flat = pages_BP.reshape(-1)
-    place_P = jnp.zeros((pool,), jnp.int32).at[flat].set(jnp.arange(B * P))
-    readers_P = jnp.zeros((pool,), jnp.int32).at[flat].add(1)
+    page_X, place_X = pages_BP.reshape(-1), jnp.arange(B * P)
+    place_P = jnp.zeros((pool,), jnp.int32).at[page_X].set(place_X)
     own_P, seen_PM = place_P // P, seen_BPM.reshape(-1, M)[place_P]
     # On two CPU cores a page took 1.7 times as long to copy as to read in place.
     most = 5 * B * needed >= 3 * pool
-    unshared = jnp.all(readers_P[1:] <= 1)
+    unshared = jnp.all((place_P[page_X] == place_X) | (page_X == 0))
 
     def in_place():
         new_P = _of_pages(q_BKMH[own_P], k_PKSH, v_PKSH, seen_PM, scale)

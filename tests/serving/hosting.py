@@ -82,13 +82,7 @@ class Hosted:
 
     def slow(self, monkeypatch, seconds=0.03):
         """Makes every turn take a while."""
-        step = self.engine._batch.step
-
-        def slow(*args, **kwargs):
-            time.sleep(seconds)
-            return step(*args, **kwargs)
-
-        monkeypatch.setattr(self.engine._batch, "step", slow)
+        slowed(self.engine, monkeypatch, seconds)
 
     def end(self):
         """Waits for its end; its exit status."""
@@ -96,6 +90,17 @@ class Hosted:
         self.thread.join(30)
         assert not self.thread.is_alive()
         return self.status
+
+
+def slowed(engine, monkeypatch, seconds=0.03):
+    """Makes every turn take a while."""
+    step = engine._batch.step
+
+    def slow(*args, **kwargs):
+        time.sleep(seconds)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(engine._batch, "step", slow)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from jaxspark.serving import (
 )
 from jaxspark.target import Target
 from tests import zoo
+from tests.serving.hosting import slowed
 
 CONTEXT = 96
 SETTINGS = {
@@ -153,17 +154,6 @@ def tokens_of(events, choice=0):
     if told:
         assert isinstance(own[0], Prefilled)
     return told, own[-1]
-
-
-def slowed(engine, monkeypatch, seconds=0.03):
-    """Makes every turn take a while."""
-    step = engine._batch.step
-
-    def slow(*args, **kwargs):
-        time.sleep(seconds)
-        return step(*args, **kwargs)
-
-    monkeypatch.setattr(engine._batch, "step", slow)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The engine's caches: prefixes are shared, pages run out, and nobody is told wrong."""
 
-import time
 from collections import defaultdict
 
 import jax
@@ -14,6 +13,7 @@ from jaxspark.serving import Demand, Ended, Engine, Pace, Prefilled, Tokens
 from jaxspark.serving.metrics import Metrics
 from jaxspark.target import Target
 from tests import zoo
+from tests.serving.hosting import slowed
 
 CONTEXT, NEW = 420, 24
 [BEGIN] = zoo.prompts(300, seed=9)
@@ -78,17 +78,6 @@ def running():
         assert made.wait_idle(10)
         assert made.stats().late_compilations == 0
         assert made.stats().pages_used == 0 and not made.pages.leaks()
-
-
-def slowed(made, monkeypatch, seconds=0.05):
-    """Makes every turn take a while."""
-    step = made._batch.step
-
-    def slow(*args, **kwargs):
-        time.sleep(seconds)
-        return step(*args, **kwargs)
-
-    monkeypatch.setattr(made._batch, "step", slow)
 
 
 def scraped(made, name):
@@ -167,7 +156,7 @@ def test_an_output_that_waits_too_long_for_pages_fails(monkeypatch):
     metrics = Metrics("m")
     with engine("ngram", cache_pages=4, observers=[metrics]) as made:
         metrics.watch(made)
-        slowed(made, monkeypatch)
+        slowed(made, monkeypatch, 0.05)
         first = made.submit(Demand(group="g", choice=0, request=request(0)))
         asked = Request(list(range(40)) * 7, max_new_tokens=NEW)
         late = made.submit(Demand(group="g", choice=0, request=asked, deadline_s=0.5))
