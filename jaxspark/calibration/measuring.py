@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn
 
 from jaxspark.calibration.profile import CostProfile, Setting
 from jaxspark.decoding import (
@@ -39,6 +38,7 @@ from jaxspark.decoding.schedule import CostAware
 from jaxspark.drafters import Drafter
 from jaxspark.parallel.agreement import agreed
 from jaxspark.parallel.mesh import readable, shard, slots_per_shard
+from jaxspark.progress import bars
 from jaxspark.target import Target
 from jaxspark.timing import alternate
 
@@ -231,8 +231,7 @@ def measured_with_progress(
     target, drafter: Drafter, *, console: Console | None = None, **options
 ) -> CostProfile:
     """`measure_costs` under a progress bar."""
-    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with bars(console) as progress:
         title = f"measuring what rounds of {options['slots']} cost"
         task = progress.add_task(title, total=None)
         return measure_costs(

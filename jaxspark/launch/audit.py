@@ -33,8 +33,6 @@ is printed and none is a violation. Long audits keep their progress in
 import time
 from dataclasses import dataclass
 
-from rich.console import Console
-
 from jaxspark.evaluation.prompts import PromptOptions
 from jaxspark.exactness.audit_models import audited_requests, random_v4
 from jaxspark.exactness.suites.options import AuditOptions
@@ -53,7 +51,7 @@ class Config(common.TargetOptions, PromptOptions, AuditOptions):
 
 def main(config: Config) -> int:
     """Runs the suites; 1 if any shows a violation."""
-    console = Console()
+    console = common.console()
     grid, target, requests = config.grid(), None, []
     if {"greedy", "gumbel"}.intersection(config.suites):
         # What is wrong with them shows before anything is audited.

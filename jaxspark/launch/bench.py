@@ -214,7 +214,7 @@ def main(config: Config) -> None:
         "cores": os.cpu_count(),
         "jax": jax.__version__,
         "dtype": config.dtype,
-        "figures": measured(Console(), config),
+        "figures": measured(common.console(), config),
     }
     if config.json_out:
         write_figures(config.json_out, figures)

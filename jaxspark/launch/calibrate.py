@@ -17,8 +17,6 @@ stay in --out and are used again.
 import pathlib
 from dataclasses import dataclass
 
-from rich.console import Console
-
 from jaxspark import load_drafter
 from jaxspark.calibration.files import save_calibration
 from jaxspark.calibration.recorded_rounds import kept_rounds
@@ -75,7 +73,7 @@ class Config(
 
 def main(config: Config) -> None:
     """Records, fits, evaluates, reports."""
-    console = Console()
+    console = common.console()
     target, tokenizer = config.load()
     drafter = load_drafter(config.draft, target)
     block_length = check_block_length(drafter, config.block_length)

@@ -1,8 +1,10 @@
 """Options that launchers share, and what they stand for."""
 
+import os
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from rich.console import Console
 
 from jaxspark import load_target
 from jaxspark.calibration.schedules import CONFIDENCES, Confidences
@@ -15,6 +17,16 @@ from jaxspark.launch.devices import DeviceOptions
 from jaxspark.text import Tokenizer
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# Letters of a line where no terminal says how many.
+_WIDTH = 120
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Where a launcher prints; in files and logs tables have room."""
+    made = Console(stderr=stderr)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = _WIDTH
+    return made
 
 
 @dataclass(frozen=True, kw_only=True)

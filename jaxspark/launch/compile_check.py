@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import jax
 from absl import logging
-from rich.console import Console
 
 from jaxspark.configuration import Configuration, option
 from jaxspark.figures import write_figures
@@ -79,7 +78,7 @@ def main(config: Config) -> int:
     jax.config.update("jax_platforms", "cpu")
     # Kernels say of every product that it was not tuned on the chip.
     logging.set_verbosity(logging.ERROR)
-    console = Console()
+    console = common.console()
     onto = parse_slice(config.topology)
     mesh = onto.mesh(config.mesh)
     architecture = PRESETS[config.config]()

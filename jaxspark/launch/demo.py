@@ -10,7 +10,6 @@ and whether the tokens are identical.
 
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 
 from jaxspark.benchmark.contestants import Contestant, compare
@@ -41,7 +40,7 @@ class Config(common.TargetOptions):
 
 def main(config: Config) -> int:
     """Runs the three prompts; exit status 1 if any token differs."""
-    console = Console()
+    console = common.console()
     with console.status(f"loading {config.target}"):
         target, tokenizer = config.load()
         contestants = [Contestant("plain")]

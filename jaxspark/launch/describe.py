@@ -12,7 +12,6 @@ those of `jaxspark.configs.targets`.
 import inspect
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 
 from jaxspark.configs import targets as target_configs
@@ -44,7 +43,7 @@ class Config(Configuration):
 
 def main(config: Config) -> None:
     """Weighs one architecture."""
-    console = Console()
+    console = common.console()
     architecture = PRESETS[config.config]()
     weighed = footprint(architecture, config.context)
     report(console, config.config, weighed)

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
-from rich.console import Console
 
 from jaxspark import load_drafter
 from jaxspark.benchmark.sequences import speeds
@@ -65,7 +64,7 @@ class Config(
 
 def main(config: Config) -> None:
     """Measures and reports."""
-    console = Console()
+    console = common.console()
     target, tokenizer = config.load()
     drafter = load_drafter(config.draft, target)
     block_length = check_block_length(drafter, config.block_length)

@@ -9,8 +9,6 @@ another number of slots, or for greedy requests if --temperature is not 0.
 
 from dataclasses import dataclass
 
-from rich.console import Console
-
 from jaxspark import load_drafter
 from jaxspark.calibration.measuring import measured_with_progress
 from jaxspark.calibration.profile import save_profiles
@@ -37,7 +35,7 @@ class Config(common.TargetOptions, common.DraftOptions, common.CouplingOptions):
 
 def main(config: Config) -> None:
     """Measures every number of slots and writes the file."""
-    console = Console()
+    console = common.console()
     target, _ = config.load()
     drafter = load_drafter(config.draft, target)
     profiles = []

@@ -11,8 +11,6 @@ command goes on where it was stopped. What gave no example is listed in <out>.dr
 from collections import Counter
 from dataclasses import asdict, dataclass
 
-from rich.console import Console
-
 from jaxspark.configuration import option
 from jaxspark.jsonlines import JsonLines, check_settings
 from jaxspark.launch import common, program
@@ -47,7 +45,7 @@ class Config(common.TargetOptions):
 
 def main(config: Config) -> None:
     """Answers what is not answered yet."""
-    console = Console()
+    console = common.console()
     target, _ = config.load()
     rows = select_conversations(
         config.data,

@@ -13,15 +13,13 @@ every assumption is printed and kept in the file. Nothing it prints was measured
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
-
 from jaxspark.calibration.rounds import Rounds
 from jaxspark.calibration.schedules import find_calibration
 from jaxspark.configuration import option
 from jaxspark.decoding.couplings import COUPLINGS, Coupling
 from jaxspark.evaluation.plots import plot_frontier
 from jaxspark.figures import write_figures
-from jaxspark.launch import program
+from jaxspark.launch import common, program
 from jaxspark.simulation.frontier import (
     Policy,
     frontiers,
@@ -97,7 +95,7 @@ class Config(StatedOptions):
 
 def main(config: Config) -> None:
     """Simulates, prints, writes."""
-    console = Console()
+    console = common.console()
     figures: dict[str, Any] = {"simulated": True}
     block = config.drafts()
     settings: dict[str, dict[str, Policy]] = {}

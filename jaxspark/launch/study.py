@@ -17,13 +17,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-from rich.console import Console
 
 from jaxspark.configuration import Configuration, option
 from jaxspark.evaluation.comparison import draw, report
 from jaxspark.figures import write_figures
 from jaxspark.jsonlines import check_settings
-from jaxspark.launch import evaluate, program, train_draft
+from jaxspark.launch import common, evaluate, program, train_draft
 from jaxspark.launch.flags import parse
 
 SUITES: dict[str, dict[str, dict[str, Any]]] = {
@@ -87,7 +86,7 @@ def evaluated(config: Config, where: pathlib.Path, draft: str) -> dict[str, dict
 
 def main(config: Config) -> int:
     """Runs what is missing, then reports."""
-    console = Console()
+    console = common.console()
     drafts, results = {}, {}
     for variant, where, run in variants(config):
         console.rule(f"{config.suite}: {variant}", align="left", style="dim")

@@ -19,7 +19,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
-from rich.console import Console
 
 from jaxspark.checkpoints import save_draft_checkpoint
 from jaxspark.checkpoints.tree import named_parameters
@@ -75,7 +74,7 @@ class Config(common.TargetOptions, DrafterOptions, Recipe, DataOptions, FeatureO
 
 def main(config: Config) -> int:
     """Trains what is left to train, then writes the drafter; 143 if it was stopped."""
-    console = Console()
+    console = common.console()
     out = pathlib.Path(config.out)
     target, tokenizer = config.load()
     model = target.model

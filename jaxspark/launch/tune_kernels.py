@@ -73,7 +73,7 @@ def main(config: Config) -> None:
             + ", ".join(each.name for each in PROBLEMS)
         )
     progress = CellProgress(config.progress, {"chip": chip, "by": by})
-    console, found = Console(stderr=config.out is None), []
+    console, found = common.console(stderr=config.out is None), []
     with bars(console, transient=True) as shown:
         for problem in shown.track(chosen, description=f"tuning for {chip}"):
             found.append(tune(problem, timer, progress))
