@@ -114,7 +114,8 @@ def draft(
     with jax.named_scope("adjust"):
         adjuster = adjuster_for(state, masks_BU[:, None])
     length = max(options.draft_lengths)
-    return draft_half(target, drafter, options, length, state, lagged, adjuster)
+    sizes = options.sizes(state.slots, length)
+    return draft_half(target, drafter, options, length, state, lagged, adjuster, sizes)
 
 
 @partial(jax.jit, static_argnames=("options",), donate_argnames=("state",))
@@ -149,4 +150,5 @@ def verify(
     """
     with jax.named_scope("adjust"):
         adjuster = adjuster_for(state, masks_BQU)
-    return verify_half(target, drafter, options, state, drafted, adjuster)
+    sizes = options.sizes(state.slots, max(options.draft_lengths))
+    return verify_half(target, drafter, options, state, drafted, adjuster, sizes)

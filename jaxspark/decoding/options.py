@@ -1,5 +1,6 @@
 """What is fixed when the decode loop is compiled."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from jaxspark.decoding.confidence import Calibration
@@ -128,6 +129,15 @@ class DecodeOptions:
                 f"of {slots} slots"
             )
         return sizes
+
+    def all_sizes(self, slots: int, draft_lengths: Sequence[int]) -> tuple[int, ...]:
+        """The token buckets for rounds that draft any of some numbers of tokens.
+
+        Raises:
+          ValueError: see `sizes`.
+        """
+        sizes = (self.sizes(slots, length) for length in draft_lengths)
+        return tuple(sorted(set().union(*sizes)))
 
     def branches(self, slots: int) -> list[tuple[int, int]]:
         """Draft lengths and token buckets of `slots` slots that a loop has code for.

@@ -51,15 +51,33 @@ def decode_round(
         )
     check_estimator(state, options)
     lagged = lagged_forecast(state, options)
-    rounds = [
-        partial(_round, target, drafter, options, length)
-        for length in options.draft_lengths
-    ]
-    if len(rounds) == 1:
-        return rounds[0](state, lagged)
+    lengths = options.draft_lengths
     schedule = state.schedule.informed(options.schedule)
-    index = schedule.draft(lagged, state.schedule.rounds_since_BG)
-    return jax.lax.switch(max_of(index), rounds, state, lagged)
+    index = jnp.int32(0)
+    if len(lengths) > 1:
+        index = max_of(schedule.draft(lagged, state.schedule.rounds_since_BG))
+    groups = _verified_alike(lengths, options)
+    rounds = [partial(_round, target, drafter, options, group) for group in groups]
+    where = [
+        (n, place) for n, group in enumerate(groups) for place in range(len(group))
+    ]
+    group, place = jnp.array(where)[index]
+    return jax.lax.switch(group, rounds, place, state, lagged)
+
+
+def _verified_alike(
+    lengths: tuple[int, ...], options: DecodeOptions
+) -> list[tuple[int, ...]]:
+    """Draft lengths by the second half of their rounds.
+
+    Under the gumbel coupling that looks at tokens only, and is compiled once for all
+    that draft. Rejection asks for what drafts were drawn from, which is as long as they
+    are, and too large to be handed on.
+    """
+    if options.coupling == "rejection":
+        return [(length,) for length in lengths]
+    drafting = tuple(length for length in lengths if length)
+    return [group for group in (tuple({0}.intersection(lengths)), drafting) if group]
 
 
 @jax.tree_util.register_dataclass
@@ -69,7 +87,7 @@ class Drafted:
 
     Attributes:
       proposal: the drafts.
-      verification: what is verified of them.
+      verification: what is verified of them, its bucket one of the second half's.
     """
 
     proposal: Proposal
@@ -97,14 +115,26 @@ def drafted_specs(_: Drafted | None = None) -> Drafted:
     return jax.tree_util.tree_map_with_path(spec, jax.eval_shape(everything))
 
 
-def _round(target, drafter, options, draft_length: int, state, lagged) -> DecodeState:
-    """A round that drafts so many tokens for every slot."""
+def _round(
+    target, drafter, options, lengths: tuple[int, ...], index, state, lagged
+) -> DecodeState:
+    """A round that drafts one of some numbers of tokens for every slot."""
     with jax.named_scope("adjust"):
         adjuster = adjuster_for(state)
-    state, drafted = draft_half(
-        target, drafter, options, draft_length, state, lagged, adjuster
-    )
-    return verify_half(target, drafter, options, state, drafted, adjuster)
+    sizes = options.all_sizes(state.slots, lengths)
+
+    def half(length: int, state, lagged):
+        state, drafted = draft_half(
+            target, drafter, options, length, state, lagged, adjuster, sizes
+        )
+        if len(lengths) > 1:
+            proposal = drafted.proposal.without_q().padded(lengths[-1])
+            drafted = replace(drafted, proposal=proposal)
+        return state, drafted
+
+    halves = [partial(half, length) for length in lengths]
+    state, drafted = jax.lax.switch(index, halves, state, lagged)
+    return verify_half(target, drafter, options, state, drafted, adjuster, sizes)
 
 
 def draft_half(
@@ -115,8 +145,20 @@ def draft_half(
     state: DecodeState,
     lagged: Forecast,
     adjuster: Adjuster | MaskedAdjuster | None,
+    sizes: tuple[int, ...],
 ) -> tuple[DecodeState, Drafted]:
-    """The first half of a round: drafts, and decides how many are verified."""
+    """The first half of a round: drafts, and decides how many are verified.
+
+    Args:
+      target: the model.
+      drafter: what proposes.
+      options: of the loop.
+      draft_length: drafts of every slot.
+      state: the slots.
+      lagged: what was known before.
+      adjuster: of the logits that drafts are drawn from.
+      sizes: token buckets of the second half, those of so many drafts among them.
+    """
     if draft_length:
         with jax.named_scope("propose"):
             proposal, draft_cache = _propose(
@@ -129,6 +171,9 @@ def draft_half(
         verification, schedule = schedule_round(state, proposal, lagged, options)
         # The largest of those that shards of slots ask for, which have own tokens.
         bucket = max_of(verification.bucket)
+        own = options.sizes(state.slots, draft_length)
+        if own != sizes:
+            bucket = jnp.array([sizes.index(size) for size in own])[bucket]
         verification = replace(verification, bucket=bucket)
     state = replace(
         state,
@@ -244,6 +289,7 @@ def verify_half(
     state: DecodeState,
     drafted: Drafted,
     adjuster: Adjuster | MaskedAdjuster | None,
+    sizes: tuple[int, ...],
 ) -> DecodeState:
     """The second half: packs anchors and drafts, verifies and commits."""
     proposal, verification = drafted.proposal, drafted.verification
@@ -281,7 +327,6 @@ def verify_half(
 
         return run
 
-    sizes = options.sizes(state.slots, proposal.tokens_BG.shape[1])
     verdict, target_cache, draft_cache = jax.lax.switch(
         verification.bucket,
         [branch(size) for size in sizes],

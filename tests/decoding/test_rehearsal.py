@@ -1,5 +1,6 @@
 """Rounds that are led into a branch take that one, whatever the schedule."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from jaxspark.decoding import (
 )
 from jaxspark.decoding.costs import guessed_costs
 from jaxspark.decoding.rehearsal import lead
+from jaxspark.decoding.round import decode_round
 from tests import zoo
 
 SLOTS, BLOCK = 3, 4
@@ -89,6 +91,38 @@ def test_rounds_take_the_branch_that_they_are_led_into(name):
         assert verified_B.max() <= length
         programs.add(decode._cache_size())
     assert len(programs) == 1, "led states are of a type of their own"
+
+
+@pytest.mark.parametrize(
+    ("coupling", "passes"),
+    [("gumbel", [3, 4, 6, 8, 15]), ("rejection", [3, 4, 4, 6, 8, 15])],
+)
+def test_draft_lengths_share_the_second_half_of_their_rounds(
+    coupling, passes, monkeypatch
+):
+    target = zoo.target()
+    drafter = zoo.drafter("dspark-vanilla", target)
+    options = DecodeOptions(
+        block_length=BLOCK, coupling=coupling, schedule=Lagged(costs=COSTS)
+    ).resolve(drafter, SLOTS)
+    state = init_state(
+        target,
+        drafter,
+        zoo.prompts(5, 6, 7, seed=3),
+        [40] * SLOTS,
+        Sampling.of(SLOTS),
+        block_length=BLOCK,
+        capacity=64,
+    )
+    sizes, run = [], type(target).__call__
+
+    def counted(self, tokens, *args, **options):
+        sizes.append(len(tokens.ids_T))
+        return run(self, tokens, *args, **options)
+
+    monkeypatch.setattr(type(target), "__call__", counted)
+    jax.eval_shape(lambda: decode_round(target, drafter, state, options))
+    assert sorted(sizes) == passes
 
 
 def test_a_bucket_for_a_few_leaves_the_others_out():
