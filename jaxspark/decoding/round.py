@@ -35,6 +35,9 @@ from jaxspark.parallel.axes import MODEL, SLOTS, max_of
 from jaxspark.parallel.rules import path_name
 from jaxspark.settings import standard_settings
 
+# What the first half of a round changes of a state.
+CHANGED = ("draft_cache", "schedule", "confidence_BG", "certainty_BG")
+
 
 @standard_settings()
 def decode_round(
@@ -56,7 +59,7 @@ def decode_round(
     index = jnp.int32(0)
     if len(lengths) > 1:
         index = max_of(schedule.draft(lagged, state.schedule.rounds_since_BG))
-    groups = _verified_alike(lengths, options)
+    groups = _verified_alike(lengths, drafter, options)
     rounds = [partial(_round, target, drafter, options, group) for group in groups]
     where = [
         (n, place) for n, group in enumerate(groups) for place in range(len(group))
@@ -66,18 +69,20 @@ def decode_round(
 
 
 def _verified_alike(
-    lengths: tuple[int, ...], options: DecodeOptions
+    lengths: tuple[int, ...], drafter: Drafter, options: DecodeOptions
 ) -> list[tuple[int, ...]]:
     """Draft lengths by the second half of their rounds.
 
     Under the gumbel coupling that looks at tokens only, and is compiled once for all
     that draft. Rejection asks for what drafts were drawn from, which is as long as they
-    are, and too large to be handed on.
+    are, and too large to be handed on. So is the cache of a drafter that goes token by
+    token: XLA for CPUs copies what a loop has written when a branch returns it.
     """
-    if options.coupling == "rejection":
+    if options.coupling == "rejection" or not drafter.in_one_pass:
         return [(length,) for length in lengths]
+    plain = tuple(length for length in lengths if not length)
     drafting = tuple(length for length in lengths if length)
-    return [group for group in (tuple({0}.intersection(lengths)), drafting) if group]
+    return [group for group in (plain, drafting) if group]
 
 
 @jax.tree_util.register_dataclass
@@ -123,17 +128,20 @@ def _round(
         adjuster = adjuster_for(state)
     sizes = options.all_sizes(state.slots, lengths)
 
-    def half(length: int, state, lagged):
-        state, drafted = draft_half(
-            target, drafter, options, length, state, lagged, adjuster, sizes
+    def half(length: int, draft_cache):
+        before = replace(state, draft_cache=draft_cache)
+        after, drafted = draft_half(
+            target, drafter, options, length, before, lagged, adjuster, sizes
         )
         if len(lengths) > 1:
             proposal = drafted.proposal.without_q().padded(lengths[-1])
             drafted = replace(drafted, proposal=proposal)
-        return state, drafted
+        changed = {name: getattr(after, name) for name in CHANGED}
+        return changed, drafted
 
     halves = [partial(half, length) for length in lengths]
-    state, drafted = jax.lax.switch(index, halves, state, lagged)
+    changed, drafted = jax.lax.switch(index, halves, state.draft_cache)
+    state = replace(state, **changed)
     return verify_half(target, drafter, options, state, drafted, adjuster, sizes)
 
 

@@ -199,6 +199,10 @@ class Drafter(Protocol):
         Rows of rings do not count: they are never shared.
         """
 
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether it drafts a block in one pass over its cache, not token by token."""
+
     def check_target(self, target: Any) -> None:
         """Raises `ValueError` if it cannot draft for a target of this configuration."""
 
@@ -226,6 +230,7 @@ class WithoutContext:
 
     taps: ClassVar[tuple[int, ...]] = ()
     lookahead: ClassVar[int] = 0
+    in_one_pass: ClassVar[bool] = True
 
     def check_target(self, target: Any) -> None:
         """Any target will do."""

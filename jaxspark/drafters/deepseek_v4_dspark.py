@@ -87,6 +87,7 @@ class DeepSeekV4DSpark(nnx.Module):
 
     may_skip: ClassVar[bool] = False
     lookahead: ClassVar[int] = 0
+    in_one_pass: ClassVar[bool] = True
 
     def __init__(
         self, config: DeepSeekV4DSparkConfig, *, dtype=jnp.float32, rngs: nnx.Rngs

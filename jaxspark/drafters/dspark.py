@@ -134,6 +134,7 @@ class DSparkDrafter(nnx.Module):
 
     may_skip: ClassVar[bool] = False
     lookahead: ClassVar[int] = 0
+    in_one_pass: ClassVar[bool] = True
 
     def __init__(self, config: DSparkConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config

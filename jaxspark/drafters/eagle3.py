@@ -146,6 +146,7 @@ class Eagle3Drafter(nnx.Module):
 
     may_skip: ClassVar[bool] = False
     lookahead: ClassVar[int] = 1
+    in_one_pass: ClassVar[bool] = False
 
     def __init__(self, config: Eagle3Config, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config

@@ -134,6 +134,11 @@ class HybridDrafter:
         """The model's."""
         return self.model.lookahead
 
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether the model drafts so."""
+        return self.model.in_one_pass
+
     def check_target(self, target) -> None:
         """Whether the model fits."""
         self.model.check_target(target)

@@ -62,6 +62,7 @@ class MTPDrafter(nnx.Module):
 
     may_skip: ClassVar[bool] = False
     lookahead: ClassVar[int] = 0
+    in_one_pass: ClassVar[bool] = False
 
     def __init__(
         self,

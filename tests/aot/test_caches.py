@@ -22,19 +22,26 @@ LOOPS = {
         {"drafter": "ngram", "dtype": "float32", "layers": 8},
         {"drafter": "dspark pruned", "dtype": "bfloat16", "coupling": "gumbel"},
         {"drafter": "hybrid", "dtype": "float32", "schedule": "lagged"},
-        {"drafter": "eagle3", "dtype": "float32", "pages": True},
+        {
+            "drafter": "eagle3",
+            "pages": True,
+            "schedule": "lagged",
+            "coupling": "gumbel",
+        },
     ],
     "tpu": [
         {"drafter": "dspark", "dtype": "bfloat16", "coupling": "gumbel"},
         {"drafter": "dspark", "dtype": "bfloat16", "pages": True},
         {"drafter": "ngram", "dtype": "float32"},
         {"drafter": "hybrid", "dtype": "bfloat16", "schedule": "lagged"},
+        {"drafter": "dspark", "schedule": "lagged", "coupling": "gumbel"},
         {"drafter": "eagle3", "dtype": "float32"},
     ],
     "h100": [
         {"drafter": "ngram", "dtype": "float32", "coupling": "gumbel"},
         {"drafter": "ngram", "dtype": "bfloat16", "pages": True},
         {"drafter": "dspark pruned", "dtype": "bfloat16", "schedule": "causal"},
+        {"drafter": "dspark", "pages": True, "schedule": "free", "coupling": "gumbel"},
     ],
 }
 MISTAKES = {
