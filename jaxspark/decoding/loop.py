@@ -114,8 +114,7 @@ def draft(
     with jax.named_scope("adjust"):
         adjuster = adjuster_for(state, masks_BU[:, None])
     length = max(options.draft_lengths)
-    sizes = options.sizes(state.slots, length)
-    return draft_half(target, drafter, options, length, state, lagged, adjuster, sizes)
+    return draft_half(target, drafter, options, length, state, lagged, adjuster)
 
 
 @partial(jax.jit, static_argnames=("options",), donate_argnames=("state",))

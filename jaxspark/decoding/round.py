@@ -6,6 +6,7 @@
 two halves, up to the proposal and from it on.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -34,9 +35,6 @@ from jaxspark.models import FlatTokens, TargetModel
 from jaxspark.parallel.axes import MODEL, SLOTS, max_of
 from jaxspark.parallel.rules import path_name
 from jaxspark.settings import standard_settings
-
-# What the first half of a round changes of a state.
-CHANGED = ("draft_cache", "schedule", "confidence_BG", "certainty_BG")
 
 
 @standard_settings()
@@ -92,11 +90,22 @@ class Drafted:
 
     Attributes:
       proposal: the drafts.
-      verification: what is verified of them, its bucket one of the second half's.
+      verification: what is verified of them.
     """
 
     proposal: Proposal
     verification: Verification
+
+    def among(self, longest: int, buckets: Sequence[int]) -> "Drafted":
+        """As several draft lengths leave it to a second half that they share.
+
+        Args:
+          longest: of the draft lengths.
+          buckets: where the second half has each token bucket of this one.
+        """
+        bucket = jnp.array(buckets)[self.verification.bucket]
+        verification = replace(self.verification, bucket=bucket)
+        return Drafted(self.proposal.padded(longest), verification)
 
 
 def drafted_specs(_: Drafted | None = None) -> Drafted:
@@ -128,20 +137,17 @@ def _round(
         adjuster = adjuster_for(state)
     sizes = options.all_sizes(state.slots, lengths)
 
-    def half(length: int, draft_cache):
-        before = replace(state, draft_cache=draft_cache)
-        after, drafted = draft_half(
-            target, drafter, options, length, before, lagged, adjuster, sizes
+    def half(length: int, state, lagged):
+        state, drafted = draft_half(
+            target, drafter, options, length, state, lagged, adjuster
         )
         if len(lengths) > 1:
-            proposal = drafted.proposal.without_q().padded(lengths[-1])
-            drafted = replace(drafted, proposal=proposal)
-        changed = {name: getattr(after, name) for name in CHANGED}
-        return changed, drafted
+            own = options.sizes(state.slots, length)
+            drafted = drafted.among(lengths[-1], [sizes.index(size) for size in own])
+        return state, drafted
 
     halves = [partial(half, length) for length in lengths]
-    changed, drafted = jax.lax.switch(index, halves, state.draft_cache)
-    state = replace(state, **changed)
+    state, drafted = jax.lax.switch(index, halves, state, lagged)
     return verify_half(target, drafter, options, state, drafted, adjuster, sizes)
 
 
@@ -153,20 +159,8 @@ def draft_half(
     state: DecodeState,
     lagged: Forecast,
     adjuster: Adjuster | MaskedAdjuster | None,
-    sizes: tuple[int, ...],
 ) -> tuple[DecodeState, Drafted]:
-    """The first half of a round: drafts, and decides how many are verified.
-
-    Args:
-      target: the model.
-      drafter: what proposes.
-      options: of the loop.
-      draft_length: drafts of every slot.
-      state: the slots.
-      lagged: what was known before.
-      adjuster: of the logits that drafts are drawn from.
-      sizes: token buckets of the second half, those of so many drafts among them.
-    """
+    """The first half of a round: drafts, and decides how many are verified."""
     if draft_length:
         with jax.named_scope("propose"):
             proposal, draft_cache = _propose(
@@ -179,9 +173,6 @@ def draft_half(
         verification, schedule = schedule_round(state, proposal, lagged, options)
         # The largest of those that shards of slots ask for, which have own tokens.
         bucket = max_of(verification.bucket)
-        own = options.sizes(state.slots, draft_length)
-        if own != sizes:
-            bucket = jnp.array([sizes.index(size) for size in own])[bucket]
         verification = replace(verification, bucket=bucket)
     state = replace(
         state,

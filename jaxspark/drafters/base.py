@@ -91,20 +91,19 @@ class Proposal:
             certainty_BG=jnp.zeros((slots, 0), jnp.float32),
         )
 
-    def without_q(self) -> "Proposal":
-        """For couplings that do not ask what drafts were drawn from."""
-        return replace(self, q=DraftDistribution())
-
     def padded(self, length: int) -> "Proposal":
-        """Blocks of `length` drafts, of which the last are not meant; without q."""
+        """Blocks of `length` drafts, of which the last are not meant.
+
+        Without q, for couplings that do not ask what drafts were drawn from.
+        """
         missing = length - self.tokens_BG.shape[1]
 
         def pad(x_BG: Array) -> Array:
             return jnp.pad(x_BG, ((0, 0), (0, missing)))
 
-        return replace(
-            self,
+        return Proposal(
             tokens_BG=pad(self.tokens_BG),
+            lengths_B=self.lengths_B,
             confidence_BG=pad(self.confidence_BG),
             certainty_BG=pad(self.certainty_BG),
         )

@@ -43,6 +43,19 @@ SCHEDULES = {
 }
 
 
+def admitted(target, drafter, **sampling):
+    """A request in every slot, none of whose prompts is read."""
+    return init_state(
+        target,
+        drafter,
+        zoo.prompts(5, 6, 7, seed=3),
+        [40] * SLOTS,
+        Sampling.of(SLOTS, **sampling),
+        block_length=BLOCK,
+        capacity=64,
+    )
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -63,15 +76,7 @@ def test_rounds_take_the_branch_that_they_are_led_into(name):
     options = DecodeOptions(
         block_length=BLOCK, coupling="gumbel", schedule=schedule, buckets=buckets
     ).resolve(drafter, SLOTS)
-    state = init_state(
-        target,
-        drafter,
-        zoo.prompts(5, 6, 7, seed=3),
-        [40] * SLOTS,
-        Sampling.of(SLOTS, temperature=1.0, seed=range(SLOTS)),
-        block_length=BLOCK,
-        capacity=64,
-    )
+    state = admitted(target, drafter, temperature=1.0, seed=range(SLOTS))
     state = prefill(target, drafter, state, chunk=8)
     lengths = state.lengths_B.tolist()
     branches = options.branches(SLOTS)
@@ -105,15 +110,7 @@ def test_draft_lengths_share_the_second_half_of_their_rounds(
     options = DecodeOptions(
         block_length=BLOCK, coupling=coupling, schedule=Lagged(costs=COSTS)
     ).resolve(drafter, SLOTS)
-    state = init_state(
-        target,
-        drafter,
-        zoo.prompts(5, 6, 7, seed=3),
-        [40] * SLOTS,
-        Sampling.of(SLOTS),
-        block_length=BLOCK,
-        capacity=64,
-    )
+    state = admitted(target, drafter)
     sizes, run = [], type(target).__call__
 
     def counted(self, tokens, *args, **options):
@@ -128,15 +125,7 @@ def test_draft_lengths_share_the_second_half_of_their_rounds(
 def test_a_bucket_for_a_few_leaves_the_others_out():
     target = zoo.target()
     drafter = zoo.drafter("dspark-vanilla", target)
-    state = init_state(
-        target,
-        drafter,
-        zoo.prompts(5, 6, 7, seed=3),
-        [40] * SLOTS,
-        Sampling.of(SLOTS),
-        block_length=BLOCK,
-        capacity=64,
-    )
+    state = admitted(target, drafter)
     led = lead(
         prefill(target, drafter, state, chunk=8),
         [5, 6, 7],
