@@ -75,7 +75,8 @@ def _bad_words(words: Any, target: Target, token: Any) -> list[tuple[int, ...]]:
         elif target.tokenizer is None:
             raise ValueError("bad_words has a text, the target has no tokenizer")
         else:
-            for text in (word.lstrip(), f" {word.lstrip()}"):
+            bare = word.lstrip(" ")
+            for text in (bare, f" {bare}") if bare else (word,):
                 ids = target.tokenizer.encode(text, add_special_tokens=False)
                 found += [tuple(ids)] if ids else []
     return found

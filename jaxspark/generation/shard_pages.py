@@ -112,8 +112,12 @@ class ShardPages:
         return self._tree.size
 
     def keep_rings(self, snapshots: int) -> None:
-        """There are rings; so many snapshots of them may be kept."""
+        """There are rings; so many snapshots of them may be kept.
+
+        Without any no text can begin behind another, and none is kept.
+        """
         self.has_rings = True
+        self._prefix_cache = self._prefix_cache and snapshots > 0
         self._tree = PrefixTree(
             self._pool, lookahead=self._lookahead, snapshots=snapshots
         )

@@ -78,8 +78,9 @@ def collect(
     for slot, each in running.items():
         first = not each.tokens
         gained = slice(int(lengths_B[slot] - since_B[slot]))
-        if each.failure is not None:
-            gained = slice(0)
+        if each.failure is not None and each.matcher is not None:
+            # What came before its grammar failed stands, and may have a stop string.
+            gained = slice(each.matcher.taken - len(each.tokens))
         counts, before = each.before.plus(Counts.of(counters, slot)), each.counts
         each.counts = counts
         updates[slot] = update = Update(

@@ -49,6 +49,8 @@ class Matcher:
         self._parser, self._vocab = parser, vocab
         self._stop_ids, self._ends = frozenset(stop_ids), frozenset(ends)
         self._next: np.ndarray | None = None
+        # Tokens from here behind which the grammar cannot go on, and why.
+        self._dead_end: tuple[list[int], GrammarError] | None = None
 
     def fork(self) -> "Matcher":
         """Another output that has come as far."""
@@ -70,18 +72,22 @@ class Matcher:
         """Goes on by tokens of the output; a stop token is its last.
 
         Raises:
-          GrammarError: they do not obey, or the parser gives up.
+          GrammarError: they do not obey, or the parser gives up. Those before have been
+            taken.
         """
+        dead_end, self._dead_end = self._dead_end, None
         self._next = None if tokens else self._next
-        for token in tokens:
-            self.taken += 1
-            if token in self._stop_ids:
-                return
-            if not self._parser.consume_token(token):
+        for count, token in enumerate(tokens):
+            if dead_end is not None and list(tokens[:count]) == dead_end[0]:
+                raise dead_end[1]
+            if token not in self._stop_ids and not self._parser.consume_token(token):
                 raise GrammarError(
                     f"token {token} does not obey the grammar: "
                     f"{self._parser.get_error()}"
                 )
+            self.taken += 1
+            if token in self._stop_ids:
+                return
 
     def mask(self) -> UInt[np.ndarray, " U"]:
         """Tokens that may come next.
@@ -97,28 +103,26 @@ class Matcher:
         """Tokens that may come next, and behind each of the drafts.
 
         Behind a draft that may not come, or that ends the output, all may: nothing is
-        ever put out there.
+        ever put out there. So they may where the grammar cannot go on behind a draft,
+        which is an error only if the draft is taken and the output goes on.
 
         Raises:
           GrammarError: see `mask`.
         """
         masks_QU = np.full((len(drafts) + 1, words(self._vocab)), ALL)
         masks_QU[0] = self.mask()
-        consumed = 0
-        try:
-            for row, draft in enumerate(drafts):
-                if draft in self._stop_ids or not allows(masks_QU[row], draft):
-                    break
-                self._consume(draft)
-                consumed += 1
-                masks_QU[row + 1] = self._compute()
-        finally:
-            self._parser.rollback(consumed)
+        # What has failed cannot be rolled back, so another walks.
+        walker, self._dead_end = self.fork(), None
+        for row, draft in enumerate(drafts):
+            if draft in self._stop_ids or not allows(masks_QU[row], draft):
+                break
+            try:
+                walker.advance([draft])
+                masks_QU[row + 1] = walker.mask()
+            except GrammarError as error:
+                self._dead_end = list(drafts[: row + 1]), error
+                break
         return masks_QU
-
-    def _consume(self, token: int) -> None:
-        if not self._parser.consume_token(token):
-            raise GrammarError(f"the grammar gave up: {self._parser.get_error()}")
 
     def _compute(self) -> np.ndarray:
         parser, size = self._parser, words(self._vocab)

@@ -18,7 +18,7 @@ from jaxspark.text import Tokenizer
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Letters of a line where no terminal says how many.
-_WIDTH = 120
+_WIDTH = 140
 
 
 def console(*, stderr: bool = False) -> Console:

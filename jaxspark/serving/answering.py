@@ -40,7 +40,9 @@ async def answered(request: Request, assembler: Assembler, stream: Stream) -> Re
         leaving.cancel()
         stream.cancel()
     note(request, **figures(assembler))
-    return Response(assembler.answer().json_text(), media_type="application/json")
+    # Long ones take a while.
+    text = await asyncio.to_thread(lambda: assembler.answer().json_text())
+    return Response(text, media_type="application/json")
 
 
 class EventStream(StreamingResponse):

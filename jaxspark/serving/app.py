@@ -110,6 +110,8 @@ def _add_model_routes(
     ) -> Response:
         key = check_key(request, options)
         body = await body_of(request, options)
+        # Where there is no room nothing is computed.
+        engine.check_room()
 
         def understood() -> tuple[Any, Sequence[Job]]:
             read = schema.read(body)

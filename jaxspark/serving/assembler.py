@@ -46,18 +46,18 @@ class Assembler[A: Answer](ABC):
         return self._readers[choice].ending is None
 
     def push(self, event: EngineEvent) -> list[A]:
-        """The chunks that the engine's event completes.
+        """The chunks that the engine's event completes; none for a whole answer.
 
         Raises:
           ApiError: an output failed; no answer will come.
         """
-        choice = event.choice
+        choice, streams = event.choice, self.prepared.stream
         chunks = []
         if not self._begun[choice]:
             self._begun[choice] = True
             if isinstance(event, Prefilled):
                 self._prefilled[choice] = event
-            chunks += self._opening(choice)
+            chunks += self._opening(choice) if streams else []
         if isinstance(event, Prefilled):
             parts = []
         elif isinstance(event, Ended):
@@ -73,7 +73,7 @@ class Assembler[A: Answer](ABC):
             parts = self._readers[choice].push(event.tokens)
         for part in parts:
             self._parts[choice].append(part)
-            chunks += self._chunks(choice, part)
+            chunks += self._chunks(choice, part) if streams else []
         if self.prepared.include_usage and self.finished and not self._finished:
             chunks.append(self._answer(choices=[], usage=self.usage()))
         self._finished = self.finished

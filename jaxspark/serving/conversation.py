@@ -116,11 +116,8 @@ def as_plain(message: ChatMessage, index: int) -> dict[str, Any]:
     """
     role = "system" if message.role == "developer" else message.role
     plain: dict[str, Any] = {"role": role}
-    content = message.content
-    if isinstance(content, list):
-        content = "\n".join(part.text for part in content)
-    if content is not None:
-        plain["content"] = content
+    if message.content is not None:
+        plain["content"] = text_of(message)
     reasoning = message.reasoning_content or message.reasoning
     for key, value in (
         ("name", message.name),
@@ -145,6 +142,14 @@ def as_plain(message: ChatMessage, index: int) -> dict[str, Any]:
             for place, call in enumerate(message.tool_calls)
         ]
     return plain
+
+
+def text_of(message: ChatMessage) -> str:
+    """What a message says, its parts as one text."""
+    content = message.content or ""
+    if isinstance(content, list):
+        return "\n".join(part.text for part in content)
+    return content
 
 
 def _arguments(text: str, param: str) -> dict[str, Any] | str:

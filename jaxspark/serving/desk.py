@@ -137,11 +137,11 @@ class Desk:
                 return None
             now = time.monotonic()
             for job in [each for each in self.line if each.is_late(now)]:
-                self.line.withdraw(job)
-                self._end_late(job)
+                if self.line.withdraw(job):
+                    self._end_late(job)
             for job in self.running.values():
                 if job.is_late(now) and job.because is None:
-                    job.because = "error" if job.began is None else "cancelled"
+                    job.because = "late"
                     self._unwanted.append(job)
             unwanted, self._unwanted = self._unwanted, []
             arriving = self.line.take(room, may)
@@ -181,7 +181,7 @@ class Desk:
                 self.line.leave(job)
                 completion = update.completion
                 reason = job.because or completion.finish_reason
-                if job.because == "error":
+                if reason == "late":
                     self._end_late(job)
                 elif completion.error is not None:
                     # Grammars alone fail one output, and they are the client's.
@@ -193,8 +193,8 @@ class Desk:
         """Ends whatever is left with an error."""
         with self._changed:
             for job in list(self.line):
-                self.line.withdraw(job)
-                self._end(job, "error", error=error, status=status)
+                if self.line.withdraw(job):
+                    self._end(job, "error", error=error, status=status)
             for job in self.running.values():
                 self.line.leave(job)
                 self._end(job, "error", error=error, status=status)
@@ -202,7 +202,9 @@ class Desk:
             self._changed.notify_all()
 
     def _end_late(self, job: Job) -> None:
-        """Ends one whose time is over before it was told anything."""
+        """Ends one whose time is over: in an error if its request was told nothing."""
+        if job.stream.begun:
+            return self._end(job, "cancelled")
         waited = (
             f"the request waited {time.monotonic() - job.arrived:.1f} s for its first "
             f"token, its timeout is {job.demand.deadline_s:g} s"

@@ -269,17 +269,21 @@ class Engine:
         """
         return self.take_on(self.check(*demands, client=client))
 
+    def check_room(self, outputs: int = 1) -> None:
+        """Raises what `submit` would for so many outputs, whatever is asked for."""
+        with self._told_if_full():
+            self._desk.check_room(outputs, retry_after_s=self._wait_s(outputs))
+
     def check(self, *demands: Demand, client: str = "") -> list[Job]:
         """The first half of `submit`, which takes a while for long prompts and lists.
 
         An event loop leaves it to another thread. Nothing is taken on yet.
         """
+        self.check_room(len(demands))
         jobs: list[Job] = []
         stream = Stream(
             len(demands), lambda choice, reason: self._desk.cancel(jobs, choice, reason)
         )
-        with self._told_if_full():
-            self._desk.check_room(len(demands), retry_after_s=self._wait_s(demands))
         now = time.monotonic()
         jobs += [self._job(demand, client, stream, now) for demand in demands]
         return jobs
@@ -287,7 +291,7 @@ class Engine:
     def take_on(self, jobs: Sequence[Job]) -> Stream:
         """The second half of `submit`, for what was checked."""
         with self._told_if_full():
-            self._desk.take_on(jobs, retry_after_s=self._wait_s(jobs))
+            self._desk.take_on(jobs, retry_after_s=self._wait_s(len(jobs)))
         return jobs[0].stream
 
     def drain(self) -> None:
@@ -343,9 +347,9 @@ class Engine:
             "pages_cached": self.pages.cached,
         }
 
-    def _wait_s(self, more: Sequence[Any]) -> float:
-        """Seconds until some that come now would have slots."""
-        ahead = (len(self._desk.line) + len(more)) / self._batch.slots
+    def _wait_s(self, more: int) -> float:
+        """Seconds until so many that come now would have slots."""
+        ahead = (len(self._desk.line) + more) / self._batch.slots
         return self._tally.job_seconds * ahead
 
     @contextlib.contextmanager

@@ -27,6 +27,8 @@ MOST_LOG_PROBS = 20
 MOST_LISTED = 1024
 # Outputs of one request.
 MOST_CHOICES = 1024
+# Bytes of what an answer must obey; llguidance's work grows with their square.
+MOST_GRAMMAR = 256 * 1024
 INT64 = 2**63
 
 

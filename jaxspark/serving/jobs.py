@@ -1,6 +1,7 @@
 """An output that the engine works on, from its arrival to its end."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from jaxspark.generation.completion import FinishReason
 from jaxspark.generation.request import CheckedRequest
@@ -23,7 +24,7 @@ class Job:
       began: when its first token came.
       latest: when its latest token came.
       tokens: how many have come.
-      because: why it is being cancelled; "error" if it is late and was told nothing.
+      because: why it is being cancelled.
     """
 
     demand: Demand
@@ -36,7 +37,7 @@ class Job:
     began: float | None = None
     latest: float | None = None
     tokens: int = 0
-    because: FinishReason | None = None
+    because: FinishReason | Literal["late"] | None = None
 
     @property
     def prompt(self) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxspark.serving.chat_request import ChatRequest
-from jaxspark.serving.conversation import chat_ids, tool_use
+from jaxspark.serving.conversation import chat_ids, text_of, tool_use
 from jaxspark.serving.demands import Demand
 from jaxspark.serving.errors import ApiError, wrong
 from jaxspark.serving.fields import SamplingFields
@@ -18,6 +18,7 @@ from jaxspark.serving.sampling import check_stream, demands, stop_ids
 from jaxspark.serving.served import Served
 from jaxspark.serving.structured import grammar_of
 from jaxspark.text import ReadOptions
+from jaxspark.text.thinking import ThinkFormat
 
 # Tokens at a prompt's end that tell whether it opened a think block.
 _TAIL = 16
@@ -99,8 +100,7 @@ def prepare_chat(
     log_probs = (request.top_logprobs or 0) if request.logprobs else None
     id = f"chatcmpl-{request.request_id or id}"
     thinking = served.thinking
-    tail = served.tokenizer.decode(ids[-_TAIL:], skip_special=False)
-    opened = thinking is not None and thinking.opened_by(tail)
+    opened = thinking is not None and _is_open(thinking, request, served, ids)
     asked = demands(
         request,
         served,
@@ -126,6 +126,17 @@ def prepare_chat(
         calls=None if use is None else served.calls,
         one_call=use is not None and not use.parallel,
     )
+
+
+def _is_open(
+    thinking: ThinkFormat, request: ChatRequest, served: Served, ids: Sequence[int]
+) -> bool:
+    """Whether a chat's prompt ends inside a think block."""
+    if not request.continue_final_message:
+        tail = served.tokenizer.decode(ids[-_TAIL:], skip_special=False)
+        return thinking.opened_by(tail)
+    text = served.tokenizer.decode(ids, skip_special=False)
+    return thinking.opened_by(text, text_of((request.messages or [])[-1]))
 
 
 def prepare_completion(

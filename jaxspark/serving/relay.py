@@ -128,23 +128,26 @@ class Relay:
         self, asked: Asked, scope: Scope, receive: Receive, send: Send
     ) -> None:
         for attempt in range(ATTEMPTS):
-            begun: list[Message] = []
+            start: Message | None = None
+            answers = False
             try:
                 async with contextlib.aclosing(self._ask(asked)) as messages:
                     async for message in messages:
-                        begun.append(message)
-                        if _is_refusal(begun[0]) and attempt < ATTEMPTS - 1:
-                            break
-                        if message["type"] == "http.response.start":
+                        if start is None:
+                            if _is_refusal(message) and attempt < ATTEMPTS - 1:
+                                break
+                            start = message
                             continue  # It is sent with what follows.
-                        for each in begun if len(begun) == 2 else [message]:
-                            await send(each)
+                        if not answers:
+                            answers = True
+                            await send(start)
+                        await send(message)
                     else:
                         return
             except self._lost:
                 log.warning("a replica was lost")
-                if len(begun) > 1:
-                    return await _broken_off(begun[0], send)
+                if start is not None and answers:
+                    return await _broken_off(start, send)
             await asyncio.sleep(PAUSE_S * attempt)
         error = Overloaded(
             "no replica answers now; try again later", reason="no_replica"

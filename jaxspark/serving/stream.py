@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 
 from jaxspark.generation.completion import FinishReason
-from jaxspark.serving.engine_events import Ended, EngineEvent
+from jaxspark.serving.engine_events import Ended, EngineEvent, Tokens
 
 # Ends one output or, for None, all.
 Cancel = Callable[[int | None, FinishReason], None]
@@ -19,6 +19,9 @@ class Stream:
         for event in engine.submit(demand): ...  # Outside of an event loop.
 
     One reader at a time. Nothing is dropped: what nobody reads waits.
+
+    Attributes:
+      begun: whether any output has tokens.
     """
 
     def __init__(self, choices: int, cancel: Cancel):
@@ -28,6 +31,7 @@ class Stream:
           choices: outputs of the request.
           cancel: ends them.
         """
+        self.begun = False
         self._cancel = cancel
         self._open = choices
         self._events: deque[EngineEvent] = deque()
@@ -56,6 +60,7 @@ class Stream:
         with self._changed:
             self._events.extend(events)
             self._open -= sum(isinstance(event, Ended) for event in events)
+            self.begun |= any(isinstance(event, Tokens) for event in events)
             reader, self._reader = self._reader, None
             self._changed.notify_all()
         if reader is not None:

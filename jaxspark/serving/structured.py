@@ -1,12 +1,14 @@
 """What an answer must obey, in whichever of a client's fields it is said."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from typing import Any
 
 from jaxspark.grammars import Calls, Grammar, StructuralTags, Tag, matcher_of
 from jaxspark.serving.conversation import ToolUse
 from jaxspark.serving.errors import ApiError
 from jaxspark.serving.fields import (
+    MOST_GRAMMAR,
     AnyJson,
     JsonOfSchema,
     SamplingFields,
@@ -51,10 +53,16 @@ def grammar_of(
     if opened is not None:
         grammar = replace(grammar, thinking=served.thinking, opened=opened)
     ends = stop_ids(fields, served)
+    where = f"{param} with tools" if grammar.calls else param
+    size = len(json.dumps(asdict(grammar)))
+    if size > MOST_GRAMMAR:
+        raise ApiError(
+            f"{where} has {size:,} bytes; at most {MOST_GRAMMAR:,} are taken",
+            param=param,
+        )
     try:
         matcher_of(grammar, served.tokenizer, vocab=served.vocab_size, stop_ids=ends)
     except ValueError as error:
-        where = f"{param} with tools" if grammar.calls else param
         raise ApiError(f"{where}: {error}", param=param) from error
     return grammar
 

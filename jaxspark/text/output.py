@@ -9,6 +9,7 @@ Tokens are taken one at a time, however many a round of decoding accepts at once
 size of the rounds cannot be seen in what comes out.
 """
 
+import os
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -143,8 +144,9 @@ class Output:
         """Reads text that came with the last tokens."""
         self._seen += len(piece)
         self.ends[self._silent :] = [self._seen] * (len(self.ends) - self._silent)
-        armed = len(self.tokens) >= self.options.min_tokens
-        events = self._parse(self._stops.push(piece, armed=armed))
+        early = self._early(len(piece))
+        certain = self._stops.push(piece[:early], armed=False)
+        events = self._parse(certain + self._stops.push(piece[early:]))
         found = self._stops.found
         if found is not None and self.ending is None:
             kept = self._completing(found.end)
@@ -166,6 +168,21 @@ class Output:
                 self.ending = self.ending or Ending(by=None)
                 return events[: place + 1]
         return events
+
+    def _early(self, new: int) -> int:
+        """How many of the last `new` characters are there before `min_tokens` tokens.
+
+        A stop that ends among them is text.
+        """
+        before = self.options.min_tokens - 1
+        if len(self.tokens) <= before:
+            return new
+        if self._silent >= before:
+            return 0
+        shared = os.path.commonprefix(
+            [self._whole(before), self._whole(len(self.tokens))]
+        )
+        return min(max(len(shared) - (self._seen - new), 0), new)
 
     def _completing(self, end: int) -> int:
         """How many tokens it takes to have the first `end` characters for certain.

@@ -31,9 +31,18 @@ class ThinkFormat:
     end: str = "</think>"
     newlines: bool = True
 
-    def opened_by(self, prompt: str) -> bool:
-        """Whether a prompt ends inside a block, so that the output begins there."""
-        return prompt.rstrip().endswith(self.begin)
+    def opened_by(self, prompt: str, begun: str = "") -> bool:
+        """Whether a prompt ends inside a block, so that the output begins there.
+
+        Args:
+          prompt: its end.
+          begun: what of that is the answer's beginning, which the output continues.
+        """
+        before = prompt.rstrip().removesuffix(begun.rstrip())
+        if self.end in begun:
+            return False
+        opens = begun.lstrip().startswith(self.begin)
+        return opens or before.rstrip().endswith(self.begin)
 
     def program(
         self, *, opened: bool, over: Callable[[int], None] = lambda end: None

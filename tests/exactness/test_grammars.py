@@ -60,6 +60,14 @@ def test_enumeration_catches_masks_of_the_row_before(monkeypatch):
     assert not [check for check in checks if check.holds]
 
 
+# Letters, of which one may come and nothing behind it.
+DEAD_END = """
+start: LETTER* | LETTER* "o" NOTHING
+LETTER: /[a-np-z ]/
+NOTHING: /a/ & /b/
+"""
+
+
 @pytest.fixture(scope="module")
 def target():
     return repeating()
@@ -156,3 +164,18 @@ def test_a_grammar_that_gives_up_ends_its_own_output_alone(decoded, monkeypatch)
     assert first.tokens == alone.tokens
     assert failed.finish_reason == "error" and "too complex" in failed.error
     assert [t for i, each in told if i == 1 for t in each] == failed.tokens
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_dead_ends_fail_outputs_that_enter_them_alone(decoded, drafter):
+    """Whatever was drafted; outputs keep what came before, as in plain decoding."""
+    grammar = Grammar(kind="grammar", value=DEAD_END)
+    requests = [
+        Request("hello", max_new_tokens=20, temperature=1.0, seed=seed, grammar=grammar)
+        for seed in range(24)
+    ]
+    plain, found = decoded(requests, None), decoded(requests, drafter)
+    assert [(each.tokens, each.error) for each in found] == [
+        (each.tokens, each.error) for each in plain
+    ]
+    assert 4 < sum(each.error is not None for each in found) < 20

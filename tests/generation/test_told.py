@@ -137,6 +137,14 @@ def test_texts_are_bad_words_at_the_beginning_and_behind_a_space():
     params = SamplingParams(bad_words=[" no", [o], "no"])
     found = adjustment_of(params, target, ())
     assert found.bad_words == ((n, o), (space, n, o), (o,))
+    # Other white space is a word like any other, and so are spaces alone.
+    params = SamplingParams(bad_words=["\n", "  ", "\tn"])
+    line, tab = (target.tokenizer.encode(each)[0] for each in "\n\t")
+    assert adjustment_of(params, target, ()).bad_words == (
+        *((line,), (space, line)),
+        (space, space),
+        *((tab, n), (space, tab, n)),
+    )
     asked = {"max_new_tokens": 6, "stop_ids": (), "allowed_ids": [n, o]}
     asked["logit_bias"] = {n: 100.0}
     assert generate(target, ["x"], **asked)[0].text == "nnnnnn"

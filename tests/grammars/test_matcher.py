@@ -8,7 +8,7 @@ import pytest
 from jaxspark.checkpoints import Tokenizer
 from jaxspark.exactness.random_grammars import obeys, random_grammars
 from jaxspark.grammars import Grammar, GrammarError, matcher_of
-from jaxspark.grammars.matcher import allows, listed
+from jaxspark.grammars.matcher import ALL, allows, listed
 from jaxspark.text.thinking import ThinkFormat
 from tests.checkpoints import tiny
 
@@ -199,6 +199,33 @@ def test_an_output_that_no_token_continues_fails():
     none = started(Grammar(kind="regex", value="c"), few, 3, (2,))
     with pytest.raises(GrammarError, match="no token of this model|gave up"):
         none.mask()
+
+
+@pytest.mark.parametrize(
+    "lark",
+    [
+        'start: "ok" | "x" "y" NOTHING\nNOTHING: /a/ & /b/',
+        'start: "ok" | "x" s\ns: s s | "y" | /[a-z]/ | ""',  # Too complex for a mask.
+    ],
+)
+def test_a_draft_that_leads_nowhere_fails_an_output_only_if_it_is_taken(lark, smollm2):
+    tokenizer, vocab = smollm2.tokenizer, smollm2.model.config.vocab_size
+    stops = smollm2.stop_ids
+    first = started(Grammar(kind="grammar", value=lark), tokenizer, vocab, stops)
+    drafts = [tokenizer.encode(each)[0] for each in "xya"]
+    other = first.fork()
+    masks_QU = other.masks_along(drafts)
+    other.advance(tokenizer.encode("ok"))
+    assert set(listed(other.mask())) == set(stops)
+
+    dead_end = next(count for count in (1, 2) if (masks_QU[count] == ALL).all())
+    for tokens in (drafts, drafts[:dead_end]):
+        output = first.fork()
+        output.masks_along(drafts)
+        with pytest.raises(GrammarError, match="gave up"):
+            output.advance(tokens)
+            output.mask()
+        assert output.taken == dead_end
 
 
 def test_every_random_output_that_ends_obeys(smollm2):

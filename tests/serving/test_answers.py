@@ -41,13 +41,15 @@ OUTPUT = f"<think>\nRain?\n</think>\n\nLet me look.\n{CALL}"
 
 
 def chat(model=None, **fields):
-    request = ChatRequest.read({"model": "tiny", "messages": HI} | fields)
+    body = {"model": "tiny", "messages": HI, "stream": True}
+    request = ChatRequest.read(body | fields)
     model = model or served(thinking="qwen3", calls="hermes")
     return ChatAssembler(prepare_chat(request, model, id="x", created=1))
 
 
 def complete(**fields):
-    request = CompletionRequest.read({"model": "tiny", "prompt": "hi"} | fields)
+    body = {"model": "tiny", "prompt": "hi", "stream": True}
+    request = CompletionRequest.read(body | fields)
     return CompletionAssembler(prepare_completion(request, served(), id="x", created=1))
 
 

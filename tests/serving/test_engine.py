@@ -263,6 +263,20 @@ def test_a_request_that_waits_too_long_fails_and_one_that_runs_too_long_is_cut(
         assert 0 < len(told) < 60 and end.reason == "cancelled"
 
 
+def test_late_outputs_of_a_request_that_has_begun_fail_nobody(running, monkeypatch):
+    """Others of the request have tokens, and keep them; there are three slots."""
+    slowed(running, monkeypatch)
+    long = request(1, max_new_tokens=60, stop_ids=())
+    demands = [
+        Demand(group="g", choice=choice, request=long, deadline_s=0.3)
+        for choice in range(5)
+    ]
+    events = list(running.submit(*demands))
+    told = [tokens_of(events, choice) for choice in range(5)]
+    assert [end.reason for _, end in told] == ["cancelled"] * 5
+    assert [len(tokens) > 0 for tokens, _ in told] == [True] * 3 + [False] * 2
+
+
 def test_a_prompt_that_is_read_too_long_fails(running, monkeypatch):
     slowed(running, monkeypatch)
     [prompt] = zoo.prompts([71])

@@ -205,7 +205,12 @@ def test_memory_of_snapshots_is_bounded_and_there_from_the_beginning():
     assert 3 * one < most <= (8 + 1) * one
     assert made(snapshot_bytes=3 * one - 1)[1] == 3 * one
     assert made(snapshot_bytes=1000 * one)[1] == (8 + 1) * one
-    assert made(snapshot_bytes=one - 1)[1] == made(prefix_cache=False)[1] == 0
+    none, least = made(snapshot_bytes=one - 1)
+    assert least == made(prefix_cache=False)[1] == 0
+    # Nobody waits for what another reads if nothing of it will be kept.
+    text = [1] * 300
+    assert pages._shards[0].would_know(text, None, text)
+    assert not none._shards[0].would_know(text, None, text)
 
 
 @pytest.mark.long

@@ -373,6 +373,11 @@ def test_formats_are_grammars(fields, grammar):
         ),
         ({"response_format": {"type": "xml"}}, "response_format", "should be 'text'"),
         (
+            {"structured_outputs": {"choice": ["a" * 300_000]}},
+            "structured_outputs",
+            "bytes; at most 262,144 are taken",
+        ),
+        (
             {"response_format": {"type": "structural_tag", "format": {}}},
             "response_format.structures",
             "the field is missing (also wrong: response_format.triggers, "
@@ -562,6 +567,12 @@ def test_tools_and_reasoning_reach_the_prompt():
     assert '"description": "Tells the weather."' in prompt
     assert "Reasoning Effort: Absolute" in prompt
     assert prepared.reading.opened and prepared.reading.calls is not None
+    begun = [*HI, {"role": "assistant", "content": "<think>Well"}]
+    for content, opened in (("<think>Well", True), ("<think>a</think>Well", False)):
+        begun[-1]["content"] = content
+        asked = {"messages": begun, "continue_final_message": True}
+        asked["add_generation_prompt"] = False
+        assert chat(model, **asked, reasoning_effort="none").reading.opened == opened
     quiet = chat(model, reasoning_effort="none")
     assert not quiet.reading.opened
     assert chat(model, tools=[WEATHER], tool_choice="none").reading.calls is None

@@ -368,7 +368,9 @@ def test_clients_that_leave_at_any_moment_free_their_slots(server, monkeypatch, 
     assert stats.output_tokens - before < 60 * 60 * 0.8
 
 
-def test_a_full_queue_answers_503_and_when_to_come_again(server, client, monkeypatch):
+def test_a_full_queue_answers_503_and_when_to_come_again(
+    server, client, http, monkeypatch
+):
     server.slow(monkeypatch)
     asked = {**CHAT, "max_tokens": 50, "stream": True}
     streams = [client.chat.completions.create(**asked, n=3)]
@@ -380,6 +382,8 @@ def test_a_full_queue_answers_503_and_when_to_come_again(server, client, monkeyp
     assert error.value.status_code == 503
     assert error.value.body["code"] == "queue_full"
     assert 1 <= int(error.value.response.headers["Retry-After"]) <= 60
+    # Nobody looks at what is asked for.
+    assert http.post("/v1/completions", json={"model": "?"}).status_code == 503
     for stream in streams:
         stream.close()
     assert server.engine.wait_idle(10)

@@ -68,6 +68,21 @@ def test_a_stop_inside_a_run_of_bytes_ends_in_its_token():
         assert output.tokens == ids[: len(the) + 3]
 
 
+def test_a_stop_inside_a_run_of_bytes_may_come_too_early():
+    """It counts if its last byte is not among the first `min_tokens` less one."""
+    tokenizer = Tokenizer(core=folders.byte_fallback(prefix=False))
+    run = [tokenizer.core.token_to_id(f"<0x{byte:02X}>") for byte in b"A!C!"]
+    the = tokenizer.encode("the")
+    for ids in ([*run, *the], run, [*run, *the, *run]):
+        for least in range(7):
+            output, events = read(tokenizer, ids, stop=["!"], min_tokens=least)
+            ends = [place + 1 for place, token in enumerate(ids) if token == run[1]]
+            stop = next((end for end in ends if end >= least), None)
+            assert output.tokens == ids[:stop]
+            text = tokenizer.decode(ids[:stop])
+            assert events == [Content(text[:-1] if stop else text)]
+
+
 def test_a_text_that_comes_last_is_cut_as_well():
     """Cleaning up needs the whole text, so its stop is found at the end."""
     tokenizer = tiny.tokenizer()

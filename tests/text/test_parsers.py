@@ -53,6 +53,14 @@ def test_a_think_block_is_reasoning(size):
 def test_the_prompt_may_have_opened_the_block():
     assert THINKING["qwen3"].opened_by("<|im_start|>assistant\n<think>\n")
     assert not THINKING["qwen3"].opened_by("<think>\n\n</think>\n\n")
+    for before, begun, opened in (
+        ("hi<think>\n", "well, ", True),
+        ("hi", "<think>\nwell, ", True),
+        ("hi", "<think>well</think>so", False),
+        ("hi<think>", "well</think>so ", False),
+        ("hi", "of <think>", False),
+    ):
+        assert THINKING["qwen3"].opened_by(before + begun, begun) == opened
     assert said(parsed("hm</think>4", thinking="deepseek_v4", opened=True))[0] == "hm"
     assert said(parsed("hm</think>4", thinking="deepseek_v4"))[1] == "hm</think>4"
     # Some models open it once more.
